@@ -1,0 +1,97 @@
+"""What an engine is, and what it hands to the supervisor.
+
+An engine only makes a container that runs our init as PID 1 with the shape's isolation in force,
+connected to the daemon's control socket, and takes it away again. Receipt, usage, limits and
+collection act on the ``Slot`` through ``kernel/`` and are written once, for every engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from sandboxd.init.protocol import Control
+    from sandboxd.kernel.cgroup import Cgroup
+    from sandboxd.kernel.notify import Listener
+    from sandboxd.plan import Shape
+
+__all__ = ["Capabilities", "Check", "Engine", "Slot"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of what a host can do: ``advice`` says what to change where it cannot."""
+
+    name: str
+    ok: bool
+    found: str
+    advice: str = ""
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What this engine can enforce on this host, found by running a real container."""
+
+    engine: str
+    runtime: str
+    checks: tuple[Check, ...]
+
+    @property
+    def usable(self) -> bool:
+        """Whether all that no policy can do without is there."""
+        return all(check.ok for check in self.checks if check.required)
+
+
+@dataclass
+class Slot:
+    """One container that an engine has made; its tool process is parked before ``execve``."""
+
+    id: str
+    shape: Shape
+    engine: str
+    runtime: str
+    init_pid: int
+    """PID 1 of the container, as the host numbers it."""
+    init_pidfd: int
+    tool_pid: int
+    """The parked tool process, as the host numbers it."""
+    control: Control
+    cgroup: Cgroup
+    listener: Listener
+    """The seccomp listener of the tool's filter."""
+    workspace_fd: int
+    """``O_PATH`` descriptor of the workspace's root; outlives the container."""
+    id_base: int
+    """The first host id of the slot's range; 0 where the container shares the host's user namespace."""
+    started: float = field(default=0.0)
+
+
+class Engine(Protocol):
+    """Makes containers out of shapes.
+
+    ``create`` raises ``EngineFailed`` or ``HostFailed`` and then has left nothing behind;
+    ``destroy`` may be called twice, and returns only when every process of the slot is dead and its
+    cgroup, mounts and descriptors are gone.
+    """
+
+    async def probe(self) -> Capabilities:
+        """Run a real container and say what this host can enforce."""
+        ...
+
+    async def create(self, shape: Shape) -> Slot:
+        """A container of this shape: init connected, the tool process parked before ``execve``."""
+        ...
+
+    async def kill(self, slot: Slot) -> None:
+        """End every process of the slot at once; its files stay readable until ``destroy``."""
+        ...
+
+    async def destroy(self, slot: Slot) -> None:
+        """Kill, reap, clean."""
+        ...
+
+    async def clean_leftovers(self) -> list[str]:
+        """Remove what an earlier daemon of the same state directory left; returns what was removed."""
+        ...

@@ -1,0 +1,243 @@
+"""Every error that sandboxd raises, and the stable ``code`` that each leaf has on the wire.
+
+SandboxdError
+├── Refused                        the request was not accepted; nothing ran
+│   ├── InvalidRequest             invalid_request          400
+│   ├── NotIdentified              not_identified           401
+│   ├── NotPermitted               not_permitted            403
+│   ├── NotFound                   not_found                404
+│   ├── KeyConflict                key_conflict             409
+│   ├── StateConflict              state_conflict           409
+│   ├── ImageInUse                 image_in_use             409
+│   ├── TooLarge                   too_large                413
+│   ├── RequestTooWide             request_too_wide         422
+│   ├── PolicyInvalid              policy_invalid           422
+│   ├── ControlNotSupported        control_not_supported    422
+│   ├── ImageInvalid               image_invalid            422
+│   ├── QueueFull                  queue_full               429
+│   ├── RequestTimeout             request_timeout          408
+│   └── Draining                   draining                 503
+├── AttemptFailed                  an accepted call that failed through a fault of ours
+│   ├── EngineFailed               engine
+│   ├── HostFailed                 host
+│   ├── ControlNotEnforced         control_not_enforced
+│   └── Interrupted                interrupted
+├── ConfigInvalid                  config_invalid           the daemon does not start
+├── HostUnsupported                host_unsupported         the daemon does not start
+├── JournalCorrupt                 journal_corrupt
+└── Unavailable                    unavailable              raised by clients: no daemon answers
+
+How a *tool* ended is never an exception: see ``models.Outcome``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+__all__ = [
+    "AttemptFailed",
+    "ConfigInvalid",
+    "ControlNotEnforced",
+    "ControlNotSupported",
+    "Draining",
+    "EngineFailed",
+    "HostFailed",
+    "HostUnsupported",
+    "ImageInUse",
+    "ImageInvalid",
+    "Interrupted",
+    "InvalidRequest",
+    "JournalCorrupt",
+    "KeyConflict",
+    "NotFound",
+    "NotIdentified",
+    "NotPermitted",
+    "PolicyInvalid",
+    "QueueFull",
+    "Refused",
+    "RequestTimeout",
+    "RequestTooWide",
+    "SandboxdError",
+    "StateConflict",
+    "TooLarge",
+    "Unavailable",
+]
+
+
+class SandboxdError(Exception):
+    """The root of the tree.
+
+    ``code`` is stable and meant for programs, the message for people; ``details`` is JSON-compatible
+    and goes out with the problem document.
+    """
+
+    code: ClassVar[str] = "internal"
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.details: dict[str, Any] = details
+
+
+class Refused(SandboxdError):
+    """Raised when a request is not accepted; nothing ran and nothing has to be undone."""
+
+    code = "refused"
+    status: ClassVar[int] = 400
+
+
+class InvalidRequest(Refused):
+    """Raised when a request or a field of it is malformed; ``details["field"]`` names it."""
+
+    code = "invalid_request"
+
+
+class NotIdentified(Refused):
+    """Raised when the peer of the socket matches no caller of the configuration."""
+
+    code = "not_identified"
+    status = 401
+
+
+class NotPermitted(Refused):
+    """Raised when the caller is known but its role or its policies do not allow this."""
+
+    code = "not_permitted"
+    status = 403
+
+
+class NotFound(Refused):
+    """Raised when what was named does not exist, or belongs to somebody else."""
+
+    code = "not_found"
+    status = 404
+
+
+class KeyConflict(Refused):
+    """Raised when an idempotency key was used before with another request."""
+
+    code = "key_conflict"
+    status = 409
+
+
+class StateConflict(Refused):
+    """Raised when the state of what was named does not allow this, such as stdin for an ended call."""
+
+    code = "state_conflict"
+    status = 409
+
+
+class ImageInUse(Refused):
+    """Raised when an image is removed that a policy or a running call uses."""
+
+    code = "image_in_use"
+    status = 409
+
+
+class TooLarge(Refused):
+    """Raised when a body, a header or a field is over its limit; ``details["limit"]`` is in bytes."""
+
+    code = "too_large"
+    status = 413
+
+
+class RequestTooWide(Refused):
+    """Raised when a request asks for more than its policy allows; both values are in ``details``."""
+
+    code = "request_too_wide"
+    status = 422
+
+
+class PolicyInvalid(Refused):
+    """Raised when a policy file has errors; ``details["problems"]`` lists all of them."""
+
+    code = "policy_invalid"
+    status = 422
+
+
+class ControlNotSupported(Refused):
+    """Raised when a policy declares a control that this build or this host cannot enforce."""
+
+    code = "control_not_supported"
+    status = 422
+
+
+class ImageInvalid(Refused):
+    """Raised when an image cannot be imported, or its content no longer has its digest."""
+
+    code = "image_invalid"
+    status = 422
+
+
+class QueueFull(Refused):
+    """Raised when the queue holds as many calls as it may; ``details["retry_after"]`` is in seconds."""
+
+    code = "queue_full"
+    status = 429
+
+
+class RequestTimeout(Refused):
+    """Raised when a peer did not send its whole request in time."""
+
+    code = "request_timeout"
+    status = 408
+
+
+class Draining(Refused):
+    """Raised when the daemon finishes what runs and takes nothing new."""
+
+    code = "draining"
+    status = 503
+
+
+class AttemptFailed(SandboxdError):
+    """Raised when an accepted call fails through a fault of ours; becomes ``Outcome(cause="failed")``."""
+
+    code = "failed"
+
+
+class EngineFailed(AttemptFailed):
+    """Raised when the engine or its runtime could not make, keep or end a container."""
+
+    code = "engine"
+
+
+class HostFailed(AttemptFailed):
+    """Raised when the host refused what we need: no space, no memory, no descriptor."""
+
+    code = "host"
+
+
+class ControlNotEnforced(AttemptFailed):
+    """Raised when the receipt differs from the plan; ``details["control"]`` names the control."""
+
+    code = "control_not_enforced"
+
+
+class Interrupted(AttemptFailed):
+    """Raised when the daemon ended while the call ran."""
+
+    code = "interrupted"
+
+
+class ConfigInvalid(SandboxdError):
+    """Raised when the daemon's configuration has errors; the message has file, line and column."""
+
+    code = "config_invalid"
+
+
+class HostUnsupported(SandboxdError):
+    """Raised when this host lacks what no policy can do without."""
+
+    code = "host_unsupported"
+
+
+class JournalCorrupt(SandboxdError):
+    """Raised when a record, or the chain of records, does not have its digest."""
+
+    code = "journal_corrupt"
+
+
+class Unavailable(SandboxdError):
+    """Raised by clients when no daemon answers on the socket."""
+
+    code = "unavailable"
