@@ -1,0 +1,319 @@
+"""The daemon's own configuration: one strict YAML file, or none at all.
+
+Every key has a default. Errors name file, line, column and the nearest valid word, and all errors of
+the file come at once, in one ``ConfigInvalid``. Durations are microseconds, sizes bytes, as
+everywhere else; in the file they are texts with a unit.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from sandboxd import document, units
+from sandboxd.errors import ConfigInvalid, InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = [
+    "DEFAULT_PATH",
+    "Budget",
+    "CallerRule",
+    "Config",
+    "HttpLimits",
+    "IdRange",
+    "Match",
+    "PoolSize",
+    "SocketConfig",
+    "default_socket",
+    "load_config",
+]
+
+DEFAULT_PATH = Path("/etc/sandboxd/sandboxd.yaml")
+SYSTEM_SOCKET = Path("/run/sandboxd/sandboxd.sock")
+MAX_ID = 2**32 - 2  # (uid_t)-1 means "no id", chown(2)
+MAX_SOCKET_PATH = 107  # sun_path without its NUL, unix(7)
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}\$?")
+
+
+def _size(value: object) -> object:
+    if isinstance(value, str):
+        return units.parse_size(value)
+    raise ValueError("a size needs a unit, such as 512MiB")
+
+
+def _duration(value: object) -> object:
+    if isinstance(value, str):
+        return units.parse_duration(value)
+    raise ValueError("a duration needs a unit, such as 10s")
+
+
+def _count(value: object) -> object:
+    return units.parse_count(value) if isinstance(value, str) else value
+
+
+def _path(value: object) -> object:
+    if not isinstance(value, str):
+        raise ValueError("a path must be a text")  # noqa: TRY004  # pydantic collects ValueError only
+    if not value.startswith("/") or "\0" in value or len(value) > 4095:
+        raise ValueError(f"{value[:80]!r} is not an absolute path")
+    return Path(value)
+
+
+def _account(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise ValueError(f"{value[:80]!r} is not the name of a user or group")
+    return value
+
+
+Size = Annotated[int, BeforeValidator(_size), Field(gt=0, le=units.MAX)]
+Duration = Annotated[int, BeforeValidator(_duration), Field(gt=0, le=24 * 3600 * 10**6)]
+Count = Annotated[int, BeforeValidator(_count), Field(strict=True, ge=0)]
+AbsolutePath = Annotated[Path, BeforeValidator(_path)]
+Account = Annotated[str, AfterValidator(_account)]
+Id = Annotated[int, Field(strict=True, ge=0, le=MAX_ID)]
+
+
+class Section(BaseModel):
+    """The base of every section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SocketConfig(Section):
+    """Where the socket is bound. ``path`` None: see ``default_socket``. A missing group is left out."""
+
+    path: AbsolutePath | None = None
+    mode: int = 0o660
+    group: Account = "sandboxd"
+
+    @field_validator("path")
+    @classmethod
+    def _fits(cls, value: Path | None) -> Path | None:
+        if value is not None and len(os.fsencode(value)) > MAX_SOCKET_PATH:
+            raise ValueError(f"longer than the {MAX_SOCKET_PATH} bytes that a socket address holds")
+        return value
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _octal(cls, value: object) -> object:
+        if not isinstance(value, str) or not re.fullmatch(r"0?[0-7]{3}", value):
+            raise ValueError('write the mode as octal digits, such as "0660"')
+        if int(value, 8) & 0o002:
+            raise ValueError("a socket that anybody may write to is refused")
+        return int(value, 8)
+
+
+class Budget(Section):
+    """What all slots may hold together. ``memory`` is bytes, or a share of the host's memory."""
+
+    memory: int | float = 0.75
+    """An int is bytes; a float is a share of the host's memory, above 0 and at most 1."""
+    slots: Annotated[Count, Field(ge=1, le=100_000)] = 64
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _share(cls, value: object) -> object:
+        if not isinstance(value, str):
+            raise ValueError('write a share such as "75%" or a size such as 16GiB')  # noqa: TRY004  # as above
+        share = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,3})?)\s?%", value)
+        if share is None:
+            size = units.parse_size(value)
+            if size < 2**20:
+                raise ValueError("less than 1MiB holds no slot")
+            return size
+        if not 0 < float(share[1]) <= 100:
+            raise ValueError(f"{value} is not a share above 0% and up to 100%")
+        return float(share[1]) / 100
+
+    def bytes_of(self, total: int) -> int:
+        """The budget in bytes on a host with ``total`` bytes of memory."""
+        return int(total * self.memory) if isinstance(self.memory, float) else min(self.memory, total)
+
+
+class PoolSize(Section):
+    """How many slots wait for a call, per shape."""
+
+    min: Annotated[Count, Field(le=10_000)] = 2
+    max: Annotated[Count, Field(le=10_000)] = 16
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is above max ({self.max})")
+        return self
+
+
+class Match(Section):
+    """Who a rule of ``callers`` speaks of; each key that is given must hold for the peer.
+
+    Names are looked up when a peer connects, so a group made later works without a restart.
+    """
+
+    uid: Id | None = None
+    gid: Id | None = None
+    user: Account | None = None
+    group: Account | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if not self.model_fields_set:
+            raise ValueError("give at least one of uid, gid, user and group")
+        return self
+
+
+class CallerRule(Section):
+    """Which role, which policies and which share the peers that match have."""
+
+    match: Match
+    role: Literal["operator", "agent"]
+    policies: Annotated[tuple[str, ...], Field(max_length=1000)] = ("*",)
+    concurrent: Annotated[Count, Field(ge=1, le=100_000)] | None = None
+    """Calls that run at once; None: only the budget bounds them."""
+    weight: Annotated[Count, Field(ge=1, le=1000)] = 1
+
+    @field_validator("policies", mode="after")
+    @classmethod
+    def _named(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not name or len(name) > 128:
+                raise ValueError('a policy is "*" or a name of 1 to 128 characters')
+        return value
+
+
+class HttpLimits(Section):
+    """Bounds on what a peer may send, and for how long it may take."""
+
+    headers: Annotated[Size, Field(ge=1024, le=2**20)] = 32 * 2**10
+    body: Annotated[Size, Field(ge=1024, le=2**31)] = 64 * 2**20
+    header_timeout: Duration = 10 * 10**6
+    """From the first byte of a request, or from connecting, to the end of its header."""
+    body_timeout: Duration = 60 * 10**6
+    """The longest pause between two pieces of a body."""
+    keep_alive: Duration = 60 * 10**6
+    """The longest pause between two requests of a connection."""
+    connections: Annotated[Count, Field(ge=1, le=65_536)] = 512
+    connections_per_uid: Annotated[Count, Field(ge=1, le=65_536)] = 256
+
+
+class IdRange(Section):
+    """The host uids and gids that slots take their ranges of 65,536 from: ``count`` ranges at ``base``."""
+
+    base: Annotated[Id, Field(ge=65_536)] = 1_879_048_192
+    count: Annotated[Count, Field(ge=1, le=32_768)] = 4096
+
+    @model_validator(mode="after")
+    def _room(self) -> Self:
+        if self.base + self.count * 65_536 - 1 > MAX_ID:
+            raise ValueError(f"{self.count} ranges of 65536 ids from {self.base} pass the last id, {MAX_ID}")
+        return self
+
+
+def _default_callers() -> tuple[CallerRule, ...]:
+    return (
+        CallerRule(match=Match(uid=0), role="operator"),
+        CallerRule(
+            match=Match(group="sandboxd"),
+            role="agent",
+            policies=("default", "strict", "python", "shell", "build"),
+        ),
+    )
+
+
+class Config(Section):
+    """The whole configuration, frozen."""
+
+    engine: Literal["auto", "oci", "docker"] = "auto"
+    runtime: Annotated[str, Field(min_length=1, max_length=4095)] = "auto"
+    """``auto``, ``crun``, ``runc``, or the absolute path of another OCI runtime."""
+    state: AbsolutePath = Path("/var/lib/sandboxd")
+    socket: SocketConfig = SocketConfig()
+    policies: Annotated[tuple[AbsolutePath, ...], Field(max_length=64)] = (Path("/etc/sandboxd/policies"),)
+    """Directories beside the shipped one; a later policy of the same name wins."""
+    floor: AbsolutePath | None = Path("/etc/sandboxd/floor.yaml")
+    """What no policy and no request may exceed. The file at the default path need not exist."""
+    budget: Budget = Budget()
+    pool: PoolSize = PoolSize()
+    callers: Annotated[tuple[CallerRule, ...], Field(max_length=1000)] = Field(
+        default_factory=_default_callers
+    )
+    http: HttpLimits = HttpLimits()
+    queue: Annotated[Count, Field(ge=1, le=1_000_000)] = 1000
+    """Calls that may wait."""
+    ids: IdRange = IdRange()
+
+    @field_validator("callers")
+    @classmethod
+    def _somebody(cls, value: tuple[CallerRule, ...]) -> tuple[CallerRule, ...]:
+        if not value:  # after the items, lest a wrong item be reported as none
+            raise ValueError("at least one rule is needed, or nobody gets in")
+        return value
+
+    @field_validator("runtime")
+    @classmethod
+    def _known_runtime(cls, value: str) -> str:
+        if value in {"auto", "crun", "runc"} or value.startswith("/"):
+            return value
+        meant = document.nearest(value, ("auto", "crun", "runc"))
+        hint = f"; did you mean {meant!r}?" if meant else ""
+        raise ValueError(f"{value[:80]!r} is not auto, crun, runc or an absolute path{hint}")
+
+
+def load_config(path: Path | None = None, *, default: Path = DEFAULT_PATH) -> Config:
+    """The configuration of a file, or all defaults where the default file does not exist.
+
+    Raises ConfigInvalid: a line ``file:line:column: message`` for each error, and the same as dicts in
+    ``details["problems"]``. A file that was named and cannot be read is an error too.
+    """
+    file = default if path is None else path
+    try:
+        found = document.load(document.read_text(file), str(file))
+    except FileNotFoundError as error:
+        if path is None:
+            return Config()
+        raise _unreadable(file, error.strerror) from None
+    except OSError as error:
+        raise _unreadable(file, error.strerror) from None
+    except InvalidRequest as error:
+        raise _unreadable(file, str(error)) from None
+    config = document.validate(found, Config)
+    if config is None or found.problems:
+        problems = sorted(found.problems, key=lambda problem: (problem.line, problem.column))
+        raise ConfigInvalid(
+            "\n".join(map(str, problems)), problems=[problem.model_dump() for problem in problems]
+        )
+    return config
+
+
+def _unreadable(file: Path, reason: str | None) -> ConfigInvalid:
+    found = document.Document(str(file))
+    problem = found.problem((), "unreadable", f"cannot be read: {reason}")
+    return ConfigInvalid(str(problem), problems=[problem.model_dump()])
+
+
+def default_socket(environ: Mapping[str, str] | None = None) -> Path:
+    """The socket that daemon and clients meet on where nobody names one.
+
+    ``SANDBOXD_SOCKET``; else the system's, if it exists or we are root; else the one in
+    ``XDG_RUNTIME_DIR``; else the system's.
+    """
+    environ = os.environ if environ is None else environ
+    named, runtime = environ.get("SANDBOXD_SOCKET"), environ.get("XDG_RUNTIME_DIR")
+    if named:
+        return Path(named)
+    if runtime and os.geteuid() != 0 and not SYSTEM_SOCKET.exists():
+        return Path(runtime) / "sandboxd" / "sandboxd.sock"
+    return SYSTEM_SOCKET
