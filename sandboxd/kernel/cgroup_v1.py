@@ -130,9 +130,10 @@ class FilesV1:
 
     def memory_limit_hits(self) -> int:
         """How often usage met the memory limit."""
-        # With both limits equal, a charge fails at memory+swap first and then is not tried at memory.
+        # With both limits equal, a charge fails at memory+swap first and then is not tried at memory;
+        # Linux 6.18 was seen not to count that (memsw.failcnt stays 0), but an OOM kill is a hit too.
         with_swap = read_or_none(f"{self._memory}/memory.memsw.failcnt")
-        return int(read(f"{self._memory}/memory.failcnt")) + int(with_swap or 0)
+        return max(self.oom_kills(), int(read(f"{self._memory}/memory.failcnt")) + int(with_swap or 0))
 
     def pids_denied(self) -> int:
         """Forks that failed at the pids limit."""
