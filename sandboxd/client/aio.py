@@ -1,0 +1,248 @@
+"""The asynchronous client, for asyncio and trio."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
+
+import anyio
+from anyio.to_thread import run_sync
+
+from sandboxd import errors, models
+from sandboxd.client import async_transport, calls, location, wire
+from sandboxd.client.destination import Destination
+
+if TYPE_CHECKING:
+    import signal as signals
+    from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
+    from typing import Unpack
+
+__all__ = ["AsyncClient", "AsyncStream"]
+
+T = TypeVar("T")
+
+
+class AsyncStream(Generic[T]):
+    """Items of an answer as they arrive. An async iterator and context manager; ``aclose`` hangs up."""
+
+    def __init__(self, answer: async_transport.AsyncAnswer, items: AsyncGenerator[T, None]) -> None:
+        self._answer = answer
+        self._items = items
+
+    async def aclose(self) -> None:
+        """Hang up. May be called twice."""
+        with anyio.CancelScope(shield=True):
+            await self._items.aclose()
+            await self._answer.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> T:
+        try:
+            return await anext(self._items)
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+class AsyncClient:
+    """What ``Client`` is, for tasks: the same methods, arguments and errors.
+
+    Cancelling a task inside ``run`` or ``stream`` closes its connection, and the daemon then cancels the
+    call unless it has a key.
+    """
+
+    def __init__(
+        self,
+        socket: str | os.PathLike[str] | None = None,
+        *,
+        connect_timeout: float = 5.0,
+        timeout: float | None = 60.0,
+    ) -> None:
+        self._paths = location.candidates(socket, os.environ)
+        self._connect_timeout = connect_timeout
+        self._timeout = timeout
+
+    async def _open(
+        self, exchange: wire.Exchange, chunks: AsyncIterable[bytes] | None = None
+    ) -> async_transport.AsyncAnswer:
+        return await async_transport.exchange(
+            self._paths,
+            exchange,
+            connect_timeout=self._connect_timeout,
+            timeout=self._timeout,
+            chunks=chunks,
+        )
+
+    async def _do(self, call: calls.Call[T], chunks: AsyncIterable[bytes] | None = None) -> T:
+        answer = await self._open(call.exchange, chunks)
+        try:
+            return call.decode(await answer.read())
+        finally:
+            with anyio.CancelScope(shield=True):
+                await answer.aclose()
+
+    async def run(
+        self, argv: models.Request | Sequence[str | bytes], **fields: Unpack[calls.RequestFields]
+    ) -> models.Invocation:
+        """Run a command and wait for its outcome. Raises Refused if it is not accepted."""
+        return await self._do(calls.run(calls.request(argv, fields)))
+
+    async def start(
+        self, argv: models.Request | Sequence[str | bytes], **fields: Unpack[calls.RequestFields]
+    ) -> models.Invocation:
+        """Return as soon as the call is accepted durably; it runs on when this caller goes away."""
+        return await self._do(calls.start(calls.request(argv, fields)))
+
+    async def stream(
+        self, argv: models.Request | Sequence[str | bytes], **fields: Unpack[calls.RequestFields]
+    ) -> AsyncStream[models.Event]:
+        """Run a command and iterate over its events; the last one is ``ended``."""
+        return await self._events(calls.stream(calls.request(argv, fields)), complete=True)
+
+    async def get(self, id: str) -> models.Invocation:  # noqa: A002 - the field's name, here and below
+        """One invocation. Raises NotFound."""
+        return await self._do(calls.get(id))
+
+    async def list(
+        self,
+        *,
+        policy: str | None = None,
+        cause: str | None = None,
+        state: str | None = None,
+        label: str | None = None,
+        before: str | None = None,
+        limit: int | None = None,
+    ) -> models.InvocationList:
+        """A page of invocations, newest first; ``before`` is the ``next`` of the page before."""
+        call = calls.page(policy=policy, cause=cause, state=state, label=label, before=before, limit=limit)
+        return await self._do(call)
+
+    async def wait(self, id: str, timeout: float | None = None) -> models.Invocation:  # noqa: A002, ASYNC109 - as Client's
+        """The invocation once it has ended. Raises TimeoutError after ``timeout`` seconds; it runs on."""
+        with anyio.fail_after(timeout):
+            invocation = await self.get(id)
+            if invocation.state == models.State.ENDED:
+                return invocation
+            async with await self.events(id) as events:
+                async for event in events:
+                    if event.invocation is not None:
+                        return event.invocation
+        raise wire.lost("before the call did")
+
+    async def events(self, id: str, *, after: int = 0, follow: bool = True) -> AsyncStream[models.Event]:  # noqa: A002
+        """The events numbered above ``after``; with ``follow`` until ``ended``, else those so far."""
+        return await self._events(calls.events(id, after, follow=follow), complete=follow)
+
+    async def _events(self, exchange: wire.Exchange, *, complete: bool) -> AsyncStream[models.Event]:
+        answer = await self._open(exchange)
+        return AsyncStream(answer, _decoded(answer, calls.Events(complete=complete)))
+
+    async def stdout(self, id: str, *, offset: int = 0, follow: bool = False) -> AsyncStream[bytes]:  # noqa: A002
+        """The stored standard output from a byte offset on."""
+        return await self._raw(calls.raw(id, "stdout", offset, follow=follow))
+
+    async def stderr(self, id: str, *, offset: int = 0, follow: bool = False) -> AsyncStream[bytes]:  # noqa: A002
+        """The stored standard error from a byte offset on."""
+        return await self._raw(calls.raw(id, "stderr", offset, follow=follow))
+
+    async def _raw(self, exchange: wire.Exchange) -> AsyncStream[bytes]:
+        answer = await self._open(exchange)
+        return AsyncStream(answer, answer.chunks())
+
+    async def write_stdin(
+        self,
+        id: str,  # noqa: A002
+        data: bytes | AsyncIterable[bytes],
+        *,
+        offset: int = 0,
+        eof: bool = True,
+    ) -> int:
+        """Send standard input from a byte offset on; returns the offset after it."""
+        chunks = _single(data) if isinstance(data, bytes) else data
+        return await self._do(calls.stdin(id, offset, eof=eof), chunks)
+
+    async def signal(self, id: str, signal: int | str | signals.Signals) -> None:  # noqa: A002
+        """Send a signal (``15``, ``"SIGTERM"``) to the tool. Raises StateConflict if it does not run."""
+        await self._do(calls.signal(id, signal))
+
+    async def cancel(self, id: str) -> models.Invocation:  # noqa: A002
+        """End a call in whatever state it is; one that has ended keeps its outcome."""
+        return await self._do(calls.cancel(id))
+
+    async def artifacts(self, id: str) -> Sequence[models.Artifact]:  # noqa: A002
+        """The files that were released from a call."""
+        return (await self.get(id)).artifacts
+
+    async def artifact(self, id: str, path: str) -> AsyncStream[bytes]:  # noqa: A002
+        """The bytes of one artifact. Raises NotFound."""
+        return await self._raw(calls.artifact(id, path))
+
+    async def save_artifacts(
+        self,
+        id: str,  # noqa: A002
+        directory: str | os.PathLike[str],
+    ) -> Sequence[models.Artifact]:
+        """Save all artifacts below a directory, each verified; see ``Destination`` for what is refused."""
+        artifacts = await self.artifacts(id)
+        with await run_sync(Destination, directory) as destination:
+            for one in artifacts:
+                into = partial(
+                    destination.incoming, one.path, one.size, one.digest, executable=one.executable
+                )
+                with await run_sync(into) as incoming:
+                    async with await self.artifact(id, one.path) as chunks:
+                        async for chunk in chunks:
+                            await run_sync(incoming.write, chunk)
+                    await run_sync(incoming.commit)
+        return artifacts
+
+    async def policies(self) -> Sequence[models.PolicyInfo]:
+        """The policies that this caller may use."""
+        return await self._do(calls.policies())
+
+    async def policy(self, name: str) -> models.PolicyInfo:
+        """One policy, with its resolved form. Raises NotFound."""
+        return await self._do(calls.policy(name))
+
+    async def check_policy(self, text: str, name: str | None = None) -> Sequence[models.PolicyProblem]:
+        """All problems of the text of a policy file; none means that it is good."""
+        return await self._do(calls.check_policy(text, name))
+
+    async def plan(
+        self, argv: models.Request | Sequence[str | bytes], **fields: Unpack[calls.RequestFields]
+    ) -> models.PlanDocument:
+        """What would run, exactly, and where each value came from; nothing runs."""
+        return await self._do(calls.plan(calls.request(argv, fields)))
+
+    async def images(self) -> Sequence[models.ImageInfo]:
+        """The images in the daemon's store."""
+        return await self._do(calls.images())
+
+    async def health(self) -> models.Health:
+        """Whether the daemon takes calls, and with what."""
+        return await self._do(calls.health())
+
+
+async def _single(data: bytes) -> AsyncIterator[bytes]:
+    yield data
+
+
+async def _decoded(
+    answer: async_transport.AsyncAnswer, events: calls.Events
+) -> AsyncGenerator[models.Event, None]:
+    try:
+        async for line in answer.lines():
+            yield events.accept(line)
+    except errors.Unavailable as error:
+        error.details.setdefault("after", events.after)
+        raise
+    events.finish()

@@ -1,0 +1,249 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
+
+from sandboxd import errors, models
+from sandboxd.client import calls, location, transport, wire
+from sandboxd.client.destination import Destination
+
+if TYPE_CHECKING:
+    import signal as signals
+    from collections.abc import Iterable, Iterator, Sequence
+    from types import TracebackType
+    from typing import Unpack
+
+__all__ = ["Client", "Stream"]
+
+T = TypeVar("T")
+
+
+class Stream(Generic[T]):
+    """Items of an answer as they arrive. An iterator and a context manager; ``close`` hangs up.
+
+    Closing the stream of ``Client.stream`` before its end makes the caller go away: the daemon cancels
+    the call unless it has a key.
+    """
+
+    def __init__(self, answer: transport.Answer, items: Iterator[T]) -> None:
+        self._answer = answer
+        self._items = items
+
+    def set_timeout(self, timeout: float | None) -> None:
+        """Bound the wait for each further item to so many seconds."""
+        self._answer.set_timeout(timeout)
+
+    def close(self) -> None:
+        """Hang up. May be called twice."""
+        self._answer.close()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> T:
+        try:
+            return next(self._items)
+        except BaseException:
+            self.close()  # the end, an error: either way nothing more comes
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Client:
+    """A client of the daemon for threads.
+
+    ``socket``: else ``SANDBOXD_SOCKET``, else ``/run/sandboxd/sandboxd.sock``, else
+    ``$XDG_RUNTIME_DIR/sandboxd/sandboxd.sock``. ``connect_timeout`` and ``timeout`` are seconds; the
+    latter bounds each read and write, except while waiting for a call to end, which takes as long as
+    the policy and the request allow.
+
+    Every method raises ``errors.Unavailable`` when no daemon answers or the connection is lost
+    (``details["reason"]`` says which), and the class of ``errors`` that the daemon's answer names. How a
+    tool ended is data in ``Invocation.outcome``, never an exception.
+    """
+
+    def __init__(
+        self,
+        socket: str | os.PathLike[str] | None = None,
+        *,
+        connect_timeout: float = 5.0,
+        timeout: float | None = 60.0,
+    ) -> None:
+        self._paths = location.candidates(socket, os.environ)
+        self._connect_timeout = connect_timeout
+        self._timeout = timeout
+
+    def _open(self, exchange: wire.Exchange, chunks: Iterable[bytes] | None = None) -> transport.Answer:
+        return transport.exchange(
+            self._paths,
+            exchange,
+            connect_timeout=self._connect_timeout,
+            timeout=self._timeout,
+            chunks=chunks,
+        )
+
+    def _do(self, call: calls.Call[T], chunks: Iterable[bytes] | None = None) -> T:
+        with self._open(call.exchange, chunks) as answer:
+            return call.decode(answer.read())
+
+    def run(
+        self, argv: models.Request | Sequence[str | bytes], **fields: Unpack[calls.RequestFields]
+    ) -> models.Invocation:
+        """Run a command and wait for its outcome. Raises Refused if it is not accepted."""
+        return self._do(calls.run(calls.request(argv, fields)))
+
+    def start(
+        self, argv: models.Request | Sequence[str | bytes], **fields: Unpack[calls.RequestFields]
+    ) -> models.Invocation:
+        """Return as soon as the call is accepted durably; it runs on when this caller goes away."""
+        return self._do(calls.start(calls.request(argv, fields)))
+
+    def stream(
+        self, argv: models.Request | Sequence[str | bytes], **fields: Unpack[calls.RequestFields]
+    ) -> Stream[models.Event]:
+        """Run a command and iterate over its events; the last one is ``ended``."""
+        return self._events(calls.stream(calls.request(argv, fields)), complete=True)
+
+    def get(self, id: str) -> models.Invocation:  # noqa: A002 - the field's name, here and below
+        """One invocation. Raises NotFound."""
+        return self._do(calls.get(id))
+
+    def list(
+        self,
+        *,
+        policy: str | None = None,
+        cause: str | None = None,
+        state: str | None = None,
+        label: str | None = None,
+        before: str | None = None,
+        limit: int | None = None,
+    ) -> models.InvocationList:
+        """A page of invocations, newest first; ``before`` is the ``next`` of the page before."""
+        call = calls.page(policy=policy, cause=cause, state=state, label=label, before=before, limit=limit)
+        return self._do(call)
+
+    def wait(self, id: str, timeout: float | None = None) -> models.Invocation:  # noqa: A002
+        """The invocation once it has ended. Raises TimeoutError after ``timeout`` seconds; it runs on."""
+        invocation = self.get(id)
+        if invocation.state == models.State.ENDED:
+            return invocation
+        limit = None if timeout is None else time.monotonic() + timeout
+        with self.events(id) as events:
+            while True:
+                if limit is not None:
+                    remaining = limit - time.monotonic()
+                    if remaining <= 0:
+                        raise TimeoutError(f"{id} did not end within {timeout:g} s")
+                    events.set_timeout(remaining)
+                try:
+                    event = next(events)
+                except errors.Unavailable as error:
+                    if limit is not None and error.details.get("reason") == "timeout":
+                        raise TimeoutError(f"{id} did not end within {timeout:g} s") from None
+                    raise
+                if event.invocation is not None:
+                    return event.invocation
+
+    def events(self, id: str, *, after: int = 0, follow: bool = True) -> Stream[models.Event]:  # noqa: A002
+        """The events numbered above ``after``; with ``follow`` until ``ended``, else those so far."""
+        return self._events(calls.events(id, after, follow=follow), complete=follow)
+
+    def _events(self, exchange: wire.Exchange, *, complete: bool) -> Stream[models.Event]:
+        answer = self._open(exchange)
+        return Stream(answer, calls.Events(complete=complete).decode(answer.lines()))
+
+    def stdout(self, id: str, *, offset: int = 0, follow: bool = False) -> Stream[bytes]:  # noqa: A002
+        """The stored standard output from a byte offset on."""
+        return self._raw(calls.raw(id, "stdout", offset, follow=follow))
+
+    def stderr(self, id: str, *, offset: int = 0, follow: bool = False) -> Stream[bytes]:  # noqa: A002
+        """The stored standard error from a byte offset on."""
+        return self._raw(calls.raw(id, "stderr", offset, follow=follow))
+
+    def _raw(self, exchange: wire.Exchange) -> Stream[bytes]:
+        answer = self._open(exchange)
+        return Stream(answer, answer.chunks())
+
+    def write_stdin(
+        self,
+        id: str,  # noqa: A002
+        data: bytes | Iterable[bytes],
+        *,
+        offset: int = 0,
+        eof: bool = True,
+    ) -> int:
+        """Send standard input from a byte offset on; returns the offset after it.
+
+        Chunks are read only as fast as the tool takes them. Raises StateConflict if the call was not
+        made with ``stdin="stream"`` or has ended.
+        """
+        chunks = (data,) if isinstance(data, bytes) else data
+        return self._do(calls.stdin(id, offset, eof=eof), chunks)
+
+    def signal(self, id: str, signal: int | str | signals.Signals) -> None:  # noqa: A002
+        """Send a signal (``15``, ``"SIGTERM"``) to the tool. Raises StateConflict if it does not run."""
+        self._do(calls.signal(id, signal))
+
+    def cancel(self, id: str) -> models.Invocation:  # noqa: A002
+        """End a call in whatever state it is; one that has ended keeps its outcome."""
+        return self._do(calls.cancel(id))
+
+    def artifacts(self, id: str) -> Sequence[models.Artifact]:  # noqa: A002
+        """The files that were released from a call."""
+        return self.get(id).artifacts
+
+    def artifact(self, id: str, path: str) -> Stream[bytes]:  # noqa: A002
+        """The bytes of one artifact. Raises NotFound."""
+        return self._raw(calls.artifact(id, path))
+
+    def save_artifacts(self, id: str, directory: str | os.PathLike[str]) -> Sequence[models.Artifact]:  # noqa: A002
+        """Save all artifacts below a directory, each verified; see ``Destination`` for what is refused."""
+        artifacts = self.artifacts(id)
+        with Destination(directory) as destination:
+            for one in artifacts:
+                with (
+                    destination.incoming(
+                        one.path, one.size, one.digest, executable=one.executable
+                    ) as incoming,
+                    self.artifact(id, one.path) as chunks,
+                ):
+                    for chunk in chunks:
+                        incoming.write(chunk)
+                    incoming.commit()
+        return artifacts
+
+    def policies(self) -> Sequence[models.PolicyInfo]:
+        """The policies that this caller may use."""
+        return self._do(calls.policies())
+
+    def policy(self, name: str) -> models.PolicyInfo:
+        """One policy, with its resolved form. Raises NotFound."""
+        return self._do(calls.policy(name))
+
+    def check_policy(self, text: str, name: str | None = None) -> Sequence[models.PolicyProblem]:
+        """All problems of the text of a policy file; none means that it is good."""
+        return self._do(calls.check_policy(text, name))
+
+    def plan(
+        self, argv: models.Request | Sequence[str | bytes], **fields: Unpack[calls.RequestFields]
+    ) -> models.PlanDocument:
+        """What would run, exactly, and where each value came from; nothing runs."""
+        return self._do(calls.plan(calls.request(argv, fields)))
+
+    def images(self) -> Sequence[models.ImageInfo]:
+        """The images in the daemon's store."""
+        return self._do(calls.images())
+
+    def health(self) -> models.Health:
+        """Whether the daemon takes calls, and with what."""
+        return self._do(calls.health())

@@ -1,0 +1,188 @@
+"""HTTP/1.1 over a Unix socket with ``http.client``: the blocking half of the transport.
+
+Foreign exceptions (``OSError``, ``http.client.HTTPException``) end here: what leaves is an ``errors``
+class. Nothing but the standard library is imported, since ``run-in-sandbox`` starts through here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import math
+import socket
+import struct
+from typing import TYPE_CHECKING, Self
+
+from sandboxd import errors
+from sandboxd.client import location, wire
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+__all__ = ["Answer", "Connection", "connect", "exchange"]
+
+CHUNK = 256 * 1024
+MAX_PROBLEM = 2**20
+
+
+def connect(paths: Sequence[str], timeout: float) -> socket.socket:
+    """A connected socket to the first candidate that accepts. Raises Unavailable.
+
+    A blocking connect bounded by ``SO_SNDTIMEO`` waits for a full backlog; one on a socket with a
+    Python timeout would fail at once with EAGAIN (unix(7), connect(2)).
+    """
+    tried: list[tuple[str, OSError | None]] = []
+    for path in paths:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            fraction, whole = math.modf(max(timeout, 0.001))
+            sock.setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(whole), int(fraction * 1e6))
+            )
+            sock.connect(path)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 0))
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            sock.close()
+            tried.append((path, error if isinstance(error, OSError) else None))
+        else:
+            return sock
+    raise location.unavailable(tried)
+
+
+class Connection(http.client.HTTPConnection):
+    """``http.client`` on a socket that is connected already."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__("sandboxd")
+        self.sock = sock
+        self.auto_open = 0  # a lost connection is an error, never a silent second attempt
+
+
+@contextlib.contextmanager
+def mapped(timeout: float | None, what: str) -> Iterator[None]:
+    """Map what ``http.client`` and sockets raise to Unavailable."""
+    try:
+        yield
+    except TimeoutError:
+        raise wire.timed_out(timeout) from None
+    except (http.client.RemoteDisconnected, http.client.IncompleteRead, ConnectionError):
+        raise wire.lost(what) from None
+    except (http.client.HTTPException, ValueError) as error:
+        raise wire.protocol_error(f"{type(error).__name__} {what}") from None
+    except OSError as error:
+        raise errors.Unavailable(f"the socket failed {what}: {error.strerror}", reason="host") from None
+
+
+class Answer:
+    """One answer whose body has not been read yet; closing it closes the connection."""
+
+    def __init__(
+        self, connection: Connection, response: http.client.HTTPResponse, timeout: float | None
+    ) -> None:
+        self._connection = connection
+        self._response = response
+        self._timeout = timeout
+        self.status = response.status
+        self.content_type = response.headers.get("Content-Type", "")
+
+    def set_timeout(self, timeout: float | None) -> None:
+        """Bound each further read to so many seconds; None waits for ever."""
+        self._timeout = timeout
+        sock = self._connection.sock
+        if sock is not None:
+            sock.settimeout(timeout)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The body as it arrives. Raises Unavailable if it ends before its framing says so."""
+        response = self._response
+        with mapped(self._timeout, "in the middle of an answer"):
+            if not response.chunked and response.length is None:
+                raise http.client.HTTPException("an answer without framing cannot be told from a cut one")
+            while data := response.read1(CHUNK):
+                yield data
+            if response.length:
+                raise http.client.IncompleteRead(b"")
+
+    def read(self, limit: int = wire.MAX_DOCUMENT) -> bytes:
+        """The whole body. Raises Unavailable if it is longer than ``limit`` bytes."""
+        parts: list[bytes] = []
+        size = 0
+        for data in self.chunks():
+            size += len(data)
+            if size > limit:
+                raise wire.protocol_error(f"an answer of more than {limit} bytes")
+            parts.append(data)
+        return b"".join(parts)
+
+    def lines(self) -> Iterator[bytes]:
+        """The lines of an ndjson body as they arrive."""
+        lines = wire.Lines()
+        for data in self.chunks():
+            yield from lines.feed(data)
+        lines.finish()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._response.close()
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def exchange(
+    paths: Sequence[str],
+    asked: wire.Exchange,
+    *,
+    connect_timeout: float,
+    timeout: float | None,
+    chunks: Iterable[bytes] | None = None,
+    connected: Callable[[socket.socket], None] | None = None,
+) -> Answer:
+    """Send a request and return its answer, if it is a 2xx one; raise what a problem stands for.
+
+    ``timeout`` bounds each read and write in seconds; ``chunks`` is sent as a chunked body and read
+    only as fast as the daemon takes it.
+    """
+    sock = connect(paths, connect_timeout)
+    if connected is not None:
+        connected(sock)
+    sock.settimeout(timeout)
+    connection = Connection(sock)
+    try:
+        _send(connection, asked, chunks, timeout)
+        with mapped(timeout, "before an answer"):
+            if asked.waits and connection.sock is not None:
+                connection.sock.settimeout(None)
+            # Keep the socket with the connection: with `Connection: close` http.client would drop it,
+            # and a later timeout could not be set.
+            response = connection.response_class(sock, method=asked.method)
+            response.begin()
+        answer = Answer(connection, response, None if asked.waits else timeout)
+    except BaseException:
+        connection.close()
+        raise
+    if 200 <= answer.status < 300:
+        return answer
+    with answer:
+        raise wire.error_of(answer.status, answer.content_type, answer.read(MAX_PROBLEM))
+
+
+def _send(
+    connection: Connection, asked: wire.Exchange, chunks: Iterable[bytes] | None, timeout: float | None
+) -> None:
+    headers = asked.all_headers()
+    body: bytes | Iterator[bytes] | None = asked.body
+    if chunks is not None:
+        headers |= {"Content-Type": "application/octet-stream", "Transfer-Encoding": "chunked"}
+        body = (piece for piece in chunks if piece)  # an empty chunk would end the body
+    try:
+        connection.request(asked.method, asked.target, body, headers, encode_chunked=chunks is not None)
+    except (BrokenPipeError, ConnectionResetError):
+        # The daemon may refuse a body before it has read it: its answer is already in our buffer.
+        return
+    except TimeoutError:
+        raise wire.timed_out(timeout) from None
