@@ -13,14 +13,14 @@ import io
 import os
 import posixpath
 import stat
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sandboxd import errors
 
 if TYPE_CHECKING:
     import tarfile
     from collections.abc import Iterable
+    from typing import Any
 
 __all__ = ["Packed", "encode", "pack", "split"]
 
@@ -31,14 +31,14 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-@dataclass
 class Packed:
     """The inputs as the wire has them, and what was left out and why."""
 
-    inputs: list[dict[str, Any]] = field(default_factory=list)
-    tar: dict[str, str] | None = None
-    left_out: list[str] = field(default_factory=list)
-    size: int = 0
+    def __init__(self) -> None:
+        self.inputs: list[dict[str, Any]] = []
+        self.tar: dict[str, str] | None = None
+        self.left_out: list[str] = []
+        self.size = 0
 
     def count(self, size: int) -> None:
         """Account for bytes. Raises TooLarge."""
