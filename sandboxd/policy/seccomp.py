@@ -124,7 +124,8 @@ def resolve(base: str, allow: Sequence[str], deny: Sequence[str]) -> tuple[Rule,
     for name in deny:
         _check(name)
         if name == START or name in required.names - NEVER.keys():
-            raise RequiredSyscall(name, required.reason)
+            why = next((e.reason for e in required.entries if e.rule.name == name), required.reason)
+            raise RequiredSyscall(name, why)
         taken = set(GROUPS[name].rules) if name.startswith("@") else {r for r in wanted if r.name == name}
         wanted -= taken - set(required.rules)
     order = {rule: at for at, rule in enumerate(r for group in GROUPS.values() for r in group.rules)}
@@ -231,28 +232,28 @@ def _constant(call: str, index: int, value: int) -> str:
 
 def _arguments(name: str, values: Sequence[int]) -> tuple[str, ...]:
     """The arguments of a call that say why it was denied; none where its name says it all."""
+    found: tuple[str, ...] = ()
     match name:
         case "socket" | "socketpair":
             protocol = (str(values[2]),) if values[2] else ()
             kind = _constant("socket", 1, values[1] & 0xF)
-            return (_constant("socket", 0, values[0]), kind, *protocol)
+            found = (_constant("socket", 0, values[0]), kind, *protocol)
         case "clone" | "unshare":
-            return (_flags(values[0]),)
+            found = (_flags(values[0]),)
         case "setns":
-            return (_flags(values[1]),)
+            found = (_flags(values[1]),)
         case "ioctl":
-            return (_constant("ioctl", 1, values[1]),)
+            found = (_constant("ioctl", 1, values[1]),)
         case "prctl":
-            return (_constant("prctl", 0, values[0]),)
+            found = (_constant("prctl", 0, values[0]),)
         case "personality":
-            return (hex(values[0]),)
+            found = (hex(values[0]),)
         case "mknod" | "mknodat":
             mode = values[1 if name == "mknod" else 2]
-            return ({0x2000: "S_IFCHR", 0x6000: "S_IFBLK"}.get(mode & 0xF000, oct(mode)),)
+            found = ({0x2000: "S_IFCHR", 0x6000: "S_IFBLK"}.get(mode & 0xF000, oct(mode)),)
         case "ptrace" | "seccomp" | "keyctl" | "bpf" | "prlimit64" | "kill":
-            return (str(values[0]), str(values[1]))
-        case _:
-            return ()
+            found = (str(values[0]), str(values[1]))
+    return found
 
 
 def describe(arch: int, nr: int, args: Sequence[int]) -> tuple[str, str]:

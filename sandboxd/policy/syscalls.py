@@ -99,7 +99,7 @@ _PLAIN_FILES = {"regular": 0x8000, "unset, which means regular": 0, "FIFO": 0x10
 _ALL = (
     _group(
         START,
-        "what the parked process needs until execve and every libc needs before main; it cannot be denied",
+        "what the parked process needs until execve and every libc needs before main",
         _allow("read write recvmsg sendmsg poll ppoll",
                "the parked process hands over the listener and waits for its command"),
         _allow("dup dup2 dup3 close close_range fcntl", "it puts the command's descriptors in their places"),
