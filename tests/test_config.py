@@ -93,8 +93,8 @@ def test_all_errors_come_at_once_with_the_nearest_word(tmp_path: Path) -> None:
         ("6:14: http.body: a size needs a unit"),
         ("6:34: http.header_timeout: a duration needs a unit"),
         ("8:1: duplicate key 'queue', first on line 7"),
-        ("10:18: callers.0.match.uid must be greater"),
-        ("10:29: callers.0.role: 'operater' is not one of operator, agent; did you mean 'operator'?"),
+        ("10:19: callers.0.match.uid must be greater"),
+        ("10:30: callers.0.role: 'operater' is not one of operator, agent; did you mean 'operator'?"),
         ("11:13: callers.1.match: give at least one"),
         ("11:30: unknown key 'polices'; did you mean 'policies'?"),
     ]
