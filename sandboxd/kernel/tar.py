@@ -1,0 +1,233 @@
+"""A caller's tar, unpacked into a workspace that no tool has seen yet.
+
+Theory of operation: the archive is hostile, so it is read here block by block (POSIX.1-2017 pax and
+ustar, with the GNU long names) instead of by ``tarfile``, which would hold a whole extended header in
+memory, however large a compressed one claims to be. Only files, directories, symbolic links and hard
+links exist; everything else is refused by name. Writing goes through ``files.Writer``, which cannot
+leave the workspace; how much may be written is bounded by ``Limits`` and by the workspace itself.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import tarfile
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO, cast
+
+from sandboxd import errors, units
+from sandboxd.kernel import files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Limits", "unpack_tar"]
+
+_BLOCK = 512
+_CHUNK = 256 * 1024
+_MAX_EXTENDED = 1 << 20  # pax and GNU long-name headers, each; a path has at most 4 KiB
+_XZ_MEMORY = 128 << 20  # what xz -9 needs to decompress is 65 MiB: xz(1)
+_MAX_RUN = 16  # extended headers before one member; GNU tar writes two
+_MAX_MTIME = 2**33
+_REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one tar may hold: bytes of content, after decompression, and entries."""
+
+    size: int
+    entries: int = 100_000
+
+
+class _Xz(io.RawIOBase):
+    """Decompresses xz with bounded memory, which ``lzma.LZMAFile`` has no parameter for."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = memoryview(data)
+        self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._decoder.eof:
+            chunk = b""
+            if self._decoder.needs_input:
+                chunk, self._data = bytes(self._data[:_CHUNK]), self._data[_CHUNK:]
+                if not chunk:
+                    raise EOFError
+            out = self._decoder.decompress(chunk, len(buffer))
+            if out:
+                buffer[: len(out)] = out
+                return len(out)
+        return 0
+
+
+def _decompressed(data: bytes) -> BinaryIO:
+    if data.startswith(b"\x1f\x8b"):
+        return cast("BinaryIO", gzip.GzipFile(fileobj=io.BytesIO(data)))
+    if data.startswith(b"BZh"):
+        return cast("BinaryIO", bz2.BZ2File(io.BytesIO(data)))
+    if data.startswith(b"\xfd7zXZ\0"):
+        return cast("BinaryIO", io.BufferedReader(_Xz(data), _CHUNK))
+    return io.BytesIO(data)
+
+
+class _Archive:
+    """Reads headers and content in order; every read is bounded."""
+
+    def __init__(self, data: bytes) -> None:
+        self._stream = _decompressed(data)
+        self._global: dict[str, bytes] = {}
+
+    def _read(self, size: int) -> bytes:
+        try:
+            data = self._stream.read(size)
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            raise errors.InvalidRequest(
+                f"the tar cannot be decompressed: {error or 'it is cut off'}"
+            ) from error
+        if len(data) != size:
+            raise errors.InvalidRequest("the tar is cut off")
+        return data
+
+    def content(self, size: int) -> Iterator[bytes]:
+        """The bytes of a member, in chunks, and past its padding."""
+        left = size
+        while left:
+            chunk = self._read(min(left, _CHUNK))
+            left -= len(chunk)
+            yield chunk
+        self._read(-size % _BLOCK)
+
+    def members(self) -> Iterator[tuple[tarfile.TarInfo, bytes, bytes]]:
+        """Each member with its name and link name; its content must be taken before the next."""
+        own: dict[str, bytes] = {}
+        extended = 0
+        while (member := self._header()) is not None:
+            if member.type in _EXTENDED:
+                extended += 1
+                if extended > _MAX_RUN:
+                    raise errors.InvalidRequest("the tar has a run of extended headers with no member")
+                self._extend(member, own)
+                continue
+            pax = self._global | own
+            if "size" in pax:
+                member.size = _number(pax["size"])
+            if any(name.startswith("GNU.sparse.") for name in pax):
+                raise errors.InvalidRequest("the tar has a sparse file; make it without --sparse")
+            name = pax.get("path", member.name.encode("utf-8", "surrogateescape"))
+            link = pax.get("linkpath", member.linkname.encode("utf-8", "surrogateescape"))
+            yield member, name, link
+            own, extended = {}, 0
+
+    def _header(self) -> tarfile.TarInfo | None:
+        block = self._read(_BLOCK)
+        if not any(block):  # a block of zeros is the end
+            return None
+        try:
+            member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise errors.InvalidRequest(f"this is no tar, or it is damaged: {error}") from error
+        if member.size < 0:
+            raise errors.InvalidRequest("the tar has a member of negative size")
+        return member
+
+    def _extend(self, member: tarfile.TarInfo, own: dict[str, bytes]) -> None:
+        if member.size > _MAX_EXTENDED:
+            most = units.format_size(_MAX_EXTENDED)
+            raise errors.TooLarge(f"a header of the tar is over {most}", limit=_MAX_EXTENDED)
+        data = b"".join(self.content(member.size))
+        if member.type == tarfile.XHDTYPE:
+            own.update(_pax(data))
+        elif member.type == tarfile.XGLTYPE:
+            self._global.update(_pax(data))
+        else:
+            own["path" if member.type == tarfile.GNUTYPE_LONGNAME else "linkpath"] = data.rstrip(b"\0")
+
+
+def _number(text: bytes) -> int:
+    if not text.isdigit() or len(text) > 18:
+        raise errors.InvalidRequest("the tar has an extended header with a bad number")
+    return int(text)
+
+
+def _pax(data: bytes) -> dict[str, bytes]:
+    """The records (``<length> <key>=<value>`` and a newline) of a pax extended header (POSIX.1-2017, pax)."""
+    found: dict[str, bytes] = {}
+    while data:
+        digits, _, _ = data[:20].partition(b" ")
+        length = _number(digits)
+        record = data[len(digits) + 1 : length]
+        key, equals, value = record.partition(b"=")
+        if length > len(data) or not equals or not value.endswith(b"\n"):
+            raise errors.InvalidRequest("the tar has a damaged extended header")
+        name = key.decode("utf-8", "replace")
+        if name in {"path", "linkpath", "size"} or name.startswith("GNU.sparse."):
+            found[name] = value[:-1]
+        data = data[length:]
+    return found
+
+
+def _parts(name: bytes) -> list[bytes]:
+    """The components of a member's name; the ``./`` and the trailing ``/`` that tar writes are dropped."""
+    if name.startswith(b"/"):
+        raise errors.InvalidRequest(f"the tar has an absolute name: {ascii(name)[:200]}")
+    kept = b"/".join(part for part in name.split(b"/") if part != b".").rstrip(b"/")
+    return files.split_path(kept) if kept else []
+
+
+def unpack_tar(root: int, data: bytes, uid: int, gid: int, limits: Limits) -> int:
+    """Unpack a tar (plain, gzip, bzip2 or xz) into a workspace, owned by these host ids.
+
+    Names are relative; a later member replaces an earlier one that is no directory; set-id bits, owners
+    and extended attributes are dropped. Blocks; call it in a thread. Returns the number of members.
+    Raises InvalidRequest for what is damaged, hostile or of another kind, TooLarge over ``limits`` or
+    when the workspace is full, HostFailed.
+    """
+    archive = _Archive(data)
+    count = total = 0
+    with files.Writer(root, uid, gid, replace=True) as writer:
+        for member, name, link in archive.members():
+            count += 1
+            total += member.size
+            if count > limits.entries:
+                most = units.format_count(limits.entries)
+                raise errors.TooLarge(f"the tar has more than {most} members", limit=limits.entries)
+            if total > limits.size:
+                most = units.format_size(limits.size)
+                raise errors.TooLarge(f"the tar unpacks to more than {most}", limit=limits.size)
+            _write(writer, archive, member, _parts(name), link)
+    return count
+
+
+def _write(
+    writer: files.Writer, archive: _Archive, member: tarfile.TarInfo, parts: list[bytes], link: bytes
+) -> None:
+    if not parts:
+        if member.isdir() and not member.size:
+            return  # "./": the workspace itself, whose mode is not the tar's to say
+        raise errors.InvalidRequest("the tar has a member with an empty name")
+    if member.type in _REGULAR:
+        mtime = int(member.mtime) if 0 <= member.mtime < _MAX_MTIME else None
+        writer.file(parts, archive.content(member.size), member.mode, mtime)
+        return
+    shown = ascii(b"/".join(parts))[:200]
+    if member.size:
+        raise errors.InvalidRequest(f"the tar has content where none belongs: {shown}")
+    if member.isdir():
+        writer.directory(parts, member.mode)
+    elif member.issym():
+        writer.symlink(parts, link)
+    elif member.islnk():
+        target = _parts(link)
+        if not target:
+            raise errors.InvalidRequest(f"the tar has a hard link to nothing: {shown}")
+        writer.hard_link(parts, target)
+    else:
+        raise errors.InvalidRequest(f"the tar has a member that is no file, directory or link: {shown}")
