@@ -1,0 +1,78 @@
+/*
+ * What has to happen in a fresh, single-threaded process on the host's side of a container.
+ *
+ *   sandboxd-launch run CONTROL_FD CGROUP_PROCS... -- RUNTIME ARG...
+ *       joins the named cgroups, makes CONTROL_FD descriptor 3, and executes the OCI runtime, so
+ *       that the runtime and all that it makes are inside the container's cgroup from the start.
+ *
+ *   sandboxd-launch userns
+ *       makes a user namespace, writes a line, waits for a line (the parent has written the id maps),
+ *       closes the door to further user namespaces below it, writes a line, and waits for EOF (the
+ *       parent has opened the namespace).
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static int write_text(const char *path, const char *text)
+{
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -1;
+    ssize_t n = write(fd, text, strlen(text));
+    close(fd);
+    return n < 0 ? -1 : 0;
+}
+
+static int fail(const char *what)
+{
+    fprintf(stderr, "sandboxd-launch: %s: %s\n", what, strerror(errno));
+    return 125;
+}
+
+static int run(char **argv)
+{
+    int control = atoi(argv[0]);
+    char **at = argv + 1;
+    for (; *at && strcmp(*at, "--") != 0; at++)
+        if (write_text(*at, "0") < 0)
+            return fail(*at);
+    if (!*at || !at[1])
+        return errno = EINVAL, fail("run");
+    if (control == 3 ? fcntl(3, F_SETFD, 0) < 0 : dup2(control, 3) < 0)
+        return fail("dup2");
+    if (control > 3)
+        close(control);
+    execvp(at[1], at + 1);
+    return fail(at[1]);
+}
+
+static int userns(void)
+{
+    char byte;
+    if (unshare(CLONE_NEWUSER) < 0)
+        return fail("unshare");
+    if (write(1, "\n", 1) != 1 || read(0, &byte, 1) != 1)
+        return fail("parent");
+    /* /proc/sys/user speaks of the user namespace of the process that opens it, user_namespaces(7) */
+    if (write_text("/proc/sys/user/max_user_namespaces", "0") < 0)
+        return fail("max_user_namespaces");
+    if (write(1, "\n", 1) != 1 || read(0, &byte, 1) != 0)
+        return fail("parent");
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    if (argc > 4 && strcmp(argv[1], "run") == 0)
+        return run(argv + 2);
+    if (argc == 2 && strcmp(argv[1], "userns") == 0)
+        return userns();
+    fputs("sandboxd-launch: see launch.c\n", stderr);
+    return 125;
+}

@@ -1,0 +1,252 @@
+"""The daemon's end of the control connection to a container's PID 1; ``init.c`` is the other.
+
+A frame is a 12-byte header (payload length, type, version, exec id) and a payload, native byte order:
+both ends are on one host. Descriptors travel with a frame's first byte.
+
+    daemon -> init   SETUP    ids, umask, rlimits and the filter of the tool process
+                     EXEC     the command; stdin, stdout, stderr as descriptors
+                     SIGNAL   to the tool's process group
+    init -> daemon   HELLO    PID 1 runs
+                     PARKED   the tool process waits; the listener of its filter as a descriptor
+                     STARTED | EXEC_FAILED (errno)
+                     EXITED   wait status and rusage
+                     FAILED   errno and stage; PID 1 ends
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Self
+
+from sandboxd import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+__all__ = ["Control", "Exited", "ExecFailed", "Gone", "Rlimit", "Setup", "Started"]
+
+VERSION = 1
+HEADER = struct.Struct("=IHHI")
+SETUP = struct.Struct("=IIIiII")
+RLIMIT = struct.Struct("=QQQ")
+EXEC = struct.Struct("=IIQ")
+EXITED = struct.Struct("=iIQQQ")
+MAX_PAYLOAD = 1 << 16  # of what init sends
+
+
+class Type(IntEnum):
+    """Frame types; the numbers are those of ``init.c``."""
+
+    SETUP = 1
+    EXEC = 2
+    SIGNAL = 3
+    HELLO = 64
+    PARKED = 65
+    STARTED = 66
+    EXEC_FAILED = 67
+    EXITED = 68
+    FAILED = 69
+
+
+@dataclass(frozen=True)
+class Rlimit:
+    """One ``setrlimit(2)``: a constant of ``resource`` and both values."""
+
+    resource: int
+    soft: int
+    hard: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the parked process becomes before it waits. ``bpf`` is a ``struct sock_filter[]``."""
+
+    uid: int
+    gid: int
+    umask: int
+    oom_score_adj: int
+    rlimits: tuple[Rlimit, ...]
+    bpf: bytes
+
+    def pack(self) -> bytes:
+        """The payload of SETUP."""
+        head = SETUP.pack(
+            self.uid, self.gid, self.umask, self.oom_score_adj, len(self.rlimits), len(self.bpf) // 8
+        )
+        limits = b"".join(RLIMIT.pack(limit.resource, limit.soft, limit.hard) for limit in self.rlimits)
+        return head + limits + self.bpf
+
+
+@dataclass(frozen=True)
+class Started:
+    """The command is executing."""
+
+
+@dataclass(frozen=True)
+class ExecFailed:
+    """``execve`` or what comes right before it failed with this errno."""
+
+    errno: int
+
+
+@dataclass(frozen=True)
+class Exited:
+    """How the tool process ended. Times in microseconds, ``max_rss`` in bytes."""
+
+    status: int
+    user: int
+    system: int
+    max_rss: int
+
+
+@dataclass(frozen=True)
+class Gone:
+    """PID 1 ended or failed; ``reason`` is what it said, if it said anything."""
+
+    reason: str
+
+
+Report = Started | ExecFailed | Exited | Gone
+
+
+class Control:
+    """One control connection. Owns its socket; ``setup`` blocks, all the rest is for the event loop."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = bytearray()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection, which ends the container. Safe to call twice."""
+        self._sock.close()
+
+    def setup(self, setup: Setup, timeout: float) -> int:
+        """Park the tool process; returns the descriptor of its filter's listener.
+
+        Blocks for at most ``timeout`` seconds per step. Raises EngineFailed.
+        """
+        self._sock.settimeout(timeout)
+        listener: int | None = None
+        try:
+            self._expect(Type.HELLO)
+            self._sock.sendall(self._frame(Type.SETUP, setup.pack()))
+            fds = self._expect(Type.PARKED)
+            if len(fds) != 1:
+                raise errors.EngineFailed("PID 1 parked the tool process without a listener")
+            listener = fds[0]
+        except OSError as error:
+            raise errors.EngineFailed(f"PID 1 did not answer: {error}") from error
+        self._sock.setblocking(False)
+        return listener
+
+    async def execute(
+        self, argv: Sequence[bytes], env: Sequence[bytes], cwd: bytes, deadline: int, stdio: Sequence[int]
+    ) -> None:
+        """Hand over the command; PID 1 ends by itself ``deadline`` microseconds from now."""
+        strings = b"\0".join([cwd, *argv, *env, b""])
+        frame = self._frame(Type.EXEC, EXEC.pack(len(argv), len(env), deadline) + strings)
+        try:
+            sent = socket.send_fds(self._sock, [frame], list(stdio))
+            if sent < len(frame):
+                await asyncio.get_running_loop().sock_sendall(self._sock, frame[sent:])
+        except OSError as error:
+            raise errors.EngineFailed(f"PID 1 does not take the command: {error}") from error
+
+    async def signal(self, number: int) -> None:
+        """Send a signal to the tool's process group; nothing happens when it has ended."""
+        try:
+            await asyncio.get_running_loop().sock_sendall(
+                self._sock, self._frame(Type.SIGNAL, struct.pack("=i", number))
+            )
+        except OSError:
+            return
+
+    async def report(self) -> Report:
+        """The next thing that PID 1 says; ``Gone`` at the end, and ever after."""
+        loop = asyncio.get_running_loop()
+        while True:
+            frame = self._parse()
+            if frame is not None:
+                return self._decode(*frame)
+            try:
+                data = await loop.sock_recv(self._sock, 4096)
+            except OSError as error:
+                return Gone(str(error))
+            if not data:
+                return Gone("PID 1 ended")
+            self._buffer += data
+
+    def alive(self) -> bool:
+        """Whether the connection is open and PID 1 has said nothing unasked."""
+        try:
+            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    @staticmethod
+    def _frame(kind: Type, payload: bytes) -> bytes:
+        return HEADER.pack(len(payload), kind, VERSION, 0) + payload
+
+    def _parse(self) -> tuple[Type, bytes] | None:
+        if len(self._buffer) < HEADER.size:
+            return None
+        length, kind, version, _ = HEADER.unpack_from(self._buffer)
+        if version != VERSION or length > MAX_PAYLOAD:
+            raise errors.EngineFailed(f"PID 1 speaks version {version} of the control protocol")
+        if len(self._buffer) < HEADER.size + length:
+            return None
+        payload = bytes(self._buffer[HEADER.size : HEADER.size + length])
+        del self._buffer[: HEADER.size + length]
+        return Type(kind), payload
+
+    def _expect(self, wanted: Type) -> list[int]:
+        fds: list[int] = []
+        try:
+            while (frame := self._parse()) is None:
+                data, received, _, _ = socket.recv_fds(self._sock, 4096, 3, socket.MSG_CMSG_CLOEXEC)
+                fds += received
+                if not data:
+                    raise errors.EngineFailed("PID 1 ended before the tool process was parked")
+                self._buffer += data
+            kind, payload = frame
+            if kind is not wanted:
+                report = self._decode(kind, payload)
+                raise errors.EngineFailed(f"PID 1: {report.reason if isinstance(report, Gone) else report}")
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return fds
+
+    @staticmethod
+    def _decode(kind: Type, payload: bytes) -> Report:
+        match kind:
+            case Type.STARTED:
+                return Started()
+            case Type.EXEC_FAILED:
+                return ExecFailed(struct.unpack("=i", payload)[0])
+            case Type.EXITED:
+                status, _, user, system, max_rss = EXITED.unpack(payload)
+                return Exited(status, user, system, max_rss * 1024)
+            case Type.FAILED:
+                number, _, stage = payload.decode(errors="replace").partition(" ")
+                return Gone(f"{stage}: {os.strerror(int(number))}")
+            case _:
+                raise errors.EngineFailed(f"PID 1 sent an unexpected frame of type {kind}")

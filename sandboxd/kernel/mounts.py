@@ -1,0 +1,160 @@
+"""Mounts by descriptor: the new mount API (``fsopen(2)``, ``open_tree(2)``, ``mount_setattr(2)``).
+
+The daemon makes every mount of a container in a mount namespace of its own, so none of them is ever
+visible to the host, and all of them go with the daemon, however it ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = [
+    "MountEntry",
+    "attach",
+    "clone_tree",
+    "detach",
+    "hide_hybrid_cgroup2",
+    "new_mount",
+    "parse_mountinfo",
+    "private_namespace",
+    "set_attributes",
+]
+
+CLONE_NEWNS = 0x00020000
+MS_REC, MS_SLAVE = 0x4000, 0x80000
+MNT_DETACH = 2
+AT_EMPTY_PATH, AT_RECURSIVE = 0x1000, 0x8000
+OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
+MOVE_MOUNT_F_EMPTY_PATH = 0x4
+FSOPEN_CLOEXEC = FSMOUNT_CLOEXEC = 1
+FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 0, 1, 6
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 1, 2, 4, 8
+MOUNT_ATTR_IDMAP = 0x00100000
+# The numbers of the system calls added since Linux 5.0 are the same on every architecture.
+SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT = 428, 429, 430, 431, 432
+SYS_MOUNT_SETATTR = 442
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+def _call(what: str, number: int, *arguments: int | bytes | None) -> int:
+    converted = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
+    result: int = _libc.syscall(ctypes.c_long(number), *converted)
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+    return result
+
+
+def private_namespace() -> None:
+    """Give the calling process a mount namespace of its own, into which the host's later mounts flow.
+
+    Must be called before the process has other threads. Raises OSError.
+    """
+    if _libc.unshare(CLONE_NEWNS) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"unshare: {os.strerror(code)}")
+    if _libc.mount(b"none", b"/", None, ctypes.c_ulong(MS_REC | MS_SLAVE), None) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mount --make-rslave /: {os.strerror(code)}")
+
+
+def hide_hybrid_cgroup2() -> None:
+    """On a hybrid cgroup host take the cgroup2 mount off this namespace, since crun refuses hybrid hosts.
+
+    The host's mount is untouched. Only for a process in a mount namespace of its own. Raises OSError.
+    """
+    entries = parse_mountinfo(Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
+    if any(entry.kind == "cgroup" for entry in entries):
+        for entry in entries:
+            if entry.kind == "cgroup2":
+                detach(Path(entry.target))
+
+
+def new_mount(kind: str, options: Mapping[str, str], *, executable: bool = True) -> int:
+    """A detached mount of a new file system, ``nosuid,nodev``; returns its descriptor. Raises OSError."""
+    context = _call(f"fsopen {kind}", SYS_FSOPEN, kind.encode(), FSOPEN_CLOEXEC)
+    try:
+        for key, value in options.items():
+            _call(f"fsconfig {key}={value}", SYS_FSCONFIG, context, FSCONFIG_SET_STRING, key.encode(),
+                  value.encode(), 0)  # fmt: skip
+        _call(f"fsconfig {kind}", SYS_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
+        attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | (0 if executable else MOUNT_ATTR_NOEXEC)
+        return _call(f"fsmount {kind}", SYS_FSMOUNT, context, FSMOUNT_CLOEXEC, attributes)
+    finally:
+        os.close(context)
+
+
+def clone_tree(path: Path, *, recursive: bool = False) -> int:
+    """A detached copy of the mount at ``path``; returns its descriptor. Raises OSError."""
+    flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | (AT_RECURSIVE if recursive else 0)
+    return _call(f"open_tree {path}", SYS_OPEN_TREE, -100, os.fsencode(path), flags)
+
+
+def set_attributes(mount: int, *, read_only: bool, userns: int | None) -> None:
+    """Make a detached mount ``nosuid,nodev``, read-only if asked, and id-mapped by a user namespace.
+
+    Linux 5.12 (``mount_setattr``), 5.19 for layers of overlayfs. Raises OSError.
+    """
+    attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
+    if read_only:
+        attributes |= MOUNT_ATTR_RDONLY
+    if userns is not None:
+        attributes |= MOUNT_ATTR_IDMAP
+    packed = struct.pack("=QQQQ", attributes, 0, 0, userns or 0)
+    _call("mount_setattr", SYS_MOUNT_SETATTR, mount, b"", AT_EMPTY_PATH, packed, len(packed))
+
+
+def attach(mount: int, target: Path) -> None:
+    """Attach a detached mount at a path. Raises OSError."""
+    _call(f"move_mount {target}", SYS_MOVE_MOUNT, mount, b"", -100, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
+
+
+def detach(target: Path) -> None:
+    """Take the topmost mount off a path, lazily. Raises OSError (EINVAL: nothing is mounted there)."""
+    if _libc.umount2(os.fsencode(target), MNT_DETACH) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"umount {target}: {os.strerror(code)}")
+
+
+@dataclass(frozen=True)
+class MountEntry:
+    """One line of ``/proc/PID/mountinfo``, proc_pid_mountinfo(5)."""
+
+    device: str
+    root: str
+    target: str
+    options: frozenset[str]
+    kind: str
+    source: str
+    super_options: dict[str, str]
+
+
+def _unescape(field: str) -> str:
+    if "\\" not in field:
+        return field
+    return field.encode().decode("unicode_escape").encode("latin-1").decode(errors="surrogateescape")
+
+
+def parse_mountinfo(text: str) -> list[MountEntry]:
+    """The mounts of a ``mountinfo`` file, in its order: a later one at the same target hides an earlier."""
+    entries = []
+    for line in text.splitlines():
+        left, _, right = line.partition(" - ")
+        _, _, device, root, target, options, *_ = left.split(" ")
+        kind, source, super_options = right.split(" ", 2)
+        pairs = (option.partition("=") for option in super_options.split(","))
+        entries.append(
+            MountEntry(device, _unescape(root), _unescape(target), frozenset(options.split(",")), kind,
+                       _unescape(source), {key: value for key, _, value in pairs})  # fmt: skip
+        )
+    return entries

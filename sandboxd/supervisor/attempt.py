@@ -1,0 +1,319 @@
+"""One attempt of one call: from a parked slot to a result.
+
+Theory of operation.  The slot is made or given, the inputs are put into its workspace, the request's
+narrowing into its cgroup, and the receipt is read; only then is the command handed over. From there
+five things watch at once, and the first that speaks decides how the call ended: PID 1 (exit, exec
+failure), the wall clock, the CPU clock, an output cap that kills, and whoever cancels. Then the whole
+container is killed, whatever forked; that ends the pipes, so the streams can be read to their end;
+then the counters are read, the outcome classified, artifacts collected, and the slot destroyed.
+
+A fault of ours is an ``AttemptFailed`` and becomes the outcome ``failed``; it never escapes ``run``.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import anyio
+import anyio.to_thread
+
+from sandboxd import artifacts, errors
+from sandboxd.engine.oci import cgroup_limits
+from sandboxd.init.protocol import Exited, ExecFailed, Gone, Started
+from sandboxd.kernel import files, tar
+from sandboxd.models import Cause, Denial, Event, Failure, Outcome, Usage
+from sandboxd.policy import seccomp
+from sandboxd.supervisor import receipt as receipts
+from sandboxd.supervisor.ending import CommandFailed, Ended, Ending, Evidence, Lost, Stopped, classify
+from sandboxd.supervisor.ending import limits_reached as reached
+from sandboxd.supervisor.streams import OutputPipe, Stdin
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sandboxd.blobs import BlobStore
+    from sandboxd.engine.base import Engine, Slot
+    from sandboxd.journal.spool import Spool
+    from sandboxd.models import Artifact, LimitReached, Receipt, Withheld
+    from sandboxd.plan import Plan
+
+__all__ = ["Attempt", "Payload", "Result"]
+
+GRACE = 30_000_000  # microseconds after the wall limit until PID 1 ends by itself
+CPU_POLL_MIN = 0.01  # seconds
+STEADY = 2**40  # microseconds: a deadline for PID 1 when nothing else is set
+
+
+@dataclass(frozen=True)
+class Payload:
+    """The bytes that travel beside a plan."""
+
+    inputs: tuple[tuple[str, bytes, int], ...] = ()
+    tar: bytes | None = None
+    stdin: bytes | None = None
+
+
+@dataclass
+class Result:
+    """What an attempt leaves. Only ``outcome`` is always there."""
+
+    outcome: Outcome
+    receipt: Receipt | None = None
+    usage: Usage | None = None
+    denials: list[Denial] = field(default_factory=list)
+    limits_reached: list[LimitReached] = field(default_factory=list)
+    artifacts: list[Artifact] = field(default_factory=list)
+    withheld: list[Withheld] = field(default_factory=list)
+
+
+class Attempt:
+    """Runs once. ``cancel``, ``signal`` and ``stdin`` may be used from other tasks meanwhile."""
+
+    def __init__(self, plan: Plan, payload: Payload, *, engine: Engine, spool: Spool, blobs: BlobStore,
+                 deadline: float | None, on_state: Callable[[Literal["running", "collecting"]], None]) -> None:  # fmt: skip
+        """``deadline`` is a time of ``time.monotonic()``, for the call as a whole."""
+        self._plan = plan
+        self._payload = payload
+        self._engine = engine
+        self._spool = spool
+        self._blobs = blobs
+        self._deadline = deadline
+        self._on_state = on_state
+        self._over = anyio.Event()
+        self._ending: Ending | None = None
+        self._slot: Slot | None = None
+        self._handed_over = 0.0
+        self._cpu_before = 0
+        self.stdin = Stdin()
+
+    def cancel(self) -> None:
+        """End the call with the outcome ``cancelled``, unless it has ended."""
+        self._end(Stopped("cancelled"))
+
+    async def signal(self, number: int) -> None:
+        """Send a signal to the tool's process group. Raises StateConflict when nothing runs."""
+        if self._slot is None or self._handed_over == 0 or self._ending is not None:
+            raise errors.StateConflict("the call is not running; a signal needs a running command")
+        await self._slot.control.signal(number)
+
+    async def run(self) -> Result:
+        """Run to the end. Does not raise but for the cancellation of its task, and leaves no slot."""
+        result = Result(_failed(errors.Interrupted("the daemon stopped")))
+        try:
+            await self._run(result)
+        except errors.AttemptFailed as error:
+            result.outcome = _failed(error)
+        except errors.TooLarge as error:  # the workspace cannot hold the inputs
+            result.outcome = _failed(errors.HostFailed(str(error), **error.details))
+        except errors.InvalidRequest as error:
+            result.outcome = _failed(errors.HostFailed(str(error), **error.details))
+        except OSError as error:
+            result.outcome = _failed(errors.HostFailed(f"the host refused what the call needs: {error}"))
+        finally:
+            self.stdin.close()
+        return result
+
+    async def _run(self, result: Result) -> None:
+        async with AsyncExitStack() as stack:
+            slot = await self._engine.create(self._plan.shape)
+            stack.push_async_callback(self._engine.destroy, slot)
+            self._slot = slot
+            await anyio.to_thread.run_sync(self._fill_workspace, slot)
+            if self._plan.limits != self._plan.shape.limits:
+                slot.cgroup.set(cgroup_limits(self._plan.limits, None))
+            result.receipt = receipts.read_receipt(slot, self._plan.limits)
+            receipts.check(result.receipt)
+            tmp = os.open(f"/proc/{slot.tool_pid}/root/tmp", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, tmp)
+            ending, wall = await self._supervise(slot, stack)
+            self._on_state("collecting")
+            evidence = self._evidence(slot, tmp)
+            self._report(slot, ending, evidence, wall, result)
+            if not isinstance(ending, CommandFailed):
+                await self._collect(slot, result)
+
+    def _fill_workspace(self, slot: Slot) -> None:
+        owner = slot.shape.process
+        uid, gid = slot.id_base + owner.uid, slot.id_base + owner.gid
+        files.write_inputs(slot.workspace_fd, self._payload.inputs, uid, gid)
+        if self._payload.tar is not None:
+            limits = tar.Limits()
+            tar.unpack_tar(slot.workspace_fd, self._payload.tar, uid, gid, limits)
+
+    async def _supervise(self, slot: Slot, stack: AsyncExitStack) -> tuple[Ending, int]:
+        owner = slot.shape.process
+        ids = slot.id_base + owner.uid, slot.id_base + owner.gid
+        pipes = {}
+        for name in ("stdout", "stderr"):
+            pipes[name] = OutputPipe(*ids, self._sink(name))  # type: ignore[arg-type]
+            stack.callback(pipes[name].close)
+        stdin = self._open_stdin(ids)
+        slot.cgroup.reset_peak()
+        self._cpu_before = slot.cgroup.cpu_total()
+        command, limits = self._plan.command, self._plan.limits
+        try:
+            if self._ending is None:
+                self._handed_over = time.monotonic()
+                await slot.control.execute(
+                    [_decode(item) for item in command.argv],
+                    [f"{key}={value}".encode() for key, value in command.env.items()],
+                    command.cwd.encode(),
+                    limits.wall + GRACE,
+                    [stdin, pipes["stdout"].inner, pipes["stderr"].inner],
+                )
+                self._on_state("running")
+        finally:
+            os.close(stdin)
+            for pipe in pipes.values():
+                pipe.handed_over()
+        async with anyio.create_task_group() as watchers:
+            watchers.start_soon(self._watch_init, slot)
+            watchers.start_soon(self._watch_wall)
+            if limits.cpu_time is not None:
+                watchers.start_soon(self._watch_cpu, slot, limits.cpu_time, limits.cpus)
+            if self._payload.stdin is not None:
+                watchers.start_soon(self._feed, self._payload.stdin)
+            await self._over.wait()
+            watchers.cancel_scope.cancel()
+        ended = time.monotonic()
+        await self._engine.kill(slot)
+        for pipe in pipes.values():
+            await pipe.finished()
+        assert self._ending is not None  # noqa: S101  (that is what over means)
+        return self._ending, int((ended - self._handed_over) * 1e6) if self._handed_over else 0
+
+    def _open_stdin(self, ids: tuple[int, int]) -> int:
+        if self._plan.command.stdin == "none":
+            return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        return self.stdin.open(*ids)
+
+    async def _feed(self, data: bytes) -> None:
+        await self.stdin.write(0, data)
+        await self.stdin.finish()
+
+    def _sink(self, stream: Literal["stdout", "stderr"]) -> Callable[[bytes], None]:
+        kill = self._plan.limits.on_output == "kill"
+
+        def sink(data: bytes) -> None:
+            stored = self._spool.append(stream, data)
+            if kill and stored < len(data):
+                self._end(Stopped(stream))
+
+        return sink
+
+    def _end(self, ending: Ending) -> None:
+        if self._ending is None:
+            self._ending = ending
+            self._over.set()
+
+    async def _watch_init(self, slot: Slot) -> None:
+        while True:
+            report = await slot.control.report()
+            match report:
+                case Started():
+                    continue
+                case ExecFailed(number):
+                    self._end(CommandFailed(number))
+                case Exited(status):
+                    self._end(Ended(status))
+                case Gone(reason):
+                    self._end(Lost(reason))
+            return
+
+    async def _watch_wall(self) -> None:
+        wall = self._handed_over + self._plan.limits.wall / 1e6
+        if self._deadline is not None and self._deadline < wall:
+            await anyio.sleep(self._deadline - time.monotonic())
+            self._end(Stopped("deadline"))
+        else:
+            await anyio.sleep(wall - time.monotonic())
+            self._end(Stopped("wall"))
+
+    async def _watch_cpu(self, slot: Slot, limit: int, cpus: int) -> None:
+        fastest = min(cpus / 1000, os.cpu_count() or 1)  # CPU seconds that can be used in a second
+        while (left := limit - (slot.cgroup.cpu_total() - self._cpu_before)) > 0:
+            await anyio.sleep(max(CPU_POLL_MIN, left / 1e6 / fastest))
+        self._end(Stopped("cpu_time"))
+
+    def _evidence(self, slot: Slot, tmp: int) -> Evidence:
+        workspace, temporary = os.fstatvfs(slot.workspace_fd), os.fstatvfs(tmp)
+        return Evidence(
+            oom_kills=slot.cgroup.oom_kills(),
+            pids_denied=slot.cgroup.pids_denied(),
+            cpu_total=slot.cgroup.cpu_total() - self._cpu_before,
+            stdout_dropped=self._spool.dropped("stdout"),
+            stderr_dropped=self._spool.dropped("stderr"),
+            workspace_full=workspace.f_bfree == 0,
+            workspace_inodes_gone=workspace.f_ffree == 0,
+            tmp_full=temporary.f_bfree == 0 or temporary.f_ffree == 0,
+        )
+
+    def _report(self, slot: Slot, ending: Ending, evidence: Evidence, wall: int, result: Result) -> None:
+        deadline = None if self._deadline is None else int((self._deadline - self._handed_over) * 1e6)
+        argv0 = _decode(self._plan.command.argv[0]).decode(errors="backslashreplace")
+        outcome = classify(ending, evidence, self._plan.limits, argv0, deadline)
+        result.limits_reached = reached(ending, evidence, self._plan.limits)
+        result.denials = _denials(slot)
+        for denial in result.denials:
+            self._spool.add(Event(seq=0, at=0, type="denied", denial=denial))
+        for limit in result.limits_reached:
+            self._spool.add(Event(seq=0, at=0, type="limit", limit=limit))
+        used = slot.cgroup.usage()
+        result.usage = Usage(
+            wall=wall,
+            cpu_user=used.cpu_user_us,
+            cpu_system=used.cpu_system_us,
+            memory_peak=used.memory_peak,
+            pids_peak=used.pids_peak,
+            io_read=used.io_read,
+            io_written=used.io_written,
+            stdout=self._spool.written("stdout"),
+            stderr=self._spool.written("stderr"),
+        )
+        if outcome is None:
+            reason = ending.reason if isinstance(ending, Lost) else "no report"
+            raise errors.EngineFailed(f"the container's PID 1 was lost: {reason}")
+        result.outcome = outcome
+
+    async def _collect(self, slot: Slot, result: Result) -> None:
+        plan = self._plan
+        if plan.artifacts:
+            result.artifacts, result.withheld = await anyio.to_thread.run_sync(
+                artifacts.collect, slot.workspace_fd, plan.artifacts, plan.narrowed_artifacts, self._blobs
+            )
+
+
+def _denials(slot: Slot) -> list[Denial]:
+    found = []
+    for denied in slot.listener.counts():
+        name, detail = seccomp.describe(denied.arch, denied.nr, denied.args)
+        number = seccomp.answer(denied.arch, denied.nr)
+        found.append(Denial(kind="syscall", name=name, count=denied.count, detail=detail,
+                            errno=errors_name(number)))  # fmt: skip
+    return found
+
+
+def errors_name(number: int) -> str:
+    """``EPERM`` for 1."""
+    import errno  # noqa: PLC0415  (the name is taken in this module)
+
+    return errno.errorcode.get(number, str(number))
+
+
+def _decode(item: dict[str, str]) -> bytes:
+    if "base64" in item:
+        return base64.b64decode(item["base64"])
+    return item["text"].encode()
+
+
+def _failed(error: errors.AttemptFailed) -> Outcome:
+    return Outcome(
+        cause=Cause.FAILED,
+        message=f"{error}",
+        error=Failure(code=error.code, message=str(error), details=error.details),
+    )
