@@ -12,12 +12,41 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from sandboxd import canonical
+from sandboxd import canonical, units
+from sandboxd.errors import ControlNotSupported, InvalidRequest, RequestTooWide
+from sandboxd.models import Bytes
+from sandboxd.policy import paths
+from sandboxd.policy.explain import on_output
+from sandboxd.policy.quantities import MIN_MEMORY
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sandboxd.models import Input, Narrowing, Request
+    from sandboxd.policy import Policy
     from sandboxd.policy.seccomp import Rule
 
-__all__ = ["Command", "ImageRef", "InputRef", "Limits", "Mount", "Plan", "Root", "Shape", "ToolProcess"]
+__all__ = [
+    "Command",
+    "ImageRef",
+    "InputRef",
+    "Limits",
+    "Mount",
+    "Plan",
+    "Root",
+    "Shape",
+    "ToolProcess",
+    "make_plan",
+    "make_shape",
+]
+
+DEFAULT_ENV = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/tmp",  # noqa: S108, the one directory beside the workspace that any tool can write
+    "TMPDIR": "/tmp",  # noqa: S108, the container's own tmpfs
+    "LANG": "C.UTF-8",
+}
+"""What every command gets unless its policy or its request says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -142,3 +171,176 @@ class Plan(Data):
     artifacts: tuple[tuple[str, int | None], ...]
     """Patterns that the policy releases, each with its largest file size."""
     narrowed_artifacts: tuple[str, ...] | None
+
+
+def make_shape(policy: Policy, image: ImageRef) -> Shape:
+    """The shape of a policy on an image: everything but the command, with no default left open."""
+    spec = policy.spec
+    limits, process, root = spec.limits, spec.process, spec.filesystem
+    overlay = root.root == "overlay"
+    return Shape(
+        policy=policy.name,
+        policy_digest=policy.digest,
+        image=image,
+        limits=Limits(
+            wall=limits.wall,
+            cpu_time=limits.cpu_time,
+            cpus=limits.cpus,
+            memory=limits.memory,
+            pids=limits.pids,
+            open_files=limits.open_files,
+            file_size=limits.file_size,
+            workspace_size=limits.workspace.size,
+            workspace_inodes=limits.workspace.inodes,
+            tmp_size=limits.tmp.size,
+            tmp_inodes=limits.tmp.inodes,
+            stdout=limits.stdout.size,
+            stderr=limits.stderr.size,
+            on_output=on_output(policy),
+            io_read=limits.io.read,
+            io_write=limits.io.write,
+        ),
+        process=ToolProcess(
+            uid=process.user,
+            gid=process.user if process.group is None else process.group,
+            user_namespace=process.user_namespace,
+            hostname=process.hostname,
+            umask=process.umask,
+        ),
+        root=Root(root.root, root.size if overlay else 0, root.inodes if overlay else 0),
+        mounts=tuple(Mount(mount.source, mount.target) for mount in spec.mounts),
+        syscalls=policy.syscalls,
+        network="none",
+    )
+
+
+def make_plan(policy: Policy, shape: Shape, request: Request) -> Plan:
+    """The plan of a request under its policy's shape.
+
+    Raises RequestTooWide if the request asks for more than the policy allows, InvalidRequest for a
+    path, pattern, variable or limit that is malformed, ControlNotSupported for a session.
+    """
+    if request.session is not None:
+        raise ControlNotSupported("sessions are not supported by this release", field="session")
+    inputs = _inputs(request.inputs, shape.limits)
+    return Plan(
+        shape=shape,
+        command=_command(policy, request),
+        limits=_narrow(shape.limits, request.limits),
+        inputs=inputs,
+        tar=None if request.tar is None else canonical.digest_bytes(request.tar.decode()),
+        artifacts=tuple((artifact.path, artifact.max_size) for artifact in policy.artifacts),
+        narrowed_artifacts=_patterns(request.artifacts),
+    )
+
+
+def _narrow(limits: Limits, asked: Narrowing) -> Limits:
+    cpus = None
+    if asked.cpus is not None:
+        try:
+            cpus = units.parse_cpus(asked.cpus)
+        except ValueError as error:
+            raise InvalidRequest(f"limits.cpus: {error}", field="limits.cpus") from None
+    if asked.memory is not None and asked.memory < MIN_MEMORY:
+        least = units.format_size(MIN_MEMORY)
+        raise InvalidRequest(f"limits.memory: no tool starts with less than {least}", field="limits.memory")
+    wanted: list[tuple[str, int | None, int | None, Callable[[int], str]]] = [
+        ("wall", asked.wall, limits.wall, units.format_duration),
+        ("cpu_time", asked.cpu_time, limits.cpu_time, units.format_duration),
+        ("cpus", cpus, limits.cpus, units.format_cpus),
+        ("memory", asked.memory, limits.memory, units.format_size),
+        ("pids", asked.pids, limits.pids, units.format_count),
+        ("stdout", asked.stdout, limits.stdout, units.format_size),
+        ("stderr", asked.stderr, limits.stderr, units.format_size),
+    ]
+    lower: dict[str, Any] = {}
+    wider: list[dict[str, Any]] = []
+    said: list[str] = []
+    for name, value, most, show in wanted:
+        if value is None:
+            continue
+        lower[name] = value
+        if most is not None and value > most:
+            wider.append({"limit": name, "asked": value, "allowed": most})
+            said.append(f"limits.{name} {show(value)} is more than the policy's {show(most)}")
+    if wider:
+        raise RequestTooWide("; ".join(said), **wider[0], wider=wider)
+    return replace(limits, **lower) if lower else limits
+
+
+def _command(policy: Policy, request: Request) -> Command:
+    def text(value: str, name: str) -> str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest(f"{name} is no text that UTF-8 can hold; use base64", field=name) from None
+        return value
+
+    argv: list[dict[str, str]] = []
+    for number, arg in enumerate(request.argv):
+        data = arg.decode() if isinstance(arg, Bytes) else text(arg, f"argv.{number}").encode()
+        if b"\0" in data:
+            raise InvalidRequest(f"argv.{number} contains a NUL byte", field=f"argv.{number}")
+        argv.append(Bytes.of(data).model_dump(exclude_none=True))
+    if argv[0] == {"text": ""}:
+        raise InvalidRequest("argv.0 is empty; it names the program to run", field="argv.0")
+    env = {**DEFAULT_ENV, **policy.spec.process.env}
+    for name, value in request.env.items():
+        if "=" in name or "\0" in name:
+            raise InvalidRequest(f"env: {name!r} is not the name of a variable", field="env")
+        env[text(name, "env")] = text(value, f"env.{name}")
+    try:
+        cwd = paths.absolute(request.cwd)
+    except ValueError as error:
+        raise InvalidRequest(f"cwd: {error}", field="cwd") from None
+    stdin = request.stdin if isinstance(request.stdin, str) else "bytes"
+    return Command(argv=tuple(argv), env=env, cwd=cwd, stdin=stdin)
+
+
+def _inputs(inputs: list[Input], limits: Limits) -> tuple[InputRef, ...]:
+    found: list[InputRef] = []
+    seen: set[str] = set()
+    directories: set[str] = set()
+    for number, item in enumerate(inputs):
+        field = f"inputs.{number}.path"
+        try:
+            path = paths.relative(item.path)
+        except ValueError as error:
+            raise InvalidRequest(f"{field}: {error}", field=field) from None
+        if path in seen:
+            raise InvalidRequest(f"{field}: {path!r} is given twice", field=field)
+        seen.add(path)
+        directories.update(_parents(path))
+        data = item.content.decode()
+        found.append(InputRef(path, len(data), canonical.digest_bytes(data), item.mode))
+    both = sorted(seen & directories)
+    if both:
+        raise InvalidRequest(f"inputs: {both[0]!r} is a file and a directory", field="inputs")
+    _fit("workspace.size", sum(item.size for item in found), limits.workspace_size, units.format_size)
+    _fit("workspace.inodes", len(seen | directories), limits.workspace_inodes, units.format_count)
+    return tuple(found)
+
+
+def _parents(path: str) -> Iterator[str]:
+    while "/" in path:
+        path = path.rpartition("/")[0]
+        yield path
+
+
+def _fit(limit: str, asked: int, allowed: int, show: Callable[[int], str]) -> None:
+    if asked > allowed:
+        raise RequestTooWide(
+            f"the inputs need {show(asked)} of limits.{limit}, which is {show(allowed)}",
+            limit=limit,
+            asked=asked,
+            allowed=allowed,
+        )
+
+
+def _patterns(patterns: list[str] | None) -> tuple[str, ...] | None:
+    for number, pattern in enumerate(patterns or ()):
+        try:
+            paths.artifact_pattern(pattern)
+        except ValueError as error:
+            raise InvalidRequest(f"artifacts.{number}: {error}", field=f"artifacts.{number}") from None
+    return None if patterns is None else tuple(patterns)

@@ -1,0 +1,151 @@
+"""What a policy that is well formed can still not say: combinations that make no sense, names of
+system calls that do not exist, and controls that this release does not enforce.
+
+Nothing here is enforced half: a policy that declares a control which is not in force is refused at
+the line that declares it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sandboxd import units
+from sandboxd.policy import paths
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sandboxd.models import PolicyProblem
+    from sandboxd.policy.resolved import Places
+    from sandboxd.policy.schema import PolicyFile
+
+__all__ = ["check", "check_syscalls", "unsupported_network"]
+
+IMPOSSIBLE = "impossible"
+UNSUPPORTED = "control_not_supported"
+
+
+def check(spec: PolicyFile, places: Places) -> list[PolicyProblem]:
+    """Every problem of a resolved policy but those of its examples and of the floor."""
+    found = [*_sizes(spec, places), *_process(spec, places), *_mounts(spec, places)]
+    found += [*_network(spec, places), *_repeated(spec, places), *_unsupported(spec, places)]
+    return found + check_syscalls(spec, places)
+
+
+def _sizes(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
+    limits, root = spec.limits, spec.filesystem
+    parts = {"limits.workspace.size": limits.workspace.size, "limits.tmp.size": limits.tmp.size}
+    if root.root == "overlay":
+        parts["filesystem.size"] = root.size
+    total = sum(parts.values())
+    if total > limits.memory:
+        summed = " + ".join(f"{path} {units.format_size(size)}" for path, size in parts.items())
+        yield places.problem(
+            "limits.memory",
+            IMPOSSIBLE,
+            f"{summed} = {units.format_size(total)} is more than limits.memory "
+            f"{units.format_size(limits.memory)}: pages of a tmpfs count against memory",
+        )
+    for key in ("size", "inodes"):
+        if root.root == "read-only" and places.tree.find(f"filesystem.{key}"):
+            yield places.problem(f"filesystem.{key}", IMPOSSIBLE, f"filesystem.{key} needs root: overlay")
+    out, err = limits.stdout.on_limit, limits.stderr.on_limit
+    if out and err and out != err:
+        said = f"stdout has on_limit: {out} and stderr {err}; this release enforces one for both"
+        yield places.problem("limits.stderr.on_limit", UNSUPPORTED, said)
+
+
+def _process(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
+    process = spec.process
+    group = process.user if process.group is None else process.group
+    if process.user_namespace == "none":
+        for key, number in (("user", process.user), ("group", group)):
+            if number == 0:
+                said = f"{key} 0 with user_namespace: none is the host's own root"
+                yield places.problem(f"process.{key}", IMPOSSIBLE, said)
+
+
+def _mounts(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
+    for number, mount in enumerate(spec.mounts):
+        for other in spec.mounts[:number]:
+            if paths.within(mount.target, other.target) or paths.within(other.target, mount.target):
+                said = f"{mount.target!r} and {other.target!r} lie over each other"
+                yield places.problem(f"mounts.{number}", IMPOSSIBLE, said)
+
+
+def _network(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
+    network = spec.network
+    if network is None:
+        return
+    if network.mode != "rules" and (network.allow or network.deny or network.budget):
+        said = f"mode: {network.mode} leaves nothing for allow, deny and budget"
+        yield places.problem("network.mode", IMPOSSIBLE, said)
+    proxied = {secret.name for secret in spec.secrets if secret.as_ == "proxy"}
+    for number, rule in enumerate(network.allow):
+        for name in rule.inject.secrets() if rule.inject else ():
+            if name not in proxied:
+                said = f"the secret {name} is not listed under secrets with as: proxy"
+                yield places.problem(f"network.allow.{number}.inject", IMPOSSIBLE, said)
+
+
+def _repeated(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
+    names: dict[str, list[str]] = {
+        "secrets": [secret.name for secret in spec.secrets],
+        "artifacts": [artifact.path for artifact in spec.artifacts],
+        "expose": [str(port) for port in spec.expose],
+    }
+    for section, listed in names.items():
+        for number, name in enumerate(listed):
+            if name in listed[:number]:
+                said = f"{name} is listed before; `!remove` an inherited item to replace it"
+                yield places.problem(f"{section}.{number}", IMPOSSIBLE, said)
+    for number, name in enumerate(spec.syscalls.allow):
+        if name in spec.syscalls.deny:
+            denied = places.origin(f"syscalls.deny.{spec.syscalls.deny.index(name)}")
+            said = f"{name} is allowed here and denied at {denied}; deny wins"
+            yield places.problem(f"syscalls.allow.{number}", IMPOSSIBLE, said)
+
+
+def unsupported_network(places: Places) -> PolicyProblem:
+    """The problem of a network section that would let something through."""
+    return places.problem("network", UNSUPPORTED, "network rules are not enforced by this release")
+
+
+def _unsupported(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
+    def problem(path: str, what: str) -> PolicyProblem:
+        return places.problem(path, UNSUPPORTED, f"{what} not enforced by this release")
+
+    if spec.network is not None and not spec.network.reaches_nothing:
+        yield unsupported_network(places)
+    declared = {
+        "secrets": (bool(spec.secrets), "secrets are"),
+        "retry": (spec.retry is not None, "retries are"),
+        "isolation": (spec.isolation == "session", "isolation: session is"),
+        "warm": (spec.warm is not None, "warm interpreters are"),
+        "expose": (bool(spec.expose), "exposed ports are"),
+        "process.user_namespace": (spec.process.user_namespace == "engine", "user_namespace: engine is"),
+    }
+    for path, (asked, what) in declared.items():
+        if asked:
+            yield problem(path, what)
+    for number, mount in enumerate(spec.mounts):
+        if mount.mode == "read-write":
+            yield problem(f"mounts.{number}.mode", "mode: read-write is")
+
+
+def check_syscalls(spec: PolicyFile, places: Places) -> list[PolicyProblem]:
+    """Unknown system calls and groups, and those that no policy can allow, each at its own line."""
+    from sandboxd.policy import seccomp  # noqa: PLC0415, its tables are large: load when first asked
+
+    found: list[PolicyProblem] = []
+    asked = spec.syscalls
+    items = [("allow", number, name) for number, name in enumerate(asked.allow)]
+    items += [("deny", number, name) for number, name in enumerate(asked.deny)]
+    for key, number, name in items:
+        try:
+            seccomp.resolve(asked.base, [name] if key == "allow" else [], [name] if key == "deny" else [])
+        except seccomp.UnknownSyscall as error:
+            found.append(places.problem(f"syscalls.{key}.{number}", "unknown_syscall", str(error)))
+        except (seccomp.NeverAllowed, seccomp.RequiredSyscall) as error:
+            found.append(places.problem(f"syscalls.{key}.{number}", IMPOSSIBLE, str(error)))
+    return found

@@ -1,0 +1,97 @@
+"""The examples of a policy, judged by the rules that are enforced.
+
+A ``syscall`` is judged by running the compiled filter, the very bytes that are installed; ``read``
+and ``write`` by the mounts of the container; ``connect`` by the network rules, of which there are
+none in this release. Modes of files and what is in the image are not part of a policy, so a path is
+judged by whether its mount lets it be reached, read or written at all.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from sandboxd.policy import paths
+from sandboxd.policy.filesystem import mount_table, mounted_at
+from sandboxd.policy.inherit import nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sandboxd.models import PolicyProblem
+    from sandboxd.policy.resolved import Places, Policy
+
+__all__ = ["ExampleError", "check_examples", "judge"]
+
+KINDS = ["syscall", "read", "write", "connect"]
+_NUMBER = re.compile(r"0x[0-9a-fA-F]{1,16}|[0-9]{1,20}")
+_OWN_PROC = re.compile(r"/proc/(self|thread-self|[0-9]+)(/|$)")
+_ENDPOINT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):([0-9]{1,5})")
+MAX_ARGS = 6
+
+
+class ExampleError(ValueError):
+    """Raised when an example cannot be judged; the message says why."""
+
+
+def _syscall(policy: Policy, name: str, words: list[str]) -> tuple[bool, str]:
+    from sandboxd.policy import seccomp  # noqa: PLC0415, its tables are large: load when first asked
+
+    if name not in seccomp.known_syscalls():
+        raise ExampleError(f"unknown system call {name!r}{nearest(name, sorted(seccomp.known_syscalls()))}")
+    if len(words) > MAX_ARGS or not all(_NUMBER.fullmatch(word) for word in words):
+        raise ExampleError(f"write at most {MAX_ARGS} numbers after the name, such as 'syscall socket 2 1 0'")
+    args = tuple(int(word, 0) if word.startswith("0x") else int(word) for word in words)
+    if any(arg >= 2**64 for arg in args):
+        raise ExampleError("an argument of a system call has 64 bits")
+    verdict = seccomp.compile_filter(policy.syscalls).judge(name, args or None)
+    return verdict == "allow", f"the filter answers {verdict}"
+
+
+def _file(policy: Policy, kind: str, path: str) -> tuple[bool, str]:
+    try:
+        paths.absolute(path)
+    except ValueError as error:
+        raise ExampleError(str(error)) from None
+    if kind == "write" and _OWN_PROC.match(path):
+        raise ExampleError(f"{path} is about the process itself; no policy speaks of it")
+    mounted = mounted_at(mount_table(policy.spec), path)
+    answer = mounted.writable if kind == "write" else mounted.readable
+    state = "writable" if mounted.writable else "read-only" if mounted.readable else "masked"
+    return answer, f"{mounted.target} is {state}"
+
+
+def _connect(endpoint: str) -> tuple[bool, str]:
+    found = _ENDPOINT.fullmatch(endpoint)
+    if found is None or not 1 <= int(found[2]) <= 65535:
+        raise ExampleError("write connect HOST:PORT, such as 'connect pypi.org:443'")
+    return False, "the policy has no network"
+
+
+def judge(policy: Policy, example: str) -> tuple[bool, str]:
+    """Whether the policy lets the example happen, and why. Raises ExampleError if it cannot be judged."""
+    kind, *words = example.split()[: MAX_ARGS + 3] or [""]
+    if kind not in KINDS:
+        raise ExampleError(f"{kind!r} is no kind of example{nearest(kind, KINDS)}")
+    if not words:
+        raise ExampleError(f"write what {kind} is about after it")
+    if kind == "syscall":
+        return _syscall(policy, words[0], words[1:])
+    subject = example.split(maxsplit=1)[1].strip()
+    return _connect(subject) if kind == "connect" else _file(policy, kind, subject)
+
+
+def check_examples(policy: Policy, places: Places) -> Iterator[PolicyProblem]:
+    """A problem for every example that is wrong or cannot be judged, at its line."""
+    for key, wanted in (("allows", True), ("denies", False)):
+        for number, example in enumerate(getattr(policy.spec.examples, key)):
+            path = f"examples.{key}.{number}"
+            try:
+                allowed, why = judge(policy, example)
+            except ExampleError as error:
+                yield places.problem(path, "bad_value", f"example {example!r}: {error}")
+                continue
+            if allowed != wanted:
+                verdict = "allowed" if allowed else "denied"
+                said = f"example {example!r} is {verdict}, and stands under {key}: {why}"
+                yield places.problem(path, "wrong_example", said)

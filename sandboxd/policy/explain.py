@@ -1,0 +1,167 @@
+"""Every control of a policy as a person reads it, with the file and line that set it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from sandboxd import units
+from sandboxd.policy.floor import FORMATS, limit
+from sandboxd.policy.source import BUILT_IN, Origin
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from sandboxd.policy.resolved import Policy
+
+__all__ = ["explain"]
+
+ALWAYS = (
+    ("isolation.namespaces", "mount, pid, net, ipc, uts, cgroup", "part of every policy"),
+    ("isolation.capabilities", "none", "part of every policy"),
+    ("isolation.no_new_privs", "yes", "part of every policy"),
+)
+
+
+class Narrowed(Protocol):
+    """The limits of a plan: the policy's, lowered by a request. Values as in ``plan.Limits``."""
+
+    @property
+    def wall(self) -> int: ...
+    @property
+    def cpu_time(self) -> int | None: ...
+    @property
+    def cpus(self) -> int: ...
+    @property
+    def memory(self) -> int: ...
+    @property
+    def pids(self) -> int: ...
+    @property
+    def stdout(self) -> int: ...
+    @property
+    def stderr(self) -> int: ...
+
+
+class Planned(Protocol):
+    """What is read of a ``plan.Plan``, which this package is below of."""
+
+    @property
+    def limits(self) -> Narrowed: ...
+    @property
+    def narrowed_artifacts(self) -> Sequence[str] | None: ...
+
+
+def _line(control: str, value: str, at: Origin, note: str = "") -> dict[str, Any]:
+    if not note and at is BUILT_IN:
+        note = "default"
+    return {"control": control, "value": value, "file": at.file, "line": at.line, "note": note}
+
+
+def _limits(policy: Policy, plan: Planned | None) -> Iterator[dict[str, Any]]:
+    narrowed: dict[str, int | None] = {}
+    if plan is not None:
+        asked = plan.limits
+        narrowed = {
+            "wall": asked.wall,
+            "cpu_time": asked.cpu_time,
+            "cpus": asked.cpus,
+            "memory": asked.memory,
+            "pids": asked.pids,
+            "stdout.size": asked.stdout,
+            "stderr.size": asked.stderr,
+        }
+    for path, show in FORMATS.items():
+        value = limit(policy.spec.limits, path)
+        now = narrowed.get(path, value)
+        text = "no limit" if now is None else show(now)
+        note = ""
+        if now != value:
+            note = f"narrowed by the request from {'no limit' if value is None else show(value)}"
+        yield _line(f"limits.{path}", text, _nearest(policy, f"limits.{path}"), note)
+    for stream in ("stdout", "stderr"):
+        path = f"limits.{stream}.on_limit"
+        yield _line(path, on_output(policy), policy.origin(path))
+
+
+def _nearest(policy: Policy, path: str) -> Origin:
+    """The origin of ``limits.stdout.size`` is that of ``limits.stdout`` where it is written in short."""
+    at = policy.origin(path)
+    if at is BUILT_IN and path.startswith(("limits.stdout.", "limits.stderr.")):
+        stream = policy.tree.plain().get("limits", {}).get(path.split(".")[1])
+        return at if isinstance(stream, dict) else policy.origin(path.rpartition(".")[0])
+    return at
+
+
+def on_output(policy: Policy) -> Literal["truncate", "kill"]:
+    """What happens at the size of an output stream: one answer for both, truncate unless written."""
+    limits = policy.spec.limits
+    return limits.stdout.on_limit or limits.stderr.on_limit or "truncate"
+
+
+def _process(policy: Policy) -> Iterator[dict[str, Any]]:
+    process = policy.spec.process
+    group = process.user if process.group is None else process.group
+    values = {
+        "user": str(process.user),
+        "group": str(group),
+        "user_namespace": process.user_namespace,
+        "umask": f"{process.umask:04o}",
+        "hostname": process.hostname,
+    }
+    for key, value in values.items():
+        yield _line(f"process.{key}", value, policy.origin(f"process.{key}"))
+    for name, value in process.env.items():
+        yield _line(f"process.env.{name}", value, policy.origin(f"process.env.{name}"))
+
+
+def _files(policy: Policy) -> Iterator[dict[str, Any]]:
+    root = policy.spec.filesystem
+    text = str(root.root)
+    if root.root == "overlay":
+        text += f", {units.format_size(root.size)}, {units.format_count(root.inodes)} inodes"
+    yield _line("filesystem.root", text, policy.origin("filesystem.root"))
+    for number, mount in enumerate(policy.spec.mounts):
+        value = f"{mount.source} at {mount.target}, {mount.mode}"
+        yield _line(f"mounts.{number}", value, policy.origin(f"mounts.{number}"))
+
+
+def _syscalls(policy: Policy) -> Iterator[dict[str, Any]]:
+    asked = policy.spec.syscalls
+    count = len({rule.name for rule in policy.syscalls if rule.action == "allow"})
+    note = f"{count} system calls allowed in all"
+    yield _line("syscalls.base", asked.base, policy.origin("syscalls.base"), note)
+    for key, names in (("allow", asked.allow), ("deny", asked.deny)):
+        for number, name in enumerate(names):
+            yield _line(f"syscalls.{key}", name, policy.origin(f"syscalls.{key}.{number}"))
+
+
+def _artifacts(policy: Policy, plan: Planned | None) -> Iterator[dict[str, Any]]:
+    note = ""
+    if plan is not None and plan.narrowed_artifacts is not None:
+        note = "narrowed by the request to " + (", ".join(plan.narrowed_artifacts) or "none")
+    for number, artifact in enumerate(policy.artifacts):
+        value = artifact.path
+        if artifact.max_size is not None:
+            value += f", at most {units.format_size(artifact.max_size)} each"
+        yield _line(f"artifacts.{number}", value, policy.origin(f"artifacts.{number}"), note)
+    if not policy.artifacts:
+        yield _line("artifacts", "none", policy.origin("artifacts"))
+
+
+def explain(policy: Policy, plan: Planned | None = None) -> list[dict[str, Any]]:
+    """Every control: ``control``, ``value`` for a person, ``file`` and ``line`` of its origin, ``note``.
+
+    With a plan, limits are those of the plan and the note says what the policy would have allowed.
+    Line 0 is a built-in default.
+    """
+    return [
+        _line("image", policy.image, policy.origin("image")),
+        *_limits(policy, plan),
+        *_process(policy),
+        *_files(policy),
+        *_syscalls(policy),
+        _line("network", "none", policy.origin("network")),
+        *_artifacts(policy, plan),
+        _line("commit", policy.commit, policy.origin("commit")),
+        _line("isolation", policy.spec.isolation, policy.origin("isolation")),
+        *(_line(control, value, BUILT_IN, note) for control, value, note in ALWAYS),
+    ]

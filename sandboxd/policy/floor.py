@@ -1,0 +1,151 @@
+"""``floor.yaml``: what no policy may exceed.
+
+Limits are maxima, ``syscalls.deny`` is added to every policy, and a policy may have a network only
+where the floor has one. A policy is compared after it has inherited, so no parent hides anything; a
+request is narrowed against the policy, which is under the floor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sandboxd import units
+from sandboxd.policy import paths
+from sandboxd.policy.checks import unsupported_network
+from sandboxd.policy.diagnosis import validate
+from sandboxd.policy.resolved import Places
+from sandboxd.policy.schema import FloorFile, Limits
+from sandboxd.policy.source import Entry, MappingNode, Origin, SequenceNode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sandboxd.models import PolicyProblem
+    from sandboxd.policy.schema import PolicyFile
+
+__all__ = ["FORMATS", "Floor", "make_floor"]
+
+FORMATS: dict[str, Callable[[int], str]] = {
+    "wall": units.format_duration,
+    "cpu_time": units.format_duration,
+    "cpus": units.format_cpus,
+    "memory": units.format_size,
+    "pids": units.format_count,
+    "open_files": units.format_count,
+    "file_size": units.format_size,
+    "workspace.size": units.format_size,
+    "workspace.inodes": units.format_count,
+    "tmp.size": units.format_size,
+    "tmp.inodes": units.format_count,
+    "stdout.size": units.format_size,
+    "stderr.size": units.format_size,
+    "io.read": units.format_size,
+    "io.write": units.format_size,
+}
+"""Every numeric limit by its path under ``limits``, and how a person reads it."""
+_STRENGTH = {"slot": 0, "engine": 1, "none": 2}
+
+
+def limit(limits: Limits, path: str) -> int | None:
+    """The value of a limit by its path, such as ``workspace.size``."""
+    value: Any = limits
+    for step in path.split("."):
+        value = getattr(value, step)
+    return None if value is None else int(value)
+
+
+def _written(limits: Limits, path: str) -> bool:
+    """Whether somebody wrote this limit; a default of the schema is no floor."""
+    section: Any = limits
+    *sections, last = path.split(".")
+    for step in sections:
+        section = getattr(section, step)
+    return last in section.model_fields_set
+
+
+@dataclass(frozen=True)
+class Floor:
+    """One floor file, read and valid."""
+
+    file: str
+    spec: FloorFile
+    tree: MappingNode
+
+    def apply(self, tree: MappingNode) -> MappingNode:
+        """A policy's tree with the system calls that the floor denies denied there too."""
+        denied = self.tree.get("syscalls")
+        items = denied.get("deny") if isinstance(denied, MappingNode) else None
+        if not isinstance(items, SequenceNode) or not items.items:
+            return tree
+        section = tree.entries.get("syscalls", Entry(items.at, MappingNode(items.at)))
+        own = section.node
+        if not isinstance(own, MappingNode):
+            return tree  # the schema says what is wrong with it
+        deny = own.entries.get("deny", Entry(items.at, SequenceNode((), items.at)))
+        if not isinstance(deny.node, SequenceNode):
+            return tree
+        had = {item.plain() for item in deny.node.items if isinstance(item.plain(), str)}
+        more = tuple(item for item in items.items if item.plain() not in had)
+        merged = Entry(deny.at, SequenceNode(deny.node.items + more, deny.node.at))
+        entries = {**own.entries, "deny": merged}
+        whole = Entry(section.at, MappingNode(own.at, entries))
+        return MappingNode(tree.at, {**tree.entries, "syscalls": whole})
+
+    def origin(self, path: str) -> Origin:
+        """Where the floor sets a value."""
+        return self.tree.find(path) or self.tree.at
+
+    def exceeded(self, spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
+        """A problem for everything in which a resolved policy is wider than this floor."""
+
+        def wider(path: str, has: str, may: str, floor_path: str | None = None) -> PolicyProblem:
+            origin = self.origin(floor_path or path)
+            said = f"{path}: {has} is wider than the floor's {may} ({origin})"
+            return places.problem(path, "wider_than_floor", said)
+
+        for path, show in FORMATS.items():
+            ceiling = limit(self.spec.limits, path) if _written(self.spec.limits, path) else None
+            if ceiling is None:
+                continue
+            value = limit(spec.limits, path)
+            if value is None or value > ceiling:
+                yield wider(f"limits.{path}", "no limit" if value is None else show(value), show(ceiling))
+        weakest = self.spec.process.user_namespace
+        if _STRENGTH[spec.process.user_namespace] > _STRENGTH[weakest]:
+            yield wider("process.user_namespace", spec.process.user_namespace, weakest)
+        if spec.filesystem.root == "overlay" and self.spec.filesystem.root == "read-only":
+            yield wider("filesystem.root", "overlay", "read-only")
+        for number, mount in enumerate(spec.mounts):
+            allowed = self.spec.mounts
+            if allowed is not None and not any(paths.within(mount.source, top) for top in allowed):
+                may = "mounts beneath " + ", ".join(allowed) if allowed else "none"
+                yield wider(f"mounts.{number}", mount.source, may, "mounts")
+        network, most = spec.network, self.spec.network
+        if network is not None and not network.reaches_nothing and (most is None or most.reaches_nothing):
+            yield wider("network", "a network", "none")
+
+
+def make_floor(tree: MappingNode, file: str) -> tuple[Floor | None, list[PolicyProblem]]:
+    """The floor of a tree, or what is wrong with it."""
+    spec, problems = validate(FloorFile, tree)
+    if spec is None:
+        return None, problems
+    floor = Floor(file, spec, tree)
+    places = Places(file, tree)
+    problems += _unknown(spec, places)
+    if spec.network is not None and not spec.network.reaches_nothing:
+        problems.append(unsupported_network(places))
+    return (None if problems else floor), problems
+
+
+def _unknown(spec: FloorFile, places: Places) -> Iterator[PolicyProblem]:
+    from sandboxd.policy import seccomp  # noqa: PLC0415, its tables are large: load when first asked
+
+    for number, name in enumerate(spec.syscalls.deny):
+        try:
+            seccomp.resolve("default", [], [name])
+        except seccomp.RequiredSyscall as error:
+            yield places.problem(f"syscalls.deny.{number}", "impossible", str(error))
+        except seccomp.UnknownSyscall as error:
+            yield places.problem(f"syscalls.deny.{number}", "unknown_syscall", str(error))
