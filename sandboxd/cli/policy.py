@@ -1,0 +1,157 @@
+"""``sandboxd policy check | show | explain | list | schema``.
+
+Files are checked here, without a daemon. The other commands ask the daemon for the policies that are in
+force; ``--local`` reads the files that a daemon with this configuration would read.
+"""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path  # noqa: TC003 - cyclopts evaluates annotations
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from sandboxd import errors
+from sandboxd.cli import terminal
+from sandboxd.cli.daemon import ConfigFile  # noqa: TC001 - cyclopts evaluates annotations
+from sandboxd.cli.options import FORMAT, REMOTE, Format, Remote
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sandboxd.models import PolicyInfo, PolicyProblem
+    from sandboxd.policy import PolicySet
+
+__all__ = ["check", "explain", "list_policies", "load", "schema", "show"]
+
+Name = Annotated[str, Parameter(help="The policy's name.")]
+Local = Annotated[
+    bool,
+    Parameter(negative="", help="Read the policy files here instead of asking a daemon (needs no daemon)."),
+]
+FlatFormat = Annotated[Format, Parameter(name="*")]
+FlatRemote = Annotated[Remote, Parameter(name="*")]
+
+
+def load(config: Path | None, beside: Sequence[Path] = ()) -> PolicySet:
+    """The policies that a daemon would load, and those in the directories ``beside``."""
+    from sandboxd.config import load_config  # noqa: PLC0415 - only when files are read here
+    from sandboxd.policy import load_policies, shipped_policies  # noqa: PLC0415 - same
+
+    settings = load_config(config)
+    directories = [shipped_policies(), *settings.policies, *beside]
+    floor = settings.floor if settings.floor is not None and settings.floor.exists() else None
+    try:
+        return load_policies(list(dict.fromkeys(directories)), floor)
+    except OSError as error:
+        raise errors.ConfigInvalid(f"cannot read {error.filename}: {error.strerror}") from None
+
+
+def check(
+    files: Annotated[list[Path], Parameter(help="Policy files; `floor.yaml` is checked as a floor.")],
+    /,
+    *,
+    config: ConfigFile = None,
+    output: FlatFormat = FORMAT,
+) -> int:
+    """Check policy files, without a daemon: every problem of every file as FILE:LINE:COLUMN: MESSAGE.
+
+    A file may extend the shipped policies, the configured ones, and those beside it. Exit status 1 if
+    there is any problem.
+    """
+    from sandboxd.policy import check_text  # noqa: PLC0415 - `--help` must not pay for it
+    from sandboxd.policy.source import read  # noqa: PLC0415 - same
+
+    base = load(config, [file.resolve().parent for file in files])
+    problems: list[PolicyProblem] = []
+    for file in files:
+        text, unreadable = read(file)
+        problems += unreadable if text is None else check_text(text, str(file), base)
+    if output.json:
+        terminal.print_json({"problems": [terminal.wire(problem) for problem in problems]})
+    else:
+        for problem in problems:
+            terminal.print_text(str(problem))
+    return 1 if problems else 0
+
+
+def _infos(remote: Remote, config: Path | None, *, local: bool) -> list[PolicyInfo]:
+    if not local:
+        return list(remote.client().policies())
+    policies = load(config)
+    return [policies.get(name).info(problems=policies.problems_of(name)) for name in policies.names()]
+
+
+def list_policies(*, local: Local = False, config: ConfigFile = None, remote: FlatRemote = REMOTE) -> None:
+    """List the policies that you may use, and edits that are not in force because they have problems."""
+    infos = _infos(remote, config, local=local)
+    if remote.json:
+        terminal.print_json({"policies": [terminal.wire(info) for info in infos]})
+        return
+    rows = [
+        (one.name, one.image, one.description, f"{len(one.problems)} problems" if one.problems else "")
+        for one in infos
+    ]
+    terminal.print_rows(("NAME", "IMAGE", "DESCRIPTION", ""), rows, empty="no policy is in force for you")
+    for info in infos:
+        for problem in info.problems:
+            terminal.complain(str(problem))
+
+
+def show(name: Name, *, local: Local = False, config: ConfigFile = None, remote: FlatRemote = REMOTE) -> None:
+    """Print a policy as it is in force: everything it inherits filled in, as YAML."""
+    info = load(config).get(name).info(resolved=True) if local else remote.client().policy(name)
+    if remote.json:
+        terminal.print_json(terminal.wire(info))
+        return
+    terminal.print_text(f"# {info.file}\n# {info.digest}\n{dump(info.resolved or {})}")
+
+
+def dump(value: Any) -> str:
+    """A JSON-compatible value as YAML, in its own order."""
+    from ruamel.yaml import YAML  # noqa: PLC0415 - only to print
+
+    text = StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # its annotation is None
+    yaml.width = 110
+    yaml.dump(value, text)
+    return text.getvalue().rstrip("\n")
+
+
+def explain(
+    name: Name,
+    /,
+    *argv: Annotated[str, Parameter(help="After --: the command to explain the policy for.")],
+    local: Local = False,
+    config: ConfigFile = None,
+    remote: FlatRemote = REMOTE,
+) -> None:
+    """Print every control of a policy with the file and the line that set it; nothing runs."""
+    if local:
+        from sandboxd import policy as policies  # noqa: PLC0415 - only when files are read here
+
+        document: dict[str, Any] = {"explain": policies.explain(load(config).get(name), None)}
+    else:
+        document = terminal.wire(remote.client().plan(list(argv) or ["true"], policy=name))
+    if remote.json:
+        terminal.print_json(document)
+        return
+    rows = [
+        (one.get("control"), one.get("value"), _place(one), one.get("note") or "")
+        for one in document["explain"]
+    ]
+    terminal.print_rows(("CONTROL", "VALUE", "SET AT", ""), rows, empty="the policy sets nothing")
+
+
+def _place(line: dict[str, Any]) -> str:
+    return f"{line.get('file')}:{line['line']}" if line.get("line") else "built in"
+
+
+def schema() -> None:
+    """Print the JSON Schema of policy files, for editors."""
+    from sandboxd.policy.jsonschema import schema_text  # noqa: PLC0415 - `--help` must not pay for it
+
+    print(schema_text().rstrip("\n"))
