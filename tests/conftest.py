@@ -1,0 +1,23 @@
+"""What every test gets: the leak check around the session, and the profile of the property tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests are no package; what they share is a module here
+
+pytest_plugins = ["leaks"]
+
+# A busy machine is no failed property: how long an example takes is not judged.
+settings.register_profile("tests", deadline=None)
+settings.register_profile(
+    "nightly",
+    deadline=None,
+    max_examples=int(os.environ.get("SANDBOXD_HYPOTHESIS_EXAMPLES", "0")) or 100,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("nightly" if "SANDBOXD_HYPOTHESIS_EXAMPLES" in os.environ else "tests")
