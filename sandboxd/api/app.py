@@ -1,0 +1,191 @@
+"""The application and its server.
+
+socket -> BoundedProtocol (identity, bounds) -> Edge (nobody gets in, nothing gets out)
+       -> FastAPI (routing, OpenAPI) -> handlers (decode -> call -> encode) -> Service
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any, Protocol
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+from starlette.requests import Request  # noqa: TC002  # FastAPI evaluates the handlers' annotations
+
+from sandboxd import models
+from sandboxd.api import problem, queries
+from sandboxd.api.catalogue import Catalogue
+from sandboxd.api.identity import Identity
+from sandboxd.api.invocations import Invocations, json_response
+from sandboxd.api.openapi import components, operation
+from sandboxd.api.protocol import CALLER, ServerConfig
+from sandboxd.errors import InvalidRequest, NotFound, NotIdentified, SandboxdError, TooLarge
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator
+
+    from pydantic import BaseModel
+    from starlette.responses import Response
+    from starlette.types import Receive, Scope, Send
+
+    from sandboxd.api.identity import Caller
+    from sandboxd.api.service import Service
+    from sandboxd.config import Config
+
+__all__ = ["Edge", "build", "serve"]
+
+VERSION = "1"
+DOCUMENTED: set[type[BaseModel]] = {
+    models.Request, models.Invocation, models.InvocationList, models.PolicyInfo, models.PolicyProblem,
+    models.PlanDocument, models.ImageInfo, models.Health, models.Artifact, models.Withheld,
+    queries.SignalBody, queries.CheckBody,
+}  # fmt: skip
+
+log = structlog.get_logger(__name__)
+
+
+class Edge:
+    """The outermost layer: peers that are nobody stop here, and so does any fault that is left."""
+
+    def __init__(self, app: FastAPI, service: Service) -> None:
+        self.app = app
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        caller: Caller = scope["state"][CALLER]
+        if caller.role == "none":
+            error = NotIdentified(
+                f"no rule of the configuration's `callers` matches uid {caller.uid}", uid=caller.uid
+            )
+            await self.service.refused(caller, error, {})
+            await problem.respond(error)(scope, receive, send)
+            return
+        try:
+            await self.app(scope, receive, send)
+        except Exception:  # noqa: BLE001  # logged and answered by _internal; the daemon serves on
+            # If the answer had begun, uvicorn closes the connection without its end.
+            return
+
+
+def build(service: Service) -> Edge:
+    """The ASGI application over a service."""
+    app = FastAPI(
+        title="sandboxd",
+        version=VERSION,
+        docs_url=None,  # the pages load their script from the network
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        exception_handlers={
+            SandboxdError: _refused,
+            HTTPException: _http,
+            Exception: _internal,
+        },
+    )
+    for method, path, handler, doc in [*Invocations(service).routes(), *Catalogue(service).routes()]:
+        app.add_api_route(
+            path,
+            handler,
+            methods=[method],
+            response_model=None,
+            summary=doc.summary,
+            status_code=doc.status,
+            openapi_extra=operation(path, doc),
+        )
+    document = get_openapi(
+        title="sandboxd",
+        version=VERSION,
+        description="One container for each tool call, under a policy. Members that are null are left out.",
+        routes=app.routes,
+    )
+    document.setdefault("components", {})["schemas"] = components(DOCUMENTED)
+    for methods in document["paths"].values():
+        for each in methods.values():
+            each["responses"].pop("422", None)
+
+    async def openapi(_: Request) -> Response:
+        return json_response(document)
+
+    app.add_route("/openapi.json", openapi, methods=["GET"], include_in_schema=False)
+    return Edge(app, service)
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    if not isinstance(error, SandboxdError):
+        raise error
+    return problem.respond(error)
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    """What routing refuses, and the statuses for which the errors have no class of their own."""
+    if not isinstance(error, HTTPException):
+        raise error
+    kinds: dict[int, type[SandboxdError]] = {404: NotFound, 413: TooLarge}
+    text = {
+        404: f"there is nothing at {request.url.path[:200]!r}",
+        405: f"{request.method[:20]} is not allowed here",
+    }.get(error.status_code, error.detail)
+    answer = problem.respond(kinds.get(error.status_code, InvalidRequest)(text), status=error.status_code)
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _internal(request: Request, error: Exception) -> Response:
+    log.error("request failed", method=request.method, path=request.url.path[:200], exc_info=error)
+    return problem.internal()
+
+
+class Event(Protocol):
+    """What ``asyncio.Event`` and ``anyio.Event`` have in common."""
+
+    def set(self) -> object:
+        """Set the event."""
+        ...
+
+    async def wait(self) -> Any:
+        """Wait until it is set."""
+        ...
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers, which says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, ready: Event) -> None:
+        super().__init__(config)
+        self.ready = ready
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the daemon."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and say so."""
+        await super().startup(sockets)
+        self.ready.set()
+
+
+async def serve(app: Any, sock: socket.socket, config: Config, *, started: Event, stop: Event) -> None:
+    """Serve on a listening Unix socket until ``stop`` is set; then requests have 5 s to end.
+
+    ``started`` is set once connections are accepted. The socket is closed at the end.
+    """
+    server = _Server(ServerConfig(app, config.http, Identity(config.callers)), started)
+
+    async def stopper() -> None:
+        await stop.wait()
+        server.should_exit = True
+
+    task = asyncio.create_task(stopper())
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        task.cancel()
+        sock.close()

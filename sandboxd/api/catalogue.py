@@ -1,0 +1,86 @@
+"""The routes of what there is: policies, plans, images, health."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request  # noqa: TC002  # FastAPI evaluates the handlers' annotations
+
+from sandboxd import models
+from sandboxd.api import body, queries
+from sandboxd.api.invocations import caller_of, json_response
+from sandboxd.api.openapi import Doc
+from sandboxd.errors import NotFound
+
+if TYPE_CHECKING:
+    from starlette.responses import Response
+
+    from sandboxd.api.service import Service
+
+__all__ = ["Catalogue"]
+
+MAX_POLICY_BODY = 1024 * 1024
+MAX_NAME = 128
+
+
+class Catalogue:
+    """The handlers, and the service that they call."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.limit = service.config.http.body
+
+    async def policies(self, request: Request) -> Response:
+        """The policies that the caller may use."""
+        body.query(request, queries.NoQuery)
+        return json_response({"policies": await self.service.policies(caller_of(request))})
+
+    async def policy(self, request: Request) -> Response:
+        """One policy with its resolved form."""
+        body.query(request, queries.NoQuery)
+        name = request.path_params["name"]
+        if len(name) > MAX_NAME:
+            raise NotFound("there is no such policy")
+        return json_response(await self.service.policy(caller_of(request), name))
+
+    async def check(self, request: Request) -> Response:
+        """All that is wrong with the text of a policy file."""
+        body.query(request, queries.NoQuery)
+        asked = await body.decode(request, queries.CheckBody, MAX_POLICY_BODY)
+        found = await self.service.check_policy(caller_of(request), asked.text, asked.name)
+        return json_response({"problems": found})
+
+    async def plan(self, request: Request) -> Response:
+        """What would run, and where each value came from."""
+        body.query(request, queries.NoQuery)
+        asked = await body.decode(request, models.Request, self.limit)
+        return json_response(await self.service.plan(caller_of(request), asked))
+
+    async def images(self, request: Request) -> Response:
+        """The images of the store."""
+        body.query(request, queries.NoQuery)
+        return json_response({"images": await self.service.images(caller_of(request))})
+
+    async def health(self, request: Request) -> Response:
+        """Whether the daemon takes calls."""
+        body.query(request, queries.NoQuery)
+        return json_response(self.service.health())
+
+    def routes(self) -> list[tuple[str, str, Any, Doc]]:
+        """Method, path, handler and documentation of each route."""
+        return [
+            ("GET", "/v1/policies", self.policies,
+             Doc("The policies that the caller may use", answer=_many("policies", "PolicyInfo"))),
+            ("POST", "/v1/policies/check", self.check,
+             Doc("Check a policy", body=queries.CheckBody, answer=_many("problems", "PolicyProblem"))),
+            ("GET", "/v1/policies/{name}", self.policy, Doc("One policy", answer=models.PolicyInfo)),
+            ("POST", "/v1/plans", self.plan,
+             Doc("What would run", body=models.Request, answer=models.PlanDocument)),
+            ("GET", "/v1/images", self.images, Doc("The images", answer=_many("images", "ImageInfo"))),
+            ("GET", "/v1/health", self.health, Doc("Whether the daemon is ready", answer=models.Health)),
+        ]  # fmt: skip
+
+
+def _many(name: str, model: str) -> dict[str, Any]:
+    items = {"type": "array", "items": {"$ref": f"#/components/schemas/{model}"}}
+    return {"type": "object", "required": [name], "properties": {name: items}}

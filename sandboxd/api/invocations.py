@@ -1,0 +1,231 @@
+"""The routes of invocations: decode, call the service, encode."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Literal
+
+import pydantic_core
+from starlette.requests import Request  # noqa: TC002  # FastAPI evaluates the handlers' annotations
+from starlette.responses import Response
+
+from sandboxd import models
+from sandboxd.api import body, queries
+from sandboxd.api.openapi import NDJSON, OCTETS, Doc
+from sandboxd.api.protocol import CALLER
+from sandboxd.api.streams import StreamResponse, until_gone
+from sandboxd.errors import NotFound, Refused
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from sandboxd.api.identity import Caller
+    from sandboxd.api.service import Service
+
+__all__ = ["Invocations", "caller_of", "json_response"]
+
+JSON = "application/json"
+SMALL = 4096  # bytes of a body that holds next to nothing
+MAX_REPORTED = 128  # characters of a field in the record of a refusal
+_ID = re.compile(r"[0-9A-Za-z_.-]{1,64}")
+
+
+def caller_of(request: Request) -> Caller:
+    """Who sent the request."""
+    caller: Caller = request.scope["state"][CALLER]
+    return caller
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A model, or plain data that holds models, as JSON without the members that are null."""
+    return Response(pydantic_core.to_json(value, exclude_none=True), status, headers, media_type=JSON)
+
+
+def _id(request: Request) -> str:
+    found: str = request.path_params["id"]
+    if not _ID.fullmatch(found):
+        raise NotFound("there is no such invocation")
+    return found
+
+
+class Invocations:
+    """The handlers, and the service that they call."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.limit = service.config.http.body
+
+    async def create(self, request: Request) -> Response:
+        """Run a call: wait for its outcome, stream its events, or only accept it."""
+        caller = caller_of(request)
+        summary: dict[str, Any] = {}
+        wanted = ",".join(request.headers.getlist("prefer")).lower()
+        asynchronous = "respond-async" in {part.strip() for part in re.split("[,;]", wanted)}
+        try:
+            body.query(request, queries.NoQuery)
+            asked = await body.decode(request, models.Request, self.limit)
+            summary = _summary(asked)
+            tied = not asynchronous and asked.key is None
+            found = await self.service.submit(caller, asked, tied=tied)
+        except Refused as error:
+            await self.service.refused(caller, error, summary)
+            raise
+        where = {"location": f"/v1/invocations/{found.id}"}
+        if asynchronous:
+            return json_response(found, 202, where | {"preference-applied": "respond-async"})
+
+        async def gone() -> None:
+            if tied:
+                await self.service.cancel(caller, found.id)
+
+        if NDJSON in request.headers.get("accept", ""):
+            events = self.service.events(caller, found.id, after=0, follow=True)
+            return StreamResponse(_lines(events), NDJSON, headers=where, gone=gone)
+        if found.state is not models.State.ENDED:
+            async with until_gone(request.receive) as watched:
+                found = await self.service.wait(caller, found.id)
+            if watched.cancelled_caught:
+                await gone()
+        return json_response(found, 200, where)
+
+    async def list(self, request: Request) -> Response:
+        """A page of invocations, newest first."""
+        asked = body.query(request, queries.ListQuery)
+        found = await self.service.list(
+            caller_of(request),
+            policy=asked.policy,
+            cause=asked.cause,
+            state=asked.state,
+            label=asked.labels(),
+            before=asked.before,
+            limit=asked.limit,
+        )
+        return json_response(found)
+
+    async def get(self, request: Request) -> Response:
+        """One invocation as it stands."""
+        body.query(request, queries.NoQuery)
+        return json_response(await self.service.get(caller_of(request), _id(request)))
+
+    async def events(self, request: Request) -> Response:
+        """The events of a call, one JSON object on each line."""
+        asked, caller, found = body.query(request, queries.EventsQuery), caller_of(request), _id(request)
+        await self.service.get(caller, found)  # what is refused must be before the first byte is sent
+        return StreamResponse(
+            _lines(self.service.events(caller, found, after=asked.after, follow=asked.follow)), NDJSON
+        )
+
+    async def stdout(self, request: Request) -> Response:
+        """The raw bytes of standard output."""
+        return await self._stream(request, "stdout")
+
+    async def stderr(self, request: Request) -> Response:
+        """The raw bytes of standard error."""
+        return await self._stream(request, "stderr")
+
+    async def _stream(self, request: Request, name: Literal["stdout", "stderr"]) -> Response:
+        asked, caller, found = body.query(request, queries.StreamQuery), caller_of(request), _id(request)
+        await self.service.get(caller, found)
+        return StreamResponse(
+            self.service.stream(caller, found, name, offset=asked.offset, follow=asked.follow), OCTETS
+        )
+
+    async def stdin(self, request: Request) -> Response:
+        """Write the body to standard input."""
+        asked = body.query(request, queries.StdinQuery)
+        offset = await self.service.write_stdin(
+            caller_of(request), _id(request), offset=asked.offset, chunks=body.chunks(request), eof=asked.eof
+        )
+        return json_response({"offset": offset})
+
+    async def signal(self, request: Request) -> Response:
+        """Send a signal to the tool."""
+        body.query(request, queries.NoQuery)
+        asked = await body.decode(request, queries.SignalBody, SMALL)
+        await self.service.signal(caller_of(request), _id(request), int(asked.signal))
+        return Response(status_code=204)
+
+    async def cancel(self, request: Request) -> Response:
+        """End the call, whatever its state; a body is read and means nothing."""
+        body.query(request, queries.NoQuery)
+        await body.read(request, SMALL)
+        return json_response(await self.service.cancel(caller_of(request), _id(request)))
+
+    async def artifacts(self, request: Request) -> Response:
+        """The files that were released from the call, and those that were not."""
+        body.query(request, queries.NoQuery)
+        found = await self.service.get(caller_of(request), _id(request))
+        return json_response({"artifacts": found.artifacts, "withheld": found.withheld})
+
+    async def artifact(self, request: Request) -> Response:
+        """The bytes of a released file."""
+        body.query(request, queries.NoQuery)
+        found, pieces = await self.service.artifact(
+            caller_of(request), _id(request), request.path_params["path"]
+        )
+        headers = {
+            "content-length": str(found.size),
+            "content-disposition": "attachment",  # a tool made it: no browser shall render it
+            "etag": f'"{found.digest}"',
+        }
+        return StreamResponse(pieces, OCTETS, headers=headers)
+
+    def routes(self) -> Sequence[tuple[str, str, Any, Doc]]:
+        """Method, path, handler and documentation of each route."""
+        one = "/v1/invocations/{id}"
+        listing = {
+            "type": "object",
+            "required": ["artifacts", "withheld"],
+            "properties": {
+                "artifacts": {"type": "array", "items": {"$ref": "#/components/schemas/Artifact"}},
+                "withheld": {"type": "array", "items": {"$ref": "#/components/schemas/Withheld"}},
+            },
+        }
+        offset = {"type": "object", "required": ["offset"], "properties": {"offset": {"type": "integer"}}}
+        create = Doc(
+            "Run a command, and wait for its outcome",
+            body=models.Request,
+            answer=models.Invocation,
+            events=True,
+            also={202: "Accepted, with `Prefer: respond-async`"},
+            headers=(("Prefer", "`respond-async`: answer as soon as the call is accepted"),),
+        )
+        return [
+            ("POST", "/v1/invocations", self.create, create),
+            ("GET", "/v1/invocations", self.list,
+             Doc("List invocations", query=queries.ListQuery, answer=models.InvocationList)),
+            ("GET", one, self.get, Doc("One invocation", answer=models.Invocation)),
+            ("GET", one + "/events", self.events,
+             Doc("The events of a call", query=queries.EventsQuery, events=True)),
+            ("GET", one + "/stdout", self.stdout,
+             Doc("Raw standard output", query=queries.StreamQuery, raw_answer=True)),
+            ("GET", one + "/stderr", self.stderr,
+             Doc("Raw standard error", query=queries.StreamQuery, raw_answer=True)),
+            ("POST", one + "/stdin", self.stdin,
+             Doc("Write to standard input", query=queries.StdinQuery, raw_body=True, answer=offset)),
+            ("POST", one + "/signal", self.signal,
+             Doc("Send a signal", body=queries.SignalBody, status=204)),
+            ("POST", one + "/cancel", self.cancel, Doc("End a call", answer=models.Invocation)),
+            ("GET", one + "/artifacts", self.artifacts, Doc("The files of a call", answer=listing)),
+            ("GET", one + "/artifacts/{path:path}", self.artifact, Doc("One file", raw_answer=True)),
+        ]  # fmt: skip
+
+
+async def _lines(events: AsyncIterator[models.Event]) -> AsyncIterator[bytes]:
+    async for event in events:
+        yield pydantic_core.to_json(event, exclude_none=True) + b"\n"
+
+
+def _summary(asked: models.Request) -> dict[str, Any]:
+    """What the record of a refusal says of the request: names, never content."""
+    first = asked.argv[0]
+    return {
+        "policy": asked.policy,
+        "argv0": (first if isinstance(first, str) else first.decode().decode(errors="replace"))[
+            :MAX_REPORTED
+        ],
+        "argc": len(asked.argv),
+        "key": asked.key,
+        "session": asked.session,
+        "labels": {key: value[:MAX_REPORTED] for key, value in asked.labels.items()},
+    }

@@ -1,0 +1,119 @@
+"""The OpenAPI document: what each route takes and gives, from the models that decode and encode it.
+
+Handlers decode for themselves, for speed and for strictness, so the parts of the document come from
+``Doc`` and not from their signatures. Answers leave out members that are null.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic.json_schema import models_json_schema
+
+from sandboxd.api.problem import MEDIA_TYPE
+from sandboxd.api.queries import NoQuery
+from sandboxd.models import Event, Problem
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+__all__ = ["OCTETS", "Doc", "components", "operation"]
+
+OCTETS = "application/octet-stream"
+NDJSON = "application/x-ndjson"
+_PREFIX = "#/components/schemas/"
+
+
+@dataclass(frozen=True)
+class Doc:
+    """What the document says of one route."""
+
+    summary: str
+    query: type[BaseModel] = NoQuery
+    body: type[BaseModel] | None = None
+    raw_body: bool = False
+    answer: type[BaseModel] | dict[str, Any] | None = None
+    """A model, or a schema; None where the answer has no JSON."""
+    raw_answer: bool = False
+    events: bool = False
+    status: int = 200
+    also: dict[int, str] = field(default_factory=dict)
+    """Other statuses with the answer's schema, and what they mean."""
+    headers: tuple[tuple[str, str], ...] = ()
+    """Request headers with what they do."""
+
+
+def reference(model: type[BaseModel]) -> dict[str, Any]:
+    """A reference to a model's schema."""
+    return {"$ref": _PREFIX + model.__name__}
+
+
+def operation(path: str, doc: Doc) -> dict[str, Any]:
+    """The ``openapi_extra`` of a route."""
+    parameters: list[dict[str, Any]] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)(?::path)?}", path)
+    ]
+    properties = doc.query.model_json_schema().get("properties", {}) if doc.query.model_fields else {}
+    whole = doc.query.model_json_schema()
+    for name, schema in properties.items():
+        parameters.append({"name": name, "in": "query", "required": False, "schema": _inline(schema, whole)})
+    for name, what in doc.headers:
+        parameters.append(
+            {
+                "name": name,
+                "in": "header",
+                "required": False,
+                "description": what,
+                "schema": {"type": "string"},
+            }
+        )
+    content: dict[str, Any] = {}
+    if doc.answer is not None:
+        schema = doc.answer if isinstance(doc.answer, dict) else reference(doc.answer)
+        content["application/json"] = {"schema": schema}
+    if doc.events:
+        content[NDJSON] = {"schema": reference(Event)}
+    if doc.raw_answer:
+        content[OCTETS] = {"schema": {"type": "string", "format": "binary"}}
+    answer = {"description": "Success", **({"content": content} if content else {})}
+    extra: dict[str, Any] = {
+        "parameters": parameters,
+        "responses": {
+            str(doc.status): answer,
+            **{str(status): answer | {"description": what} for status, what in doc.also.items()},
+            "default": {
+                "description": "A problem document (RFC 9457); `code` is stable",
+                "content": {MEDIA_TYPE: {"schema": reference(Problem)}},
+            },
+        },
+    }
+    if doc.body is not None:
+        content = {"application/json": {"schema": reference(doc.body)}}
+        extra["requestBody"] = {"required": True, "content": content}
+    elif doc.raw_body:
+        extra["requestBody"] = {"content": {OCTETS: {"schema": {"type": "string", "format": "binary"}}}}
+    return extra
+
+
+def _inline(schema: Any, whole: dict[str, Any]) -> Any:
+    """A schema without references into ``whole``."""
+    if isinstance(schema, list):
+        return [_inline(each, whole) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inline(whole["$defs"][schema["$ref"].rpartition("/")[2]], whole)
+    return {key: _inline(value, whole) for key, value in schema.items() if key != "repeated"}
+
+
+def components(models: set[type[BaseModel]]) -> dict[str, Any]:
+    """The schemas of all models that the operations refer to."""
+    ordered: list[tuple[Any, Literal["validation", "serialization"]]] = [
+        (model, "validation") for model in sorted(models | {Event, Problem}, key=lambda each: each.__name__)
+    ]
+    _, schemas = models_json_schema(ordered, ref_template=_PREFIX + "{model}")
+    found: dict[str, Any] = schemas["$defs"]
+    return found

@@ -1,0 +1,135 @@
+"""What the routes call. The composition root implements it; the routes decide nothing.
+
+Each method raises a leaf of ``errors.Refused`` when it will not do what was asked. What belongs to
+another caller raises NotFound, as if it did not exist, unless the caller is an operator.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+
+    from sandboxd import errors, models
+    from sandboxd.api.identity import Caller
+    from sandboxd.config import Config
+
+__all__ = ["Service"]
+
+
+class Service(Protocol):
+    """The daemon, as its API sees it."""
+
+    @property
+    def config(self) -> Config:
+        """The configuration that the daemon runs with."""
+        ...
+
+    async def submit(self, caller: Caller, request: models.Request, *, tied: bool) -> models.Invocation:
+        """Accept a call durably, or find the one that has this key.
+
+        ``tied``: the call ends when its caller goes away; the routes then call ``cancel``.
+        """
+        ...
+
+    async def wait(self, caller: Caller, id: str) -> models.Invocation:  # noqa: A002  # the field's name
+        """The invocation, once it has ended."""
+        ...
+
+    async def get(self, caller: Caller, id: str) -> models.Invocation:  # noqa: A002
+        """The invocation as it stands."""
+        ...
+
+    async def list(
+        self,
+        caller: Caller,
+        *,
+        policy: str | None,
+        cause: models.Cause | None,
+        state: models.State | None,
+        label: Mapping[str, str],
+        before: str | None,
+        limit: int,
+    ) -> models.InvocationList:
+        """A page of invocations, newest first; each label must be there with its value."""
+        ...
+
+    def events(self, caller: Caller, id: str, *, after: int, follow: bool) -> AsyncIterator[models.Event]:  # noqa: A002
+        """The events with a number above ``after``; with ``follow``, up to ``ended``."""
+        ...
+
+    def stream(
+        self,
+        caller: Caller,
+        id: str,  # noqa: A002
+        name: Literal["stdout", "stderr"],
+        *,
+        offset: int,
+        follow: bool,
+    ) -> AsyncIterator[bytes]:
+        """The bytes of a stream from an offset, in pieces of up to 256 KiB."""
+        ...
+
+    async def write_stdin(
+        self,
+        caller: Caller,
+        id: str,  # noqa: A002
+        *,
+        offset: int,
+        chunks: AsyncIterator[bytes],
+        eof: bool,
+    ) -> int:
+        """Write to standard input at its offset; returns the new one. ``eof`` closes it afterwards.
+
+        Raises StateConflict if the call did not ask for ``stdin: stream``, its offset is another, or it
+        has ended. ``chunks`` raises RequestTimeout if the peer goes away or stalls before the end.
+        """
+        ...
+
+    async def signal(self, caller: Caller, id: str, signal: int) -> None:  # noqa: A002
+        """Send a signal to the tool. Raises StateConflict if it does not run."""
+        ...
+
+    async def cancel(self, caller: Caller, id: str) -> models.Invocation:  # noqa: A002
+        """End a call; the invocation as it then stands, unchanged if it had ended."""
+        ...
+
+    async def artifact(
+        self,
+        caller: Caller,
+        id: str,  # noqa: A002
+        path: str,
+    ) -> tuple[models.Artifact, AsyncIterator[bytes]]:
+        """A released file, and its bytes."""
+        ...
+
+    async def policies(self, caller: Caller) -> Sequence[models.PolicyInfo]:
+        """The policies that the caller may use."""
+        ...
+
+    async def policy(self, caller: Caller, name: str) -> models.PolicyInfo:
+        """One policy with its resolved form."""
+        ...
+
+    async def check_policy(
+        self, caller: Caller, text: str, name: str | None
+    ) -> Sequence[models.PolicyProblem]:
+        """All that is wrong with the text of a policy file."""
+        ...
+
+    async def plan(self, caller: Caller, request: models.Request) -> models.PlanDocument:
+        """What would run, and where each value came from; nothing runs."""
+        ...
+
+    async def images(self, caller: Caller) -> Sequence[models.ImageInfo]:
+        """The images of the store."""
+        ...
+
+    async def refused(self, caller: Caller, error: errors.Refused, summary: dict[str, Any]) -> None:
+        """Record a refusal. A caller with the role ``none`` matched no rule."""
+        ...
+
+    def health(self) -> models.Health:
+        """Whether the daemon takes calls."""
+        ...

@@ -1,0 +1,99 @@
+"""Responses that are made while they are sent, and callers that go away meanwhile.
+
+A stream is pulled piece by piece: uvicorn's flow control suspends ``send`` while the socket is full,
+so a slow reader holds nothing but one piece, and never the tool. Since a reader that has gone away
+says nothing, one task waits for the disconnection and ends the stream (or the wait) at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import structlog
+from starlette.responses import Response
+
+from sandboxd.errors import SandboxdError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+
+    from starlette.types import Receive, Scope, Send
+
+__all__ = ["StreamResponse", "until_gone"]
+
+log = structlog.get_logger(__name__)
+
+
+@contextlib.asynccontextmanager
+async def until_gone(receive: Receive) -> AsyncGenerator[anyio.CancelScope, None]:
+    """A cancel scope that ends when the peer goes away. The request's body must have been read."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        scope.cancel()
+
+    with anyio.CancelScope() as scope:
+        watcher = asyncio.create_task(watch())
+        try:
+            yield scope
+        finally:
+            watcher.cancel()
+
+
+class StreamResponse(Response):
+    """The pieces of an iterator, sent as they come; ``gone`` is called if the peer leaves before the end.
+
+    An iterator that fails ends the connection without the end of the body, so that no reader takes
+    what it got for all there is.
+    """
+
+    def __init__(
+        self,
+        pieces: AsyncIterator[bytes],
+        media_type: str,
+        *,
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+        gone: Callable[[], Awaitable[Any]] | None = None,
+    ) -> None:
+        self.pieces = pieces
+        self.gone = gone
+        self.status_code = status
+        self.background = None
+        self.body = b""
+        self.raw_headers = [
+            (b"content-type", media_type.encode()),
+            (b"x-content-type-options", b"nosniff"),
+            *((key.lower().encode(), value.encode("latin-1")) for key, value in (headers or {}).items()),
+        ]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+        del scope
+        ended = False
+        try:
+            async with until_gone(receive) as watched:
+                await send(
+                    {
+                        "type": "http.response.start",
+                        "status": self.status_code,
+                        "headers": self.raw_headers,
+                    }
+                )
+                async for piece in self.pieces:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                ended = not watched.cancel_called
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except SandboxdError as error:
+            log.warning("stream cut", code=error.code, reason=str(error))
+        finally:
+            with anyio.CancelScope(shield=True):
+                close = getattr(self.pieces, "aclose", None)
+                if close is not None:
+                    await close()
+                if not ended and self.gone is not None:
+                    await self.gone()
