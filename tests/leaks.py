@@ -231,7 +231,7 @@ class Session:
     def begin(cls, temporary: Path) -> Self:
         token = uuid.uuid4().hex[:12]
         os.environ[RUN] = token
-        return cls(Watch({token, str(temporary)}, token), token, Sessions(SESSIONS))
+        return cls(Watch({token, f"{temporary}/"}, token), token, Sessions(SESSIONS))
 
     def whole_machine(self) -> bool:
         return in_ci() and self.sessions.alone()

@@ -1,0 +1,161 @@
+"""What is shipped around the package: the build, the units, the example configuration, the scripts."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from sandboxd.config import SYSTEM_SOCKET, Config, load_config
+
+ROOT = Path(__file__).parent.parent
+PACKAGING = ROOT / "packaging"
+SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if path.is_file() and path.suffix != ".py")
+BUILT_FROM = ("pyproject.toml", "hatch_build.py", "LICENSE", "README.md", "sandboxd", "policies", "images")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what a wheel is built from, without what was built in it before."""
+    for name in BUILT_FROM:
+        source, target = ROOT / name, tmp_path / "checkout" / name
+        target.parent.mkdir(exist_ok=True)
+        if source.is_dir():
+            skip = shutil.ignore_patterns("__pycache__", "sandboxd-init*", "sandboxd-launch*")
+            shutil.copytree(source, target, ignore=skip)
+        else:
+            shutil.copy(source, target)
+    return tmp_path / "checkout"
+
+
+def build(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel"],
+        cwd=checkout,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+
+
+def test_the_wheel_holds_static_binaries_and_names_its_platform(checkout: Path) -> None:
+    result = build(checkout)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (checkout / "dist").iterdir()
+    assert wheel.name.endswith(f"-py3-none-linux_{platform.machine()}.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        for name in ("sandboxd-init", "sandboxd-launch"):
+            info = archive.getinfo(f"sandboxd/init/{name}")
+            assert info.external_attr >> 16 & 0o111 == 0o111
+            program = archive.read(info)
+            assert program.startswith(b"\x7fELF")
+            assert b"/ld-linux" not in program  # no interpreter: static
+        assert "sandboxd/_shipped/policies/default.yaml" in archive.namelist()
+        assert "sandboxd/_shipped/images/base.yaml" in archive.namelist()
+        assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
+    assert not list((checkout / "sandboxd/init").glob("sandboxd-*.*"))
+
+
+def test_a_build_without_a_compiler_says_what_to_install(checkout: Path) -> None:
+    result = build(checkout, CC="no-such-compiler -O1")
+    assert result.returncode != 0
+    assert "no C compiler: no-such-compiler is not on PATH" in result.stderr
+    assert "apt-get install gcc libc6-dev" in result.stderr
+
+
+def test_a_build_shows_what_the_compiler_said_and_leaves_the_old_binary(checkout: Path) -> None:
+    old = checkout / "sandboxd/init/sandboxd-init"
+    old.write_text("old")
+    (checkout / "sandboxd/init/init.c").write_text("int main(void) { return oops; }\n")
+    result = build(checkout)
+    assert result.returncode != 0
+    assert "oops" in result.stderr
+    assert old.read_text() == "old"
+    assert [path.name for path in old.parent.glob("sandboxd-*")] == ["sandboxd-init"]
+
+
+def test_a_build_without_a_source_fails(checkout: Path) -> None:
+    (checkout / "sandboxd/init/launch.c").unlink()
+    result = build(checkout)
+    assert result.returncode != 0
+    assert "sandboxd/init/launch.c is missing" in result.stderr
+
+
+def test_the_example_configuration_is_the_defaults() -> None:
+    assert load_config(PACKAGING / "sandboxd.yaml") == Config()
+
+
+def unit(name: str) -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(strict=True, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment, method-assign]  # keys of units have capitals
+    parser.read_string((PACKAGING / name).read_text())
+    return parser
+
+
+def test_the_units_agree_with_the_defaults() -> None:
+    sock = unit("sandboxd.socket")["Socket"]
+    assert sock["ListenStream"] == str(SYSTEM_SOCKET)
+    assert int(sock["SocketMode"], 8) == Config().socket.mode
+    assert sock["SocketGroup"] == Config().socket.group
+    service = unit("sandboxd.service")["Service"]
+    assert service["Type"] == "notify"
+    assert service["Delegate"] == "yes"
+    assert service["KillMode"] == "mixed"
+    assert f"/var/lib/{service['StateDirectory']}" == str(Config().state)
+
+
+def test_systemd_takes_the_units(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd is not installed here")
+    for name in ("sandboxd.service", "sandboxd.socket"):
+        text = (PACKAGING / name).read_text().replace("/opt/sandboxd/bin/sandboxd", "/bin/true")
+        (tmp_path / name).write_text(text)
+    result = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *(str(path) for path in sorted(tmp_path.iterdir()))],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    ours = [line for line in result.stderr.splitlines() if "sandboxd" in line]
+    assert ours == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_parses(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True, timeout=30)
+    assert os.access(script, os.X_OK) == (script.suffix != ".sh")
+
+
+def test_scripts_are_clean() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed here")
+    subprocess.run(["shellcheck", "-x", *map(str, SCRIPTS), ".ci/run"], cwd=ROOT, check=True, timeout=60)
+
+
+def test_run_refuses_what_it_does_not_know() -> None:
+    for arguments, answer in ((["--nonsense"], "unknown option"), (["--socket", "relative"], "absolute")):
+        result = subprocess.run(
+            [str(ROOT / "scripts/run"), *arguments], capture_output=True, text=True, check=False, timeout=30
+        )
+        assert result.returncode == 1
+        assert answer in result.stderr
+
+
+def test_stop_without_a_daemon_is_no_error(tmp_path: Path) -> None:
+    command = [ROOT / "scripts/run", "--stop", "--state", str(tmp_path)]
+    for content in (None, "", "1\n/run/x\n", "garbage\n", "999999999\n"):
+        if content is not None:
+            (tmp_path / "daemon.pid").write_text(content)
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        assert (result.returncode, result.stdout) == (0, "")
+        assert "no daemon" in result.stderr
