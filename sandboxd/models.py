@@ -156,26 +156,34 @@ class Narrowing(Wire):
 class Request(Wire):
     """What a caller asks for."""
 
-    argv: Annotated[list[Annotated[Text, Field(max_length=MAX_ARG)] | Bytes],
-                    Field(min_length=1, max_length=MAX_ARGV)]  # fmt: skip
+    argv: Annotated[
+        list[Annotated[Text, Field(max_length=MAX_ARG)] | Bytes], Field(min_length=1, max_length=MAX_ARGV)
+    ]
     policy: Annotated[Text, Field(min_length=1, max_length=128)] = "default"
-    env: Annotated[dict[Annotated[Text, Field(min_length=1, max_length=1024, pattern="^[^=]+$")],
-                        Annotated[Text, Field(max_length=MAX_ARG)]],
-                   Field(max_length=MAX_ENV)] = Field(default_factory=dict)  # fmt: skip
+    env: Annotated[
+        dict[
+            Annotated[Text, Field(min_length=1, max_length=1024, pattern="^[^=]+$")],
+            Annotated[Text, Field(max_length=MAX_ARG)],
+        ],
+        Field(max_length=MAX_ENV),
+    ] = Field(default_factory=dict)
     cwd: Annotated[Text, Field(max_length=MAX_PATH, pattern="^/")] = "/workspace"
     stdin: Literal["none", "stream"] | Bytes = "none"
     inputs: Annotated[list[Input], Field(max_length=MAX_INPUTS)] = Field(default_factory=list)
     tar: Bytes | None = None
     """A tar (plain, gzip, bzip2 or xz) that is unpacked into the workspace after ``inputs``."""
-    artifacts: Annotated[list[Annotated[Text, Field(min_length=1, max_length=MAX_PATH)]],
-                         Field(max_length=64)] | None = None  # fmt: skip
+    artifacts: (
+        Annotated[list[Annotated[Text, Field(min_length=1, max_length=MAX_PATH)]], Field(max_length=64)]
+        | None
+    ) = None
     """Patterns; of the files that the policy releases only those that match one of these too."""
     limits: Narrowing = Field(default_factory=Narrowing)
     deadline: Duration | None = None
     """Counts from acceptance, queueing included."""
-    labels: Annotated[dict[Annotated[Text, Field(min_length=1, max_length=128)],
-                           Annotated[Text, Field(max_length=1024)]],
-                      Field(max_length=MAX_LABELS)] = Field(default_factory=dict)  # fmt: skip
+    labels: Annotated[
+        dict[Annotated[Text, Field(min_length=1, max_length=128)], Annotated[Text, Field(max_length=1024)]],
+        Field(max_length=MAX_LABELS),
+    ] = Field(default_factory=dict)
     key: Annotated[Text, Field(min_length=1, max_length=256)] | None = None
     """Idempotency key, unique per caller."""
     session: Annotated[Text, Field(min_length=1, max_length=128)] | None = None

@@ -91,7 +91,3 @@ class Engine(Protocol):
     async def destroy(self, slot: Slot) -> None:
         """Kill, reap, clean."""
         ...
-
-    async def clean_leftovers(self) -> list[str]:
-        """Remove what an earlier daemon of the same state directory left; returns what was removed."""
-        ...

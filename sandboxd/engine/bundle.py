@@ -5,13 +5,16 @@ Source of the format: OCI runtime specification 1.0.2, ``config.md`` and ``confi
 of the tool are taken by the parked process, for every engine alike.
 """
 
+# ruff: noqa: S108  -- these are paths inside a container
+
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sandboxd.plan import Shape
 
 __all__ = [
@@ -72,8 +75,14 @@ def shm_size(shape: Shape) -> int:
     return min(shape.limits.tmp_size, SHM_MAX)
 
 
-def make_config(shape: Shape, paths: BundlePaths, *, userns: str | None, id_map: tuple[int, int] | None,
-                cgroup: str | None) -> dict[str, Any]:  # fmt: skip
+def make_config(
+    shape: Shape,
+    paths: BundlePaths,
+    *,
+    userns: str | None,
+    id_map: tuple[int, int] | None,
+    cgroup: str | None,
+) -> dict[str, Any]:
     """The ``config.json`` of a slot.
 
     ``userns`` is the path of the user namespace to join and ``id_map`` its ``(base, size)``; ``cgroup``
@@ -100,14 +109,29 @@ def make_config(shape: Shape, paths: BundlePaths, *, userns: str | None, id_map:
         _mount("/proc", "proc", "nosuid", "nodev", "noexec", "hidepid=invisible"),
         _mount("/dev", "tmpfs", "nosuid", "noexec", "mode=755", "size=64k"),
         _mount("/dev/pts", "devpts", "nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"),
-        _mount("/dev/shm", "tmpfs", "nosuid", "nodev", "noexec", "mode=1777",  # noqa: S108
-               f"size={shm_size(shape)}", f"nr_inodes={limits.tmp_inodes}"),
-        _mount("/tmp", "tmpfs", "nosuid", "nodev", "mode=1777",  # noqa: S108  (a path inside the container)
-               f"size={limits.tmp_size}", f"nr_inodes={limits.tmp_inodes}"),
+        _mount(
+            "/dev/shm",
+            "tmpfs",
+            "nosuid",
+            "nodev",
+            "noexec",
+            "mode=1777",
+            f"size={shm_size(shape)}",
+            f"nr_inodes={limits.tmp_inodes}",
+        ),
+        _mount(
+            "/tmp",
+            "tmpfs",
+            "nosuid",
+            "nodev",
+            "mode=1777",
+            f"size={limits.tmp_size}",
+            f"nr_inodes={limits.tmp_inodes}",
+        ),
         _bind(Bind(paths.init, INIT_PATH, read_only=True)),
         _bind(Bind(paths.workspace, "/workspace", read_only=False)),
         *(_bind(bind) for bind in paths.binds),
-    ]  # fmt: skip
+    ]
     capabilities = list(INIT_CAPABILITIES)
     return {
         "ociVersion": "1.0.2",

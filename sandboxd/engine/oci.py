@@ -18,7 +18,7 @@ import signal
 import socket
 import subprocess
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -39,7 +39,7 @@ from sandboxd.policy import seccomp
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sandboxd.images import Image, ImageStore
+    from sandboxd.images import HostBind, Image, ImageStore
     from sandboxd.kernel.cgroup import Cgroup, CgroupTree
     from sandboxd.kernel.notify import NotifyServer
     from sandboxd.kernel.userns import IdRange, UserNamespaces
@@ -67,14 +67,27 @@ class Runtime:
     def command(self, root: Path, slot: Path, name: str) -> list[str]:
         """The argv that makes and starts a container and then exits."""
         options = ["--cgroup-manager=disabled"] if self.dialect == "crun" else []
-        return [self.path, "--root", str(root), *options, "run", "--detach", "--preserve-fds", "1",
-                "--pid-file", str(slot / "pid"), "--bundle", str(slot), name]  # fmt: skip
+        return [
+            self.path,
+            "--root",
+            str(root),
+            *options,
+            "run",
+            "--detach",
+            "--preserve-fds",
+            "1",
+            "--pid-file",
+            str(slot / "pid"),
+            "--bundle",
+            str(slot),
+            name,
+        ]
 
 
 def find_runtimes(wanted: str) -> list[Runtime]:
     """The runtimes to try, best first: ``auto``, ``crun``, ``runc``, or a path. Raises HostUnsupported."""
     if wanted == "auto":
-        found = [Runtime(path, kind) for kind in ("crun", "runc") if (path := shutil.which(kind))]  # type: ignore[arg-type]
+        found = [Runtime(path, kind) for kind in ("crun", "runc") if (path := shutil.which(kind))]
     elif path := shutil.which(wanted):
         found = [Runtime(path, "crun" if "crun" in Path(path).name else "runc")]
     else:
@@ -91,7 +104,9 @@ def cgroup_limits(limits: Limits, device: tuple[int, int] | None) -> CgroupLimit
         if device is None:
             raise errors.ControlNotEnforced(
                 "limits.io: the file system that holds the images is on no block device that the kernel "
-                "can throttle", control="io")  # fmt: skip
+                "can throttle",
+                control="io",
+            )
         io = ((*device, limits.io_read, limits.io_write),)  # type: ignore[assignment]
     return CgroupLimits(memory=limits.memory, pids=limits.pids, cpus=limits.cpus, io=io)
 
@@ -118,8 +133,16 @@ class OciEngine:
 
     name = "oci"
 
-    def __init__(self, runtime: Runtime, *, run: Path, images: ImageStore, cgroups: CgroupTree,
-                 namespaces: UserNamespaces, notify: NotifyServer) -> None:  # fmt: skip
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        run: Path,
+        images: ImageStore,
+        cgroups: CgroupTree,
+        namespaces: UserNamespaces,
+        notify: NotifyServer,
+    ) -> None:
         """``run`` is a directory on a tmpfs of the daemon's own mount namespace."""
         self.runtime = runtime
         self._run = run
@@ -140,8 +163,12 @@ class OciEngine:
             await self.destroy(slot)
             check = Check("container", ok=True, found=f"{self.runtime.name} makes containers")
         except errors.AttemptFailed as error:
-            check = Check("container", ok=False, found=str(error),
-                          advice=f"make `{self.runtime.name}` work, or name another runtime")  # fmt: skip
+            check = Check(
+                "container",
+                ok=False,
+                found=str(error),
+                advice=f"make `{self.runtime.name}` work, or name another runtime",
+            )
         return Capabilities(self.name, self.runtime.name, (check,))
 
     async def create(self, shape: Shape) -> Slot:
@@ -151,18 +178,14 @@ class OciEngine:
     async def kill(self, slot: Slot) -> None:
         """End every process of the slot; its files stay readable until ``destroy``."""
         slot.cgroup.thaw_and_unthrottle()
-        try:
+        with suppress(ProcessLookupError):
             signal.pidfd_send_signal(slot.init_pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         with anyio.move_on_after(DEATH_TIMEOUT) as scope:
             await anyio.wait_readable(slot.init_pidfd)
         if scope.cancelled_caught:
             raise errors.EngineFailed(f"container {slot.id} did not die within {DEATH_TIMEOUT:.0f} s")
-        try:
-            os.waitid(os.P_PIDFD, slot.init_pidfd, os.WEXITED | os.WNOHANG)
-        except ChildProcessError:
-            pass  # the runtime's orphan went to another reaper
+        with suppress(ChildProcessError):  # the runtime's orphan may have another reaper
+            os.waitid(os.P_PIDFD, slot.init_pidfd, os.WEXITED | os.WNOHANG)  # noqa: ASYNC222  (does not wait)
 
     async def destroy(self, slot: Slot) -> None:
         """Kill, reap, clean. Safe to call twice."""
@@ -174,18 +197,6 @@ class OciEngine:
                 await self.kill(slot)
             finally:
                 await anyio.to_thread.run_sync(stack.close)
-
-    async def clean_leftovers(self) -> list[str]:
-        """End and remove what an earlier daemon of this state directory left; returns their names."""
-        return await anyio.to_thread.run_sync(self._clean_leftovers)
-
-    def _clean_leftovers(self) -> list[str]:
-        found = self._cgroups.leftovers()
-        for cgroup in found:
-            cgroup.thaw_and_unthrottle()
-            cgroup.kill()
-            cgroup.remove()
-        return [cgroup.name for cgroup in found]
 
     def _create(self, shape: Shape) -> Slot:
         name = str(uuid7())
@@ -248,8 +259,20 @@ class OciEngine:
                 control="cgroup",
             )
         cgroup.set(cgroup_limits(shape.limits, self._device(shape.limits, image)))
-        return Slot(name, shape, self.name, self.runtime.name, init_pid, pidfd, tools[0], control, cgroup,
-                    listener, workspace, ids.base if ids else 0)  # fmt: skip
+        return Slot(
+            name,
+            shape,
+            self.name,
+            self.runtime.name,
+            init_pid,
+            pidfd,
+            tools[0],
+            control,
+            cgroup,
+            listener,
+            workspace,
+            ids.base if ids else 0,
+        )
 
     def _start(self, name: str, directory: Path, control: int, cgroup: Cgroup) -> int:
         said = os.memfd_create("runtime", os.MFD_CLOEXEC)
@@ -257,11 +280,22 @@ class OciEngine:
             # runc places the container itself, and by a path below its own cgroup: it stays in ours
             places = cgroup.procs_files if self.runtime.dialect == "crun" else ()
             command: Sequence[str] = [
-                str(LAUNCH), "run", str(control), *places, "--",
+                str(LAUNCH),
+                "run",
+                str(control),
+                *places,
+                "--",
                 *self.runtime.command(self._run / "runtime", directory, name),
-            ]  # fmt: skip
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, pass_fds=[control],
-                                  timeout=CREATE_TIMEOUT, check=False)  # fmt: skip
+            ]
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                pass_fds=[control],
+                timeout=CREATE_TIMEOUT,
+                check=False,
+            )
             if done.returncode != 0:
                 text = os.pread(said, 2000, 0).decode(errors="replace").strip()
                 raise errors.EngineFailed(
@@ -301,7 +335,9 @@ def _whole_disk(major: int, minor: int) -> tuple[int, int] | None:
 class _Mounts:
     """Makes the mounts of one slot in the daemon's namespace; the stack takes them off again."""
 
-    def __init__(self, directory: Path, shape: Shape, image: Image, ids: IdRange | None, stack: ExitStack) -> None:
+    def __init__(
+        self, directory: Path, shape: Shape, image: Image, ids: IdRange | None, stack: ExitStack
+    ) -> None:
         self._directory = directory
         self._shape = shape
         self._image = image
@@ -310,9 +346,9 @@ class _Mounts:
 
     def make(self) -> tuple[BundlePaths, int]:
         """The bundle's paths, and the workspace's root as a descriptor that outlives the container."""
+        lent: list[HostBind | Mount] = [*self._image.binds, *self._shape.mounts]
         binds = [
-            self._present(Path(bind.source), bind.target, f"bind{number}")
-            for number, bind in enumerate((*self._image.binds, *self._shape.mounts))
+            self._present(Path(bind.source), bind.target, f"bind{number}") for number, bind in enumerate(lent)
         ]
         workspace = self._workspace()
         rootfs = self._root()
@@ -347,9 +383,16 @@ class _Mounts:
     def _workspace(self) -> int:
         owner, limits = self._shape.process, self._shape.limits
         base = self._ids.base if self._ids else 0
-        mount = mounts.new_mount("tmpfs", {
-            "size": str(limits.workspace_size), "nr_inodes": str(limits.workspace_inodes), "mode": "0755",
-            "uid": str(base + owner.uid), "gid": str(base + owner.gid)})  # fmt: skip
+        mount = mounts.new_mount(
+            "tmpfs",
+            {
+                "size": str(limits.workspace_size),
+                "nr_inodes": str(limits.workspace_inodes),
+                "mode": "0755",
+                "uid": str(base + owner.uid),
+                "gid": str(base + owner.gid),
+            },
+        )
         root = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
         self._stack.callback(os.close, root)
         self._attach(mount, "workspace")
@@ -369,7 +412,9 @@ class _Mounts:
         """An overlay that is thrown away: for a writable root, or for mount points that the image lacks."""
         root = self._shape.root
         upper = self._attach(
-            mounts.new_mount("tmpfs", {"size": str(root.size), "nr_inodes": str(root.inodes), "mode": "0755"}),
+            mounts.new_mount(
+                "tmpfs", {"size": str(root.size), "nr_inodes": str(root.inodes), "mode": "0755"}
+            ),
             "upper",
         )
         base = self._ids.base if self._ids else 0

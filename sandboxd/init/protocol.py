@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
-__all__ = ["Control", "Exited", "ExecFailed", "Gone", "Rlimit", "Setup", "Started"]
+__all__ = ["Control", "ExecFailed", "Exited", "Gone", "Rlimit", "Setup", "Started"]
 
 VERSION = 1
 HEADER = struct.Struct("=IHHI")

@@ -85,8 +85,15 @@ def new_mount(kind: str, options: Mapping[str, str], *, executable: bool = True)
     context = _call(f"fsopen {kind}", SYS_FSOPEN, kind.encode(), FSOPEN_CLOEXEC)
     try:
         for key, value in options.items():
-            _call(f"fsconfig {key}={value}", SYS_FSCONFIG, context, FSCONFIG_SET_STRING, key.encode(),
-                  value.encode(), 0)  # fmt: skip
+            _call(
+                f"fsconfig {key}={value}",
+                SYS_FSCONFIG,
+                context,
+                FSCONFIG_SET_STRING,
+                key.encode(),
+                value.encode(),
+                0,
+            )
         _call(f"fsconfig {kind}", SYS_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
         attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | (0 if executable else MOUNT_ATTR_NOEXEC)
         return _call(f"fsmount {kind}", SYS_FSMOUNT, context, FSMOUNT_CLOEXEC, attributes)
@@ -116,7 +123,9 @@ def set_attributes(mount: int, *, read_only: bool, userns: int | None) -> None:
 
 def attach(mount: int, target: Path) -> None:
     """Attach a detached mount at a path. Raises OSError."""
-    _call(f"move_mount {target}", SYS_MOVE_MOUNT, mount, b"", -100, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
+    _call(
+        f"move_mount {target}", SYS_MOVE_MOUNT, mount, b"", -100, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH
+    )
 
 
 def detach(target: Path) -> None:
@@ -154,7 +163,14 @@ def parse_mountinfo(text: str) -> list[MountEntry]:
         kind, source, super_options = right.split(" ", 2)
         pairs = (option.partition("=") for option in super_options.split(","))
         entries.append(
-            MountEntry(device, _unescape(root), _unescape(target), frozenset(options.split(",")), kind,
-                       _unescape(source), {key: value for key, _, value in pairs})  # fmt: skip
+            MountEntry(
+                device,
+                _unescape(root),
+                _unescape(target),
+                frozenset(options.split(",")),
+                kind,
+                _unescape(source),
+                {key: value for key, _, value in pairs},
+            )
         )
     return entries

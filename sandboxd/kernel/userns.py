@@ -11,12 +11,15 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sandboxd import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["IdRange", "UserNamespaces"]
 

@@ -24,7 +24,7 @@ import anyio.to_thread
 
 from sandboxd import artifacts, errors
 from sandboxd.engine.oci import cgroup_limits
-from sandboxd.init.protocol import Exited, ExecFailed, Gone, Started
+from sandboxd.init.protocol import ExecFailed, Exited, Gone, Started
 from sandboxd.kernel import files, tar
 from sandboxd.models import Cause, Denial, Event, Failure, Outcome, Usage
 from sandboxd.policy import seccomp
@@ -72,10 +72,20 @@ class Result:
 
 
 class Attempt:
-    """Runs once. ``cancel``, ``signal`` and ``stdin`` may be used from other tasks meanwhile."""
+    """Runs once. ``cancel``, ``signal`` and its ``Stdin`` may be used from other tasks meanwhile."""
 
-    def __init__(self, plan: Plan, payload: Payload, *, engine: Engine, spool: Spool, blobs: BlobStore,
-                 deadline: float | None, on_state: Callable[[Literal["running", "collecting"]], None]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        plan: Plan,
+        payload: Payload,
+        *,
+        stdin: Stdin,
+        engine: Engine,
+        spool: Spool,
+        blobs: BlobStore,
+        deadline: float | None,
+        on_state: Callable[[Literal["running", "collecting"]], None],
+    ) -> None:
         """``deadline`` is a time of ``time.monotonic()``, for the call as a whole."""
         self._plan = plan
         self._payload = payload
@@ -89,7 +99,9 @@ class Attempt:
         self._slot: Slot | None = None
         self._handed_over = 0.0
         self._cpu_before = 0
-        self.stdin = Stdin()
+        self._written = {"stdout": 0, "stderr": 0}
+        self._dropped = {"stdout": 0, "stderr": 0}
+        self._stdin = stdin
 
     def cancel(self) -> None:
         """End the call with the outcome ``cancelled``, unless it has ended."""
@@ -106,16 +118,13 @@ class Attempt:
         result = Result(_failed(errors.Interrupted("the daemon stopped")))
         try:
             await self._run(result)
-        except errors.AttemptFailed as error:
+        except (errors.AttemptFailed, errors.TooLarge, errors.InvalidRequest) as error:
+            # the latter two: the workspace cannot hold the inputs, or the tar is none
             result.outcome = _failed(error)
-        except errors.TooLarge as error:  # the workspace cannot hold the inputs
-            result.outcome = _failed(errors.HostFailed(str(error), **error.details))
-        except errors.InvalidRequest as error:
-            result.outcome = _failed(errors.HostFailed(str(error), **error.details))
         except OSError as error:
             result.outcome = _failed(errors.HostFailed(f"the host refused what the call needs: {error}"))
         finally:
-            self.stdin.close()
+            self._stdin.close()
         return result
 
     async def _run(self, result: Result) -> None:
@@ -142,7 +151,7 @@ class Attempt:
         uid, gid = slot.id_base + owner.uid, slot.id_base + owner.gid
         files.write_inputs(slot.workspace_fd, self._payload.inputs, uid, gid)
         if self._payload.tar is not None:
-            limits = tar.Limits()
+            limits = tar.Limits(size=slot.shape.limits.workspace_size)
             tar.unpack_tar(slot.workspace_fd, self._payload.tar, uid, gid, limits)
 
     async def _supervise(self, slot: Slot, stack: AsyncExitStack) -> tuple[Ending, int]:
@@ -150,7 +159,7 @@ class Attempt:
         ids = slot.id_base + owner.uid, slot.id_base + owner.gid
         pipes = {}
         for name in ("stdout", "stderr"):
-            pipes[name] = OutputPipe(*ids, self._sink(name))  # type: ignore[arg-type]
+            pipes[name] = OutputPipe(*ids, self._sink(name))
             stack.callback(pipes[name].close)
         stdin = self._open_stdin(ids)
         slot.cgroup.reset_peak()
@@ -190,17 +199,19 @@ class Attempt:
     def _open_stdin(self, ids: tuple[int, int]) -> int:
         if self._plan.command.stdin == "none":
             return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        return self.stdin.open(*ids)
+        return self._stdin.open(*ids)
 
     async def _feed(self, data: bytes) -> None:
-        await self.stdin.write(0, data)
-        await self.stdin.finish()
+        await self._stdin.write(0, data)
+        await self._stdin.finish()
 
     def _sink(self, stream: Literal["stdout", "stderr"]) -> Callable[[bytes], None]:
         kill = self._plan.limits.on_output == "kill"
 
         def sink(data: bytes) -> None:
             stored = self._spool.append(stream, data)
+            self._written[stream] += stored
+            self._dropped[stream] += len(data) - stored
             if kill and stored < len(data):
                 self._end(Stopped(stream))
 
@@ -236,7 +247,7 @@ class Attempt:
 
     async def _watch_cpu(self, slot: Slot, limit: int, cpus: int) -> None:
         fastest = min(cpus / 1000, os.cpu_count() or 1)  # CPU seconds that can be used in a second
-        while (left := limit - (slot.cgroup.cpu_total() - self._cpu_before)) > 0:
+        while (left := limit - (slot.cgroup.cpu_total() - self._cpu_before)) > 0:  # noqa: ASYNC110  (no event tells of CPU time)
             await anyio.sleep(max(CPU_POLL_MIN, left / 1e6 / fastest))
         self._end(Stopped("cpu_time"))
 
@@ -246,8 +257,8 @@ class Attempt:
             oom_kills=slot.cgroup.oom_kills(),
             pids_denied=slot.cgroup.pids_denied(),
             cpu_total=slot.cgroup.cpu_total() - self._cpu_before,
-            stdout_dropped=self._spool.dropped("stdout"),
-            stderr_dropped=self._spool.dropped("stderr"),
+            stdout_dropped=self._dropped["stdout"],
+            stderr_dropped=self._dropped["stderr"],
             workspace_full=workspace.f_bfree == 0,
             workspace_inodes_gone=workspace.f_ffree == 0,
             tmp_full=temporary.f_bfree == 0 or temporary.f_ffree == 0,
@@ -272,8 +283,8 @@ class Attempt:
             pids_peak=used.pids_peak,
             io_read=used.io_read,
             io_written=used.io_written,
-            stdout=self._spool.written("stdout"),
-            stderr=self._spool.written("stderr"),
+            stdout=self._written["stdout"],
+            stderr=self._written["stderr"],
         )
         if outcome is None:
             reason = ending.reason if isinstance(ending, Lost) else "no report"
@@ -293,8 +304,9 @@ def _denials(slot: Slot) -> list[Denial]:
     for denied in slot.listener.counts():
         name, detail = seccomp.describe(denied.arch, denied.nr, denied.args)
         number = seccomp.answer(denied.arch, denied.nr)
-        found.append(Denial(kind="syscall", name=name, count=denied.count, detail=detail,
-                            errno=errors_name(number)))  # fmt: skip
+        found.append(
+            Denial(kind="syscall", name=name, count=denied.count, detail=detail, errno=errors_name(number))
+        )
     return found
 
 
@@ -311,7 +323,7 @@ def _decode(item: dict[str, str]) -> bytes:
     return item["text"].encode()
 
 
-def _failed(error: errors.AttemptFailed) -> Outcome:
+def _failed(error: errors.SandboxdError) -> Outcome:
     return Outcome(
         cause=Cause.FAILED,
         message=f"{error}",

@@ -10,11 +10,13 @@ import errno
 import os
 import signal
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sandboxd import units
 from sandboxd.models import Cause, LimitReached, Outcome, signal_name
-from sandboxd.plan import Limits
+
+if TYPE_CHECKING:
+    from sandboxd.plan import Limits
 
 __all__ = ["CommandFailed", "Ended", "Ending", "Evidence", "Lost", "Stopped", "classify", "limits_reached"]
 
@@ -65,29 +67,47 @@ class Evidence:
     tmp_full: bool
 
 
-def classify(ending: Ending, evidence: Evidence, limits: Limits, argv0: str, deadline: int | None) -> Outcome | None:
+def classify(
+    ending: Ending, evidence: Evidence, limits: Limits, argv0: str, deadline: int | None
+) -> Outcome | None:
     """The outcome; None when PID 1 was lost and no counter says why, which is a failure of ours."""
-    facts: dict[str, Any] = {"oom_kills": evidence.oom_kills, "pids_denied": evidence.pids_denied,
-                             "cpu_total": evidence.cpu_total}  # fmt: skip
+    facts: dict[str, Any] = {
+        "oom_kills": evidence.oom_kills,
+        "pids_denied": evidence.pids_denied,
+        "cpu_total": evidence.cpu_total,
+    }
     match ending:
         case Stopped(why):
             return _stopped(why, limits, deadline, facts)
         case CommandFailed(number):
             name = errno.errorcode.get(number, str(number))
-            return Outcome(cause=Cause.EXEC_FAILED, errno=name, evidence=facts,
-                           message=f"{argv0!r} could not be executed: {_explain_errno(number)}.")  # fmt: skip
+            return Outcome(
+                cause=Cause.EXEC_FAILED,
+                errno=name,
+                evidence=facts,
+                message=f"{argv0!r} could not be executed: {_explain_errno(number)}.",
+            )
         case Ended(status) if evidence.oom_kills and status != 0:
             return _memory(limits, {**facts, "status": status})
         case Lost() if evidence.oom_kills:
             return _memory(limits, facts)
         case Ended(status) if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
-            return Outcome(cause=Cause.SIGNALLED, signal=number, signal_name=signal_name(number), evidence=facts,
-                           message=f"The command was ended by {signal_name(number)}{_hint(number)}.")  # fmt: skip
+            return Outcome(
+                cause=Cause.SIGNALLED,
+                signal=number,
+                signal_name=signal_name(number),
+                evidence=facts,
+                message=f"The command was ended by {signal_name(number)}{_hint(number)}.",
+            )
         case Ended(status):
             code = os.WEXITSTATUS(status)
-            return Outcome(cause=Cause.EXITED, exit_code=code, evidence=facts,
-                           message=f"The command exited with status {code}.")  # fmt: skip
+            return Outcome(
+                cause=Cause.EXITED,
+                exit_code=code,
+                evidence=facts,
+                message=f"The command exited with status {code}.",
+            )
         case Lost():
             return None
 
@@ -95,31 +115,45 @@ def classify(ending: Ending, evidence: Evidence, limits: Limits, argv0: str, dea
 def _stopped(why: str, limits: Limits, deadline: int | None, facts: dict[str, Any]) -> Outcome:
     match why:
         case "wall":
-            return Outcome(cause=Cause.WALL_TIME, evidence=facts,
-                           message=f"The command ran for its wall-clock limit of "
-                                   f"{units.format_duration(limits.wall)} and was ended.")  # fmt: skip
+            return Outcome(
+                cause=Cause.WALL_TIME,
+                evidence=facts,
+                message=f"The command ran for its wall-clock limit of "
+                f"{units.format_duration(limits.wall)} and was ended.",
+            )
         case "deadline":
-            return Outcome(cause=Cause.WALL_TIME, evidence={**facts, "deadline": deadline},
-                           message=f"The call's deadline of {units.format_duration(deadline or 0)} passed "
-                                   "and the command was ended.")  # fmt: skip
+            return Outcome(
+                cause=Cause.WALL_TIME,
+                evidence={**facts, "deadline": deadline},
+                message=f"The call's deadline of {units.format_duration(deadline or 0)} passed "
+                "and the command was ended.",
+            )
         case "cpu_time":
-            return Outcome(cause=Cause.CPU_TIME, evidence=facts,
-                           message=f"The command used its CPU time of "
-                                   f"{units.format_duration(limits.cpu_time or 0)} and was ended.")  # fmt: skip
+            return Outcome(
+                cause=Cause.CPU_TIME,
+                evidence=facts,
+                message=f"The command used its CPU time of "
+                f"{units.format_duration(limits.cpu_time or 0)} and was ended.",
+            )
         case "cancelled":
             return Outcome(cause=Cause.CANCELLED, evidence=facts, message="The call was cancelled.")
         case stream:
             cap = limits.stdout if stream == "stdout" else limits.stderr
-            return Outcome(cause=Cause.OUTPUT, evidence={**facts, "stream": stream},
-                           message=f"The command wrote more than {units.format_size(cap)} to {stream} "
-                                   "and was ended.")  # fmt: skip
+            return Outcome(
+                cause=Cause.OUTPUT,
+                evidence={**facts, "stream": stream},
+                message=f"The command wrote more than {units.format_size(cap)} to {stream} and was ended.",
+            )
 
 
 def _memory(limits: Limits, facts: dict[str, Any]) -> Outcome:
-    return Outcome(cause=Cause.MEMORY, evidence=facts,
-                   message=f"The command needed more than its {units.format_size(limits.memory)} of memory "
-                           "(files in /tmp, /dev/shm and /workspace count) and the kernel killed "
-                           f"{facts['oom_kills']} of its processes.")  # fmt: skip
+    return Outcome(
+        cause=Cause.MEMORY,
+        evidence=facts,
+        message=f"The command needed more than its {units.format_size(limits.memory)} of memory "
+        "(files in /tmp, /dev/shm and /workspace count) and the kernel killed "
+        f"{facts['oom_kills']} of its processes.",
+    )
 
 
 def _explain_errno(number: int) -> str:
@@ -149,8 +183,13 @@ def limits_reached(ending: Ending, evidence: Evidence, limits: Limits) -> list[L
     found: list[tuple[bool, str, int | None, bool, int | None]] = [
         (why == "wall", "wall", limits.wall, True, None),
         (why == "deadline", "deadline", limits.wall, True, None),
-        (limits.cpu_time is not None and (why == "cpu_time" or evidence.cpu_total >= limits.cpu_time),
-         "cpu_time", limits.cpu_time, why == "cpu_time", None),
+        (
+            limits.cpu_time is not None and (why == "cpu_time" or evidence.cpu_total >= limits.cpu_time),
+            "cpu_time",
+            limits.cpu_time,
+            why == "cpu_time",
+            None,
+        ),
         (evidence.oom_kills > 0, "memory", limits.memory, bad_end, evidence.oom_kills),
         (evidence.pids_denied > 0, "pids", limits.pids, False, evidence.pids_denied),
         (why == "stdout" or evidence.stdout_dropped > 0, "stdout", limits.stdout, why == "stdout", None),
@@ -159,6 +198,9 @@ def limits_reached(ending: Ending, evidence: Evidence, limits: Limits) -> list[L
         (evidence.workspace_full, "workspace.size", limits.workspace_size, False, None),
         (evidence.workspace_inodes_gone, "workspace.inodes", limits.workspace_inodes, False, None),
         (evidence.tmp_full, "tmp", limits.tmp_size, False, None),
-    ]  # fmt: skip
-    return [LimitReached(limit=name, value=value or 0, ended=ended, count=count)
-            for reached, name, value, ended, count in found if reached]  # fmt: skip
+    ]
+    return [
+        LimitReached(limit=name, value=value or 0, ended=ended, count=count)
+        for reached, name, value, ended, count in found
+        if reached
+    ]

@@ -6,11 +6,14 @@ and no instruction of the tool has run yet. A control that is not as asked makes
 Source of the formats: proc_pid_status(5), proc_pid_mountinfo(5), namespaces(7), cgroup documentation.
 """
 
+# ruff: noqa: PTH115  -- the links of /proc/PID/ns are texts, not paths
+
 from __future__ import annotations
 
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sandboxd import errors
@@ -31,9 +34,14 @@ __all__ = ["check", "read_receipt"]
 
 NAMESPACES = ("mnt", "pid", "net", "ipc", "uts", "cgroup")
 RLIMIT_LINES = {  # names of /proc/PID/limits
-    1: "Max file size", 4: "Max core file size", 7: "Max open files", 8: "Max locked memory",
-    12: "Max msgqueue size", 13: "Max nice priority", 14: "Max realtime priority",
-}  # fmt: skip
+    1: "Max file size",
+    4: "Max core file size",
+    7: "Max open files",
+    8: "Max locked memory",
+    12: "Max msgqueue size",
+    13: "Max nice priority",
+    14: "Max realtime priority",
+}
 DEV_FILES = {"null", "zero", "full", "random", "urandom", "tty", "console", "ptmx"}
 
 
@@ -42,8 +50,8 @@ def check(receipt: Receipt) -> None:
     for control in receipt.controls:
         if not control.enforced:
             raise errors.ControlNotEnforced(
-                f"{control.name}: asked for {control.asked}, but {control.read_from} says {control.in_force}; "
-                "the call was not started",
+                f"{control.name}: asked for {control.asked}, but {control.read_from} says "
+                f"{control.in_force}; the call was not started",
                 control=control.name,
                 asked=control.asked,
                 in_force=control.in_force,
@@ -68,7 +76,9 @@ def read_receipt(slot: Slot, limits: Limits) -> Receipt:
         raise errors.ControlNotEnforced(
             f"the parked tool process cannot be read: {error}", control="process"
         ) from error
-    return Receipt(engine=slot.engine, runtime=slot.runtime, controls=controls, read_at=time.time_ns() // 1000)
+    return Receipt(
+        engine=slot.engine, runtime=slot.runtime, controls=controls, read_at=time.time_ns() // 1000
+    )
 
 
 @dataclass(frozen=True)
@@ -102,15 +112,20 @@ def _process_controls(slot: Slot, process: _Process) -> Iterator[Control]:
     tool = slot.shape.process
     program = seccomp.compile_filter(slot.shape.syscalls)
     yield Control(
-        name="seccomp", asked=f"mode 2, 1 filter ({program.digest[:19]})",
+        name="seccomp",
+        asked=f"mode 2, 1 filter ({program.digest[:19]})",
         in_force=f"mode {status['Seccomp']}, {status.get('Seccomp_filters', '?')} filter",
         read_from="status: Seccomp, Seccomp_filters",
         enforced=status["Seccomp"] == "2" and status.get("Seccomp_filters", "1") == "1",
-    )  # fmt: skip
+    )
     yield _equal("no_new_privs", "1", status["NoNewPrivs"], "status: NoNewPrivs")
     sets = {status[key].lstrip("0") or "0" for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")}
-    yield _equal("capabilities", "none in any set", "none in any set" if sets == {"0"} else " ".join(sorted(sets)),
-                 "status: CapInh CapPrm CapEff CapBnd CapAmb")  # fmt: skip
+    yield _equal(
+        "capabilities",
+        "none in any set",
+        "none in any set" if sets == {"0"} else " ".join(sorted(sets)),
+        "status: CapInh CapPrm CapEff CapBnd CapAmb",
+    )
     uid, gid = slot.id_base + tool.uid, slot.id_base + tool.gid
     yield _equal("user", " ".join([str(uid)] * 4), " ".join(status["Uid"].split()), "status: Uid")
     yield _equal("group", " ".join([str(gid)] * 4), " ".join(status["Gid"].split()), "status: Gid")
@@ -121,22 +136,34 @@ def _process_controls(slot: Slot, process: _Process) -> Iterator[Control]:
 
 
 def _same_file(wanted: os.PathLike[str], found: str) -> tuple[str, str]:
-    one, other = os.stat(wanted), os.stat(found)
-    return f"inode {one.st_ino}", f"inode {other.st_ino}" if one.st_dev == other.st_dev else "another file system"
+    one, other = Path(wanted).stat(), Path(found).stat()
+    return (
+        f"inode {one.st_ino}",
+        f"inode {other.st_ino}" if one.st_dev == other.st_dev else "another file system",
+    )
 
 
 def _namespace_controls(slot: Slot, process: _Process) -> Iterator[Control]:
     for kind in NAMESPACES:
         ours, theirs = os.readlink(f"/proc/self/ns/{kind}"), process.namespace(kind)
-        yield Control(name=f"{kind}_namespace", asked=f"not the host's {ours}", in_force=theirs,
-                      read_from=f"ns/{kind}", enforced=ours != theirs)  # fmt: skip
+        yield Control(
+            name=f"{kind}_namespace",
+            asked=f"not the host's {ours}",
+            in_force=theirs,
+            read_from=f"ns/{kind}",
+            enforced=ours != theirs,
+        )
     if slot.shape.process.user_namespace == "slot":
         asked = f"0 {slot.id_base} 65536"
         for kind in ("uid_map", "gid_map"):
             yield _equal(f"user_namespace_{kind[:3]}s", asked, " ".join(process.read(kind).split()), kind)
     else:
-        yield Control(name="user_namespace_uids", asked="none: the policy shares the host's",
-                      in_force=" ".join(process.read("uid_map").split()), read_from="uid_map")  # fmt: skip
+        yield Control(
+            name="user_namespace_uids",
+            asked="none: the policy shares the host's",
+            in_force=" ".join(process.read("uid_map").split()),
+            read_from="uid_map",
+        )
     interfaces = sorted(line.partition(":")[0].strip() for line in process.read("net/dev").splitlines()[2:])
     yield _equal("network", "lo", " ".join(interfaces) or "lo", "net/dev")
     routes = len(process.read("net/route").splitlines()) - 1
@@ -154,9 +181,13 @@ def _mount_controls(slot: Slot, process: _Process) -> Iterator[Control]:
     if shape.root.mode == "overlay" and root:
         yield _equal("root_overlay", "overlay", root.kind, "mountinfo: /")
     masks = {path for path in (*MASKED, *READ_ONLY) if os.path.exists(path)}  # noqa: PTH110
-    loose = [entry.target for entry in entries
-             if not {"nosuid", "nodev"} <= entry.options and entry.target not in masks
-             and not _is_device(entry.target)]  # fmt: skip
+    loose = [
+        entry.target
+        for entry in entries
+        if not {"nosuid", "nodev"} <= entry.options
+        and entry.target not in masks
+        and not _is_device(entry.target)
+    ]
     yield _equal("nosuid_nodev", "every mount", ", ".join(loose) or "every mount", "mountinfo")
     limits = shape.limits
     for name, target, size, inodes in (
@@ -164,23 +195,36 @@ def _mount_controls(slot: Slot, process: _Process) -> Iterator[Control]:
         ("tmp", "/tmp", limits.tmp_size, limits.tmp_inodes),  # noqa: S108
         ("shm", "/dev/shm", shm_size(shape), limits.tmp_inodes),  # noqa: S108
     ):
-        yield _equal(name, f"tmpfs of {_pages(size)} bytes, {inodes} inodes", _tmpfs(at.get(target)),
-                     f"mountinfo: {target}")  # fmt: skip
+        yield _equal(
+            name,
+            f"tmpfs of {_pages(size)} bytes, {inodes} inodes",
+            _tmpfs(at.get(target)),
+            f"mountinfo: {target}",
+        )
     lent = {mount.target for mount in shape.mounts}
     for target in sorted(lent):
-        yield _equal(f"mount {target}", "read-only",
-                     "read-only" if target in at and "ro" in at[target].options else "absent or writable",
-                     f"mountinfo: {target}")  # fmt: skip
+        yield _equal(
+            f"mount {target}",
+            "read-only",
+            "read-only" if target in at and "ro" in at[target].options else "absent or writable",
+            f"mountinfo: {target}",
+        )
     open_masks = sorted(path for path in masks if path not in at or not _is_closed(path, at[path]))
-    yield _equal("masked_paths", "masked or read-only", ", ".join(open_masks) or "masked or read-only",
-                 "mountinfo")  # fmt: skip
-    host = {"/etc", "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"} if shape.image.name == "host" else set()
+    yield _equal(
+        "masked_paths", "masked or read-only", ", ".join(open_masks) or "masked or read-only", "mountinfo"
+    )
+    host = (
+        {"/etc", "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"}
+        if shape.image.name == "host"
+        else set()
+    )
     extra = sorted(
-        entry.target for entry in entries
+        entry.target
+        for entry in entries
         if entry.target not in {"/", "/proc", "/dev", INIT_PATH, *writable, *lent, *masks}
         and not _is_device(entry.target)
         and not any(entry.target == top or entry.target.startswith(top + "/") for top in host)
-    )  # fmt: skip
+    )
     yield _equal("mounts", "nothing else", ", ".join(extra) or "nothing else", "mountinfo")
 
 
@@ -214,8 +258,12 @@ def _rlimit_controls(limits: Limits, process: _Process) -> Iterator[Control]:
     found = {line[:26].strip(): line[26:].split()[:2] for line in lines}
     for limit in rlimits(limits):
         name = RLIMIT_LINES[limit.resource]
-        yield _equal("rlimit_" + name[4:].replace(" ", "_"), f"{limit.soft} {limit.hard}", " ".join(found[name]),
-                     f"limits: {name}; the kernel does not tell when it is reached")  # fmt: skip
+        yield _equal(
+            "rlimit_" + name[4:].replace(" ", "_"),
+            f"{limit.soft} {limit.hard}",
+            " ".join(found[name]),
+            f"limits: {name}; the kernel does not tell when it is reached",
+        )
 
 
 def _cgroup_controls(slot: Slot, limits: Limits) -> Iterator[Control]:

@@ -1,0 +1,145 @@
+"""The composition root: builds everything by hand, in order, and takes it down in the other.
+
+Theory of operation.  The process moves into a mount namespace of its own, before it has a thread, and
+mounts a tmpfs at ``<state>/run`` that nobody else sees. It adopts orphans, so that the containers'
+first processes become its children and can be reaped. Then come the journal (whose lock keeps a
+second daemon out), what an earlier daemon left, the engine, the policies, and last the socket: whoever
+gets an answer on it gets a daemon that is ready. SIGTERM and SIGINT stop it: nothing new is taken, what
+runs gets ``DRAIN`` seconds, and is then cancelled; a second signal cancels at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from contextlib import AsyncExitStack
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import anyio
+import psutil
+import structlog
+
+from sandboxd import systemd
+from sandboxd.api.app import create_app, serve_app
+from sandboxd.api.listener import listening
+from sandboxd.blobs import BlobStore
+from sandboxd.engine.host import EngineHost, enter_private_mounts
+from sandboxd.journal import Journal
+from sandboxd.policy import shipped_policies
+from sandboxd.reload import PolicyStore
+from sandboxd.scheduler import Scheduler
+from sandboxd.service import DaemonService
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from sandboxd.config import Config
+
+__all__ = ["serve"]
+
+DRAIN = 30.0  # seconds that running calls get when the daemon is stopped
+PR_SET_CHILD_SUBREAPER = 36
+WORKER_THREADS = 64
+
+log = structlog.get_logger("sandboxd")
+
+
+def policy_directories(config: Config) -> list[Path]:
+    """The shipped policies and then the operator's, of which a later one of the same name wins."""
+    return [shipped_policies(), *(path for path in config.policies if path.is_dir())]
+
+
+def serve(config: Config) -> None:
+    """Run the daemon until it is stopped by a signal. Raises ConfigInvalid, HostUnsupported."""
+    _configure_logs()
+    config.state.mkdir(mode=0o711, parents=True, exist_ok=True)
+    run = enter_private_mounts(config.state)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    anyio.run(_serve, config, run)
+
+
+def _configure_logs() -> None:
+    renderer = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.dict_tracebacks,
+            renderer,
+        ],
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+    )
+
+
+async def _serve(config: Config, run: Path) -> None:
+    anyio.to_thread.current_default_thread_limiter().total_tokens = WORKER_THREADS
+    async with AsyncExitStack() as stack:
+        journal = await stack.enter_async_context(Journal.open(config.state))
+        host = stack.enter_context(EngineHost(config, run))
+        removed = host.clean_leftovers()
+        if removed:
+            log.warning("containers of an earlier daemon were removed", count=len(removed))
+        engine = await host.open_engine()
+        policies = PolicyStore(policy_directories(config), config.floor)
+        for problem in policies.problems:
+            log.warning("policy not in force", problem=str(problem))
+        blobs = BlobStore(config.state / "blobs")
+        scheduler = Scheduler(
+            memory=config.budget.bytes_of(psutil.virtual_memory().total),
+            slots=config.budget.slots,
+            queue=config.queue,
+        )
+        tasks = await stack.enter_async_context(anyio.create_task_group())
+        service = DaemonService(
+            config,
+            version=version("sandboxd"),
+            engine_name=engine.name,
+            runtime=engine.runtime.name,
+            policies=policies,
+            images=host.images,
+            engine=engine,
+            journal=journal,
+            scheduler=scheduler,
+            blobs=blobs,
+            tasks=tasks,
+        )
+        interrupted = await service.close_interrupted()
+        if interrupted:
+            log.warning("calls of an earlier daemon were closed as interrupted", count=interrupted)
+        tasks.start_soon(policies.watch)
+        sock = stack.enter_context(listening(config.socket, os.environ))
+        stopping = anyio.Event()
+        started = anyio.Event()
+        tasks.start_soon(serve_app, create_app(service), sock, config, started, stopping)
+        await started.wait()
+        log.info("ready", socket=str(sock.getsockname()), engine=engine.name, runtime=engine.runtime.name)
+        systemd.notify("READY=1")
+        await _until_stopped(service)
+        systemd.notify("STOPPING=1")
+        stopping.set()
+        tasks.cancel_scope.cancel()
+
+
+async def _until_stopped(service: DaemonService) -> None:
+    """Wait for a signal, then for the calls in flight: all of them have an outcome when this returns."""
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        number = await anext(signals)
+        log.info("draining", signal=number.name, in_flight=len(service.in_flight))
+        service.draining = True
+        async with anyio.create_task_group() as waiting:
+            waiting.start_soon(_cancel_on_signal, signals, service)
+            with anyio.move_on_after(DRAIN):
+                await service.all_ended()
+            service.cancel_all()
+            await service.all_ended()
+            waiting.cancel_scope.cancel()
+
+
+async def _cancel_on_signal(signals: AsyncIterator[signal.Signals], service: DaemonService) -> None:
+    await anext(signals)
+    service.cancel_all()

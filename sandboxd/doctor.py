@@ -1,0 +1,152 @@
+"""``sandboxd doctor``: what this host can enforce, and what to do where it cannot.
+
+Each line is found out by doing the thing: a container is made and its receipt read, a filter is
+installed, a file system is mounted. Only what cannot be tried without harm is read off.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+
+from sandboxd import errors
+from sandboxd.engine.base import Check
+from sandboxd.engine.host import EngineHost, enter_private_mounts
+from sandboxd.engine.probe import probe_shape
+from sandboxd.supervisor.receipt import read_receipt
+
+if TYPE_CHECKING:
+    from sandboxd.config import Config
+    from sandboxd.engine.oci import OciEngine
+
+__all__ = ["examine"]
+
+MINIMUM_KERNEL = (5, 19)
+TOOLS = {
+    "mmdebstrap": "build images (`sandboxd image build`)",
+    "skopeo": "pull and import images",
+    "umoci": "unpack OCI images",
+}
+
+
+def examine(config: Config) -> list[Check]:
+    """Every line, in the order in which a person would mend them. Needs root; starts no daemon."""
+    checks = [_kernel(), _root(), _user_namespaces()]
+    if os.geteuid() != 0:
+        return checks
+    try:
+        config.state.mkdir(mode=0o711, parents=True, exist_ok=True)
+        run = enter_private_mounts(config.state)
+    except (OSError, errors.HostUnsupported) as error:
+        return [
+            *checks,
+            Check("mount namespace", ok=False, found=str(error), advice="run as root on the host"),
+        ]
+    checks.append(Check("mount namespace", ok=True, found="the daemon's mounts are its own"))
+    checks += anyio.run(_containers, config, run)
+    return [*checks, *_tools()]
+
+
+def _kernel() -> Check:
+    release = platform.release()
+    numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2])
+    return Check(
+        "kernel",
+        ok=numbers >= MINIMUM_KERNEL,
+        found=f"Linux {release} on {platform.machine()}",
+        advice="5.19 or newer is needed: id-mapped mounts under overlayfs, seccomp's killable notifications",
+    )
+
+
+def _root() -> Check:
+    return Check(
+        "root",
+        ok=os.geteuid() == 0,
+        found=f"effective uid {os.geteuid()}",
+        advice="run as root: containers, cgroups and id-mapped mounts need it",
+    )
+
+
+def _user_namespaces() -> Check:
+    most = int(Path("/proc/sys/user/max_user_namespaces").read_text())
+    return Check(
+        "user namespaces",
+        ok=most > 0,
+        found=f"user.max_user_namespaces is {most}",
+        advice="sysctl -w user.max_user_namespaces=15000",
+    )
+
+
+async def _containers(config: Config, run: Path) -> list[Check]:
+    checks: list[Check] = []
+    try:
+        parts = EngineHost(config, run, name="doctor")
+    except errors.SandboxdError as error:
+        return [
+            Check("cgroups", ok=False, found=str(error), advice="mount the memory, pids and cpu controllers")
+        ]
+    with parts:
+        tree = parts.cgroups
+        checks.append(Check("cgroups", ok=True, found=f"version {tree.version} at {tree.place}"))
+        try:
+            engines = parts.engines()
+        except errors.HostUnsupported as error:
+            return [*checks, Check("OCI runtime", ok=False, found=str(error), advice="apt-get install crun")]
+        works = False
+        for engine in engines:
+            found = await _container(engine)
+            works = works or all(check.ok for check in found)
+            checks += found
+        checks.append(
+            Check(
+                "engine oci",
+                ok=works,
+                found="usable" if works else "no runtime enforces every control",
+                advice="mend what is marked above, or name another runtime in the configuration",
+            )
+        )
+    return checks
+
+
+async def _container(engine: OciEngine) -> list[Check]:
+    name = engine.runtime.name
+    advice = f"see what `{engine.runtime.path}` says; another runtime is named by `runtime:`"
+    shape = probe_shape()
+    try:
+        slot = await engine.create(shape)
+    except errors.AttemptFailed as error:
+        return [Check(f"{name}: container", ok=False, found=str(error), advice=advice, required=False)]
+    try:
+        receipt = read_receipt(slot, shape.limits)
+    except errors.AttemptFailed as error:
+        return [Check(f"{name}: container", ok=False, found=str(error), advice=advice, required=False)]
+    finally:
+        await engine.destroy(slot)
+    return [
+        Check(
+            f"{name}: {control.name}",
+            ok=control.enforced,
+            found=control.in_force,
+            required=False,
+            advice="" if control.enforced else f"asked for {control.asked}; {advice}",
+        )
+        for control in receipt.controls
+    ]
+
+
+def _tools() -> list[Check]:
+    return [
+        Check(
+            tool,
+            ok=shutil.which(tool) is not None,
+            found=shutil.which(tool) or "not on PATH",
+            advice=f"apt-get install {tool}, to {use}",
+            required=False,
+        )
+        for tool, use in TOOLS.items()
+    ]

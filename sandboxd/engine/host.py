@@ -1,0 +1,104 @@
+"""What engines stand on, and which of them serves on this host.
+
+The daemon and ``doctor`` both make containers; this is what they have in common.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from sandboxd import canonical, errors
+from sandboxd.engine.oci import OciEngine, find_runtimes
+from sandboxd.images import ImageStore
+from sandboxd.init import LAUNCH
+from sandboxd.kernel import mounts
+from sandboxd.kernel.cgroup import CgroupTree
+from sandboxd.kernel.notify import NotifyServer
+from sandboxd.kernel.userns import UserNamespaces
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sandboxd.config import Config
+
+__all__ = ["EngineHost", "enter_private_mounts"]
+
+
+def enter_private_mounts(state: Path) -> Path:
+    """Move into a mount namespace of our own with a tmpfs at ``<state>/run``; returns that directory.
+
+    Must run before the process has other threads. Raises HostUnsupported.
+    """
+    run = state / "run"
+    try:
+        run.mkdir(mode=0o711, parents=True, exist_ok=True)
+        mounts.private_namespace()
+        mounts.hide_hybrid_cgroup2()
+        tmpfs = mounts.new_mount("tmpfs", {"mode": "0711", "size": "256m"})
+        try:
+            mounts.attach(tmpfs, run)
+        finally:
+            os.close(tmpfs)
+    except OSError as error:
+        raise errors.HostUnsupported(
+            f"no mount namespace of our own: {error}; sandboxd needs root"
+        ) from error
+    return run
+
+
+class EngineHost(ExitStack):
+    """The cgroup tree, the user namespaces, the seccomp server and the images; takes them down at exit.
+
+    ``name`` tells the cgroup trees of two programs on one state directory apart.
+    """
+
+    def __init__(self, config: Config, run: Path, name: str = "") -> None:
+        super().__init__()
+        self._config = config
+        self._run = run
+        self.images = ImageStore(config.state / "images")
+        digest = canonical.digest(str(config.state.resolve()))[7:19]
+        self.cgroups = CgroupTree.open(f"{digest}-{name}" if name else digest)
+        self.callback(self.cgroups.close)
+        self.notify = self.enter_context(NotifyServer())
+        self.namespaces = UserNamespaces(LAUNCH, config.ids.base, config.ids.count)
+        self.callback(self.namespaces.close)
+
+    def clean_leftovers(self) -> list[str]:
+        """End and remove the containers that an earlier daemon of this state directory left."""
+        found = self.cgroups.leftovers()
+        for cgroup in found:
+            cgroup.thaw_and_unthrottle()
+            cgroup.kill()
+            cgroup.remove()
+        return [cgroup.name for cgroup in found]
+
+    def engines(self) -> list[OciEngine]:
+        """An engine for each runtime that could serve, best first. Raises HostUnsupported."""
+        return [
+            OciEngine(
+                found,
+                run=self._run,
+                images=self.images,
+                cgroups=self.cgroups,
+                namespaces=self.namespaces,
+                notify=self.notify,
+            )
+            for found in find_runtimes(self._config.runtime)
+        ]
+
+    async def open_engine(self) -> OciEngine:
+        """The first engine that makes a real container here. Raises HostUnsupported, ConfigInvalid."""
+        if self._config.engine == "docker":
+            raise errors.ConfigInvalid("engine: docker is not in this version; write `engine: oci` or `auto`")
+        tried = []
+        for engine in self.engines():
+            capabilities = await engine.probe()
+            if capabilities.usable:
+                return engine
+            tried += [
+                f"{engine.runtime.name}: {check.found}" for check in capabilities.checks if not check.ok
+            ]
+        raise errors.HostUnsupported("no OCI runtime makes a container here: " + "; ".join(tried))

@@ -1,0 +1,99 @@
+"""Everything that the API offers: the calls, and what can be read beside them.
+
+Implements ``api.service.Service``. Policies and images are looked at in worker threads, since both
+are files.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import anyio.to_thread
+
+from sandboxd import errors, models
+from sandboxd.calls import Calls
+from sandboxd.journal.records import Refusal
+from sandboxd.policy import check_text, explain
+
+if TYPE_CHECKING:
+    from sandboxd.api.identity import Caller
+    from sandboxd.config import Config
+    from sandboxd.policy import Policy
+
+__all__ = ["DaemonService"]
+
+
+class DaemonService(Calls):
+    """The daemon, as its API sees it. ``config`` and ``runtime`` are for reading."""
+
+    def __init__(self, config: Config, *, version: str, engine_name: str, runtime: str, **parts: Any) -> None:
+        """``parts`` are those of ``Calls``."""
+        super().__init__(state=config.state, **parts)
+        self.config = config
+        self._version = version
+        self._engine_name = engine_name
+        self._runtime = runtime
+
+    def _info(self, policy: Policy, *, resolved: bool) -> models.PolicyInfo:
+        problems = [problem for problem in self._policies.problems if problem.file == policy.file]
+        return models.PolicyInfo(
+            name=policy.name,
+            digest=policy.digest,
+            description=policy.description,
+            file=policy.file,
+            image=policy.image,
+            resolved=policy.spec.resolved() if resolved else None,
+            problems=problems,
+        )
+
+    async def policies(self, caller: Caller) -> list[models.PolicyInfo]:
+        """The policies that the caller may use."""
+        current = self._policies.current
+        return [
+            self._info(current.get(name), resolved=False) for name in current.names() if caller.may_use(name)
+        ]
+
+    async def policy(self, caller: Caller, name: str) -> models.PolicyInfo:
+        """One policy with its resolved form. Raises NotFound, NotPermitted."""
+        return self._info(self.policy_for(caller, name), resolved=True)
+
+    async def check_policy(self, caller: Caller, text: str, name: str | None) -> list[models.PolicyProblem]:
+        """All that is wrong with the text of a policy file; nothing is stored."""
+        del caller
+        file = f"{name or 'policy'}.yaml"
+        return list(await anyio.to_thread.run_sync(check_text, text, file, self._policies.current))
+
+    async def plan(self, caller: Caller, request: models.Request) -> models.PlanDocument:
+        """What would run, exactly, and where each value came from; nothing runs."""
+        policy, made = self.plan_for(caller, request)
+        return models.PlanDocument(digest=made.digest, plan=made.to_json(), explain=explain(policy, made))
+
+    async def images(self, caller: Caller) -> list[models.ImageInfo]:
+        """The images of the store, with the policies that use them."""
+        del caller
+        found = await anyio.to_thread.run_sync(self._images.list)
+        current = self._policies.current
+        users: dict[str, list[str]] = {}
+        for name in current.names():
+            users.setdefault(current.get(name).image, []).append(f"policy {name}")
+        return [info.model_copy(update={"used_by": users.get(info.name, [])}) for info in found]
+
+    async def refused(self, caller: Caller, error: errors.Refused, summary: dict[str, Any]) -> None:
+        """Keep a refusal for the operator; a journal that cannot be written does not hide the refusal."""
+        at = time.time_ns() // 1000
+        request = json.dumps(summary, ensure_ascii=True, default=str)
+        await self._journal.refused(Refusal(at, caller.uid, error.code, str(error), request))
+
+    def health(self) -> models.Health:
+        """Whether the daemon takes calls, and what is wrong with the policy files."""
+        return models.Health(
+            status="draining" if self.draining else "ready",
+            version=self._version,
+            engine=self._engine_name,
+            runtime=self._runtime,
+            running=self._scheduler.running,
+            queued=self._scheduler.queued,
+            problems=list(self._policies.problems),
+        )
