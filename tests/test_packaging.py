@@ -152,7 +152,7 @@ def test_run_refuses_what_it_does_not_know() -> None:
 
 
 def test_stop_without_a_daemon_is_no_error(tmp_path: Path) -> None:
-    command = [ROOT / "scripts/run", "--stop", "--state", str(tmp_path)]
+    command = [str(ROOT / "scripts/run"), "--stop", "--state", str(tmp_path)]
     for content in (None, "", "1\n/run/x\n", "garbage\n", "999999999\n"):
         if content is not None:
             (tmp_path / "daemon.pid").write_text(content)
