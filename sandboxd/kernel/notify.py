@@ -107,9 +107,9 @@ class Listener:
         self._poll.register(fd, select.POLLIN)
         self._calls: dict[tuple[int, int], DeniedCall] = {}
 
-    def readable(self) -> bool:
-        """Whether a notification waits; called by the server alone, which then owns the descriptor."""
-        return any(events & select.POLLIN for _, events in self._poll.poll(0))
+    def poll(self) -> int:
+        """Which events wait, by poll(2) of the descriptor; called by the server under its lock."""
+        return next((events for _, events in self._poll.poll(0)), 0)
 
     def counts(self) -> list[DeniedCall]:
         """What was denied so far, by first occurrence. Stays available after ``close``.
@@ -263,10 +263,10 @@ class NotifyServer:
             timeout = -1.0
             if self._resting:
                 timeout = max(0.0, self._resting[0][0] - time.monotonic())
-            for fd, events in self._epoll.poll(timeout, 64):
+            for fd, _ in self._epoll.poll(timeout, 64):
                 if fd == self._wake:
                     break
-                self._turn_of(fd, events)
+                self._turn_of(fd)
             self._resume()
 
     def _resume(self) -> None:
@@ -277,13 +277,15 @@ class NotifyServer:
                 if listener.fd >= 0:
                     self._epoll.register(listener.fd, EVENTS)
 
-    def _turn_of(self, fd: int, events: int) -> None:
+    def _turn_of(self, fd: int) -> None:
         with self._lock:
             listener = self._listeners.get(fd)
             if listener is None:  # closed since epoll returned
                 return
-            call = self._handle(listener) if events & select.EPOLLIN else None
-            if call is None and events & (select.EPOLLHUP | select.EPOLLERR):
+            # Asked again: what epoll said may have been of an earlier listener with this number.
+            events = listener.poll()
+            call = self._handle(listener) if events & select.POLLIN else None
+            if not events & select.POLLIN and events & (select.POLLHUP | select.POLLERR):
                 self._leave_epoll(listener)
                 return
             rest = listener.bucket.take() if call is not None else 0.0
@@ -297,11 +299,8 @@ class NotifyServer:
                 time.sleep(pause)
 
     def _handle(self, listener: Listener) -> DeniedCall | None:
-        # What epoll said may have been of an earlier listener with this number. Asked again under the
-        # lock, readable means that a notification waits; only this thread takes them, and one whose
-        # sender was killed gives ENOENT, so receiving cannot block.
-        if not listener.readable():
-            return None
+        # Readable means that a notification waits; only this thread takes them, and one whose sender
+        # was killed meanwhile gives ENOENT, so receiving cannot block.
         request = bytearray(self._request_size)  # the kernel wants it zeroed
         try:
             fcntl.ioctl(listener.fd, NOTIF_RECV, request)

@@ -13,7 +13,7 @@ from functools import cache
 
 import pyseccomp
 
-__all__ = ["ARCHES", "X32_BIT", "Arch", "arch_of", "foreign_name", "native"]
+__all__ = ["ARCHES", "UNFILTERED", "X32_BIT", "Arch", "arch_of", "foreign_name", "native"]
 
 X32_BIT = 0x40000000
 LAST = 1023  # far above any number in use; tables are dense
@@ -35,6 +35,11 @@ LATER = {
     "listns": 470,
 }
 LATER_X86_64 = {"uretprobe": 335, "uprobe": 336}
+UNFILTERED = {
+    "uretprobe": "since Linux 6.14; made from anywhere but the kernel's trampoline, it ends its caller",
+    "uprobe": "since Linux 6.18; made from anywhere but the kernel's trampoline, it fails with ENXIO",
+}
+"""Calls that the kernel itself never shows to a filter (``__secure_computing``), whatever that says."""
 
 
 @dataclass(frozen=True)

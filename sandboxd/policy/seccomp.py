@@ -202,7 +202,7 @@ def _compile(rules: tuple[Rule, ...], machine: str) -> Program:
 
 def _by_audit(audit: int, number: int) -> abi.Arch | None:
     for machine, value in abi.ARCHES.items():
-        if value == audit and not (machine == "x86_64" and number & abi.X32_BIT and number < 2**31):
+        if value == audit and not (machine == "x86_64" and number >= 0 and number & abi.X32_BIT):
             return abi.arch_of(machine)
     return None
 
