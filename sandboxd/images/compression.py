@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["decompressed"]
+__all__ = ["decompressed", "is_compressed"]
 
 _XZ = b"\xfd7zXZ\0"
 _ZSTD = b"\x28\xb5\x2f\xfd"
@@ -30,15 +30,25 @@ _PROGRAMS = {
 }
 
 
+def _magic(path: Path) -> bytes:
+    """The first six bytes of a file, which tell how it is compressed."""
+    with path.open("rb") as file:
+        return file.read(6)
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether ``decompressed`` would have work to do."""
+    return _magic(path).startswith((b"\x1f\x8b", b"BZh", _XZ, _ZSTD))
+
+
 @contextlib.contextmanager
 def decompressed(path: Path) -> Iterator[IO[bytes]]:
     """The decompressed bytes of a file, as a stream that holds little of them.
 
     Raises ImageInvalid for a damaged stream, HostUnsupported where the program for it is missing.
     """
+    magic = _magic(path)
     with path.open("rb") as file:
-        magic = file.read(6)
-        file.seek(0)
         try:
             if magic.startswith(b"\x1f\x8b"):
                 with gzip.GzipFile(fileobj=file) as stream:

@@ -16,7 +16,7 @@ import subprocess
 from typing import TYPE_CHECKING, Any
 
 from sandboxd.errors import HostUnsupported, ImageInvalid
-from sandboxd.images.compression import decompressed
+from sandboxd.images.compression import decompressed, is_compressed
 from sandboxd.images.image import DIGEST, host_architecture
 from sandboxd.images.machine import tree_architecture
 from sandboxd.images.rootfs import Rootfs
@@ -59,6 +59,9 @@ def import_into(source: Path, work: Path, limits: ImportLimits) -> str:
         source, kind = work / "archive", "oci"
     if kind == "oci":
         _check_layout(source)
+    elif is_compressed(source):
+        # skopeo would decompress it too, with no bound of ours on what comes out.
+        source = _expand(source, work / "archive.tar", Budget(limits))
     # skopeo splits its references at colons, which a path of the caller's may hold.
     (work / "source").symlink_to(source.resolve())
     confined = ["unshare", "--net", "--", "prlimit", f"--fsize={limits.total}", "--"]
@@ -74,6 +77,14 @@ def pull_into(reference: str, work: Path, limits: ImportLimits) -> str:
     """
     _skopeo(work, [f"docker://{reference}"], [], ["prlimit", f"--fsize={limits.total}", "--"])
     return _unpack_layout(work, Budget(limits))
+
+
+def _expand(source: Path, target: Path, budget: Budget) -> Path:
+    with decompressed(source) as stream, target.open("xb") as file:
+        while chunk := stream.read(1 << 20):
+            budget.spend(len(chunk))
+            file.write(chunk)
+    return target
 
 
 def _fresh(path: Path) -> Rootfs:

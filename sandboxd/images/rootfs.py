@@ -7,15 +7,14 @@ resolved as it would be inside the container, and cannot name anything outside o
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import shutil
 import stat
-import struct
 from typing import TYPE_CHECKING, Self
 
 from sandboxd.errors import HostUnsupported, ImageInvalid
+from sandboxd.kernel.files import RESOLVE_NO_MAGICLINKS, openat2
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,11 +28,9 @@ MAX_PATH = 3000
 MAX_DEPTH = 256
 """Bounds on a path after its symlinks are resolved: no later walk meets ``ENAMETOOLONG``."""
 
-_SYS_OPENAT2 = 437  # the same number on every architecture
-_RESOLVE_NO_MAGICLINKS = 0x02
-_RESOLVE_IN_ROOT = 0x10
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
+_IN_ROOT = 0x10 | RESOLVE_NO_MAGICLINKS
+"""``RESOLVE_IN_ROOT`` of openat2(2)."""
+_LIST = os.O_RDONLY | os.O_DIRECTORY
 
 
 class Rootfs:
@@ -50,14 +47,14 @@ class Rootfs:
         os.close(self.fd)
 
     def _open(self, path: bytes, flags: int) -> int:
-        how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
-        descriptor = int(_libc.syscall(_SYS_OPENAT2, self.fd, path or b".", how, len(how)))
-        if descriptor < 0:
-            number = ctypes.get_errno()
-            if number == errno.ENOSYS:
-                raise HostUnsupported("this kernel has no openat2; sandboxd needs Linux 5.6 or later")
-            raise OSError(number, os.strerror(number), os.fsdecode(path))
-        return descriptor
+        try:
+            return openat2(self.fd, path or b".", flags, 0, _IN_ROOT)
+        except OSError as error:
+            if error.errno == errno.ENOSYS:
+                raise HostUnsupported(
+                    "this kernel has no openat2; sandboxd needs Linux 5.6 or later"
+                ) from None
+            raise
 
     @contextlib.contextmanager
     def directory(self, path: bytes, *, make: bool = False) -> Iterator[tuple[int, bytes]]:
@@ -66,25 +63,36 @@ class Rootfs:
         With ``make``, what is missing is made, owned by 0:0 with mode 0755. Raises ImageInvalid where
         a part of the path is no directory, is missing, or leads too deep.
         """
-        flags = os.O_RDONLY | os.O_DIRECTORY
-        try:
-            descriptor = self._open(path, flags)
-        except FileNotFoundError:
-            if not make or not path:
-                raise ImageInvalid(f"{os.fsdecode(path)!r} does not exist in the image") from None
-            parent, _, name = path.rpartition(b"/")
-            with self.directory(parent, make=True) as (above, real), typed(path):
-                self.check(real, name)
-                os.mkdir(name, 0o755, dir_fd=above)
-            with typed(path):
-                descriptor = self._open(path, flags)
-        except OSError as error:
-            raise _invalid(path, error) from None
+        self.check(path, b"")
+        with typed(path):
+            try:
+                descriptor = self._open(path, _LIST)
+            except FileNotFoundError:
+                if not make:
+                    raise
+                descriptor = self._make(path)
         try:
             real = _real(descriptor)[len(self._root) :].strip(b"/")
             yield descriptor, real
         finally:
             os.close(descriptor)
+
+    def _make(self, path: bytes) -> int:
+        """Make the missing parts of a path, from the top; not by recursion, which has its own depth."""
+        parts = path.split(b"/")
+        above = self._open(b"", _LIST)
+        for number, name in enumerate(parts):
+            try:
+                try:
+                    descriptor = self._open(b"/".join(parts[: number + 1]), _LIST)
+                except FileNotFoundError:
+                    self.check(_real(above)[len(self._root) :].strip(b"/"), name)
+                    os.mkdir(name, 0o755, dir_fd=above)
+                    descriptor = self._open(b"/".join(parts[: number + 1]), _LIST)
+            finally:
+                os.close(above)
+            above = descriptor
+        return above
 
     @staticmethod
     def check(parent: bytes, name: bytes) -> bytes:
@@ -151,7 +159,9 @@ class Rootfs:
         for path, content in files.items():
             parent, _, name = os.fsencode(path).strip(b"/").rpartition(b"/")
             if name not in self.names(parent):
-                self.write(path, content)
+                # A parent that is a dangling link or a file is how the image was made.
+                with contextlib.suppress(ImageInvalid):
+                    self.write(path, content)
 
 
 def remove(directory: int, name: bytes) -> None:

@@ -123,7 +123,8 @@ class TarStream:
             yield entry
             for _ in self.content():
                 pass
-            self._exactly(self._padding)
+            if not self._pad():
+                return
 
     def content(self) -> Iterator[bytes]:
         """The content of the entry that the iteration stands at."""
@@ -142,6 +143,17 @@ class TarStream:
             parts.append(part)
             size -= len(part)
         return b"".join(parts)
+
+    def _pad(self) -> bool:
+        """Skip to the next block. False at the end: umoci's last entry has no padding."""
+        left = self._padding
+        while left:
+            part = self._stream.read(left)
+            if not part:
+                return False
+            self._budget.spend(len(part))
+            left -= len(part)
+        return True
 
     def _header(self) -> bytes | None:
         first = self._stream.read(1)
