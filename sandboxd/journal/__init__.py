@@ -1,1 +1,18 @@
+"""What was asked, what happened, and the proof of it: the journal, and each call's output on disk."""
 
+from __future__ import annotations
+
+from sandboxd.journal.chain import Head, VerifyReport
+from sandboxd.journal.records import Accepted, Existing, Refusal, new_id, outcome_header
+from sandboxd.journal.store import Journal
+
+__all__ = [
+    "Accepted",
+    "Existing",
+    "Head",
+    "Journal",
+    "Refusal",
+    "VerifyReport",
+    "new_id",
+    "outcome_header",
+]

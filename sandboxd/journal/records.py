@@ -1,0 +1,123 @@
+"""What goes into the journal: an acceptance, an outcome's header, a refusal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import uuid6
+
+from sandboxd import canonical, units
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sandboxd import models
+
+__all__ = ["Accepted", "Existing", "Refusal", "body", "new_id", "outcome_header"]
+
+VERSION = 1
+_MAX_DETAIL = 2000
+_MAX_REQUEST = 4000
+
+
+def new_id() -> str:
+    """A new invocation id: a UUIDv7 (RFC 9562), unique across hosts; text order is time order."""
+    return str(uuid6.uuid7())
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A call that is about to be accepted; ``request_digest`` is of the request without its key."""
+
+    invocation: models.Invocation
+    request_digest: str
+
+
+@dataclass(frozen=True)
+class Existing:
+    """The call that a caller's key stands for already."""
+
+    id: str
+    request_digest: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A request that was refused before acceptance. Long texts are cut when it is stored."""
+
+    at: int
+    uid: int | None
+    """None where the peer could not be identified."""
+    code: str
+    detail: str
+    request: str = ""
+    """The head of what was asked, for an operator who wonders."""
+
+    def row(self) -> tuple[int, int | None, str, str, str]:
+        """The stored form, bounded."""
+        return (self.at, self.uid, _clean(self.code, 64), _clean(self.detail, _MAX_DETAIL),
+                _clean(self.request, _MAX_REQUEST))  # fmt: skip
+
+
+def _clean(text: str, most: int) -> str:
+    """Text that SQLite takes: no lone surrogate, not too long."""
+    return text[:most].encode("utf-8", "backslashreplace").decode()
+
+
+def body(invocation: models.Invocation) -> bytes:
+    """The stored JSON of an invocation: all of it, but its streams' heads are in its spool."""
+    streams = {
+        name: content.model_copy(update={"text": "", "base64": None, "complete": content.size == 0})
+        for name in ("stdout", "stderr")
+        if (content := getattr(invocation, name)) is not None
+    }
+    return invocation.model_copy(update=streams).model_dump_json(exclude_none=True).encode()
+
+
+def _stream(content: models.Content | None) -> dict[str, Any] | None:
+    return None if content is None else {"digest": content.digest, "size": content.size}
+
+
+def _exact(value: Any) -> Any:
+    """JSON that the canonical form can hold: counters of the kernel may be over 2**53, and become text."""
+    if isinstance(value, dict):
+        return {key: _exact(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_exact(item) for item in value]
+    return str(value) if isinstance(value, int) and abs(value) > units.MAX else value
+
+
+def outcome_header(
+    invocation: models.Invocation, *, inputs: Sequence[str] = (), tar: str | None = None
+) -> dict[str, Any]:
+    """The header of an ended invocation's record; the chain adds ``n``, ``prev`` and ``body``.
+
+    ``inputs`` are the digests of its inputs in order, ``tar`` that of its tar. Raises ValueError for an
+    invocation without an outcome.
+    """
+    if invocation.outcome is None:
+        raise ValueError("an invocation without an outcome has no record")
+    receipt, usage = invocation.receipt, invocation.usage
+    return {
+        "v": VERSION,
+        "type": "outcome",
+        "id": invocation.id,
+        "at": invocation.times.ended or invocation.times.accepted,
+        "accepted": invocation.times.accepted,
+        "caller": invocation.caller.model_dump(),
+        "policy": invocation.policy.digest,
+        "image": invocation.image.digest,
+        "plan": invocation.plan,
+        "inputs": list(inputs),
+        "tar": tar,
+        "stdout": _stream(invocation.stdout),
+        "stderr": _stream(invocation.stderr),
+        "artifacts": [artifact.digest for artifact in invocation.artifacts],
+        "receipt": None if receipt is None else canonical.digest(receipt.model_dump(mode="json")),
+        "usage": None if usage is None else _exact(usage.model_dump()),
+        "outcome": _exact(invocation.outcome.model_dump(mode="json", exclude_none=True)),
+        "checkpoint_before": None,
+        "checkpoint_after": None,
+        "attempts": invocation.attempts,
+    }

@@ -1,0 +1,132 @@
+"""The journal's tables, how they came to be, and what SQLite's errors mean here.
+
+Migrations are numbered from 1 and applied in order, each in a transaction of its own that also moves
+``user_version``. They are never edited once released.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from sandboxd import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+__all__ = ["connect_reader", "connect_writer", "mapped"]
+
+APPLICATION_ID = 0x73626F78  # "sbox", so that file(1) and we know whose file it is
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        # doc is the invocation's JSON, its streams without their heads. Once it has ended, doc is the
+        # body that its record's header has the digest of, and is not written again; NULL: pruned.
+        """CREATE TABLE invocations (
+            id TEXT PRIMARY KEY NOT NULL,
+            uid INTEGER NOT NULL,
+            key TEXT,
+            request_digest TEXT NOT NULL,
+            state TEXT NOT NULL,
+            policy TEXT NOT NULL,
+            cause TEXT,
+            doc BLOB
+        ) STRICT""",
+        "CREATE UNIQUE INDEX invocation_keys ON invocations (uid, key) WHERE key IS NOT NULL",
+        "CREATE INDEX invocation_callers ON invocations (uid, id)",
+        "CREATE INDEX invocation_policies ON invocations (policy, id)",
+        "CREATE INDEX invocation_causes ON invocations (cause, id) WHERE cause IS NOT NULL",
+        "CREATE INDEX invocations_open ON invocations (state, id) WHERE state != 'ended'",
+        """CREATE TABLE labels (
+            name TEXT NOT NULL, value TEXT NOT NULL, id TEXT NOT NULL, PRIMARY KEY (name, value, id)
+        ) STRICT, WITHOUT ROWID""",
+        """CREATE TABLE records (
+            n INTEGER PRIMARY KEY,
+            id TEXT NOT NULL UNIQUE,
+            digest TEXT NOT NULL,
+            header BLOB NOT NULL
+        ) STRICT""",
+        """CREATE TABLE refusals (
+            n INTEGER PRIMARY KEY,
+            at INTEGER NOT NULL,
+            uid INTEGER,
+            code TEXT NOT NULL,
+            detail TEXT NOT NULL,
+            request TEXT NOT NULL
+        ) STRICT""",
+    ),
+)
+
+_DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+
+
+@contextmanager
+def mapped() -> Iterator[None]:
+    """SQLite's errors as ours: JournalCorrupt for a damaged file, HostFailed for all else."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise error_of(error) from error
+
+
+def error_of(error: sqlite3.Error) -> errors.SandboxdError:
+    """What an error of SQLite means for the journal: https://www.sqlite.org/rescode.html."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code
+    if code in _DAMAGED:
+        return errors.JournalCorrupt(f"the journal's database is damaged: {error}")
+    if code == sqlite3.SQLITE_FULL:
+        return errors.HostFailed("no space left for the journal in the state directory")
+    return errors.HostFailed(f"the journal's database cannot be used: {error}")
+
+
+def connect_writer(path: Path) -> sqlite3.Connection:
+    """Open the database for its one writer, creating or migrating it; for use in the calling thread.
+
+    Raises ConfigInvalid when a newer version wrote it, JournalCorrupt, HostFailed.
+    """
+    with mapped():
+        connection = sqlite3.connect(path, isolation_level=None, timeout=5.0)
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA temp_store = MEMORY")
+            _migrate(connection, path)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def connect_reader(path: Path) -> sqlite3.Connection:
+    """Open the database for reading, in the calling thread. Raises HostFailed."""
+    with mapped():
+        connection = sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
+        connection.execute("PRAGMA query_only = ON")
+    return connection
+
+
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    application = _pragma(connection, "application_id")
+    version = _pragma(connection, "user_version")
+    tables = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+    if application != APPLICATION_ID and (application or version or tables):
+        raise errors.ConfigInvalid(f"{path} is a database of another program; choose another state directory")
+    known = len(MIGRATIONS)
+    if version > known:
+        raise errors.ConfigInvalid(
+            f"{path} was written by a newer sandboxd (schema {version}, this version knows {known}); "
+            "run that version, or choose another state directory"
+        )
+    for number in range(version + 1, known + 1):
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in MIGRATIONS[number - 1]:
+            connection.execute(statement)
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {number}")
+        connection.execute("COMMIT")
+
+
+def _pragma(connection: sqlite3.Connection, name: str) -> int:
+    return int(connection.execute(f"PRAGMA {name}").fetchone()[0])

@@ -1,0 +1,400 @@
+"""A call's output and events on disk, numbered once and read again from any number.
+
+Theory of operation: the bytes go to files as they come, and ``index`` says how they lie there. A tool
+that writes one byte at a time must not make an index of a million records, and an event that was seen
+must never change. So each stream's newest output is *pending*: it has no number yet, and grows with
+what follows until it is sealed, which gives it the next number for ever. It is sealed when it is full
+or older than ``_OLD`` when more comes, when the other stream writes or another event comes, when a reader
+has read all else, and at the end. After ``_FREE`` records that gets dear, and then neither a reader nor
+the other stream seals what is not ``_LARGE`` or ``_OLD`` yet: the index grows by the clock and by the
+byte, not by the write, and the order between the two streams is kept only to that fineness.
+
+One task writes, from the event loop; readers are tasks of the same loop and read the files, each at
+its own pace, so that a stalled reader holds neither memory nor the tool. What was written long ago is
+read in a thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
+
+import anyio
+import anyio.to_thread
+
+from sandboxd import errors, models
+from sandboxd.journal.index import (
+    DETAIL,
+    RECORD_SIZE,
+    STREAMS,
+    SUMMARY,
+    Index,
+    Record,
+    Stream,
+    Summary,
+    dump_summaries,
+    mapped,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+    from pathlib import Path
+
+__all__ = ["Spool", "Stream"]
+
+_MAX_EVENT = 64 * 1024
+_CHUNK = 256 * 1024
+_FREE = 4096
+_LARGE = 4096
+_OLD = 20_000  # microseconds
+_NEAR = 64  # events at the end that are in the page cache, and read without a thread
+_HEAD = 1 << 20
+
+
+@dataclass
+class _Output:
+    """One stream: what is stored, and what is pending from ``sealed`` to ``size``."""
+
+    fd: int
+    cap: int
+    size: int = 0
+    sealed: int = 0
+    since: int = 0
+    dropped: int = 0
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+    @property
+    def pending(self) -> int:
+        return self.size - self.sealed
+
+    def is_old(self, now: int) -> bool:
+        return self.pending > 0 and not 0 <= now - self.since < _OLD  # the clock may be set back
+
+    def summary(self) -> Summary:
+        digest = "sha256:" + self.digest.hexdigest()
+        return Summary(size=self.size, digest=digest, dropped=self.dropped)
+
+
+def _now() -> int:
+    return time.time_ns() // 1000
+
+
+def _pwrite(fd: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def _boundary(data: bytes | memoryview) -> int:
+    """How much of ``data`` can be kept without cutting a UTF-8 character that goes on after it."""
+    for back in range(1, min(4, len(data)) + 1):
+        byte = data[-back]
+        if byte & 0xC0 != 0x80:  # not a continuation: the character starts here
+            length = 1 + (byte >= 0xC0) + (byte >= 0xE0) + (byte >= 0xF0)
+            return len(data) - back if length > back else len(data)
+    return len(data)
+
+
+class Spool:
+    """The output and events of one call; made by ``create``, ``open`` (ended calls) or ``recover``."""
+
+    def __init__(self, directory: Path) -> None:
+        self._index = Index(directory)
+        self._outputs: dict[Stream, _Output] = {}
+        self._summaries: dict[Stream, Summary] | None = None
+        self._events = -1
+        self._details = -1
+        self._details_size = 0
+        self._count = 0
+        self._closed = True
+        self._wake: anyio.Event | None = None
+
+    @classmethod
+    def create(cls, directory: Path, caps: Mapping[Stream, int]) -> Self:
+        """A new spool for a call; the directory is made. Caps are in bytes. Raises HostFailed."""
+        spool = cls(directory)
+        with mapped():
+            directory.mkdir(mode=0o700, parents=True)
+        spool._attach(caps)
+        return spool
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """The spool of a call that ended, for reading. Raises NotFound when it was pruned."""
+        spool = cls(directory)
+        spool._load()
+        return spool
+
+    @classmethod
+    def recover(cls, directory: Path, caps: Mapping[Stream, int]) -> Self:
+        """The spool of a call that an earlier daemon left running, for this one to end.
+
+        Output that has no number yet gets one; a record whose bytes power took away is dropped. A spool
+        that was closed is opened as by ``open``; one that is missing is made. Raises HostFailed.
+        """
+        if not (directory / "events").exists():
+            with mapped():
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        spool = cls(directory)
+        spool._resume(caps)
+        return spool
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more can be written."""
+        return self._closed
+
+    def _load(self) -> None:
+        self._count = self._index.count()
+        self._summaries = self._index.summaries()
+        if self._summaries is not None:
+            self._count -= 1  # the summary is no event
+
+    def _attach(self, caps: Mapping[Stream, int]) -> None:
+        def opened(name: str) -> int:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+            return os.open(self._index.directory / name, flags, 0o600)
+
+        with mapped():
+            self._events, self._details = opened("events"), opened("details")
+            for stream in STREAMS:
+                self._outputs[stream] = _Output(opened(stream), caps[stream])
+        self._closed = False
+
+    def _resume(self, caps: Mapping[Stream, int]) -> None:
+        if (self._index.directory / "events").exists():
+            self._load()
+        if self._summaries is not None:
+            return
+        self._attach(caps)
+        sizes = {stream: self._index.size(stream) for stream in STREAMS}
+        details = self._index.size("details")
+        kept = 0
+        for record in self._index.records(0, self._count):
+            end = record.offset + record.size
+            if record.kind > DETAIL or end > (
+                details if record.kind == DETAIL else sizes[STREAMS[record.kind]]
+            ):
+                break
+            if record.kind < DETAIL:
+                self._outputs[STREAMS[record.kind]].sealed = end
+            kept += 1
+        self._count, self._details_size = kept, details
+        with mapped():
+            os.ftruncate(self._events, kept * RECORD_SIZE)
+        for stream, output in self._outputs.items():
+            output.digest = self._index.digest(stream, sizes[stream])
+            output.size, output.since = sizes[stream], _now()
+            self._seal_long(stream)
+
+    def _seal_long(self, stream: Stream) -> None:
+        """Seal recovered output, which may be more than one event holds."""
+        output = self._outputs[stream]
+        size = output.size
+        while output.sealed < size:
+            output.size = min(size, output.sealed + _MAX_EVENT)
+            self._seal(stream)
+
+    def append(self, stream: Stream, data: bytes) -> int:
+        """Store output up to the stream's cap; returns how many bytes were stored, the rest is dropped.
+
+        To be called from the event loop, with chunks of at most 256 KiB. Raises HostFailed.
+        """
+        output = self._outputs[stream]
+        kept = data[: max(0, output.cap - output.size)]
+        output.dropped += len(data) - len(kept)
+        if not kept:
+            return 0
+        with mapped():
+            _pwrite(output.fd, kept, output.size)
+            output.digest.update(kept)
+            now = _now()
+            for name, each in self._outputs.items():
+                if each.is_old(now) or (name != stream and self._due(each, now)):
+                    self._seal(name)
+            self._extend(stream, memoryview(kept), now)
+        self._notify()
+        return len(kept)
+
+    def _extend(self, stream: Stream, rest: memoryview, now: int) -> None:
+        """Let pending output grow by what was written, sealing what is full at a character's end."""
+        output = self._outputs[stream]
+        while rest:
+            if not output.pending:
+                output.since = now
+            piece = rest[: _MAX_EVENT - output.pending]
+            if len(piece) < len(rest):
+                piece = piece[: _boundary(piece)]
+            output.size += len(piece)
+            rest = rest[len(piece) :]
+            if rest or output.pending == _MAX_EVENT:
+                self._seal(stream)
+
+    def add(self, event: models.Event) -> models.Event:
+        """Number and store an event that is not output (its ``seq`` is ignored); returns it as stored."""
+        if event.type == "output":
+            raise ValueError("output is added with append")
+        with mapped():
+            for stream in STREAMS:
+                self._seal(stream)
+            numbered = event.model_copy(update={"seq": self._count + 1})
+            self._detail(DETAIL, numbered.at, numbered.model_dump_json(exclude_none=True).encode())
+        self._notify()
+        return numbered
+
+    def _detail(self, kind: int, at: int, data: bytes) -> None:
+        _pwrite(self._details, data, self._details_size)
+        self._number(at, self._details_size, len(data), kind)
+        self._details_size += len(data)
+
+    def _number(self, at: int, offset: int, size: int, kind: int) -> None:
+        _pwrite(self._events, Record(at, offset, size, kind).pack(), self._count * RECORD_SIZE)
+        self._count += 1
+
+    def _due(self, output: _Output, now: int) -> bool:
+        """Whether pending output may get its number though it could still grow."""
+        if not output.pending:
+            return False
+        return self._count < _FREE or output.pending >= _LARGE or output.is_old(now)
+
+    def _seal(self, stream: Stream) -> None:
+        output = self._outputs[stream]
+        if output.pending:
+            self._number(output.since, output.sealed, output.pending, STREAMS.index(stream))
+            output.sealed = output.size
+
+    def _seal_due(self) -> bool:
+        """Seal what a reader may have now; returns whether something is left that will be due later."""
+        now = _now()
+        ready = [stream for stream in STREAMS if not self._closed and self._due(self._outputs[stream], now)]
+        with mapped():
+            for stream in sorted(ready, key=lambda name: self._outputs[name].since):
+                self._seal(stream)
+        return not self._closed and any(output.pending for output in self._outputs.values())
+
+    def close(self, *, durable: bool) -> None:
+        """No more output or events; readers come to their end. ``durable`` syncs the files first.
+
+        May be called twice. Raises HostFailed.
+        """
+        if self._closed:
+            return
+        try:
+            with mapped():
+                for stream in STREAMS:
+                    self._seal(stream)
+                summaries = {stream: output.summary() for stream, output in self._outputs.items()}
+                self._detail(SUMMARY, _now(), dump_summaries(summaries))
+                self._count -= 1  # the summary is no event
+            if durable:
+                self.sync()
+        finally:
+            self._closed = True
+            for fd in (self._events, self._details, *(output.fd for output in self._outputs.values())):
+                os.close(fd)
+            self._notify()
+
+    def sync(self) -> None:
+        """Bring to disk what was written so far; blocks, and may run in a thread. Raises HostFailed."""
+        with mapped():
+            for stream in STREAMS:
+                if self._outputs[stream].size:
+                    os.fdatasync(self._outputs[stream].fd)
+            os.fdatasync(self._details)
+            os.fdatasync(self._events)
+            for directory in (self._index.directory, self._index.directory.parent):
+                fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+
+    def content(self, stream: Stream, head: int = _HEAD) -> models.Content:
+        """A stream's head, and size, digest and dropped bytes of all of it.
+
+        The head is cut back to a whole UTF-8 character. Blocks on the disk. Raises NotFound.
+        """
+        summary = self._summary(stream)
+        data = self._index.read(stream, min(head, summary.size), 0)
+        if len(data) < summary.size:
+            data = data[: _boundary(data)]
+        return models.Content(
+            **dict(models.Bytes.of(data)),
+            size=summary.size,
+            digest=summary.digest,
+            complete=len(data) == summary.size,
+            truncated=summary.dropped > 0,
+            dropped=summary.dropped,
+        )
+
+    def _summary(self, stream: Stream) -> Summary:
+        if stream in self._outputs:
+            return self._outputs[stream].summary()
+        if self._summaries is not None:
+            return self._summaries[stream]
+        size = self._index.size(stream)  # an earlier daemon died before it closed this
+        digest = self._index.digest(stream, size)
+        return Summary(size=size, digest="sha256:" + digest.hexdigest(), dropped=0)
+
+    async def follow(self, after: int = 0, *, wait: bool = True) -> AsyncIterator[models.Event]:
+        """The events after number ``after``, ``wait``: those to come included, up to ``ended`` or ``close``.
+
+        Several readers may follow, each at its own pace. Output comes with its data, at most 64 KiB in
+        an event. Raises NotFound when the call is pruned meanwhile.
+        """
+        seq = max(0, after)
+        while True:
+            if seq < self._count:
+                for event in await self._batch(seq):
+                    seq = event.seq
+                    yield event
+                    if event.type == "ended":
+                        return
+                continue
+            later = self._seal_due()
+            if seq < self._count:
+                continue
+            if self._closed or not wait:
+                return
+            with anyio.move_on_after(_OLD / 1_000_000 if later else None):
+                await self._changed()
+
+    async def follow_bytes(
+        self, stream: Stream, offset: int = 0, *, wait: bool = True
+    ) -> AsyncIterator[bytes]:
+        """A stream's bytes from ``offset``, ``wait``: those to come included, in chunks of at most 256 KiB.
+
+        Ends when the spool is closed. Raises InvalidRequest for a negative offset, NotFound.
+        """
+        if offset < 0:
+            raise errors.InvalidRequest("an offset is not negative", field="offset")
+        while True:
+            closed = self._closed  # before the read: what is written after it is not lost
+            known = self._outputs[stream].size if stream in self._outputs else None
+            if known is None or offset < known:
+                data = await anyio.to_thread.run_sync(self._index.read, stream, _CHUNK, offset)
+                if data:
+                    offset += len(data)
+                    yield data
+                    continue
+            if closed or not wait:
+                return
+            await self._changed()
+
+    async def _batch(self, seq: int) -> list[models.Event]:
+        if not self._closed and self._count - seq <= _NEAR:
+            return self._index.events(seq, self._count)
+        return await anyio.to_thread.run_sync(self._index.events, seq, self._count)
+
+    async def _changed(self) -> None:
+        self._wake = self._wake or anyio.Event()
+        await self._wake.wait()
+
+    def _notify(self) -> None:
+        if self._wake is not None:
+            self._wake.set()
+            self._wake = None

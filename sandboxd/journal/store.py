@@ -1,0 +1,329 @@
+"""The journal: what was accepted, how it ended, and what was refused.
+
+Theory of operation: one SQLite database in WAL mode in the state directory, which a lock holds for one
+daemon. All writes go through one thread (``writer``), reads through two others with connections of
+their own, so the event loop never waits for a disk. An invocation has a row that follows its state;
+when it ends, the row takes its final form and a record joins the chain (``chain``), in one transaction,
+once. Whatever this returns from has happened: acceptance and outcome are on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from pydantic import ValidationError
+
+from sandboxd import errors, models
+from sandboxd.journal import chain, records, schema
+from sandboxd.journal.writer import Transaction, Writer
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+__all__ = ["Journal"]
+
+T = TypeVar("T")
+MAX_LIST = 500
+KEPT_REFUSALS = 10_000
+_PRUNE_EVERY = 100
+_READERS = 2
+_MAX_LABELS = 16  # of a filter
+
+
+class _Lock:
+    """The state directory's lock: one daemon at a time. The kernel lets go of it when the holder dies."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip()
+            os.close(self._fd)
+            named = f" (pid {holder})" if holder.isdigit() else ""
+            raise errors.ConfigInvalid(
+                f"another sandboxd{named} uses the state directory {path.parent}; stop it, "
+                "or give this one a state directory of its own"
+            ) from None
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        os.close(self._fd)
+
+
+class Journal:
+    """An async context manager. All times are microseconds since the epoch.
+
+    Each method raises HostFailed when the database cannot be written or read (no space, an I/O error)
+    and JournalCorrupt when it is damaged. A task that is cancelled in a writing method does not take
+    the write back.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        self._directory = state_dir
+        self._path = state_dir / "journal.sqlite3"
+        self._writer = Writer(self._path)
+        self._readers: ThreadPoolExecutor | None = None
+        self._local = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        self._lock: _Lock | None = None
+
+    @classmethod
+    def open(cls, state_dir: Path) -> Self:
+        """A journal in this directory, which is made if it is missing; use it with ``async with``.
+
+        Entering raises ConfigInvalid when another daemon uses the directory or a newer version wrote
+        the journal.
+        """
+        return cls(state_dir)
+
+    async def __aenter__(self) -> Self:
+        await asyncio.to_thread(self._start)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self._stop)
+
+    def _start(self) -> None:
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = _Lock(self._directory / "lock")
+        except OSError as error:
+            raise errors.ConfigInvalid(
+                f"the state directory {self._directory} cannot be used: {error.strerror}"
+            ) from error
+        try:
+            self._writer.start()
+        except BaseException:
+            self._lock.release()
+            raise
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="journal-reader")
+
+    def _stop(self) -> None:
+        if self._readers is not None:
+            self._readers.shutdown()
+        for connection in self._connections:
+            connection.close()
+        self._writer.stop()
+        if self._lock is not None:
+            self._lock.release()
+
+    async def accept(self, record: records.Accepted) -> records.Existing | None:
+        """Record an acceptance, durably, unless the caller's key stands for this request already.
+
+        Returns None when this call is the new one, else the call that the key stands for (running or
+        ended). Race-free: of many at once with one key, one gets None. Raises KeyConflict when the key
+        was used with another request.
+        """
+        invocation = record.invocation
+        row = self._row(invocation)
+
+        def operation(transaction: Transaction) -> records.Existing | None:
+            if invocation.key is not None:
+                found = _find_key(transaction.connection, invocation.caller.uid, invocation.key)
+                if found is not None and found.request_digest != record.request_digest:
+                    raise errors.KeyConflict(
+                        "this key was used before with another request",
+                        id=found.id,
+                        request_digest=found.request_digest,
+                    )
+                if found is not None:
+                    return found
+            transaction.connection.execute(
+                "INSERT INTO invocations (uid, key, request_digest, state, policy, cause, doc, id)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (invocation.caller.uid, invocation.key, record.request_digest, *row),
+            )
+            if invocation.labels:
+                transaction.connection.executemany(
+                    "INSERT INTO labels (name, value, id) VALUES (?, ?, ?)",
+                    [(name, value, invocation.id) for name, value in invocation.labels.items()],
+                )
+            return None
+
+        return await self._writer.run(operation, durable=True)
+
+    async def find_key(self, uid: int, key: str) -> records.Existing | None:
+        """The call that a caller's key stands for, if any."""
+        return await self._read(lambda connection: _find_key(connection, uid, key))
+
+    def attempt_started(self, invocation: models.Invocation) -> None:
+        """Keep the state of a call that has not ended, in its turn; waits for nothing and is not durable.
+
+        If the daemon dies at once the call is still there, as an earlier state of it.
+        """
+        row = self._row(invocation)
+        self._writer.post(
+            lambda transaction: transaction.connection.execute(
+                "UPDATE invocations SET state = ?, policy = ?, cause = ?, doc = ?"
+                " WHERE id = ? AND state != 'ended'",
+                row,
+            )
+        )
+
+    async def ended(self, invocation: models.Invocation, header: dict[str, Any]) -> chain.Head:
+        """Record an outcome, durably, and chain its record; returns the new head.
+
+        ``header`` is ``records.outcome_header``'s. Raises StateConflict for a call that has an outcome
+        already, NotFound for one that was never accepted.
+        """
+        if invocation.state is not models.State.ENDED or invocation.outcome is None:
+            raise ValueError("only an ended invocation with an outcome can be recorded as ended")
+        row = self._row(invocation)
+
+        def operation(transaction: Transaction) -> chain.Head:
+            changed = transaction.connection.execute(
+                "UPDATE invocations SET state = ?, policy = ?, cause = ?, doc = ?"
+                " WHERE id = ? AND state != 'ended'",
+                row,
+            ).rowcount
+            if changed != 1:
+                found = transaction.connection.execute(
+                    "SELECT 1 FROM invocations WHERE id = ?", (invocation.id,)
+                ).fetchone()
+                if found:
+                    raise errors.StateConflict(f"invocation {invocation.id} has an outcome already")
+                raise errors.NotFound(f"invocation {invocation.id} was never accepted")
+            transaction.head = chain.append(transaction.connection, transaction.head, header, row[3])
+            return transaction.head
+
+        return await self._writer.run(operation, durable=True)
+
+    async def get(self, id_: str) -> models.Invocation | None:
+        """An invocation as it stands. The heads of its streams are empty here: its spool has them."""
+
+        def read(connection: sqlite3.Connection) -> models.Invocation | None:
+            row = connection.execute(
+                "SELECT id, doc FROM invocations WHERE id = ? AND doc IS NOT NULL", (id_,)
+            ).fetchone()
+            return _parse(*row) if row else None
+
+        return await self._read(read)
+
+    async def in_flight(self) -> list[models.Invocation]:
+        """Calls that were accepted and have no outcome, oldest first; for the start of a daemon."""
+
+        def read(connection: sqlite3.Connection) -> list[models.Invocation]:
+            rows = connection.execute("SELECT id, doc FROM invocations WHERE state != 'ended' ORDER BY id")
+            return [_parse(*row) for row in rows]
+
+        return await self._read(read)
+
+    async def refused(self, refusal: records.Refusal) -> None:
+        """Keep a refusal. The newest ``KEPT_REFUSALS`` are kept; not durable against power loss."""
+        row = refusal.row()
+
+        def operation(transaction: Transaction) -> None:
+            number = transaction.connection.execute(
+                "INSERT INTO refusals (at, uid, code, detail, request) VALUES (?, ?, ?, ?, ?)", row
+            ).lastrowid
+            if number is not None and number % _PRUNE_EVERY == 0:
+                transaction.connection.execute("DELETE FROM refusals WHERE n <= ?", (number - KEPT_REFUSALS,))
+
+        await self._writer.run(operation, durable=False)
+
+    async def refusals(self, limit: int = 100) -> list[records.Refusal]:
+        """The newest refusals, newest first; at most ``MAX_LIST``."""
+
+        def read(connection: sqlite3.Connection) -> list[records.Refusal]:
+            rows = connection.execute(
+                "SELECT at, uid, code, detail, request FROM refusals ORDER BY n DESC LIMIT ?",
+                (max(1, min(limit, MAX_LIST)),),
+            )
+            return [records.Refusal(*row) for row in rows]
+
+        return await self._read(read)
+
+    async def verify(self, head: str | None = None) -> chain.VerifyReport:
+        """Check the whole chain, and that an exported head is in it. Raises InvalidRequest for no head."""
+        return await self._read(lambda connection: chain.verify(connection, head))
+
+    async def head(self) -> chain.Head:
+        """The newest record's number and digest; ``str()`` of it is what ``verify`` takes."""
+        return await self._read(chain.read_head)
+
+    async def list(
+        self,
+        *,
+        uid: int | None = None,
+        policy: str | None = None,
+        cause: models.Cause | None = None,
+        state: models.State | None = None,
+        labels: Mapping[str, str] | None = None,
+        before: str | None = None,
+        limit: int = 100,
+    ) -> list[models.Invocation]:
+        """Invocations, newest first, that fit every filter given; ``before`` is an id and not included.
+
+        At most ``MAX_LIST``. Raises InvalidRequest for too many labels.
+        """
+        if labels and len(labels) > _MAX_LABELS:
+            raise errors.InvalidRequest(f"at most {_MAX_LABELS} labels can be filtered by", field="label")
+        filters: dict[str, object] = {
+            "uid = ?": uid,
+            "policy = ?": policy,
+            "cause = ?": cause,
+            "state = ?": state,
+            "id < ?": before,
+        }
+        given = {clause: value for clause, value in filters.items() if value is not None}
+        where = ["doc IS NOT NULL", *given]
+        values: list[object] = [str(v) if isinstance(v, str) else v for v in given.values()]
+        for name, value in (labels or {}).items():
+            where.append("id IN (SELECT id FROM labels WHERE name = ? AND value = ?)")
+            values += [name, value]
+        # Only constant clauses are joined; every value is bound.
+        query = f"SELECT id, doc FROM invocations WHERE {' AND '.join(where)} ORDER BY id DESC LIMIT ?"  # noqa: S608
+        values.append(max(1, min(limit, MAX_LIST)))
+
+        def read(connection: sqlite3.Connection) -> list[models.Invocation]:
+            return [_parse(*row) for row in connection.execute(query, values)]
+
+        return await self._read(read)
+
+    @staticmethod
+    def _row(invocation: models.Invocation) -> tuple[str, str, str | None, bytes, str]:
+        cause = invocation.outcome.cause.value if invocation.outcome else None
+        return (
+            invocation.state.value,
+            invocation.policy.name,
+            cause,
+            records.body(invocation),
+            invocation.id,
+        )
+
+    async def _read(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        if self._readers is None:
+            raise errors.HostFailed("the journal is not open")
+
+        def run() -> T:
+            connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+            if connection is None:
+                connection = self._local.connection = schema.connect_reader(self._path)
+                self._connections.append(connection)
+            with schema.mapped():
+                return read(connection)
+
+        return await asyncio.get_running_loop().run_in_executor(self._readers, run)
+
+
+def _find_key(connection: sqlite3.Connection, uid: int, key: str) -> records.Existing | None:
+    row = connection.execute(
+        "SELECT id, request_digest FROM invocations WHERE uid = ? AND key = ?", (uid, key)
+    ).fetchone()
+    return records.Existing(*row) if row else None
+
+
+def _parse(id_: str, doc: bytes) -> models.Invocation:
+    try:
+        return models.Invocation.model_validate_json(doc)
+    except ValidationError as error:
+        raise errors.JournalCorrupt(f"invocation {id_} in the journal cannot be read", id=id_) from error
