@@ -140,6 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # the documentation of Python's signal module).
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
+    except OSError as error:
+        terminal.complain(f"{error.filename or 'the system'}: {error.strerror or error}")
+        return FAILED
     return status if isinstance(status, int) else 0
 
 

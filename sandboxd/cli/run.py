@@ -192,10 +192,10 @@ def save(call: Call, invocation: dict[str, Any], directory: str) -> None:
 def problem(error: errors.SandboxdError) -> dict[str, Any]:
     """The problem document (RFC 9457) of an error, as the daemon writes it."""
     status = getattr(error, "status", 503 if isinstance(error, errors.Unavailable) else 500)
-    extra = {key: value for key, value in error.details.items() if key not in {"code", "status"}}
-    fixed = {"type": "about:blank", "title": type(error).__name__, "status": status}
-    code = error.details.get("code", error.code)
-    return extra | fixed | {"code": code, "detail": str(error)}
+    document = {"type": "about:blank", "title": type(error).__name__, "status": status}
+    document |= {"code": error.details.get("code", error.code), "detail": str(error)}
+    details = {key: value for key, value in error.details.items() if key not in {"code", "status"}}
+    return document | ({"details": details} if details else {})
 
 
 def print_json(document: dict[str, Any]) -> None:

@@ -6,11 +6,13 @@ The same exchanges, limits and errors as ``transport``; h11 is the parser, so no
 from __future__ import annotations
 
 import errno
+import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import anyio
 import h11
+from anyio.abc import SocketStream, UNIXSocketStream
 
 from sandboxd.client import location, wire
 from sandboxd.client.transport import CHUNK, MAX_PROBLEM
@@ -18,30 +20,47 @@ from sandboxd.client.transport import CHUNK, MAX_PROBLEM
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Sequence
 
-    from anyio.abc import SocketStream
 
 __all__ = ["AsyncAnswer", "exchange"]
 
 MAX_HEADER = 64 * 1024
+HEAD = len(b"HTTP/")
 RETRY = 0.01  # seconds between two attempts on a full backlog
 
 
 async def connect(paths: Sequence[str], timeout: float) -> SocketStream:  # noqa: ASYNC109 - per candidate
-    """A connected stream to the first candidate that accepts. Raises Unavailable."""
+    """A connected stream to the first candidate that accepts. Raises Unavailable.
+
+    ``anyio.connect_unix`` spins on a full backlog and leaves its socket open when it is cancelled there,
+    so the socket is ours; connecting a Unix socket never blocks, it fails with EAGAIN (connect(2)).
+    """
     tried: list[tuple[str, OSError | None]] = []
     for path in paths:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            sock.setblocking(False)
             with anyio.fail_after(timeout):
-                while True:
-                    try:
-                        return await anyio.connect_unix(path)
-                    except BlockingIOError:  # the backlog is full, connect(2): EAGAIN, not EINPROGRESS
-                        await anyio.sleep(RETRY)
+                while not _connected(sock, path):  # noqa: ASYNC110 - the kernel tells nobody
+                    await anyio.sleep(RETRY)
+            return await UNIXSocketStream.from_socket(sock)
         except TimeoutError:
+            sock.close()
             tried.append((path, OSError(errno.ETIMEDOUT, "timed out")))
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            sock.close()
             tried.append((path, error if isinstance(error, OSError) else None))
+        except BaseException:
+            sock.close()
+            raise
     raise location.unavailable(tried)
+
+
+def _connected(sock: socket.socket, path: str) -> bool:
+    try:
+        sock.connect(path)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager
@@ -65,6 +84,7 @@ class AsyncAnswer:
         self._parser = parser
         self._timeout = timeout
         self._eof = False
+        self._head = b""
         self.status = 0
         self.content_type = ""
         self._framed = False
@@ -74,7 +94,10 @@ class AsyncAnswer:
             try:
                 event = self._parser.next_event()
             except h11.RemoteProtocolError:
-                if self._eof:  # h11 saw the end of the stream inside a message: it was cut
+                # At the end of the stream h11 complains of every message that was cut: that is a lost
+                # connection, unless what came was no HTTP to begin with.
+                foreign = not self.status and not b"HTTP/".startswith(self._head)
+                if self._eof and not foreign:
                     raise anyio.BrokenResourceError from None
                 raise
             if event is not h11.NEED_DATA:
@@ -85,6 +108,8 @@ class AsyncAnswer:
             except anyio.EndOfStream:
                 data = b""
                 self._eof = True
+            if len(self._head) < HEAD:
+                self._head += data[: HEAD - len(self._head)]
             self._parser.receive_data(data)
 
     async def begin(self) -> None:

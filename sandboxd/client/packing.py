@@ -41,9 +41,13 @@ class Packed:
         self.size = 0
 
     def count(self, size: int) -> None:
-        """Account for bytes. Raises TooLarge."""
+        """Account for bytes that were read. Raises TooLarge."""
+        self.check(size)
         self.size += size
-        if self.size > MAX_BYTES:
+
+    def check(self, size: int) -> None:
+        """Raise TooLarge if so many more bytes are too many; called before they are read."""
+        if self.size + size > MAX_BYTES:
             raise errors.TooLarge(f"the inputs are larger than {MAX_BYTES} bytes", limit=MAX_BYTES)
 
 
@@ -121,6 +125,7 @@ def _file(packed: Packed, source: str, target: str) -> None:
         target = posixpath.basename(source)
     with open(source, "rb") as file:  # noqa: PTH123 - pathlib costs start-up
         found = os.fstat(file.fileno())
+        packed.check(found.st_size)
         data = file.read(MAX_BYTES + 1)
     packed.count(len(data))
     packed.inputs.append(
@@ -196,8 +201,7 @@ class _Walk:
             if not stat.S_ISREG(found.st_mode):  # swapped since it was looked at
                 self._packed.left_out.append(f"{path} (changed while it was read)")
                 return
-            if found.st_size > MAX_BYTES:
-                self._packed.count(found.st_size)
+            self._packed.check(found.st_size)
             data = file.read(MAX_BYTES + 1)
         self._packed.count(len(data))
         self._entry(path, found, data=data)

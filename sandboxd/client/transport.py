@@ -160,7 +160,11 @@ def exchange(
             # Keep the socket with the connection: with `Connection: close` http.client would drop it,
             # and a later timeout could not be set.
             response = connection.response_class(sock, method=asked.method)
-            response.begin()
+            try:
+                response.begin()
+            except BaseException:
+                response.close()  # its file would keep the socket open
+                raise
         answer = Answer(connection, response, None if asked.waits else timeout)
     except BaseException:
         connection.close()
