@@ -243,8 +243,8 @@ class Config(Section):
     socket: SocketConfig = SocketConfig()
     policies: Annotated[tuple[AbsolutePath, ...], Field(max_length=64)] = (Path("/etc/sandboxd/policies"),)
     """Directories beside the shipped one; a later policy of the same name wins."""
-    floor: AbsolutePath | None = Path("/etc/sandboxd/floor.yaml")
-    """What no policy and no request may exceed. The file at the default path need not exist."""
+    floor: AbsolutePath | None = None
+    """A floor beside the ``floor.yaml`` of each policy directory; one that is named must exist."""
     budget: Budget = Budget()
     pool: PoolSize = PoolSize()
     callers: Annotated[tuple[CallerRule, ...], Field(max_length=1000)] = Field(

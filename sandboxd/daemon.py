@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from contextlib import AsyncExitStack
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -23,9 +24,11 @@ import psutil
 import structlog
 
 from sandboxd import systemd
-from sandboxd.api.app import create_app, serve_app
+from sandboxd.api.app import build
+from sandboxd.api.app import serve as serve_app
 from sandboxd.api.listener import listening
 from sandboxd.blobs import BlobStore
+from sandboxd.config import default_socket
 from sandboxd.engine.host import EngineHost, enter_private_mounts
 from sandboxd.journal import Journal
 from sandboxd.policy import shipped_policies
@@ -53,8 +56,15 @@ def policy_directories(config: Config) -> list[Path]:
     return [shipped_policies(), *(path for path in config.policies if path.is_dir())]
 
 
-def serve(config: Config) -> None:
-    """Run the daemon until it is stopped by a signal. Raises ConfigInvalid, HostUnsupported."""
+def serve(config: Config, *, socket: Path | None = None, state: Path | None = None) -> None:
+    """Run the daemon until it is stopped by a signal. Raises ConfigInvalid, HostUnsupported.
+
+    ``socket`` and ``state`` are taken before those of the configuration.
+    """
+    if socket is not None:
+        config = config.model_copy(update={"socket": config.socket.model_copy(update={"path": socket})})
+    if state is not None:
+        config = config.model_copy(update={"state": state.absolute()})
     _configure_logs()
     config.state.mkdir(mode=0o711, parents=True, exist_ok=True)
     run = enter_private_mounts(config.state)
@@ -115,9 +125,14 @@ async def _serve(config: Config, run: Path) -> None:
         sock = stack.enter_context(listening(config.socket, os.environ))
         stopping = anyio.Event()
         started = anyio.Event()
-        tasks.start_soon(serve_app, create_app(service), sock, config, started, stopping)
+        tasks.start_soon(partial(serve_app, build(service), sock, config, started=started, stop=stopping))
         await started.wait()
-        log.info("ready", socket=str(sock.getsockname()), engine=engine.name, runtime=engine.runtime.name)
+        log.info(
+            "ready",
+            socket=str(config.socket.path or default_socket()),
+            engine=engine.name,
+            runtime=engine.runtime.name,
+        )
         systemd.notify("READY=1")
         await _until_stopped(service)
         systemd.notify("STOPPING=1")

@@ -275,6 +275,7 @@ class OciEngine:
         )
 
     def _start(self, name: str, directory: Path, control: int, cgroup: Cgroup) -> int:
+        # Runtimes give stdio to the container's root by fchown, so it must be nobody else's: not /dev/null.
         said = os.memfd_create("runtime", os.MFD_CLOEXEC)
         try:
             # runc places the container itself, and by a path below its own cgroup: it stays in ours
@@ -289,7 +290,7 @@ class OciEngine:
             ]
             done = subprocess.run(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=said,
                 stdout=said,
                 stderr=said,
                 pass_fds=[control],
