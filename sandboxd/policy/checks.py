@@ -40,8 +40,9 @@ def _sizes(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
     total = sum(parts.values())
     if total > limits.memory:
         summed = " + ".join(f"{path} {units.format_size(size)}" for path, size in parts.items())
+        written = [path for path in ("limits.memory", *parts) if places.is_own(path)]
         yield places.problem(
-            "limits.memory",
+            written[0] if written else "limits",
             IMPOSSIBLE,
             f"{summed} = {units.format_size(total)} is more than limits.memory "
             f"{units.format_size(limits.memory)}: pages of a tmpfs count against memory",
@@ -57,9 +58,8 @@ def _sizes(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
 
 def _process(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
     process = spec.process
-    group = process.user if process.group is None else process.group
     if process.user_namespace == "none":
-        for key, number in (("user", process.user), ("group", group)):
+        for key, number in (("user", process.user), ("group", process.group)):
             if number == 0:
                 said = f"{key} 0 with user_namespace: none is the host's own root"
                 yield places.problem(f"process.{key}", IMPOSSIBLE, said)

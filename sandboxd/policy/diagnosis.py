@@ -90,6 +90,13 @@ def _explain(model: type[BaseModel], tree: MappingNode, error: ErrorDetails) -> 
         known = [word.strip(" '") for word in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
         word = node.text if isinstance(node, ScalarNode) else "this"
         return at.problem("bad_value", f"{prefix}{word!r} is not allowed here{nearest(word, known)}")
+    if kind in {"too_short", "too_long"}:
+        bound = (
+            f"at least {error['ctx']['min_length']}"
+            if kind == "too_short"
+            else f"at most {error['ctx']['max_length']}"
+        )
+        return at.problem("bad_value", f"{prefix}must have {bound} items")
     if kind in _TYPES:
         return at.problem("wrong_type", prefix + _TYPES[kind])
     said = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
@@ -102,4 +109,7 @@ def validate(model: type[Model], tree: MappingNode) -> tuple[Model | None, list[
         return model.model_validate(tree.plain()), []
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
-        return None, [_explain(model, tree, detail) for detail in details]
+        # pydantic also counts a list as too short when an item of it is wrong
+        inner = {detail["loc"][:-1] for detail in details}
+        wrong = [one for one in details if one["type"] != "too_short" or one["loc"] not in inner]
+        return None, [_explain(model, tree, detail) for detail in wrong]

@@ -94,7 +94,7 @@ class Floor:
 
     def origin(self, path: str) -> Origin:
         """Where the floor sets a value."""
-        return self.tree.find(path) or self.tree.at
+        return Places(self.file, self.tree).origin(path)
 
     def exceeded(self, spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
         """A problem for everything in which a resolved policy is wider than this floor."""

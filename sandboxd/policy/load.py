@@ -81,7 +81,8 @@ class _File:
     @property
     def parent(self) -> str | None:
         node = self.tree.get("extends") if self.tree else None
-        return node.text if isinstance(node, ScalarNode) else None
+        # the schema says what is wrong with anything else
+        return node.value if isinstance(node, ScalarNode) and isinstance(node.value, str) else None
 
     def at(self, key: str) -> Origin:
         """The place of a top-level value."""
@@ -195,8 +196,8 @@ class _Resolution:
     def parent_problem(self, file: _File, parent: str) -> PolicyProblem | None:
         at = file.at("extends")
         if parent not in self.files:
-            said = f"there is no policy {parent!r}{nearest(parent, list(self.files))}"
-            return at.problem("unknown_policy", said)
+            others = [name for name in self.files if name not in {"", file.name}]
+            return at.problem("unknown_policy", f"there is no policy {parent!r}{nearest(parent, others)}")
         line = self.ancestors(file.name)
         if file.name in line:
             circle = [file.name, *line[: line.index(file.name) + 1]]

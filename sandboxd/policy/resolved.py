@@ -33,6 +33,11 @@ class Places:
             path = path.rpartition(".")[0]
         return self.tree.at
 
+    def is_own(self, path: str) -> bool:
+        """Whether the file itself sets the value."""
+        at = self.tree.find(path)
+        return at is not None and at.file == self.file
+
     def problem(self, path: str, code: str, message: str) -> PolicyProblem:
         """A problem with the value at a path; one that is inherited is reported where it is inherited."""
         at = self.origin(path)

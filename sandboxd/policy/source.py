@@ -240,7 +240,7 @@ class _Builder:
             if isinstance(event, SequenceEndEvent):
                 break
             item = self.node(event, depth + 1)
-            if not self.is_empty(item):
+            if not self.is_empty(item, item.at):
                 items.append(item)
         return SequenceNode(tuple(items), at)
 
@@ -258,15 +258,15 @@ class _Builder:
                 self.problems.append(
                     key.at.problem("duplicate_key", f"{key.text!r} was set before, on line {first.line}")
                 )
-            elif not self.is_empty(value):
+            elif not self.is_empty(value, key.at):
                 entries[key.text] = Entry(key.at, value)
         return MappingNode(at, entries)
 
-    def is_empty(self, node: Node) -> bool:
+    def is_empty(self, node: Node, at: Origin) -> bool:
         empty = isinstance(node, ScalarNode) and node.value is None
         if empty:
             self.problems.append(
-                node.at.problem("wrong_type", "a value is missing here; give one, or leave the key out")
+                at.problem("wrong_type", "a value is missing here; give one, or leave the key out")
             )
         return empty
 

@@ -1,0 +1,91 @@
+"""Examples are judged by the compiled filter and the mounts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sandboxd.policy import ExampleError, judge, load_policies, shipped_policies
+
+SHIPPED = load_policies([shipped_policies()])
+
+
+@pytest.mark.parametrize(
+    ("policy", "example", "allowed"),
+    [
+        ("default", "syscall openat", True),
+        ("default", "syscall ptrace", False),
+        ("default", "syscall socket 2 1 0", True),
+        ("default", "syscall socket 0x11 3 0", False),
+        ("strict", "syscall socket 2 1 0", False),
+        ("default", "write /workspace", True),
+        ("default", "write /workspace/a b", True),
+        ("default", "write /workspaces", False),
+        ("default", "write /tmp/x", True),
+        ("default", "write /dev/null", True),
+        ("default", "write /dev/mem", False),
+        ("default", "write /dev/shm/x", True),
+        ("default", "write /usr/bin/python3", False),
+        ("build", "write /usr/bin/python3", True),
+        ("build", "write /proc/sys/kernel/core_pattern", False),
+        ("build", "write /sys/fs/cgroup/x", False),
+        ("default", "read /etc/passwd", True),
+        ("default", "read /proc/kcore", False),
+        ("default", "connect pypi.org:443", False),
+        ("default", "connect [::1]:80", False),
+    ],
+)
+def test_judge(policy: str, example: str, allowed: bool) -> None:  # noqa: FBT001
+    assert judge(SHIPPED.get(policy), example)[0] is allowed
+
+
+@pytest.mark.parametrize(
+    ("example", "said"),
+    [
+        ("", "no kind of example"),
+        ("sycall read", "did you mean 'syscall'"),
+        ("syscall", "write what syscall is about"),
+        ("syscall ptrase", "did you mean 'ptrace'"),
+        ("syscall socket AF_INET", "numbers"),
+        ("syscall socket 1 2 3 4 5 6 7", "numbers"),
+        ("syscall socket 99999999999999999999", "64 bits"),
+        ("write usr", "not absolute"),
+        ("write /usr/../etc", "not normalised"),
+        ("write /proc/self/comm", "about the process itself"),
+        ("connect pypi.org", "HOST:PORT"),
+        ("connect pypi.org:0", "HOST:PORT"),
+        ("connect pypi.org:99999", "HOST:PORT"),
+    ],
+)
+def test_what_cannot_be_judged_says_why(folder: Any, example: str, said: str) -> None:
+    with pytest.raises(ExampleError, match=said):
+        judge(SHIPPED.get("default"), example)
+    folder.write("p", f"examples:\n  denies:\n    - '{example}'\n")
+    (problem,) = folder.load().problems
+    assert (problem.code, problem.line) == ("bad_value", 5)
+
+
+def test_mounts_of_the_policy_count(folder: Any) -> None:
+    folder.write(
+        "p", "filesystem: {root: overlay, size: 1MiB}\nmounts: [{source: /srv/data, target: /data}]\n"
+    )
+    policy = folder.load().get("p")
+    assert judge(policy, "write /data/x") == (False, "/data is read-only")
+    assert judge(policy, "read /data/x") == (True, "/data is read-only")
+    assert judge(policy, "write /other") == (True, "/ is writable")
+
+
+def test_a_filter_that_changes_makes_the_example_wrong(folder: Any) -> None:
+    text = "examples: {denies: [syscall ptrace]}\n"
+    folder.write("p", text)
+    assert folder.codes() == []
+    folder.write("p", text + "syscalls: {allow: ['@debug']}\n")
+    assert folder.codes() == [("wrong_example", 3)]
+
+
+def test_examples_are_not_inherited(folder: Any) -> None:
+    folder.write("p", "examples: {denies: [syscall ptrace]}\n")
+    folder.write("q", "extends: p\nsyscalls: {allow: [ptrace]}\n")
+    assert folder.codes() == []
+    assert folder.load().get("q").spec.examples.denies == ()

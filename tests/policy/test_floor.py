@@ -1,0 +1,125 @@
+"""floor.yaml: what no policy may exceed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sandboxd.policy import load_policies, seccomp, shipped_policies
+from sandboxd.policy.floor import FORMATS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize(
+    ("floor", "policy", "said"),
+    [
+        ("limits: {memory: 400MiB}\n", "", "limits.memory: 512MiB is wider than the floor's 400MiB"),
+        ("limits: {wall: 10s}\n", "limits: {wall: 11s}\n", "limits.wall: 11s is wider than the floor's 10s"),
+        ("limits: {cpu_time: 10s}\n", "", "limits.cpu_time: no limit is wider than the floor's 10s"),
+        ("limits: {cpus: 0.5}\n", "", "limits.cpus: 1 is wider than the floor's 0.5"),
+        ("limits: {pids: 8}\n", "", "limits.pids: 64 is wider than the floor's 8"),
+        ("limits: {stdout: 1KiB}\n", "", "limits.stdout.size: 1MiB is wider than the floor's 1KiB"),
+        (
+            "limits: {workspace: {inodes: 9}}\n",
+            "",
+            "limits.workspace.inodes: 20k is wider than the floor's 9",
+        ),
+        ("limits: {io: {read: 1MiB}}\n", "", "limits.io.read: no limit is wider than the floor's 1MiB"),
+        ("filesystem: {root: read-only}\n", "filesystem: {root: overlay, size: 1MiB}\n", "filesystem.root"),
+        ("process: {user_namespace: slot}\n", "process: {user_namespace: none}\n", "process.user_namespace"),
+        ("mounts: [/srv]\n", "mounts: [{source: /srvx, target: /a}]\n", "mounts.0: /srvx is wider"),
+        ("mounts: []\n", "mounts: [{source: /srv, target: /a}]\n", "wider than the floor's none"),
+    ],
+)
+def test_a_wider_policy_is_refused_with_both_values(folder: Any, floor: str, policy: str, said: str) -> None:
+    where = folder.write("floor", floor)
+    folder.write("p", policy)
+    (problem,) = folder.load().problems
+    assert problem.code == "wider_than_floor"
+    assert said in problem.message
+    assert f"({where}:2)" in problem.message
+    assert problem.line == (3 if policy else 1)
+    assert folder.load().names() == []
+
+
+def test_a_network_needs_one_in_the_floor(folder: Any) -> None:
+    folder.write("floor")
+    folder.write("p", "network: {allow: [{host: a.b, ports: [443]}]}\n")
+    assert sorted(folder.codes()) == [("control_not_supported", 3), ("wider_than_floor", 3)]
+
+
+def test_equal_values_and_what_the_floor_does_not_say_are_allowed(folder: Any) -> None:
+    folder.write("floor", "limits: {memory: 512MiB, stdout: {on_limit: kill}}\nmounts: [/srv]\n")
+    folder.write("p", "limits: {wall: 9h}\nmounts: [{source: /srv/x, target: /x}]\n")
+    folder.write("q", "network: {mode: none}\nlimits: {stdout: 1GiB}\n")
+    assert folder.codes() == []
+
+
+def test_what_the_floor_denies_is_denied_everywhere(folder: Any) -> None:
+    where = folder.write("floor", "syscalls: {deny: [socket]}\n")
+    folder.write("p")
+    folder.write("q", "extends: p\nsyscalls: {deny: [symlink]}\n")
+    loaded = folder.load()
+    assert loaded.problems == ()
+    for name in ("p", "q"):
+        policy = loaded.get(name)
+        assert "socket" in policy.spec.syscalls.deny
+        assert seccomp.compile_filter(policy.syscalls).judge("socket") == "denied"
+    assert loaded.get("q").origin("syscalls.deny.0").file == str(where)
+    folder.write("r", "syscalls: {allow: [socket]}\n")
+    assert folder.codes() == [("impossible", 3)]
+
+
+def test_a_child_cannot_get_around_the_floor_by_removing(folder: Any) -> None:
+    folder.write("floor", "syscalls: {deny: [socket]}\n")
+    folder.write("p")
+    folder.write("q", "extends: p\nsyscalls: {deny: [!remove socket]}\n")
+    assert "socket" in folder.load().get("q").spec.syscalls.deny
+
+
+@pytest.mark.parametrize(
+    ("floor", "code"),
+    [
+        ("limits: {memroy: 1GiB}\n", "unknown_key"),
+        ("name: floor\n", "unknown_key"),
+        ("syscalls: {deny: [no_such_call]}\n", "unknown_syscall"),
+        ("syscalls: {deny: [exit_group]}\n", "impossible"),
+        ("network: {allow: [{host: a.b, ports: [443]}]}\n", "control_not_supported"),
+        ("a: [\n", "syntax"),
+    ],
+)
+def test_with_a_wrong_floor_there_is_no_policy(folder: Any, floor: str, code: str) -> None:
+    folder.write("floor", floor)
+    folder.write("p")
+    loaded = folder.load()
+    assert loaded.names() == []
+    assert loaded.floor_failed
+    assert [problem.code for problem in loaded.problems] == [code]
+
+
+def test_a_floor_that_is_named_must_be_there(folder: Any, tmp_path: Path) -> None:
+    folder.write("p")
+    loaded = load_policies([folder.path], tmp_path / "elsewhere" / "floor.yaml")
+    assert (loaded.names(), loaded.floor_failed) == ([], True)
+
+
+def test_several_floors_hold_together(folder: Any, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    other = tmp_path / "more" / "site.yaml"
+    other.write_text("version: 1\nlimits: {wall: 30s}\n")
+    folder.write("floor", "limits: {pids: 32}\n")
+    found = load_policies([shipped_policies(), folder.path], other)
+    assert found.names() == ["strict"]
+    said = "\n".join(problem.message for problem in found.problems)
+    assert "limits.pids: 64" in said
+    assert "limits.wall: 1m" in said
+
+
+def test_the_formats_know_every_number_of_the_limits() -> None:
+    limits = load_policies([shipped_policies()]).get("strict").spec.limits.model_dump()
+    flat = {f"{key}.{inner}" if isinstance(value, dict) else key for key, value in limits.items()
+            for inner in (value if isinstance(value, dict) else [""])}  # fmt: skip
+    assert flat - {"stdout.on_limit", "stderr.on_limit"} == set(FORMATS)
