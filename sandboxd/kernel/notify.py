@@ -108,7 +108,7 @@ class Listener:
         self._calls: dict[tuple[int, int], DeniedCall] = {}
 
     def poll(self) -> int:
-        """Which events wait, by poll(2) of the descriptor; called by the server under its lock."""
+        """The events that wait on the descriptor; called by the server alone, under its lock."""
         return next((events for _, events in self._poll.poll(0)), 0)
 
     def counts(self) -> list[DeniedCall]:

@@ -195,6 +195,13 @@ _ALL = (
         _allow("inotify_init inotify_init1 inotify_add_watch inotify_rm_watch", "tail -f, build watchers"),
     ),
     _group(
+        "@numa",
+        "placing memory on nodes: in no base, as it loads other tenants' nodes. Stands before @memory, "
+        "whose answer to set_mempolicy it lifts",
+        _allow("mbind set_mempolicy set_mempolicy_home_node migrate_pages move_pages",
+               "databases and numeric code on large machines"),
+    ),
+    _group(
         "@memory",
         "a process's own memory, beyond what its start needs",
         _allow("mremap madvise mincore msync mlock mlock2 munlock mlockall munlockall mseal",
@@ -202,12 +209,7 @@ _ALL = (
         _allow("pkey_mprotect pkey_alloc pkey_free map_shadow_stack", "hardening of a process by itself"),
         _allow("memfd_create", "files without a name; they count against memory"),
         _allow("get_mempolicy", "numeric libraries ask for the machine's shape"),
-    ),
-    _group(
-        "@numa",
-        "placing memory on nodes: in no base, as it loads other tenants' nodes",
-        _allow("mbind set_mempolicy set_mempolicy_home_node migrate_pages move_pages",
-               "databases and numeric code on large machines"),
+        _errno("set_mempolicy", "ENOSYS", "libnuma tries it as soon as it is loaded, by ps and top too"),
     ),
     _group(
         "@pipe",
@@ -245,7 +247,7 @@ _ALL = (
     _group(
         "@setuid",
         "changing one's ids: without capabilities only among those that one has",
-        _allow("setuid setgid setreuid setregid setresuid setresgid setfsuid setfsgid setgroups capset",
+        _allow("setuid setgid setreuid setregid setresuid setresgid setfsuid setfsgid setgroups",
                "package tools and tar drop privileges before they work"),
     ),
     _group(
@@ -301,6 +303,7 @@ _ALL = (
         "@sandbox",
         "restricting oneself further: a tool may bring a sandbox of its own",
         _allow("landlock_create_ruleset landlock_add_rule landlock_restrict_self", "it only takes away"),
+        _allow("capset", "gpg and daemons drop what they have; without a capability there is none to gain"),
         _when("prctl", "filters stack, and the strictest answer wins", (_int(0, PR_SET_SECCOMP),)),
         _when("seccomp", "filters and questions, but no second listener: the kernel has room for one, ours",
               (ArgTest(0, "ne", SECCOMP_SET_MODE_FILTER, INT),),

@@ -140,6 +140,44 @@ def test_installing_takes_little(native: Path) -> None:
     assert min(times) < 3_000_000, times
 
 
+ATTACK = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+def call(number, *args):
+    assert libc.syscall(ctypes.c_long(number), *(ctypes.c_ulong(a) for a in args)) == -1
+    print(ctypes.get_errno(), end=" ", flush=True)
+master, slave = os.openpty()
+text = ctypes.addressof(ctypes.create_string_buffer(b"x"))
+"""
+ATTACKS = {
+    "call(NR['socket'], 17, 3, 768)": "socket(AF_PACKET, SOCK_RAW, 768)",
+    "call(NR['socket'], 2, 3, 1)": "socket(AF_INET, SOCK_RAW, 1)",
+    "call(NR['socket'], 1 << 32 | 40, 1, 0)": "socket(AF_VSOCK, SOCK_STREAM)",
+    "call(NR['socket'], 38, 5, 0)": "socket(AF_ALG, SOCK_SEQPACKET)",
+    "call(NR['ioctl'], slave, 0x5412, text)": "ioctl(TIOCSTI)",
+    "call(NR['ioctl'], slave, 1 << 32 | 0x5412, text)": "ioctl(TIOCSTI)",
+    "call(NR['clone'], 0x10000011, 0, 0, 0, 0)": "clone(CLONE_NEWUSER)",
+    "call(NR['unshare'], 0x10000000)": "unshare(CLONE_NEWUSER)",
+    "call(NR['personality'], 0x0040000)": "personality(0x40000)",
+    "call(NR['prctl'], 35, 1, 0, 0, 0)": "prctl(PR_SET_MM)",
+    "call(NR['mknodat'], 0, text, 0x2180, 0x103)": "mknodat(S_IFCHR)",
+    "call(NR['seccomp'], 1, 8, 0)": "seccomp(1, 8)",
+    "call(NR['ptrace'], 0, 0, 0, 0)": "ptrace(0, 0)",
+    "call(NR['keyctl'], 0, 0, 0, 0, 0)": "keyctl(0, 0)",
+    "call(NR['io_uring_setup'], 1, text)": "io_uring_setup",
+    "call(NR['userfaultfd'], 1)": "userfaultfd",
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_attacks_by_argument_are_denied_and_named(native: Path, name: str) -> None:
+    for attack, detail in ATTACKS.items():
+        code = f"NR = {NATIVE_ARCH.numbers!r}{ATTACK}{attack}"
+        with filtered(native, base(name), ["python3", "-c", code]) as run:
+            status, out, err = finish(run)
+            assert (status, out, err, run.denied) == (0, f"{errno.EPERM} ", "", [detail])
+
+
 PYTHON = """
 import threading, subprocess, sqlite3, tempfile, os, socket, asyncio, time, resource
 threads = [threading.Thread(target=time.sleep, args=(0.01,)) for _ in range(8)]
