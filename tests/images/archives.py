@@ -6,10 +6,12 @@ import hashlib
 import io
 import json
 import tarfile
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sandboxd.images.image import host_architecture
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SHELL = b"#!/bin/sh\n"
 

@@ -7,6 +7,7 @@ import os
 import stat
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from archives import directory, hardlink, member, symlink, tar
@@ -104,7 +105,7 @@ def test_a_hard_link_to_a_directory_is_refused(root: Path) -> None:
 
 
 def test_device_nodes(root: Path) -> None:
-    null = {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3}
+    null: dict[str, Any] = {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3}
     assert unpack(root, tar(member("dev/null", **null))) == 1
     with pytest.raises(ImageInvalid, match="device node"):
         unpack(root, tar(member("etc/null", **null)))
@@ -126,7 +127,7 @@ def test_duplicates_the_last_one_wins(root: Path) -> None:
 
 def test_names_that_are_not_utf8(root: Path) -> None:
     unpack(root, tar(member("caf\udce9", b"1"), form=tarfile.GNU_FORMAT))
-    assert os.listdir(os.fsencode(root)) == [b"caf\xe9"]
+    assert [os.fsencode(path.name) for path in root.iterdir()] == [b"caf\xe9"]
 
 
 def test_whiteouts_hide_lower_layers_alone(root: Path) -> None:
@@ -159,7 +160,8 @@ def test_in_a_plain_tree_a_whiteout_is_a_file(root: Path) -> None:
 
 
 def test_ids_over_the_range_are_refused(root: Path) -> None:
-    for changes in ({"uid": 65536}, {"gid": 2**31}):
+    owners: list[dict[str, Any]] = [{"uid": 65536}, {"gid": 2**31}]
+    for changes in owners:
         with pytest.raises(ImageInvalid, match="65535"):
             unpack(root, tar(member("f", **changes)))
 
