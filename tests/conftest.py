@@ -1,4 +1,4 @@
-"""What every test gets: the leak check around the session, and the profile of the property tests."""
+"""What every test gets: the leak check around the session, daemons, the profile of the property tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests are no package; what they share is a module here
 
-pytest_plugins = ["leaks"]
+pytest_plugins = ["leaks", "daemons"]
 
 # A busy machine is no failed property: how long an example takes is not judged.
 settings.register_profile("tests", deadline=None)

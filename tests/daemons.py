@@ -1,0 +1,156 @@
+"""Real daemons for tests: started as a user would start one, on a state directory of their own.
+
+The images are those of ``SANDBOXD_TEST_STATE``, built once by ``scripts/test`` and shared by symbolic
+link; everything else of a daemon is below a temporary directory. ``daemon`` serves the whole session;
+a test that kills or configures one starts its own with ``start_daemon``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sandboxd import Client, errors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sandboxd.models import Invocation
+
+SANDBOXD = Path(sys.executable).with_name("sandboxd")
+RUN_IN_SANDBOX = Path(sys.executable).with_name("run-in-sandbox")
+IMAGES = Path(os.environ.get("SANDBOXD_TEST_STATE", "/var/lib/sandboxd-test")) / "images"
+READY_SECONDS = 20.0
+
+# Policies for tests alone, beside the shipped ones.
+POLICIES = {
+    "host": "version: 1\nname: host\nextends: default\nimage: host\n",
+    "tiny": (
+        "version: 1\nname: tiny\nextends: default\nlimits:\n  wall: 10s\n  memory: 64MiB\n  pids: 32\n"
+        "  workspace: {size: 16MiB, inodes: 4k}\n  tmp: {size: 16MiB, inodes: 4k}\n"
+    ),
+    "loud": "version: 1\nname: loud\nextends: default\nlimits:\n  stdout: 2GiB\n  stderr: 2GiB\n",
+    "files": 'version: 1\nname: files\nextends: default\nartifacts:\n  - {path: "**", max_size: 5MiB}\n',
+}
+
+
+@dataclass
+class Daemon:
+    """A running daemon. ``policies`` is a directory of its own that it watches."""
+
+    process: subprocess.Popen[bytes]
+    socket: Path
+    state: Path
+    policies: Path
+    log: Path
+
+    def client(self, timeout: float = 100.0) -> Client:
+        """A client of this daemon."""
+        return Client(self.socket, timeout=timeout)
+
+    def run(self, *argv: str, policy: str = "default", **options: object) -> Invocation:
+        """Run a command and wait for its end."""
+        return self.client().run(list(argv), policy=policy, **options)  # type: ignore[arg-type]
+
+    def cli(
+        self, *argv: str, stdin: bytes = b"", timeout: float = 100.0
+    ) -> subprocess.CompletedProcess[bytes]:
+        """``run-in-sandbox`` against this daemon."""
+        return subprocess.run(
+            [RUN_IN_SANDBOX, "--socket", self.socket, *argv],
+            input=stdin,
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Stop it and return its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout=60)
+
+
+@contextmanager
+def start_daemon(directory: Path, *, config: str = "", state: Path | None = None) -> Iterator[Daemon]:
+    """A daemon below a directory; ``config`` is appended to its configuration file."""
+    state = state or directory / "state"
+    state.mkdir(parents=True, exist_ok=True)
+    images = state / "images"
+    if not images.exists():
+        IMAGES.mkdir(parents=True, exist_ok=True)
+        images.symlink_to(IMAGES)
+    policies = directory / "policies"
+    policies.mkdir(exist_ok=True)
+    for name, text in POLICIES.items():
+        (policies / f"{name}.yaml").write_text(text)
+    file = directory / "sandboxd.yaml"
+    file.write_text(
+        f"state: {state}\nsocket: {{path: {directory}/s, mode: '0660', group: nogroup}}\npolicies: [{policies}]\n{config}"
+    )
+    log = directory / "log"
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [SANDBOXD, "serve", "--config", file], stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+    daemon = Daemon(process, directory / "s", state, policies, log)
+    try:
+        _until_ready(daemon)
+        yield daemon
+    finally:
+        daemon.stop()
+
+
+def _until_ready(daemon: Daemon) -> None:
+    until = time.monotonic() + READY_SECONDS
+    while time.monotonic() < until:
+        try:
+            daemon.client().health()
+        except errors.Unavailable:
+            if daemon.process.poll() is not None:
+                break
+            time.sleep(0.02)
+        else:
+            return
+    pytest.fail(f"the daemon did not start:\n{daemon.log.read_text()}")
+
+
+def needs_containers() -> None:
+    """Skip on a machine that cannot make containers; fail there in CI."""
+    if os.geteuid() == 0:
+        return
+    if os.environ.get("CI") == "true":
+        pytest.fail("CI must run as root")
+    pytest.skip("containers need root")
+
+
+@pytest.fixture(scope="session")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """The session's daemon."""
+    needs_containers()
+    directory = tmp_path_factory.mktemp("daemon")
+    with start_daemon(directory) as running:
+        yield running
+
+
+@pytest.fixture
+def daemon_factory(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+    """Starts daemons of a test's own; all are stopped at its end."""
+    needs_containers()
+    with ExitStack() as stack:
+
+        def start(*, config: str = "", state: Path | None = None, name: str = "own") -> Daemon:
+            directory = tmp_path / name
+            directory.mkdir(exist_ok=True)
+            return stack.enter_context(start_daemon(directory, config=config, state=state))
+
+        yield start
