@@ -29,6 +29,7 @@ import errno
 import os
 import re
 import stat
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,8 @@ MAX_FILES = 1000
 MAX_TOTAL = 1 << 30
 MAX_WALK = 200_000
 """Directory entries that one collection looks at."""
+MAX_SECONDS = 60.0
+"""How long one collection looks and copies before it ends with what it has."""
 MAX_PENDING = 20_000
 """Directories that wait to be looked into; a tree wider than that ends the walk."""
 MAX_WITHHELD = 1000
@@ -106,21 +109,21 @@ class _Collection:
     max_files: int
     max_total: int
     durable: bool
+    until: float
     left: int = MAX_WALK
     total: int = 0
     released: list[models.Artifact] = field(default_factory=list)
     withheld: list[models.Withheld] = field(default_factory=list)
     unlisted: int = 0
+    late: bool = False
 
     def run(self) -> None:
         pending = [_Node(None, b"", tuple(pattern.start() for pattern in self.patterns))]
-        while pending and self.left > 0:
-            beneath = self._visit(pending.pop())
-            pending.extend(reversed(beneath))
-            if len(pending) > MAX_PENDING:
-                self.left = 0
-        if self.left <= 0:
-            self._withhold(b".", "too_many", f"the walk ended after {MAX_WALK - self.left} directory entries")
+        while pending and self.left > 0 and len(pending) <= MAX_PENDING and not self.late:
+            pending.extend(reversed(self._visit(pending.pop())))
+        if self.left <= 0 or pending or self.late:
+            seen = f"the walk ended early, after {MAX_WALK - self.left} directory entries"
+            self.withheld.append(models.Withheld(path=".", reason="too_many", detail=seen))
         if self.unlisted:
             note = f"{self.unlisted} more files were withheld and are not listed"
             self.withheld.append(models.Withheld(path=".", reason="too_many", detail=note))
@@ -129,6 +132,9 @@ class _Collection:
         """Collect what matches in one directory; returns the directories to look into next."""
         beneath: list[_Node] = []
         for name, is_directory in self._names(node):
+            if time.monotonic() > self.until:
+                self.late = True
+                break
             at = tuple(
                 pattern.step(p, name) for pattern, p in zip(self.patterns, node.positions, strict=True)
             )
@@ -258,6 +264,9 @@ def collect(
     if not patterns or (narrowed is not None and not asked):
         return [], []
     sizes = tuple(size for _, size in rules)
-    collection = _Collection(workspace_fd, store, (*patterns, *asked), sizes, max_files, max_total, durable)
+    until = time.monotonic() + MAX_SECONDS
+    collection = _Collection(
+        workspace_fd, store, (*patterns, *asked), sizes, max_files, max_total, durable, until
+    )
     collection.run()
     return collection.released, collection.withheld

@@ -22,6 +22,7 @@ from sandboxd import errors
 __all__ = ["Pattern"]
 
 _MAX_PATTERN = 4095
+_MAX_PARTS = 64  # components: what one step may cost is bounded, whoever wrote the pattern
 
 
 def _bracket(text: str, start: int) -> tuple[str, int] | None:
@@ -93,6 +94,8 @@ class Pattern:
                 f"pattern {shown!r} must be relative to the workspace, with no empty, '.' or '..' component",
                 pattern=shown,
             )
+        if text.count("/") >= _MAX_PARTS:
+            raise errors.InvalidRequest(f"a pattern has at most {_MAX_PARTS} components", pattern=shown)
         pattern = cls(text)
         pattern.start()  # compiles, so that a bad set is told now
         return pattern
@@ -120,10 +123,11 @@ class Pattern:
             return 0
         text = name.decode("utf-8", "surrogateescape")
         reached = 0
-        for at, part in enumerate(self._parts):
-            here = 1 << at
-            if not positions & here:
-                continue
+        left = positions & ~(1 << len(self._parts))
+        while left:
+            here = left & -left
+            left ^= here
+            part = self._parts[here.bit_length() - 1]
             if part is None:
                 reached |= here
             elif part.fullmatch(text):
