@@ -186,15 +186,21 @@ class NotifyServer:
         self._turn = itertools.count()
         self._bucket = Bucket(SERVER_BURST, SERVER_RATE)
         self._closed = False
+        self._failed = False
         self._epoll = select.epoll()
         try:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         except OSError:
             self._epoll.close()
             raise
-        self._epoll.register(self._wake, select.EPOLLIN)
         self._thread = threading.Thread(target=self._serve, name="seccomp-notify", daemon=True)
-        self._thread.start()
+        try:
+            self._epoll.register(self._wake, select.EPOLLIN)
+            self._thread.start()
+        except (OSError, RuntimeError):  # RuntimeError: no more threads
+            self._epoll.close()
+            os.close(self._wake)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -215,12 +221,12 @@ class NotifyServer:
 
         ``answer(arch, nr)`` gives the errno, 1 to 4095; anything else becomes EPERM. ``on_denied`` is
         told of each call after it was answered, with a count of 1. Raises OSError for what is no
-        pollable descriptor, RuntimeError on a closed server.
+        pollable descriptor, RuntimeError on a server that was closed or failed.
         """
         with self._lock:
-            if self._closed:
+            if self._closed or self._failed:
                 os.close(fd)
-                raise RuntimeError("the server of notifications is closed")
+                raise RuntimeError("the server of notifications has ended")
             try:
                 self._epoll.register(fd, EVENTS)
             except OSError:
@@ -247,10 +253,15 @@ class NotifyServer:
             self._closed = True
             os.eventfd_write(self._wake, 1)
         self._thread.join()
-        for listener in list(self._listeners.values()):
-            listener.close()
+        self._close_listeners()
         self._epoll.close()
         os.close(self._wake)
+
+    def _close_listeners(self) -> None:
+        with self._lock:
+            left = list(self._listeners.values())
+        for listener in left:
+            listener.close()
 
     def _leave_epoll(self, listener: Listener) -> None:
         try:
@@ -259,6 +270,15 @@ class NotifyServer:
             return
 
     def _serve(self) -> None:
+        try:
+            self._loop()
+        except Exception:  # whatever it was, no tool may hang for it: closed, the kernel refuses its calls
+            log.exception("the server of notifications failed; every denied call is now ENOSYS, uncounted")
+            with self._lock:
+                self._failed = True
+            self._close_listeners()
+
+    def _loop(self) -> None:
         while not self._closed:
             timeout = -1.0
             if self._resting:

@@ -11,7 +11,12 @@ import platform
 from dataclasses import dataclass
 from functools import cache
 
-import pyseccomp
+from sandboxd.errors import HostUnsupported
+
+try:
+    import pyseccomp
+except RuntimeError as error:  # it looks for the shared library when it is imported
+    raise HostUnsupported("libseccomp.so.2 is not installed; Debian: apt-get install libseccomp2") from error
 
 __all__ = ["ARCHES", "UNFILTERED", "X32_BIT", "Arch", "arch_of", "foreign_name", "native"]
 

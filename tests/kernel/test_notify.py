@@ -160,6 +160,22 @@ def test_without_a_server_the_kernel_answers(launcher: Path) -> None:
             os.fstat(duplicate)
 
 
+def test_a_server_that_fails_leaves_nobody_waiting(
+    launcher: Path, server: NotifyServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_: Listener) -> int:
+        raise OSError(errno.ENOMEM, "out of memory")
+
+    monkeypatch.setattr(Listener, "poll", broken)
+    with tool(launcher, "print(call(5000), call(5001))") as (process, fd):
+        listener = server.add(fd, answer=eperm)
+        assert process.communicate(timeout=20)[0] == f"{errno.ENOSYS} {errno.ENOSYS}\n"
+        assert listener.fd == -1
+    assert "the server of notifications failed" in caplog.text
+    with pytest.raises(RuntimeError):
+        server.add(os.open("/dev/null", os.O_RDONLY), answer=eperm)
+
+
 def test_what_cannot_be_polled_is_refused_and_closed(server: NotifyServer) -> None:
     fd = os.open("/etc/passwd", os.O_RDONLY)
     with pytest.raises(PermissionError):
