@@ -1,7 +1,7 @@
 """The composition root: builds everything by hand, in order, and takes it down in the other.
 
 Theory of operation.  The process moves into a mount namespace of its own, before it has a thread, and
-mounts a tmpfs at ``<state>/run`` that nobody else sees. It adopts orphans, so that the containers'
+mounts a tmpfs in ``/run`` that nobody else sees. It adopts orphans, so that the containers'
 first processes become its children and can be reaped. Then come the journal (whose lock keeps a
 second daemon out), what an earlier daemon left, the engine, the policies, and last the socket: whoever
 gets an answer on it gets a daemon that is ready. SIGTERM and SIGINT stop it: nothing new is taken, what
@@ -29,7 +29,7 @@ from sandboxd.api.app import serve as serve_app
 from sandboxd.api.listener import listening
 from sandboxd.blobs import BlobStore
 from sandboxd.config import default_socket
-from sandboxd.engine.host import EngineHost, enter_private_mounts
+from sandboxd.engine.host import EngineHost, enter_private_mounts, instance_name
 from sandboxd.journal import Journal
 from sandboxd.policy import shipped_policies
 from sandboxd.reload import PolicyStore
@@ -67,9 +67,10 @@ def serve(config: Config, *, socket: Path | None = None, state: Path | None = No
         config = config.model_copy(update={"state": state.absolute()})
     _configure_logs()
     config.state.mkdir(mode=0o711, parents=True, exist_ok=True)
-    run = enter_private_mounts(config.state)
+    name = instance_name(config.state)
+    run = enter_private_mounts(name)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    anyio.run(_serve, config, run)
+    anyio.run(_serve, config, run, name)
 
 
 def _configure_logs() -> None:
@@ -86,11 +87,11 @@ def _configure_logs() -> None:
     )
 
 
-async def _serve(config: Config, run: Path) -> None:
+async def _serve(config: Config, run: Path, name: str) -> None:
     anyio.to_thread.current_default_thread_limiter().total_tokens = WORKER_THREADS
     async with AsyncExitStack() as stack:
         journal = await stack.enter_async_context(Journal.open(config.state))
-        host = stack.enter_context(EngineHost(config, run))
+        host = stack.enter_context(EngineHost(config, run, name))
         removed = host.clean_leftovers()
         if removed:
             log.warning("containers of an earlier daemon were removed", count=len(removed))

@@ -16,7 +16,7 @@ import anyio
 
 from sandboxd import errors
 from sandboxd.engine.base import Check
-from sandboxd.engine.host import EngineHost, enter_private_mounts
+from sandboxd.engine.host import EngineHost, enter_private_mounts, instance_name
 from sandboxd.engine.probe import probe_shape
 from sandboxd.supervisor.receipt import read_receipt
 
@@ -41,14 +41,15 @@ def examine(config: Config) -> list[Check]:
         return checks
     try:
         config.state.mkdir(mode=0o711, parents=True, exist_ok=True)
-        run = enter_private_mounts(config.state)
+        name = instance_name(config.state, f"-doctor-{os.getpid()}")
+        run = enter_private_mounts(name)
     except (OSError, errors.HostUnsupported) as error:
         return [
             *checks,
             Check("mount namespace", ok=False, found=str(error), advice="run as root on the host"),
         ]
     checks.append(Check("mount namespace", ok=True, found="the daemon's mounts are its own"))
-    checks += anyio.run(_containers, config, run)
+    checks += anyio.run(_containers, config, run, name)
     return [*checks, *_tools()]
 
 
@@ -82,10 +83,10 @@ def _user_namespaces() -> Check:
     )
 
 
-async def _containers(config: Config, run: Path) -> list[Check]:
+async def _containers(config: Config, run: Path, name: str) -> list[Check]:
     checks: list[Check] = []
     try:
-        parts = EngineHost(config, run, name="doctor")
+        parts = EngineHost(config, run, name)
     except errors.SandboxdError as error:
         return [
             Check("cgroups", ok=False, found=str(error), advice="mount the memory, pids and cpu controllers")

@@ -6,7 +6,8 @@ The daemon and ``doctor`` both make containers; this is what they have in common
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sandboxd import canonical, errors
@@ -19,21 +20,26 @@ from sandboxd.kernel.notify import NotifyServer
 from sandboxd.kernel.userns import UserNamespaces
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sandboxd.config import Config
 
-__all__ = ["EngineHost", "enter_private_mounts"]
+__all__ = ["EngineHost", "enter_private_mounts", "instance_name"]
 
 
-def enter_private_mounts(state: Path) -> Path:
-    """Move into a mount namespace of our own with a tmpfs at ``<state>/run``; returns that directory.
+def instance_name(state: Path, suffix: str = "") -> str:
+    """A short name for whoever works on this state directory: of its cgroup tree and its directory."""
+    return canonical.digest(str(state.resolve()))[7:19] + suffix
 
-    Must run before the process has other threads. Raises HostUnsupported.
+
+def enter_private_mounts(name: str) -> Path:
+    """Move into a mount namespace of our own with a tmpfs at ``/run/sandboxd-NAME``; returns that directory.
+
+    It is in /run because a container's root, who is nobody on the host, must be able to reach it: the
+    state directory may be below one that only root may enter. What the host sees of it is an empty
+    directory. Must run before the process has other threads. Raises HostUnsupported.
     """
-    run = state / "run"
+    run = Path(f"/run/sandboxd-{name}")
     try:
-        run.mkdir(mode=0o711, parents=True, exist_ok=True)
+        run.mkdir(mode=0o711, exist_ok=True)
         mounts.private_namespace()
         mounts.hide_hybrid_cgroup2()
         tmpfs = mounts.new_mount("tmpfs", {"mode": "0711", "size": "256m"})
@@ -48,19 +54,26 @@ def enter_private_mounts(state: Path) -> Path:
     return run
 
 
+def leave_private_mounts(run: Path) -> None:
+    """Take the tmpfs and its directory away; only for the one process that may use this name."""
+    with suppress(OSError):
+        mounts.detach(run)
+        run.rmdir()
+
+
 class EngineHost(ExitStack):
     """The cgroup tree, the user namespaces, the seccomp server and the images; takes them down at exit.
 
-    ``name`` tells the cgroup trees of two programs on one state directory apart.
+    ``name`` is that of ``run``.
     """
 
-    def __init__(self, config: Config, run: Path, name: str = "") -> None:
+    def __init__(self, config: Config, run: Path, name: str) -> None:
         super().__init__()
         self._config = config
         self._run = run
         self.images = ImageStore(config.state / "images")
-        digest = canonical.digest(str(config.state.resolve()))[7:19]
-        self.cgroups = CgroupTree.open(f"{digest}-{name}" if name else digest)
+        self.callback(leave_private_mounts, run)
+        self.cgroups = CgroupTree.open(name)
         self.callback(self.cgroups.close)
         self.notify = self.enter_context(NotifyServer())
         self.namespaces = UserNamespaces(LAUNCH, config.ids.base, config.ids.count)

@@ -1,7 +1,7 @@
 """The ``oci`` engine: an OCI runtime (``crun``, ``runc`` or one by configuration) and nothing else.
 
-Theory of operation.  The daemon lives in a mount namespace of its own, with a tmpfs at
-``<state>/run`` that only it sees; everything a slot is made of is mounted there and goes with the
+Theory of operation.  The daemon lives in a mount namespace of its own, with a tmpfs in
+``/run`` that only it sees; everything a slot is made of is mounted there and goes with the
 daemon.  For a slot the engine takes an id range, makes a cgroup, presents the image through an
 id-mapped read-only mount and the workspace as a tmpfs of the policy's size, writes the bundle, and
 lets ``sandboxd-launch`` enter the cgroup and become the runtime, which starts our PID 1 and exits.
