@@ -10,6 +10,7 @@ undoes its savepoint and nothing else; a commit that fails fails all of its batc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import sqlite3
 import threading
@@ -103,8 +104,12 @@ class Writer:
             self._opened.put(error)
             return
         self._opened.put(None)
-        self._serve(connection, Transaction(connection, head))
-        connection.close()
+        try:
+            self._serve(connection, Transaction(connection, head))
+        finally:
+            self._closed = True
+            connection.close()
+            self._abandon()
 
     def _serve(self, connection: sqlite3.Connection, transaction: Transaction) -> None:
         durable = True
@@ -130,6 +135,15 @@ class Writer:
                 failure = schema.error_of(error)
                 results = [(job, None, failure) for job in jobs]
             self._tell(results)
+
+    def _abandon(self) -> None:
+        """Nobody waits for ever for a thread that has ended."""
+        failure = errors.HostFailed("the journal is closed")
+        with contextlib.suppress(queue.Empty):
+            while True:
+                job = self._jobs.get_nowait()
+                if job is not None:
+                    self._tell([(job, None, failure)])
 
     def _take(self) -> tuple[list[_Job], bool]:
         """Everything that waits, and whether the end was among it."""
@@ -174,7 +188,7 @@ class Writer:
                 for job, result, error in results
                 if job.loop is loop and job.future is not None
             ]
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody waits any more
                 loop.call_soon_threadsafe(_resolve, mine)
 
 

@@ -393,6 +393,15 @@ async def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
                 assert await journal.get(id_) is not None
 
 
+async def test_a_closed_journal_says_so(tmp_path: Path) -> None:
+    async with Journal.open(tmp_path) as journal:
+        waiting = asyncio.create_task(journal.accept(Accepted(call(), DIGEST)))
+        await asyncio.sleep(0)
+    assert await waiting is None  # what was asked before the end is still done
+    with pytest.raises(errors.HostFailed, match="closed"):
+        await journal.accept(Accepted(call(), DIGEST))
+
+
 async def test_many_waiting_commits_share_a_sync(tmp_path: Path) -> None:
     """A thousand calls at once take far fewer syncs than calls: the time of them shows it."""
     async with Journal.open(tmp_path) as journal:
