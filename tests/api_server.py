@@ -6,11 +6,13 @@ import json
 import socketserver
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import parse_qs, urlsplit
+
+import pytest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -201,3 +203,10 @@ class ApiServer:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[ApiServer]:
+    """An ``ApiServer`` with no routes yet."""
+    with ApiServer(tmp_path / "s") as server:
+        yield server
