@@ -86,6 +86,9 @@ class StreamResponse(Response):
                 )
                 async for piece in self.pieces:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    # uvicorn's send does not suspend while the socket takes it, nor once the peer has
+                    # gone: without this, one long stream would have the event loop to itself.
+                    await asyncio.sleep(0)
                 ended = not watched.cancel_called
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except SandboxdError as error:
