@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
@@ -292,16 +293,14 @@ def load_config(path: Path | None = None, *, default: Path = DEFAULT_PATH) -> Co
     config = document.validate(found, Config)
     if config is None or found.problems:
         problems = sorted(found.problems, key=lambda problem: (problem.line, problem.column))
-        raise ConfigInvalid(
-            "\n".join(map(str, problems)), problems=[problem.model_dump() for problem in problems]
-        )
+        raise ConfigInvalid("\n".join(map(str, problems)), problems=[asdict(problem) for problem in problems])
     return config
 
 
 def _unreadable(file: Path, reason: str | None) -> ConfigInvalid:
     found = document.Document(str(file))
     problem = found.problem((), "unreadable", f"cannot be read: {reason}")
-    return ConfigInvalid(str(problem), problems=[problem.model_dump()])
+    return ConfigInvalid(str(problem), problems=[asdict(problem)])
 
 
 def default_socket(environ: Mapping[str, str] | None = None) -> Path:

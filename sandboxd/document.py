@@ -27,13 +27,12 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.reader import ReaderError
 
 from sandboxd.errors import InvalidRequest
-from sandboxd.models import PolicyProblem
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
     from pathlib import Path as FilePath
 
-__all__ = ["Document", "Path", "Position", "Tagged", "load", "nearest", "read_text", "validate"]
+__all__ = ["Document", "Path", "Position", "Problem", "Tagged", "load", "nearest", "read_text", "validate"]
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 32
@@ -64,6 +63,20 @@ class Position(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Problem:
+    """One error of a document; the fields are those of ``models.PolicyProblem``, its form on the wire."""
+
+    file: str
+    line: int
+    column: int
+    code: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}: {self.message}"
+
+
+@dataclass(frozen=True)
 class Tagged:
     """A value under one of the local tags that the caller of ``load`` allowed, such as ``!remove X``."""
 
@@ -79,7 +92,7 @@ class Document:
     data: Any = None
     values: dict[Path, Position] = field(default_factory=dict)
     keys: dict[Path, Position] = field(default_factory=dict)
-    problems: list[PolicyProblem] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
     def at(self, path: Path, *, key: bool = False) -> Position:
         """Where the value (or its key) at a path stands; of a path that is not there, its nearest parent."""
@@ -89,19 +102,15 @@ class Document:
             path = path[:-1]
         return self.values.get(path, Position(1, 1))
 
-    def problem(self, path: Path, code: str, message: str, *, key: bool = False) -> PolicyProblem:
+    def problem(self, path: Path, code: str, message: str, *, key: bool = False) -> Problem:
         """A problem at a path, to be put into ``problems`` or not by whoever found it."""
         where = self.at(path, key=key)
-        return PolicyProblem(file=self.file, line=where.line, column=where.column, code=code, message=message)
+        return Problem(self.file, where.line, where.column, code, message)
 
     def add(self, where: Position, code: str, message: str) -> None:
         """Record a problem at a position; after ``MAX_PROBLEMS`` of them no more are kept."""
         if len(self.problems) < MAX_PROBLEMS:
-            self.problems.append(
-                PolicyProblem(
-                    file=self.file, line=where.line, column=where.column, code=code, message=message
-                )
-            )
+            self.problems.append(Problem(self.file, where.line, where.column, code, message))
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
@@ -350,7 +359,7 @@ def _present(loc: tuple[str | int, ...], data: Any) -> Path:
     return path
 
 
-def _word(found: Any, model: type[BaseModel]) -> tuple[str, str]:  # noqa: PLR0911  # one for each kind of error
+def _word(found: Any, model: type[BaseModel]) -> tuple[str, str]:
     """The code and the sentence for one error of pydantic."""
     loc, context = found["loc"], found.get("ctx", {})
     name = ".".join(str(step) for step in loc) or "the document"
