@@ -134,7 +134,7 @@ def read_text(path: FilePath, *, limit: int = MAX_BYTES) -> str:
         raise InvalidRequest(f"the file is not UTF-8 (byte {error.start})") from None
 
 
-class _Stop(Exception):  # noqa: N818  # control flow, not an error: the document is past its bounds
+class _Stop(Exception):  # control flow, not an error: the document is past its bounds
     pass
 
 
