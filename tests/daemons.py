@@ -94,9 +94,8 @@ def start_daemon(directory: Path, *, config: str = "", state: Path | None = None
     for name, text in POLICIES.items():
         (policies / f"{name}.yaml").write_text(text)
     file = directory / "sandboxd.yaml"
-    file.write_text(
-        f"state: {state}\nsocket: {{path: {directory}/s, mode: '0660', group: nogroup}}\npolicies: [{policies}]\n{config}"
-    )
+    socket = f"{{path: {directory}/s, mode: '0660', group: nogroup}}"
+    file.write_text(f"state: {state}\nsocket: {socket}\npolicies: [{policies}]\n{config}")
     log = directory / "log"
     with log.open("ab") as output:
         process = subprocess.Popen(
