@@ -135,6 +135,7 @@ def _run(command: list[str], scratch: Path, progress: Callable[[str], None]) -> 
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
+            umask=0o022,  # whoever starts us may have another, and modes are part of the digest
         )
     except FileNotFoundError:
         raise HostUnsupported("setpriv is missing; install it with `apt-get install util-linux`") from None

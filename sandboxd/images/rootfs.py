@@ -87,7 +87,8 @@ class Rootfs:
                     descriptor = self._open(b"/".join(parts[: number + 1]), _LIST)
                 except FileNotFoundError:
                     self.check(_real(above)[len(self._root) :].strip(b"/"), name)
-                    os.mkdir(name, 0o755, dir_fd=above)
+                    os.mkdir(name, dir_fd=above)
+                    os.chmod(name, 0o755, dir_fd=above)  # whatever our umask is
                     descriptor = self._open(b"/".join(parts[: number + 1]), _LIST)
             finally:
                 os.close(above)

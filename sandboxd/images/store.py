@@ -103,9 +103,7 @@ class ImageStore:
         """
         loaded = Recipe.load(recipe)
         with self._shelf.scratch() as work:
-            image = work / "image"
-            image.mkdir(mode=0o700)
-            build_into(loaded, image, self._root / "cache", progress)
+            build_into(loaded, work, self._root / "cache", progress)
             progress("taking the digest")
             return self._keep(work, loaded.name, f"recipe {loaded.name}", host_architecture())
 
@@ -197,9 +195,8 @@ class ImageStore:
     def _keep(self, work: Path, name: str, source: str, architecture: str) -> Image:
         """Digest what stands in ``work``, publish it, and point ``name`` at it."""
         image = work / "image"
-        image.mkdir(mode=0o700, exist_ok=True)
-        if not (image / "rootfs").exists():
-            (work / "rootfs").rename(image / "rootfs")
+        image.mkdir(mode=0o700)
+        (work / "rootfs").rename(image / "rootfs")
         document, size = tree_document(image / "rootfs")
         made = Image(
             name=name,

@@ -49,7 +49,7 @@ def test_two_builds_have_one_digest(store: ImageStore, recipe: Path, tmp_path: P
     assert not (root / "etc/shadow").exists()
     assert (root / "etc/resolv.conf").read_bytes() == b""
     done = subprocess.run(
-        ["chroot", "--userspec=1000:1000", root, "/usr/bin/python3", "-c",
+        ["/usr/sbin/chroot", "--userspec=1000:1000", root, "/usr/bin/python3", "-c",
          "import os, pwd, json; print(pwd.getpwuid(os.getuid()).pw_name, json.__cached__)"],
         capture_output=True, text=True, check=True,
         env={"PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"},

@@ -70,6 +70,16 @@ def test_resolve_by_name_and_by_digest(store: ImageStore, small: Image) -> None:
     assert stat.S_IMODE(root.parent.stat().st_mode) == 0o700
 
 
+def test_the_umask_does_not_change_the_digest(store: ImageStore, tmp_path: Path) -> None:
+    (tmp_path / "bare.tar").write_bytes(tar(member("usr/lib/x", b"1")))
+    first = store.import_(tmp_path / "bare.tar", name="first")
+    before = os.umask(0o077)
+    try:
+        assert store.import_(tmp_path / "bare.tar", name="second").digest == first.digest
+    finally:
+        os.umask(before)
+
+
 def test_a_name_that_is_unknown_says_what_to_do(store: ImageStore) -> None:
     with pytest.raises(NotFound, match="sandboxd image build python"):
         store.resolve("python")
