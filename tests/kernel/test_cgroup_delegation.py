@@ -1,0 +1,116 @@
+"""Delegation on the v2 hierarchy of this kernel, also on a hybrid host, where it offers few controllers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sandboxd.kernel import cgroupfs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+# What runs in a cgroup of its own: argv is its directory, the tree's name and the controllers to use.
+PRELUDE = """
+import os, pathlib, signal, subprocess, sys
+from sandboxd.kernel import cgroupfs
+top, name, controllers = sys.argv[1:4]
+cgroupfs.REQUIRED_V2, cgroupfs.OPTIONAL_V2 = tuple(controllers.split()), ()
+from sandboxd.kernel.cgroup import CgroupTree
+own = lambda: cgroupfs.parse_self_cgroup(pathlib.Path("/proc/self/cgroup").read_text())[""]
+pathlib.Path(top, "cgroup.procs").write_text("0")
+before = own()
+"""
+
+
+@pytest.fixture
+def top(run_token: str, need: Callable[[object, str], None]) -> Iterator[Path]:
+    """A v2 cgroup that stands for the unit that a service manager delegates."""
+    found = [h for h in cgroupfs.detect().mounted if h.version == 2 and h.controllers and h.writable]
+    if not found:
+        pytest.skip("no controller of this host is on cgroup v2")
+    need(os.geteuid() == 0, "root")
+    path = Path(found[0].mount, f"sandboxd-test-{run_token}")
+    path.mkdir()
+    yield path
+    (path / "cgroup.kill").write_text("1")
+    for directory, _, _ in os.walk(path, topdown=False):
+        Path(directory).rmdir()
+
+
+def run(top: Path, name: str, code: str) -> str:
+    control = (top.parent / "cgroup.controllers").read_text().split()
+    controllers = " ".join({"memory", "pids", "cpu"} & set(control)) or control[0]
+    command = [sys.executable, "-c", PRELUDE + code, str(top), name, controllers]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_daemon_moves_to_a_leaf_and_back(top: Path, run_token: str) -> None:
+    code = """
+tree = CgroupTree.open(name)
+assert tree.version == 2
+assert tree.place == top, tree.place
+assert own() == before + "/daemon", own()
+again = CgroupTree.open(name + "-again")
+assert again.place == top, again.place
+again.close()
+assert own() == before + "/daemon", own()
+passed = pathlib.Path(top, "sandboxd-" + name, "cgroup.subtree_control").read_text().split()
+assert set(passed) == set(controllers.split()), passed
+tree.close()
+assert own() == before, own()
+assert [path for path in pathlib.Path(top).iterdir() if path.is_dir()] == []
+print("done")
+"""
+    assert run(top, run_token, code) == "done\n"
+
+
+def test_a_shared_cgroup_is_left_alone_and_the_root_is_used(top: Path, run_token: str) -> None:
+    code = """
+neighbour = subprocess.Popen(["sleep", "60"])
+try:
+    tree = CgroupTree.open(name)
+    assert tree.place == os.path.dirname(top), tree.place
+    assert own() == before, own()
+    tree.close()
+    assert not pathlib.Path(tree.place, "sandboxd-" + name).exists()
+finally:
+    neighbour.kill()
+    neighbour.wait()
+print("done")
+"""
+    assert run(top, run_token, code) == "done\n"
+
+
+def test_a_slot_is_killed_in_one_step(top: Path, run_token: str) -> None:
+    code = """
+tree = CgroupTree.open(name)
+directory = pathlib.Path(top, "sandboxd-" + name, "slot")
+directory.mkdir()
+(slot,) = tree.leftovers()
+assert slot.relative_path == before + "/sandboxd-" + name + "/slot", slot.relative_path
+join = "open(%r, 'w').write('0'); import os; os.fork(); print('in', flush=True); import time; time.sleep(10)"
+child = subprocess.Popen([sys.executable, "-c", join % slot.procs_files[0]], stdout=subprocess.PIPE)
+said = child.stdout.read(6)
+assert sorted(said) == sorted(b"in\\nin\\n"), (said, child.poll())  # two writers: any order
+assert slot.contains(child.pid)
+assert not slot.contains(os.getpid())
+assert len(slot.processes()) == 2
+assert slot.cpu_total() > 0
+(directory / "cgroup.freeze").write_text("1")
+slot.kill()
+assert child.wait(timeout=10) == -signal.SIGKILL
+assert slot.processes() == []
+slot.remove()
+slot.remove()
+tree.close()
+print("done")
+"""
+    assert run(top, run_token, code) == "done\n"
