@@ -16,10 +16,12 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
+from anyio import to_thread
 from watchfiles import awatch
 
 from sandboxd.policy.load import PolicySet, load_policies, policy_files, rebuild
@@ -79,20 +81,23 @@ class PolicyStore:
 
     async def _follow(self, present: list[Path]) -> None:
         """Return when the set of directories, or inotify, is no longer what it was."""
+        changes = awatch(
+            *present,
+            debounce=DEBOUNCE,
+            step=20,
+            recursive=False,
+            rust_timeout=int(POLL * 1000),
+            yield_on_timeout=True,
+            ignore_permission_denied=True,
+            watch_filter=None,
+        )
         try:
-            async for _ in awatch(
-                *present,
-                debounce=DEBOUNCE,
-                step=20,
-                recursive=False,
-                rust_timeout=int(POLL * 1000),
-                yield_on_timeout=True,
-                ignore_permission_denied=True,
-                watch_filter=None,
-            ):
-                await self._reload_if_changed()
-                if present != [path for path in self._watched() if path.is_dir()]:
-                    return
+            # closed here and not by the collector: it holds inotify's descriptor and a thread
+            async with aclosing(changes):
+                async for _ in changes:
+                    await self._reload_if_changed()
+                    if present != [path for path in self._watched() if path.is_dir()]:
+                        return
         except (OSError, RuntimeError) as error:
             # a directory went away while it was being watched, or the host's inotify watches are used up
             log.warning("policies.watch_failed", error=str(error))
@@ -103,9 +108,10 @@ class PolicyStore:
 
     async def _reload_if_changed(self) -> None:
         try:
-            if await asyncio.to_thread(self._fingerprint) == self._seen:
+            # anyio's threads are waited for when this is cancelled, so nothing is read after the end
+            if await to_thread.run_sync(self._fingerprint) == self._seen:
                 return
-            loaded = await asyncio.to_thread(self.reload)
+            loaded = await to_thread.run_sync(self.reload)
         except OSError as error:
             log.error("policies.reload_failed", error=str(error))  # noqa: TRY400, the error is all there is to say
             return

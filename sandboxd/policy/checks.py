@@ -7,13 +7,15 @@ the line that declares it.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from sandboxd import units
 from sandboxd.policy import paths
+from sandboxd.policy.source import MAX_PROBLEMS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from sandboxd.models import PolicyProblem
     from sandboxd.policy.resolved import Places
@@ -23,13 +25,14 @@ __all__ = ["check", "check_syscalls", "unsupported_network"]
 
 IMPOSSIBLE = "impossible"
 UNSUPPORTED = "control_not_supported"
+MAX_NAME = 256  # characters of what claims to be the name of a system call
 
 
 def check(spec: PolicyFile, places: Places) -> list[PolicyProblem]:
     """Every problem of a resolved policy but those of its examples and of the floor."""
     found = [*_sizes(spec, places), *_process(spec, places), *_mounts(spec, places)]
     found += [*_network(spec, places), *_repeated(spec, places), *_unsupported(spec, places)]
-    return found + check_syscalls(spec, places)
+    return found + check_syscalls(spec.syscalls.allow, spec.syscalls.deny, places)
 
 
 def _sizes(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
@@ -133,19 +136,28 @@ def _unsupported(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
             yield problem(f"mounts.{number}.mode", "mode: read-write is")
 
 
-def check_syscalls(spec: PolicyFile, places: Places) -> list[PolicyProblem]:
-    """Unknown system calls and groups, and those that no policy can allow, each at its own line."""
+@lru_cache(maxsize=4096)
+def _objection(key: str, name: str) -> tuple[str, str] | None:
+    """Code and message of what is wrong with allowing or denying a name, whatever the base."""
     from sandboxd.policy import seccomp  # noqa: PLC0415, its tables are large: load when first asked
 
+    try:
+        seccomp.resolve("default", [name] if key == "allow" else [], [name] if key == "deny" else [])
+    except seccomp.UnknownSyscall as error:
+        return "unknown_syscall", str(error)
+    except (seccomp.NeverAllowed, seccomp.RequiredSyscall) as error:
+        return IMPOSSIBLE, str(error)
+    return None
+
+
+def check_syscalls(allow: Sequence[str], deny: Sequence[str], places: Places) -> list[PolicyProblem]:
+    """Unknown system calls and groups, and those that cannot be allowed or denied, each at its own line."""
     found: list[PolicyProblem] = []
-    asked = spec.syscalls
-    items = [("allow", number, name) for number, name in enumerate(asked.allow)]
-    items += [("deny", number, name) for number, name in enumerate(asked.deny)]
-    for key, number, name in items:
-        try:
-            seccomp.resolve(asked.base, [name] if key == "allow" else [], [name] if key == "deny" else [])
-        except seccomp.UnknownSyscall as error:
-            found.append(places.problem(f"syscalls.{key}.{number}", "unknown_syscall", str(error)))
-        except (seccomp.NeverAllowed, seccomp.RequiredSyscall) as error:
-            found.append(places.problem(f"syscalls.{key}.{number}", IMPOSSIBLE, str(error)))
+    for key, names in (("allow", allow), ("deny", deny)):
+        for number, name in enumerate(names):
+            if len(found) >= MAX_PROBLEMS:
+                return found
+            objection = _objection(key, name[:MAX_NAME])
+            if objection is not None:
+                found.append(places.problem(f"syscalls.{key}.{number}", *objection))
     return found

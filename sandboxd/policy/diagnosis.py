@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from sandboxd.policy.inherit import nearest
-from sandboxd.policy.source import MappingNode, Node, Origin, ScalarNode, SequenceNode, is_removal
+from sandboxd.policy.source import (
+    MAX_PROBLEMS,
+    MappingNode,
+    Node,
+    Origin,
+    ScalarNode,
+    SequenceNode,
+    is_removal,
+)
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -20,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["validate"]
 
 Model = TypeVar("Model", bound=BaseModel)
-MAX_MESSAGE = 600  # characters; a message may quote a value of the file
 
 _TYPES = {
     "string_type": "must be text; put it in quotes",
@@ -83,7 +90,7 @@ def _explain(model: type[BaseModel], tree: MappingNode, error: ErrorDetails) -> 
         word = str(loc[-1])
         inside = f" in {where}" if where else ""
         said = f"unknown key {word!r}{inside}{nearest(word, _keys(model, loc[:-1]))}"
-        return at.problem("unknown_key", said[:MAX_MESSAGE])
+        return at.problem("unknown_key", said)
     if kind == "missing":
         return at.problem("missing_key", f"{prefix}the key {str(loc[-1])!r} is missing")
     if kind == "literal_error":
@@ -100,7 +107,7 @@ def _explain(model: type[BaseModel], tree: MappingNode, error: ErrorDetails) -> 
     if kind in _TYPES:
         return at.problem("wrong_type", prefix + _TYPES[kind])
     said = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    return at.problem("bad_value", (prefix + said)[:MAX_MESSAGE])
+    return at.problem("bad_value", prefix + said)
 
 
 def validate(model: type[Model], tree: MappingNode) -> tuple[Model | None, list[PolicyProblem]]:
@@ -112,4 +119,4 @@ def validate(model: type[Model], tree: MappingNode) -> tuple[Model | None, list[
         # pydantic also counts a list as too short when an item of it is wrong
         inner = {detail["loc"][:-1] for detail in details}
         wrong = [one for one in details if one["type"] != "too_short" or one["loc"] not in inner]
-        return None, [_explain(model, tree, detail) for detail in wrong]
+        return None, [_explain(model, tree, detail) for detail in wrong[:MAX_PROBLEMS]]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sandboxd import units
 from sandboxd.policy import paths
-from sandboxd.policy.checks import unsupported_network
+from sandboxd.policy.checks import check_syscalls, unsupported_network
 from sandboxd.policy.diagnosis import validate
 from sandboxd.policy.resolved import Places
 from sandboxd.policy.schema import FloorFile, Limits
@@ -133,19 +133,7 @@ def make_floor(tree: MappingNode, file: str) -> tuple[Floor | None, list[PolicyP
         return None, problems
     floor = Floor(file, spec, tree)
     places = Places(file, tree)
-    problems += _unknown(spec, places)
+    problems += check_syscalls((), spec.syscalls.deny, places)
     if spec.network is not None and not spec.network.reaches_nothing:
         problems.append(unsupported_network(places))
     return (None if problems else floor), problems
-
-
-def _unknown(spec: FloorFile, places: Places) -> Iterator[PolicyProblem]:
-    from sandboxd.policy import seccomp  # noqa: PLC0415, its tables are large: load when first asked
-
-    for number, name in enumerate(spec.syscalls.deny):
-        try:
-            seccomp.resolve("default", [], [name])
-        except seccomp.RequiredSyscall as error:
-            yield places.problem(f"syscalls.deny.{number}", "impossible", str(error))
-        except seccomp.UnknownSyscall as error:
-            yield places.problem(f"syscalls.deny.{number}", "unknown_syscall", str(error))

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["PolicySet", "check_text", "load_policies", "policy_files", "rebuild", "shipped_policies"]
 
 FLOOR = "floor"
+ENDINGS = (".yaml", ".yml")  # the second only to be told from a file that is no policy
 MAX_FILES = 10_000
 MAX_PARENTS = 16
 
@@ -106,7 +107,7 @@ def policy_files(dirs: Sequence[Path]) -> list[Path]:
         except (FileNotFoundError, NotADirectoryError):
             continue
         # hidden names are what editors write beside the file: .#python.yaml, .python.yaml.swp
-        found += [directory / name for name in names if name.endswith(".yaml") and not name.startswith(".")]
+        found += [directory / name for name in names if name.endswith(ENDINGS) and not name.startswith(".")]
     return found[:MAX_FILES]
 
 
@@ -127,6 +128,11 @@ def _read_file(text: str, file: str, name: str | None) -> _File:
 
 
 def _load_file(path: Path) -> _File:
+    if path.suffix != ".yaml":
+        at = Origin(str(path), 1, 1)
+        return _File(
+            path.stem, str(path), None, (at.problem("unreadable", "rename this file to end in .yaml"),)
+        )
     text, problems = read(path)
     if text is None:
         return _File(path.stem, str(path), None, tuple(problems))

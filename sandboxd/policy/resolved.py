@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sandboxd import canonical
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from sandboxd.policy.seccomp import Rule
 
 __all__ = ["Places", "Policy"]
+
+
+@lru_cache(maxsize=256)
+def _rules(base: str, allow: tuple[str, ...], deny: tuple[str, ...]) -> tuple[Rule, ...]:
+    # most policies of a large set share their system calls with others
+    from sandboxd.policy import seccomp  # noqa: PLC0415, its tables are large: load when first asked
+
+    return seccomp.resolve(base, allow, deny)
 
 
 @dataclass(frozen=True)
@@ -86,10 +94,8 @@ class Policy:
     @cached_property
     def syscalls(self) -> tuple[Rule, ...]:
         """The rules of the seccomp filter. Raises ValueError for names that ``checks`` would refuse."""
-        from sandboxd.policy import seccomp  # noqa: PLC0415, its tables are large: load when first asked
-
         asked = self.spec.syscalls
-        return seccomp.resolve(asked.base, asked.allow, asked.deny)
+        return _rules(asked.base, asked.allow, asked.deny)
 
     def origin(self, path: str) -> Origin:
         """Where the value at a dotted path such as ``limits.memory`` was set.

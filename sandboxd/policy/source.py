@@ -53,12 +53,17 @@ MAX_SIZE = 2**20
 MAX_DEPTH = 12  # the schema is 6 deep
 MAX_NODES = 20_000
 MAX_PROBLEMS = 100  # of one file: enough to work through, and a bound on what goes over the wire
+MAX_MESSAGE = 600  # characters; a message may quote a value of the file
 REMOVE = "!remove"
 
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,17})")
 _FLOAT = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,17})\.[0-9]{1,18}")
 _NULLS = frozenset({"", "~", "null", "Null", "NULL"})
 _BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else repr(character)[1:-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +75,11 @@ class Origin:
     column: int
 
     def problem(self, code: str, message: str) -> PolicyProblem:
-        """A problem at this place."""
-        return PolicyProblem(file=self.file, line=self.line, column=self.column, code=code, message=message)
+        """A problem at this place. What a hostile text put into the message is harmless on a terminal."""
+        said = message if message.isprintable() else "".join(map(_printable, message))
+        if len(said) > MAX_MESSAGE:
+            said = said[:MAX_MESSAGE] + "…"
+        return PolicyProblem(file=self.file, line=self.line, column=self.column, code=code, message=said)
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" if self.line else self.file
@@ -224,6 +232,8 @@ class _Builder:
             case ScalarEvent():
                 if tag != REMOVE:
                     self.refuse_tag(tag, at)
+                if not _is_unicode(event.value):
+                    raise _FatalError(at.problem("syntax", "a lone surrogate is not a character"))
                 plain = event.style is None or event.style == ""
                 value = _resolve(event.value) if plain and tag is None else event.value
                 return ScalarNode(value, event.value, at, removes=tag == REMOVE)
@@ -269,6 +279,15 @@ class _Builder:
                 at.problem("wrong_type", "a value is missing here; give one, or leave the key out")
             )
         return empty
+
+
+def _is_unicode(text: str) -> bool:
+    # an escape such as "\\ud800" makes half a character, which neither JSON nor a file name can hold
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _resolve(text: str) -> str | int | float | bool | None:

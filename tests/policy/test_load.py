@@ -270,6 +270,20 @@ def test_other_files_of_the_directory_are_not_policies(folder: Any) -> None:
     assert folder.codes() == []
 
 
+def test_a_file_with_the_other_ending_is_not_passed_over_in_silence(folder: Any) -> None:
+    (folder.path / "p.yml").write_text("version: 1\nname: p\n")
+    (problem,) = folder.load().problems
+    assert problem.message == "rename this file to end in .yaml"
+
+
+def test_what_a_hostile_text_says_is_harmless_on_a_terminal(problem_of: Found) -> None:
+    _, _, message = problem_of('"\\e[2J\\n": 1\n')
+    assert message.isprintable()
+    _, _, message = problem_of(f"image: '{'x y' * 10_000}'\n")
+    assert len(message) < 1000
+    assert problem_of('process: {env: {A: "\\ud800"}}\n')[0] == "syntax"
+
+
 def test_digest_is_of_what_is_in_force(folder: Any, tmp_path: Path) -> None:
     folder.write("p", "limits: {memory: 1GiB}\n")
     first = folder.load().get("p").digest
