@@ -26,6 +26,7 @@ from sandboxd import artifacts, errors
 from sandboxd.engine.oci import cgroup_limits
 from sandboxd.init.protocol import ExecFailed, Exited, Gone, Started
 from sandboxd.kernel import files, tar
+from sandboxd.kernel.cgroup import CgroupUsage
 from sandboxd.models import Cause, Denial, Event, Failure, Outcome, Usage
 from sandboxd.policy import seccomp
 from sandboxd.supervisor import receipt as receipts
@@ -98,7 +99,7 @@ class Attempt:
         self._ending: Ending | None = None
         self._slot: Slot | None = None
         self._handed_over = 0.0
-        self._cpu_before = 0
+        self._before = CgroupUsage(0, 0, 0, 0, 0, None, 0, 0)
         self._written = {"stdout": 0, "stderr": 0}
         self._dropped = {"stdout": 0, "stderr": 0}
         self._stdin = stdin
@@ -163,7 +164,9 @@ class Attempt:
             stack.callback(pipes[name].close)
         stdin = self._open_stdin(ids)
         slot.cgroup.reset_peak()
-        self._cpu_before = slot.cgroup.cpu_total()
+        self._before = slot.cgroup.usage()  # of the runtime and PID 1, which are not the call's
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self._end(Stopped("deadline"))
         command, limits = self._plan.command, self._plan.limits
         try:
             if self._ending is None:
@@ -247,7 +250,8 @@ class Attempt:
 
     async def _watch_cpu(self, slot: Slot, limit: int, cpus: int) -> None:
         fastest = min(cpus / 1000, os.cpu_count() or 1)  # CPU seconds that can be used in a second
-        while (left := limit - (slot.cgroup.cpu_total() - self._cpu_before)) > 0:  # noqa: ASYNC110  (no event tells of CPU time)
+        before = self._before.cpu_total_us
+        while (left := limit - (slot.cgroup.cpu_total() - before)) > 0:  # noqa: ASYNC110  (no event tells)
             await anyio.sleep(max(CPU_POLL_MIN, left / 1e6 / fastest))
         self._end(Stopped("cpu_time"))
 
@@ -256,7 +260,7 @@ class Attempt:
         return Evidence(
             oom_kills=slot.cgroup.oom_kills(),
             pids_denied=slot.cgroup.pids_denied(),
-            cpu_total=slot.cgroup.cpu_total() - self._cpu_before,
+            cpu_total=slot.cgroup.cpu_total() - self._before.cpu_total_us,
             stdout_dropped=self._dropped["stdout"],
             stderr_dropped=self._dropped["stderr"],
             workspace_full=workspace.f_bfree == 0,
@@ -274,15 +278,15 @@ class Attempt:
             self._spool.add(Event(seq=0, at=0, type="denied", denial=denial))
         for limit in result.limits_reached:
             self._spool.add(Event(seq=0, at=0, type="limit", limit=limit))
-        used = slot.cgroup.usage()
+        used, before = slot.cgroup.usage(), self._before
         result.usage = Usage(
             wall=wall,
-            cpu_user=used.cpu_user_us,
-            cpu_system=used.cpu_system_us,
+            cpu_user=used.cpu_user_us - before.cpu_user_us,
+            cpu_system=used.cpu_system_us - before.cpu_system_us,
             memory_peak=used.memory_peak,
             pids_peak=used.pids_peak,
-            io_read=used.io_read,
-            io_written=used.io_written,
+            io_read=used.io_read - before.io_read,
+            io_written=used.io_written - before.io_written,
             stdout=self._written["stdout"],
             stderr=self._written["stderr"],
         )
@@ -303,7 +307,7 @@ def _denials(slot: Slot) -> list[Denial]:
     found = []
     for denied in slot.listener.counts():
         name, detail = seccomp.describe(denied.arch, denied.nr, denied.args)
-        number = seccomp.answer(denied.arch, denied.nr)
+        number = denied.errno
         found.append(
             Denial(kind="syscall", name=name, count=denied.count, detail=detail, errno=errors_name(number))
         )
