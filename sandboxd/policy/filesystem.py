@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["MASKED", "WRITABLE_DEVICES", "Mounted", "mount_table", "mounted_at"]
 
 MASKED = (
-    "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
-    "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/sys/firmware",
-    "/sys/devices/virtual/powercap",
+    "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kallsyms", "/proc/kcore", "/proc/key-users",
+    "/proc/keys", "/proc/kmsg", "/proc/latency_stats", "/proc/sched_debug", "/proc/scsi", "/proc/timer_list",
 )  # fmt: skip
-"""Nothing can be read there: the list that Docker and containerd mask, as the OCI runtimes take it."""
+"""Nothing can be read there: files that speak of the host, which every engine masks."""
 WRITABLE_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
 """The devices of the OCI runtime specification, config-linux.md, "Default Devices"."""
 

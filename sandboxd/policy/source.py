@@ -349,10 +349,14 @@ def read(path: Path) -> tuple[str | None, list[PolicyProblem]]:
     try:
         # O_NONBLOCK: a FIFO in the directory must not hold up the daemon
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        with os.fdopen(fd, "rb") as file:
+        # a directory cannot be made a file object, so the descriptor is closed here
+        try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 return None, [start.problem("unreadable", "this is not a regular file")]
-            data = file.read(MAX_SIZE + 1)
+            with open(fd, "rb", closefd=False) as file:
+                data = file.read(MAX_SIZE + 1)
+        finally:
+            os.close(fd)
     except OSError as error:
         return None, [start.problem("unreadable", f"cannot be read: {error.strerror}")]
     if len(data) > MAX_SIZE:

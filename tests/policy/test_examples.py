@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from sandboxd.policy import ExampleError, judge, load_policies, shipped_policies
+from sandboxd.engine import bundle
+from sandboxd.policy import ExampleError, filesystem, judge, load_policies, shipped_policies
 
 SHIPPED = load_policies([shipped_policies()])
 
@@ -82,6 +83,10 @@ def test_a_filter_that_changes_makes_the_example_wrong(folder: Any) -> None:
     assert folder.codes() == []
     folder.write("p", text + "syscalls: {allow: ['@debug']}\n")
     assert folder.codes() == [("wrong_example", 3)]
+
+
+def test_what_is_judged_as_masked_is_masked_by_the_engine() -> None:
+    assert set(filesystem.MASKED) == set(bundle.MASKED)
 
 
 def test_examples_are_not_inherited(folder: Any) -> None:
