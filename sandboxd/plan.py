@@ -155,6 +155,8 @@ class Command:
     env: dict[str, str]
     cwd: str
     stdin: Literal["none", "stream", "bytes"]
+    stdin_digest: str | None = None
+    """Of ``bytes``; what is streamed is not known before."""
 
 
 @dataclass(frozen=True)
@@ -293,8 +295,10 @@ def _command(policy: Policy, request: Request) -> Command:
         cwd = paths.absolute(request.cwd)
     except ValueError as error:
         raise InvalidRequest(f"cwd: {error}", field="cwd") from None
-    stdin = request.stdin if isinstance(request.stdin, str) else "bytes"
-    return Command(argv=tuple(argv), env=env, cwd=cwd, stdin=stdin)
+    if isinstance(request.stdin, str):
+        return Command(argv=tuple(argv), env=env, cwd=cwd, stdin=request.stdin)
+    digest = canonical.digest_bytes(request.stdin.decode())
+    return Command(argv=tuple(argv), env=env, cwd=cwd, stdin="bytes", stdin_digest=digest)
 
 
 def _inputs(inputs: list[Input], limits: Limits) -> tuple[InputRef, ...]:

@@ -186,4 +186,5 @@ def test_a_session_is_not_supported_yet() -> None:
 def test_plans_differ_by_what_they_would_do_only() -> None:
     assert plan(key="one", labels={"a": "b"}, deadline="5s").digest == plan().digest
     assert plan(stdin="stream").digest != plan().digest
+    assert plan(stdin=Bytes(text="a")).digest != plan(stdin=Bytes(text="b")).digest
     assert plan(limits={"wall": "60s"}).digest == plan().digest
