@@ -90,7 +90,7 @@ class _Node:
         return b"/".join(reversed(names))
 
 
-class _Withdrawn(Exception):  # noqa: N818 - it is not an error
+class _Withdrawn(Exception):
     """Raised when a file that matched is not released."""
 
     def __init__(self, reason: str, detail: str = "") -> None:

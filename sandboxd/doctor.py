@@ -122,7 +122,7 @@ def _io_limits(tree: CgroupTree) -> Check:
         "io limits",
         ok=there,
         found="the io controller is there" if there else "no io controller",
-        advice="mount or delegate the io (v1: blkio) controller; policies with limits.io are refused until then",
+        advice="mount or delegate the io (v1: blkio) controller; until then calls with limits.io fail",
         required=False,
     )
 

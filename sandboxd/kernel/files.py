@@ -73,7 +73,7 @@ class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
-class NotRegular(OSError):  # noqa: N818 - it is named after what was found
+class NotRegular(OSError):
     """Raised when what was to be read is no regular file; ``kind`` says what it is."""
 
     def __init__(self, path: bytes, kind: str) -> None:

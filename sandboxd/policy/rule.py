@@ -17,7 +17,7 @@ INT = 2**32 - 1
 """The bits of an argument that the kernel declares ``int`` or ``unsigned int``: it ignores the rest."""
 
 
-class UnknownSyscall(ValueError):  # noqa: N818  errors here are named for what is wrong
+class UnknownSyscall(ValueError):
     """Raised for a name that is no system call and no group; ``nearest`` is a valid one, or None."""
 
     def __init__(self, name: str, nearest: str | None) -> None:
@@ -28,7 +28,7 @@ class UnknownSyscall(ValueError):  # noqa: N818  errors here are named for what 
         self.nearest = nearest
 
 
-class NeverAllowed(ValueError):  # noqa: N818  as above
+class NeverAllowed(ValueError):
     """Raised when a policy allows what no policy may; ``why`` is one clause."""
 
     def __init__(self, name: str, why: str) -> None:
@@ -37,7 +37,7 @@ class NeverAllowed(ValueError):  # noqa: N818  as above
         self.why = why
 
 
-class RequiredSyscall(ValueError):  # noqa: N818  as above
+class RequiredSyscall(ValueError):
     """Raised when a policy denies what every tool process needs before its first instruction."""
 
     def __init__(self, name: str, why: str) -> None:
