@@ -9,7 +9,7 @@ this host but those an operator wrote as a mount.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from sandboxd import canonical, units
@@ -58,9 +58,14 @@ class Data:
         return asdict(self)
 
     @cached_property
+    def encoded(self) -> bytes:
+        """The canonical JSON."""
+        return canonical.canonical(self.to_json())
+
+    @cached_property
     def digest(self) -> str:
         """``sha256:…`` of the canonical JSON."""
-        return canonical.digest(self.to_json())
+        return canonical.digest_bytes(self.encoded)
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,22 @@ class Plan(Data):
     """Patterns that the policy releases, each with its largest file size."""
     narrowed_artifacts: tuple[str, ...] | None
 
+    @cached_property
+    def encoded(self) -> bytes:
+        """The canonical JSON. The shape's is its own: it is nearly all of it, and serves many plans."""
+        rest = {
+            "command": asdict(self.command),
+            "limits": asdict(self.limits),
+            "inputs": [asdict(each) for each in self.inputs],
+            "tar": self.tar,
+            "artifacts": self.artifacts,
+            "narrowed_artifacts": self.narrowed_artifacts,
+        }
+        encoded = {name: canonical.canonical(value) for name, value in rest.items()}
+        return canonical.joined({"shape": self.shape.encoded, **encoded})
 
+
+@lru_cache(maxsize=1024)  # its digest takes longer than everything else that is done for a plan
 def make_shape(policy: Policy, image: ImageRef) -> Shape:
     """The shape of a policy on an image: everything but the command, with no default left open."""
     spec = policy.spec

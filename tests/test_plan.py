@@ -47,6 +47,20 @@ def test_a_shape_is_exact_and_its_digest_is_that_of_its_values() -> None:
     assert make_shape(SHIPPED.get("strict"), IMAGE).limits.on_output == "kill"
 
 
+def test_the_digest_of_a_plan_is_that_of_all_its_values() -> None:
+    full = plan(
+        "build",
+        argv=["cat", "\u00e9"],
+        tar={"text": "tar"},
+        inputs=[{"path": "a/b", "content": {"text": "x"}}],
+        artifacts=["*.png"],
+        limits={"wall": "1s"},
+    )
+    for one in (plan(), full):
+        assert one.encoded == canonical.canonical(one.to_json())
+        assert one.digest == canonical.digest(one.to_json())
+
+
 def test_what_a_policy_says_reaches_the_shape(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text(
         "version: 1\nname: p\nmounts: [{source: /srv/a, target: /a}]\n"
