@@ -5,18 +5,24 @@
  *       joins the named cgroups, makes CONTROL_FD descriptor 3, and executes the OCI runtime, so
  *       that the runtime and all that it makes are inside the container's cgroup from the start.
  *
- *   sandboxd-launch userns
- *       makes a user namespace, writes a line, waits for a line (the parent has written the id maps),
- *       closes the door to further user namespaces below it, writes a line, and waits for EOF (the
- *       parent has opened the namespace).
+ *   sandboxd-launch userns OWNER
+ *       makes a user namespace that belongs to the host uid OWNER, writes a line, waits for a line (the
+ *       parent has written the id maps), closes the door to further user namespaces below it, writes a
+ *       line, and waits for EOF (the parent has opened the namespace).
+ *
+ *       What is counted per user (inotify instances and watches, pending signals, message queues) is
+ *       counted for the owner of the namespace too, in the namespace above: of one owner, containers
+ *       would use up each other's share, and root's.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 static int write_text(const char *path, const char *text)
@@ -52,9 +58,23 @@ static int run(char **argv)
     return fail(at[1]);
 }
 
-static int userns(void)
+/* Takes the effective uid and keeps the capabilities: some hosts let nobody else make a user namespace. */
+static int become(uid_t owner)
+{
+    struct __user_cap_header_struct head = {.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
+    struct __user_cap_data_struct data[2];
+    if (seteuid(owner) < 0 || syscall(SYS_capget, &head, data) < 0)
+        return -1;
+    for (int i = 0; i < 2; i++)
+        data[i].effective = data[i].permitted;
+    return (int)syscall(SYS_capset, &head, data);
+}
+
+static int userns(const char *owner)
 {
     char byte;
+    if (become((uid_t)strtoul(owner, NULL, 10)) < 0)
+        return fail("owner");
     if (unshare(CLONE_NEWUSER) < 0)
         return fail("unshare");
     if (write(1, "\n", 1) != 1 || read(0, &byte, 1) != 1)
@@ -71,8 +91,8 @@ int main(int argc, char **argv)
 {
     if (argc > 4 && strcmp(argv[1], "run") == 0)
         return run(argv + 2);
-    if (argc == 2 && strcmp(argv[1], "userns") == 0)
-        return userns();
+    if (argc == 3 && strcmp(argv[1], "userns") == 0)
+        return userns(argv[2]);
     fputs("sandboxd-launch: see launch.c\n", stderr);
     return 125;
 }

@@ -2,7 +2,9 @@
 
 A namespace is made once per range and kept as a descriptor: a container joins it, an id-mapped mount
 borrows its map. Nothing of one container is left in it for the next: it holds the maps, the counters
-of what exists now, and ``max_user_namespaces = 0``, which closes the door to user namespaces below.
+of what exists now, and ``max_user_namespaces = 0``, which closes the door to user namespaces below. Each
+belongs to the first uid of its range, since the kernel counts what a namespace uses (inotify instances,
+pending signals) for its owner too: owned by root, one container could use up root's share.
 Two live containers never share a range.
 """
 
@@ -94,7 +96,7 @@ class UserNamespaces:
 
     def _make(self, base: int) -> int:
         with subprocess.Popen(
-            [self._launcher, "userns"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            [self._launcher, "userns", str(base)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         ) as helper:
             assert helper.stdin is not None  # noqa: S101  (Popen was asked for pipes)
             assert helper.stdout is not None  # noqa: S101
