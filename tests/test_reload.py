@@ -74,7 +74,7 @@ def test_a_file_that_never_was_good_is_no_policy(tmp_path: Path) -> None:
     store = PolicyStore([tmp_path])
     write(tmp_path, HEAD + "x: 1\n")
     store.reload()
-    with pytest.raises(errors.NotFound, match="its file has errors"):
+    with pytest.raises(errors.PolicyInvalid, match=r"not in force.*p\.yaml:"):
         store.current.get("p")
 
 

@@ -84,7 +84,7 @@ def _infos(remote: Remote, config: Path | None, *, local: bool) -> list[PolicyIn
 
 
 def list_policies(*, local: Local = False, config: ConfigFile = None, remote: FlatRemote = REMOTE) -> None:
-    """List the policies that you may use, and edits that are not in force because they have problems."""
+    """List the policies that you may use; what is wrong with policy files is on stderr."""
     infos = _infos(remote, config, local=local)
     if remote.json:
         terminal.print_json({"policies": [terminal.wire(info) for info in infos]})
@@ -94,9 +94,9 @@ def list_policies(*, local: Local = False, config: ConfigFile = None, remote: Fl
         for one in infos
     ]
     terminal.print_rows(("NAME", "IMAGE", "DESCRIPTION", ""), rows, empty="no policy is in force for you")
-    for info in infos:
-        for problem in info.problems:
-            terminal.complain(str(problem))
+    # Also of files that never were good, which no policy of the list stands for.
+    for problem in load(config).problems if local else remote.client().health().problems:
+        terminal.complain(str(problem))
 
 
 def show(name: Name, *, local: Local = False, config: ConfigFile = None, remote: FlatRemote = REMOTE) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sandboxd.policy.resolved import Places
     from sandboxd.policy.schema import PolicyFile
 
-__all__ = ["check", "check_syscalls", "unsupported_network"]
+__all__ = ["UNSUPPORTED", "check", "check_syscalls", "unsupported_network"]
 
 IMPOSSIBLE = "impossible"
 UNSUPPORTED = "control_not_supported"

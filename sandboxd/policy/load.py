@@ -18,7 +18,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from sandboxd import errors
-from sandboxd.policy.checks import check
+from sandboxd.policy.checks import UNSUPPORTED, check
 from sandboxd.policy.diagnosis import validate
 from sandboxd.policy.examples import check_examples
 from sandboxd.policy.floor import Floor, make_floor
@@ -53,13 +53,27 @@ class PolicySet:
     """A floor has errors: there are no policies, because nobody can say what it would have forbidden."""
 
     def get(self, name: str) -> Policy:
-        """The policy of a name. Raises NotFound, with the nearest name."""
+        """The policy of a name.
+
+        Raises NotFound, with the nearest name; for a file that is no policy, PolicyInvalid, or
+        ControlNotSupported where nothing is wrong but what this release does not enforce.
+        """
         found = self.policies.get(name)
-        if found is None:
-            broken = name in self.files
-            said = "; its file has errors" if broken else nearest(name, self.names())
-            raise errors.NotFound(f"there is no policy {name!r}{said}", policy=name)
-        return found
+        if found is not None:
+            return found
+        if name not in self.files:
+            raise errors.NotFound(f"there is no policy {name!r}{nearest(name, self.names())}", policy=name)
+        # a floor that has errors stands in the way of every policy, whatever the file says
+        problems = self.problems_of(name) or self.problems
+        unsupported = problems and all(problem.code == UNSUPPORTED for problem in problems)
+        kind = errors.ControlNotSupported if unsupported else errors.PolicyInvalid
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        first = f": {problems[0]}{more}" if problems else ""
+        raise kind(
+            f"policy {name!r} is not in force{first}",
+            policy=name,
+            problems=[problem.model_dump() for problem in problems],
+        )
 
     def names(self) -> list[str]:
         """The names of all policies, sorted."""

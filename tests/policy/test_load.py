@@ -251,9 +251,21 @@ def test_a_later_directory_wins_also_when_it_is_wrong(folder: Any, tmp_path: Pat
     (later / "p.yaml").write_text("version: 1\nname: p\nimage: [two]\n")
     loaded = load_policies(dirs)
     assert loaded.names() == []
-    with pytest.raises(errors.NotFound, match="its file has errors"):
+    with pytest.raises(errors.PolicyInvalid, match=r"not in force.*p\.yaml:3:8"):
         loaded.get("p")
     assert [problem.code for problem in loaded.problems_of("p")] == ["wrong_type"]
+
+
+def test_a_policy_that_only_asks_for_what_is_not_enforced_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "net.yaml"
+    text = "version: 1\nname: net\nnetwork: {allow: [{host: a.example, ports: [443]}]}\n"
+    file.write_text(text)
+    with pytest.raises(errors.ControlNotSupported, match=f"{file}:3:1: network rules") as caught:
+        load_policies([tmp_path]).get("net")
+    assert caught.value.details["problems"][0]["line"] == 3
+    file.write_text(text + "limits: {wall: 5}\n")
+    with pytest.raises(errors.PolicyInvalid, match="not in force"):
+        load_policies([tmp_path]).get("net")
 
 
 def test_an_unknown_name_gets_the_nearest() -> None:
