@@ -70,7 +70,17 @@ def serve(config: Config, *, socket: Path | None = None, state: Path | None = No
     name = instance_name(config.state)
     run = enter_private_mounts(name)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    anyio.run(_serve, config, run, name)
+    try:
+        anyio.run(_serve, config, run, name)
+    except BaseExceptionGroup as group:
+        raise _alone(group) from None
+
+
+def _alone(error: BaseException) -> BaseException:
+    """What a task group wrapped, if that is one error: the group would hide what to do about it."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
 
 
 def _configure_logs() -> None:

@@ -16,6 +16,7 @@ from sandboxd.errors import InvalidRequest, Refused, SandboxdError
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
 
 __all__ = ["MEDIA_TYPE", "document", "internal", "invalid", "respond"]
 
@@ -63,9 +64,16 @@ def invalid(error: ValidationError) -> InvalidRequest:
     if count > 1000:  # listing them would cost more than the request did
         return InvalidRequest(f"{count} fields are wrong")
     wrong = [
-        {"field": ".".join(str(step)[:128] for step in each["loc"]), "message": each["msg"][:MAX_TEXT]}
+        {"field": ".".join(str(step)[:128] for step in each["loc"]), "message": _said(each)}
         for each in error.errors(include_url=False, include_context=False, include_input=False)[:MAX_ERRORS]
     ]
     first = wrong[0]
     message = f"{first['field']}: {first['message']}" if first["field"] else first["message"]
     return InvalidRequest(message, field=first["field"], errors=wrong)
+
+
+def _said(error: ErrorDetails) -> str:
+    """One message without the words that only somebody who knows our models understands."""
+    if error["type"] == "extra_forbidden":
+        return "there is no such field"
+    return error["msg"].removeprefix("Value error, ")[:MAX_TEXT]

@@ -26,10 +26,11 @@ FAILED = 1
 USAGE = 2
 SHOWN = 200  # lines of problems of one error
 
-EPILOGUE = """\
-Start here: `sandboxd doctor` says what this host can enforce, `sandboxd serve` runs the daemon, and
-`run-in-sandbox -- COMMAND` runs a command. Exit status: 0, 1 for an error, 2 for a wrong command line.
-"""
+# One line: the help breaks it to the width of the terminal.
+EPILOGUE = (
+    "Start here: `sandboxd doctor` says what this host can enforce, `sandboxd serve` runs the daemon, and "
+    "`run-in-sandbox -- COMMAND` runs a command. Exit status: 0, 1 for an error, 2 for a wrong command line."
+)
 
 COMMANDS = {
     "serve": "daemon:serve",

@@ -45,8 +45,8 @@ def _listed(items: list[str]) -> str:
 def _facts(invocation: dict[str, Any], *, artifacts: bool, plain: bool) -> list[str]:
     facts = []
     denials = [
-        f"{one.get('detail') or one.get('name')} ({one.get('count', 1)} times)"
-        for one in invocation.get("denials", [])
+        f"{one.get('detail') or one.get('name')}" + (f" ({count} times)" if count > 1 else "")
+        for one, count in ((each, int(each.get("count", 1))) for each in invocation.get("denials", []))
     ]
     # A program that probes for a call and does without it has not failed; one that ended with 0 is
     # taken at its word.
