@@ -158,7 +158,8 @@ def _memory(limits: Limits, facts: dict[str, Any]) -> Outcome:
 
 def _explain_errno(number: int) -> str:
     hints = {
-        errno.ENOENT: "no such file in the container (or its interpreter, its loader or the directory to start in is missing)",
+        errno.ENOENT: "no such file in the container "
+        "(or its interpreter, its loader or the directory to start in is missing)",
         errno.EACCES: "it is not an executable file, or its directory cannot be entered",
         errno.ENOEXEC: "it is not a program for this machine, or a script without a #! line",
         errno.E2BIG: "the arguments and environment are larger than the kernel takes",
