@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sandboxd.init.protocol import Control
     from sandboxd.kernel.cgroup import Cgroup
     from sandboxd.kernel.notify import Listener
@@ -65,6 +67,12 @@ class Slot:
     """``O_PATH`` descriptor of the workspace's root; outlives the container."""
     id_base: int
     """The first host id of the slot's range; 0 where the container shares the host's user namespace."""
+    user_namespace: int | None
+    """Inode of the slot's user namespace; None where it has none of its own."""
+    presented: Mapping[str, tuple[int, int]]
+    """What the engine mounted, by its place in the container: device and inode of its root."""
+    upper_fd: int | None
+    """``O_PATH`` descriptor of the writable layer of the root, where there is one."""
     started: float = field(default=0.0)
 
 

@@ -29,7 +29,7 @@ from uuid6 import uuid7
 
 from sandboxd import errors
 from sandboxd.engine.base import Capabilities, Check, Slot
-from sandboxd.engine.bundle import Bind, BundlePaths, make_config
+from sandboxd.engine.bundle import INIT_PATH, Bind, BundlePaths, make_config
 from sandboxd.init import INIT, LAUNCH
 from sandboxd.init.protocol import Control, Rlimit, Setup
 from sandboxd.kernel import mounts
@@ -222,7 +222,8 @@ class OciEngine:
         stack.callback(shutil.rmtree, self._run / "runtime" / name, ignore_errors=True)
         image = self._images.resolve(shape.image.digest)
         stack.enter_context(self._images.hold(image.digest))
-        paths, workspace = _Mounts(directory, shape, image, ids, stack).make()
+        made = _Mounts(directory, shape, image, ids, stack)
+        paths, workspace = made.make()
         config = make_config(
             shape,
             paths,
@@ -272,6 +273,9 @@ class OciEngine:
             listener,
             workspace,
             ids.base if ids else 0,
+            os.fstat(ids.namespace).st_ino if ids else None,
+            made.presented,
+            made.upper_fd,
         )
 
     def _start(self, name: str, directory: Path, control: int, cgroup: Cgroup) -> int:
@@ -344,6 +348,8 @@ class _Mounts:
         self._image = image
         self._ids = ids
         self._stack = stack
+        self.presented: dict[str, tuple[int, int]] = {}
+        self.upper_fd: int | None = None
 
     def make(self) -> tuple[BundlePaths, int]:
         """The bundle's paths, and the workspace's root as a descriptor that outlives the container."""
@@ -353,7 +359,17 @@ class _Mounts:
         ]
         workspace = self._workspace()
         rootfs = self._root()
-        return BundlePaths(rootfs, self._directory / "workspace", INIT, tuple(binds)), workspace
+        self._note("/", rootfs)
+        self._note("/workspace", self._directory / "workspace")
+        self._note(INIT_PATH, INIT)
+        for bind in binds:
+            self._note(bind.target, bind.source)
+        overlay = self.upper_fd is not None
+        return BundlePaths(rootfs, self._directory / "workspace", INIT, tuple(binds), overlay), workspace
+
+    def _note(self, target: str, source: Path) -> None:
+        found = source.stat()
+        self.presented[target] = found.st_dev, found.st_ino
 
     def _attach(self, mount: int, name: str, *, directory: bool = True) -> Path:
         target = self._directory / name
@@ -418,6 +434,8 @@ class _Mounts:
             ),
             "upper",
         )
+        self.upper_fd = os.open(upper, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._stack.callback(os.close, self.upper_fd)
         base = self._ids.base if self._ids else 0
         for part in ("upper", "work"):
             (upper / part).mkdir(mode=0o755)

@@ -10,19 +10,21 @@ Source of the formats: proc_pid_status(5), proc_pid_mountinfo(5), namespaces(7),
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sandboxd import errors
-from sandboxd.engine.bundle import INIT_PATH, MASKED, READ_ONLY, shm_size
-from sandboxd.engine.oci import rlimits
+from sandboxd import canonical, errors
+from sandboxd.engine.oci import OOM_SCORE_ADJ, rlimits
 from sandboxd.init import INIT
-from sandboxd.kernel.mounts import MountEntry, parse_mountinfo
+from sandboxd.kernel import filters
 from sandboxd.models import Control, Receipt
 from sandboxd.policy import seccomp
+from sandboxd.supervisor.mounted import mount_controls
+from sandboxd.supervisor.parked import Parked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,7 +44,9 @@ RLIMIT_LINES = {  # names of /proc/PID/limits
     13: "Max nice priority",
     14: "Max realtime priority",
 }
-DEV_FILES = {"null", "zero", "full", "random", "urandom", "tty", "console", "ptmx"}
+NS_GET_USERNS = 0xB701  # linux/nsfs.h
+GONE = {errno.ESRCH, errno.ECHILD, errno.ETIMEDOUT, errno.ENOENT}
+"""What ``read_filter`` says of the process, and not of the host."""
 
 
 def check(receipt: Receipt) -> None:
@@ -64,14 +68,14 @@ def read_receipt(slot: Slot, limits: Limits) -> Receipt:
     Raises ControlNotEnforced when the tool process cannot be read, which means that it is not there.
     """
     try:
-        process = _Process(slot.tool_pid)
-        controls = [
-            *_process_controls(slot, process),
-            *_namespace_controls(slot, process),
-            *_mount_controls(slot, process),
-            *_rlimit_controls(limits, process),
-            *_cgroup_controls(slot, limits),
-        ]
+        with Parked(slot.tool_pid) as process:
+            controls = [
+                *_process_controls(slot, process),
+                *_namespace_controls(slot, process),
+                *mount_controls(slot, process),
+                *_rlimit_controls(limits, process),
+                *_cgroup_controls(slot, limits),
+            ]
     except OSError as error:
         raise errors.ControlNotEnforced(
             f"the parked tool process cannot be read: {error}", control="process"
@@ -81,43 +85,14 @@ def read_receipt(slot: Slot, limits: Limits) -> Receipt:
     )
 
 
-@dataclass(frozen=True)
-class _Process:
-    pid: int
-
-    def read(self, name: str) -> str:
-        fd = os.open(f"/proc/{self.pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            parts = []
-            while data := os.read(fd, 65536):
-                parts.append(data)
-        finally:
-            os.close(fd)
-        return b"".join(parts).decode(errors="surrogateescape")
-
-    def status(self) -> dict[str, str]:
-        lines = (line.partition(":") for line in self.read("status").splitlines())
-        return {key: value.strip() for key, _, value in lines}
-
-    def namespace(self, kind: str) -> str:
-        return os.readlink(f"/proc/{self.pid}/ns/{kind}")
-
-
 def _equal(name: str, asked: str, in_force: str, read_from: str) -> Control:
     return Control(name=name, asked=asked, in_force=in_force, read_from=read_from, enforced=asked == in_force)
 
 
-def _process_controls(slot: Slot, process: _Process) -> Iterator[Control]:
+def _process_controls(slot: Slot, process: Parked) -> Iterator[Control]:
     status = process.status()
     tool = slot.shape.process
-    program = seccomp.compile_filter(slot.shape.syscalls)
-    yield Control(
-        name="seccomp",
-        asked=f"mode 2, 1 filter ({program.digest[:19]})",
-        in_force=f"mode {status['Seccomp']}, {status.get('Seccomp_filters', '?')} filter",
-        read_from="status: Seccomp, Seccomp_filters",
-        enforced=status["Seccomp"] == "2" and status.get("Seccomp_filters", "1") == "1",
-    )
+    yield _seccomp(slot, status)
     yield _equal("no_new_privs", "1", status["NoNewPrivs"], "status: NoNewPrivs")
     sets = {status[key].lstrip("0") or "0" for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")}
     yield _equal(
@@ -131,8 +106,40 @@ def _process_controls(slot: Slot, process: _Process) -> Iterator[Control]:
     yield _equal("group", " ".join([str(gid)] * 4), " ".join(status["Gid"].split()), "status: Gid")
     yield _equal("supplementary_groups", "none", status["Groups"] or "none", "status: Groups")
     yield _equal("init", *(_same_file(INIT, f"/proc/{slot.init_pid}/exe")), "exe of PID 1")
-    parent = status["PPid"]
-    yield _equal("parent", str(slot.init_pid), parent, "status: PPid")
+    yield _equal("parent", str(slot.init_pid), status["PPid"], "status: PPid")
+    yield _equal("umask", f"{tool.umask:04o}", status["Umask"], "status: Umask")
+    yield _equal("oom_score_adj", str(OOM_SCORE_ADJ), process.read("oom_score_adj").strip(), "oom_score_adj")
+
+
+def _seccomp(slot: Slot, status: dict[str, str]) -> Control:
+    """The policy's filter and no other: by its content where the kernel shows it, else by who installed it.
+
+    Where it is not shown, PID 1's identity (``init``) vouches for the content: that binary installs
+    what it was sent, or parks nothing.
+    """
+    wanted = seccomp.compile_filter(slot.shape.syscalls).bpf
+    asked = f"mode 2, 1 filter, {canonical.digest_bytes(wanted)[:19]}"
+    count = status.get("Seccomp_filters", "1")  # before Linux 5.9 nobody tells
+    in_force, read_from = f"mode {status['Seccomp']}, {count} filter", "status: Seccomp, Seccomp_filters"
+    shown = True
+    if in_force == "mode 2, 1 filter":
+        try:
+            found = filters.read_filter(slot.tool_pid)
+        except OSError as error:
+            if error.errno in GONE:
+                raise
+            read_from += f"; content: exe of PID 1, since ptrace said {errno.errorcode.get(error.errno or 0)}"
+            return Control(name="seccomp", asked=asked, in_force=in_force, read_from=read_from)
+        in_force += f", {canonical.digest_bytes(found)[:19]}"
+        read_from += "; ptrace: PTRACE_SECCOMP_GET_FILTER"
+        shown = found == wanted
+    return Control(
+        name="seccomp",
+        asked=asked,
+        in_force=in_force,
+        read_from=read_from,
+        enforced=shown and asked == in_force,
+    )
 
 
 def _same_file(wanted: os.PathLike[str], found: str) -> tuple[str, str]:
@@ -143,17 +150,25 @@ def _same_file(wanted: os.PathLike[str], found: str) -> tuple[str, str]:
     )
 
 
-def _namespace_controls(slot: Slot, process: _Process) -> Iterator[Control]:
+def _namespace_controls(slot: Slot, process: Parked) -> Iterator[Control]:
     for kind in NAMESPACES:
-        ours, theirs = os.readlink(f"/proc/self/ns/{kind}"), process.namespace(kind)
+        ours, theirs = os.readlink(f"/proc/self/ns/{kind}"), process.link(f"ns/{kind}")
+        asked = f"not the host's {ours}"
+        owned = True
+        if slot.shape.process.user_namespace == "slot":
+            asked += ", owned by the slot's user namespace"
+            owned = _owner(process, kind) == slot.user_namespace
         yield Control(
             name=f"{kind}_namespace",
-            asked=f"not the host's {ours}",
-            in_force=theirs,
-            read_from=f"ns/{kind}",
-            enforced=ours != theirs,
+            asked=asked,
+            in_force=theirs + ("" if owned else ", owned by another user namespace"),
+            read_from=f"ns/{kind}; NS_GET_USERNS",
+            enforced=ours != theirs and owned,
         )
     if slot.shape.process.user_namespace == "slot":
+        theirs = process.link("ns/user")
+        asked = f"user:[{slot.user_namespace}]"
+        yield _equal("user_namespace", asked, theirs, "ns/user")
         asked = f"0 {slot.id_base} 65536"
         for kind in ("uid_map", "gid_map"):
             yield _equal(f"user_namespace_{kind[:3]}s", asked, " ".join(process.read(kind).split()), kind)
@@ -170,90 +185,22 @@ def _namespace_controls(slot: Slot, process: _Process) -> Iterator[Control]:
     yield _equal("network_routes", "0", str(max(routes, 0)), "net/route")
 
 
-def _mount_controls(slot: Slot, process: _Process) -> Iterator[Control]:
-    shape = slot.shape
-    entries = parse_mountinfo(process.read("mountinfo"))
-    at: dict[str, MountEntry] = {entry.target: entry for entry in entries}
-    root = at.get("/")
-    writable = {"/tmp", "/workspace", "/dev/shm", "/dev/pts"}  # noqa: S108  (paths inside the container)
-    mode = "read-only" if root and "ro" in root.options else "writable"
-    yield _equal("root", "read-only" if shape.root.mode == "read-only" else "writable", mode, "mountinfo: /")
-    if shape.root.mode == "overlay" and root:
-        yield _equal("root_overlay", "overlay", root.kind, "mountinfo: /")
-    masks = {path for path in (*MASKED, *READ_ONLY) if os.path.exists(path)}  # noqa: PTH110
-    loose = [
-        entry.target
-        for entry in entries
-        if not {"nosuid", "nodev"} <= entry.options
-        and entry.target not in masks
-        and not _is_device(entry.target)
-    ]
-    yield _equal("nosuid_nodev", "every mount", ", ".join(loose) or "every mount", "mountinfo")
-    limits = shape.limits
-    for name, target, size, inodes in (
-        ("workspace", "/workspace", limits.workspace_size, limits.workspace_inodes),
-        ("tmp", "/tmp", limits.tmp_size, limits.tmp_inodes),  # noqa: S108
-        ("shm", "/dev/shm", shm_size(shape), limits.tmp_inodes),  # noqa: S108
-    ):
-        yield _equal(
-            name,
-            f"tmpfs of {_pages(size)} bytes, {inodes} inodes",
-            _tmpfs(at.get(target)),
-            f"mountinfo: {target}",
-        )
-    lent = {mount.target for mount in shape.mounts}
-    for target in sorted(lent):
-        yield _equal(
-            f"mount {target}",
-            "read-only",
-            "read-only" if target in at and "ro" in at[target].options else "absent or writable",
-            f"mountinfo: {target}",
-        )
-    open_masks = sorted(path for path in masks if path not in at or not _is_closed(path, at[path]))
-    yield _equal(
-        "masked_paths", "masked or read-only", ", ".join(open_masks) or "masked or read-only", "mountinfo"
-    )
-    host = (
-        {"/etc", "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"}
-        if shape.image.name == "host"
-        else set()
-    )
-    extra = sorted(
-        entry.target
-        for entry in entries
-        if entry.target not in {"/", "/proc", "/dev", INIT_PATH, *writable, *lent, *masks}
-        and not _is_device(entry.target)
-        and not any(entry.target == top or entry.target.startswith(top + "/") for top in host)
-    )
-    yield _equal("mounts", "nothing else", ", ".join(extra) or "nothing else", "mountinfo")
+def _owner(process: Parked, kind: str) -> int | None:
+    """The inode of the user namespace that owns a namespace of the process, ioctl_ns(2)."""
+    namespace = process.open(f"ns/{kind}")
+    try:
+        owner = fcntl.ioctl(namespace, NS_GET_USERNS)
+    except PermissionError:  # it is owned by one above ours
+        return None
+    finally:
+        os.close(namespace)
+    try:
+        return os.fstat(owner).st_ino
+    finally:
+        os.close(owner)
 
 
-def _is_device(target: str) -> bool:
-    return target in {"/dev", "/dev/pts"} or (target.startswith("/dev/") and target[5:] in DEV_FILES)
-
-
-def _is_closed(path: str, entry: MountEntry) -> bool:
-    """A masked path shows an empty read-only tmpfs or a device; a read-only one is ``ro``."""
-    if path in READ_ONLY:
-        return "ro" in entry.options
-    return entry.kind != "proc"
-
-
-def _pages(size: int) -> int:
-    page = os.sysconf("SC_PAGE_SIZE")
-    return -(-size // page) * page
-
-
-def _tmpfs(entry: MountEntry | None) -> str:
-    if entry is None or entry.kind != "tmpfs":
-        return "no tmpfs"
-    size = entry.super_options.get("size", "0k")
-    scale = {"k": 2**10, "m": 2**20, "g": 2**30}.get(size[-1:], 1)
-    number = int(size[:-1]) * scale if size[-1:] in "kmg" else int(size)
-    return f"tmpfs of {number} bytes, {entry.super_options.get('nr_inodes', 'unlimited')} inodes"
-
-
-def _rlimit_controls(limits: Limits, process: _Process) -> Iterator[Control]:
+def _rlimit_controls(limits: Limits, process: Parked) -> Iterator[Control]:
     lines = process.read("limits").splitlines()[1:]
     found = {line[:26].strip(): line[26:].split()[:2] for line in lines}
     for limit in rlimits(limits):
@@ -267,6 +214,8 @@ def _rlimit_controls(limits: Limits, process: _Process) -> Iterator[Control]:
 
 
 def _cgroup_controls(slot: Slot, limits: Limits) -> Iterator[Control]:
+    known = sorted({slot.init_pid, slot.tool_pid})
+    yield _equal("processes", f"{known}", f"{slot.cgroup.processes()}", "cgroup.procs")
     inside = slot.cgroup.contains(slot.tool_pid) and slot.cgroup.contains(slot.init_pid)
     yield _equal("cgroup", "the slot's own", "the slot's own" if inside else "another", "cgroup")
     found = slot.cgroup.read_limits()
@@ -278,8 +227,12 @@ def _cgroup_controls(slot: Slot, limits: Limits) -> Iterator[Control]:
     yield Control(name="swap", asked="0", in_force=swap, read_from=file, enforced=swap in {"0", "none"})
     if limits.io_read is not None or limits.io_write is not None:
         in_force, file = found["io"]
-        wanted = f"rbps={limits.io_read or 'max'} wbps={limits.io_write or 'max'}"
-        yield Control(name="io", asked=wanted, in_force=in_force, read_from=file, enforced=wanted in in_force)
+        rates = {"rbps": limits.io_read, "wbps": limits.io_write}
+        asked_rates = [f"{way}={rate}" for way, rate in rates.items() if rate is not None]
+        enforced = set(asked_rates) <= set(in_force.split())
+        yield Control(
+            name="io", asked=" ".join(asked_rates), in_force=in_force, read_from=file, enforced=enforced
+        )
 
 
 def _floor_page(size: int) -> int:

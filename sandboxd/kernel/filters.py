@@ -1,0 +1,63 @@
+"""Reading back the seccomp filter of another process, ptrace(2): ``PTRACE_SECCOMP_GET_FILTER``.
+
+The process is seized and interrupted for some tens of microseconds and goes on where it was; it sees
+nothing of it. Not every host can: the kernel needs ``CONFIG_CHECKPOINT_RESTORE``, and the reader
+``CAP_SYS_ADMIN``, ``CAP_SYS_PTRACE`` and no seccomp filter of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+
+__all__ = ["read_filter"]
+
+PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_SECCOMP_GET_FILTER = 17, 0x4206, 0x4207, 0x420C
+WALL = 0x40000000  # __WALL: also a process that is no child of ours
+INSTRUCTION = 8  # bytes of a struct sock_filter
+STOP_SECONDS = 2.0  # a sleeping process stops at once; a frozen one never does
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.ptrace.restype = ctypes.c_long
+_libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+
+
+def _ptrace(request: int, pid: int, address: int | None, data: object) -> int:
+    result: int = _libc.ptrace(request, pid, address, data)
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"ptrace: {os.strerror(code)}")
+    return result
+
+
+def read_filter(pid: int) -> bytes:
+    """The newest filter of a process, as a ``struct sock_filter[]``. Blocks for some tens of microseconds.
+
+    Raises OSError: EPERM, EACCES, EINVAL, EIO or ENOSYS where this host or this process cannot do it
+    (EPERM also while somebody else traces it), ENOENT when there is no filter, ESRCH when there is no
+    process, ETIMEDOUT when it does not stop.
+    """
+    _ptrace(PTRACE_SEIZE, pid, None, None)
+    try:
+        _ptrace(PTRACE_INTERRUPT, pid, None, None)
+        _until_stopped(pid)
+        length = _ptrace(PTRACE_SECCOMP_GET_FILTER, pid, 0, None)
+        program = ctypes.create_string_buffer(length * INSTRUCTION)
+        _ptrace(PTRACE_SECCOMP_GET_FILTER, pid, 0, program)
+        return program.raw
+    finally:
+        _libc.ptrace(PTRACE_DETACH, pid, None, None)  # fails only for a process that is dead
+
+
+def _until_stopped(pid: int) -> None:
+    limit = time.monotonic() + STOP_SECONDS
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG | WALL)
+        if found and os.WIFSTOPPED(status):
+            return
+        if found:
+            raise ProcessLookupError(f"process {pid} ended")
+        if time.monotonic() > limit:
+            raise TimeoutError(110, f"process {pid} does not stop")
+        time.sleep(0.00002)

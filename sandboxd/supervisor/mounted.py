@@ -1,0 +1,171 @@
+"""The mount controls of a receipt: what the parked process has where, and that it is ours.
+
+A mount is known by two things that no runtime can give to another: its line in ``mountinfo`` (kind,
+options, size), and device and inode of its root as seen through ``/proc/PID/root``, which are compared
+with those of the mount that the engine made (``Slot.presented``).
+"""
+
+# ruff: noqa: S108  -- these are paths inside a container
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from sandboxd.engine.bundle import INIT_PATH, MASKED, READ_ONLY, shm_size
+from sandboxd.kernel.mounts import MountEntry, parse_mountinfo
+from sandboxd.models import Control
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sandboxd.engine.base import Slot
+    from sandboxd.supervisor.parked import Parked
+
+__all__ = ["mount_controls"]
+
+OWN = {"/", "/proc", "/dev", "/dev/pts", "/dev/shm", "/tmp"}  # beside what the engine presents
+DEVICES = {  # Documentation/admin-guide/devices.txt
+    "null": (1, 3),
+    "zero": (1, 5),
+    "full": (1, 7),
+    "random": (1, 8),
+    "urandom": (1, 9),
+    "tty": (5, 0),
+}
+DEV_DIRECTORIES = {"pts", "shm"}
+HIDDEN = {"invisible", "2"}  # hidepid= by name, and by number before Linux 5.8
+
+
+def mount_controls(slot: Slot, process: Parked) -> Iterator[Control]:
+    """Every control that speaks of a mount or of a file in ``/dev``. Raises OSError."""
+    entries = parse_mountinfo(process.read("mountinfo"))
+    at = {entry.target: entry for entry in entries}
+    masks = [path for path in (*MASKED, *READ_ONLY) if os.path.exists(path)]  # noqa: PTH110
+    devices = {f"/dev/{name}" for name in DEVICES}
+    yield from _root(slot, at.get("/"))
+    yield from _presented(slot, process)
+    yield from _temporary(slot, at)
+    loose = [
+        entry.target
+        for entry in entries
+        if not {"nosuid", "nodev"} <= entry.options
+        and entry.target not in masks  # compared below with what may be there, which has neither
+        and entry.target not in {"/dev", "/dev/pts", *devices}
+    ]
+    yield _all("nosuid_nodev", "every mount", loose, "mountinfo")
+    lent = sorted(set(slot.presented) - {"/", "/workspace"})
+    writable = [target for target in lent if target not in at or "ro" not in at[target].options]
+    yield _all("mounts_read_only", "every mount that is lent", writable, "mountinfo")
+    yield from _proc(process, at.get("/proc"))
+    open_masks = [path for path in masks if not _is_closed(path, at, process)]
+    yield _all("masked_paths", "masked or read-only", open_masks, "mountinfo")
+    expected = OWN | devices | set(masks) | set(slot.presented)
+    extra = [entry.target for entry in entries if entry.target not in expected]
+    twice = [entry.target for entry in entries if at[entry.target] is not entry]
+    yield _all("mounts", "nothing else", extra + twice, "mountinfo")
+    yield _all("devices", " ".join(sorted(DEVICES)), _wrong_devices(process), "/dev")
+
+
+def _all(name: str, asked: str, wrong: list[str], read_from: str) -> Control:
+    """A control that holds when nothing is wrong; else it names what is."""
+    in_force = ", ".join(sorted(wrong)) or asked
+    return Control(name=name, asked=asked, in_force=in_force, read_from=read_from, enforced=not wrong)
+
+
+def _equal(name: str, asked: str, in_force: str, read_from: str) -> Control:
+    return Control(name=name, asked=asked, in_force=in_force, read_from=read_from, enforced=asked == in_force)
+
+
+def _root(slot: Slot, entry: MountEntry | None) -> Iterator[Control]:
+    shape = slot.shape
+    mode = "read-only" if entry and "ro" in entry.options else "writable"
+    yield _equal("root", "read-only" if shape.root.mode == "read-only" else "writable", mode, "mountinfo: /")
+    if shape.root.mode == "overlay":
+        asked = f"overlay of {_pages(shape.root.size)} bytes, {shape.root.inodes} inodes"
+        found = "no overlay"
+        if entry and entry.kind == "overlay" and slot.upper_fd is not None:
+            upper = os.fstatvfs(slot.upper_fd)
+            found = f"overlay of {upper.f_blocks * upper.f_frsize} bytes, {upper.f_files} inodes"
+        yield _equal("root_overlay", asked, found, "statfs of the upper layer")
+
+
+def _presented(slot: Slot, process: Parked) -> Iterator[Control]:
+    for target, (device, inode) in sorted(slot.presented.items()):
+        found = process.stat_inside(target)
+        shown = "nothing" if found is None else f"{found.st_dev:x}:{found.st_ino}"
+        yield _equal(f"mount {target}", f"{device:x}:{inode}", shown, f"device and inode of {target}")
+
+
+def _temporary(slot: Slot, at: dict[str, MountEntry]) -> Iterator[Control]:
+    limits = slot.shape.limits
+    for name, target, size, inodes in (
+        ("workspace", "/workspace", limits.workspace_size, limits.workspace_inodes),
+        ("tmp", "/tmp", limits.tmp_size, limits.tmp_inodes),
+        ("shm", "/dev/shm", shm_size(slot.shape), limits.tmp_inodes),
+    ):
+        asked = f"tmpfs of {_pages(size)} bytes, {inodes} inodes"
+        yield _equal(name, asked, _tmpfs(at.get(target)), f"mountinfo: {target}")
+
+
+def _tmpfs(entry: MountEntry | None) -> str:
+    if entry is None or entry.kind != "tmpfs" or entry.root != "/":
+        return "no tmpfs"
+    size = entry.super_options.get("size", "0k")
+    scale = {"k": 2**10, "m": 2**20, "g": 2**30}.get(size[-1:], 1)
+    number = int(size[:-1]) * scale if size[-1:] in "kmg" else int(size)
+    return f"tmpfs of {number} bytes, {entry.super_options.get('nr_inodes', 'unlimited')} inodes"
+
+
+def _pages(size: int) -> int:
+    page = os.sysconf("SC_PAGE_SIZE")
+    return -(-size // page) * page
+
+
+def _proc(process: Parked, entry: MountEntry | None) -> Iterator[Control]:
+    asked = "of the container's own processes, others' hidden"
+    found = process.stat_inside("/proc")
+    hidden = entry is not None and entry.super_options.get("hidepid") in HIDDEN
+    if entry is None or entry.kind != "proc" or entry.root != "/" or found is None:
+        in_force = "no proc file system"
+    elif found.st_dev == os.stat("/proc").st_dev:  # noqa: PTH116  (a proc mount is one PID namespace's)
+        in_force = "of the host"
+    else:
+        in_force = asked if hidden else "others' processes are shown"
+    yield _equal("proc", asked, in_force, "mountinfo: /proc; device of /proc")
+
+
+def _is_closed(path: str, at: dict[str, MountEntry], process: Parked) -> bool:
+    """A read-only path shows itself, ``ro``; a masked one the null device, or an empty directory, ``ro``."""
+    entry = at.get(path)
+    if entry is None:
+        return False
+    if path in READ_ONLY:
+        return "ro" in entry.options and entry.kind == "proc" and entry.root == path.removeprefix("/proc")
+    found = process.stat_inside(path)
+    if found is None or not stat.S_ISDIR(found.st_mode):
+        return found is not None and _is_device(found, DEVICES["null"])
+    return "ro" in entry.options and entry.kind == "tmpfs" and not process.list_inside(path)
+
+
+def _is_device(found: os.stat_result, number: tuple[int, int]) -> bool:
+    return stat.S_ISCHR(found.st_mode) and (os.major(found.st_rdev), os.minor(found.st_rdev)) == number
+
+
+def _wrong_devices(process: Parked) -> list[str]:
+    """Names in ``/dev`` that are a device of another number, or anything but links and known directories."""
+    wrong = []
+    for name in process.list_inside("/dev"):
+        found = process.stat_inside(f"/dev/{name}")
+        known = found is not None and (
+            _is_device(found, DEVICES[name])
+            if name in DEVICES
+            else stat.S_ISLNK(found.st_mode)
+            or (stat.S_ISDIR(found.st_mode) and name in DEV_DIRECTORIES)
+            or f"/dev/{name}" == INIT_PATH  # its identity is a control of its own
+        )
+        if not known:
+            wrong.append(name)
+    missing = set(DEVICES) - set(process.list_inside("/dev"))
+    return wrong + sorted(missing)
