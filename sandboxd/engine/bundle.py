@@ -65,11 +65,9 @@ class BundlePaths:
     """Where the engine put what the container is made of."""
 
     rootfs: Path
-    """Where it has to be read-only and is no overlay, the mount already is."""
     workspace: Path
     init: Path
     binds: tuple[Bind, ...]
-    overlay: bool
 
 
 def shm_size(shape: Shape) -> int:
@@ -137,8 +135,7 @@ def make_config(
     capabilities = list(INIT_CAPABILITIES)
     return {
         "ociVersion": "1.0.2",
-        # A runtime's own remount would drop `nosuid,nodev` of the mount, outside of a user namespace.
-        "root": {"path": str(paths.rootfs), "readonly": paths.overlay and shape.root.mode == "read-only"},
+        "root": {"path": str(paths.rootfs), "readonly": shape.root.mode == "read-only"},
         "hostname": shape.process.hostname,
         "mounts": mounts,
         "process": {

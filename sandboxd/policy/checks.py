@@ -126,7 +126,10 @@ def _unsupported(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
         "isolation": (spec.isolation == "session", "isolation: session is"),
         "warm": (spec.warm is not None, "warm interpreters are"),
         "expose": (bool(spec.expose), "exposed ports are"),
-        "process.user_namespace": (spec.process.user_namespace == "engine", "user_namespace: engine is"),
+        "process.user_namespace": (
+            spec.process.user_namespace != "slot",
+            f"user_namespace: {spec.process.user_namespace} is",
+        ),
     }
     for path, (asked, what) in declared.items():
         if asked:

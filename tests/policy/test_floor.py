@@ -29,7 +29,6 @@ if TYPE_CHECKING:
         ),
         ("limits: {io: {read: 1MiB}}\n", "", "limits.io.read: no limit is wider than the floor's 1MiB"),
         ("filesystem: {root: read-only}\n", "filesystem: {root: overlay, size: 1MiB}\n", "filesystem.root"),
-        ("process: {user_namespace: slot}\n", "process: {user_namespace: none}\n", "process.user_namespace"),
         ("mounts: [/srv]\n", "mounts: [{source: /srvx, target: /a}]\n", "mounts.0: /srvx is wider"),
         ("mounts: []\n", "mounts: [{source: /srv, target: /a}]\n", "wider than the floor's none"),
     ],
