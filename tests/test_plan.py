@@ -64,12 +64,12 @@ def test_the_digest_of_a_plan_is_that_of_all_its_values() -> None:
 def test_what_a_policy_says_reaches_the_shape(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text(
         "version: 1\nname: p\nmounts: [{source: /srv/a, target: /a}]\n"
-        "process: {user: 7, group: 8, hostname: h, umask: '0077', user_namespace: none}\n"
+        "process: {user: 7, group: 8, hostname: h, umask: '0077'}\n"
         "limits: {file_size: 1MiB, io: {read: 2MiB}, cpus: 0.25, cpu_time: 1.5s, stderr: {on_limit: kill}}\n"
     )
     shape = make_shape(load_policies([tmp_path]).get("p"), IMAGE)
     assert shape.mounts == (Mount("/srv/a", "/a"),)
-    assert (shape.process.uid, shape.process.gid, shape.process.user_namespace) == (7, 8, "none")
+    assert (shape.process.uid, shape.process.gid, shape.process.user_namespace) == (7, 8, "slot")
     assert (shape.process.hostname, shape.process.umask) == ("h", 0o077)
     assert (shape.limits.file_size, shape.limits.io_read, shape.limits.io_write) == (2**20, 2**21, None)
     assert (shape.limits.cpus, shape.limits.cpu_time, shape.limits.on_output) == (250, 1_500_000, "kill")
