@@ -13,14 +13,14 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from sandboxd import canonical, units
-from sandboxd.errors import ControlNotSupported, InvalidRequest, RequestTooWide
+from sandboxd.errors import ControlNotSupported, InvalidRequest, RequestTooWide, TooLarge
 from sandboxd.models import Bytes
 from sandboxd.policy import paths
 from sandboxd.policy.explain import on_output
 from sandboxd.policy.quantities import MIN_MEMORY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from sandboxd.models import Input, Narrowing, Request
     from sandboxd.policy import Policy
@@ -39,6 +39,10 @@ __all__ = [
     "make_plan",
     "make_shape",
 ]
+
+MAX_COMMAND = 6 * 2**20
+"""Bytes of argv and env. No kernel takes more (_STK_LIM / 4 * 3, fs/exec.c); what a kernel takes of
+less is its own to say, as E2BIG. Every record of a call repeats its argv."""
 
 DEFAULT_ENV = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -299,10 +303,12 @@ def _command(policy: Policy, request: Request) -> Command:
         return value
 
     argv: list[dict[str, str]] = []
+    argv_size = 0
     for number, arg in enumerate(request.argv):
         data = arg.decode() if isinstance(arg, Bytes) else text(arg, f"argv.{number}").encode()
         if b"\0" in data:
             raise InvalidRequest(f"argv.{number} contains a NUL byte", field=f"argv.{number}")
+        argv_size += len(data) + 1
         argv.append(Bytes.of(data).model_dump(exclude_none=True))
     if argv[0] == {"text": ""}:
         raise InvalidRequest("argv.0 is empty; it names the program to run", field="argv.0")
@@ -311,6 +317,7 @@ def _command(policy: Policy, request: Request) -> Command:
         if "=" in name or "\0" in name:
             raise InvalidRequest(f"env: {name!r} is not the name of a variable", field="env")
         env[text(name, "env")] = text(value, f"env.{name}")
+    _bound_command(argv_size, env)
     try:
         cwd = paths.absolute(request.cwd)
     except ValueError as error:
@@ -321,34 +328,53 @@ def _command(policy: Policy, request: Request) -> Command:
     return Command(argv=tuple(argv), env=env, cwd=cwd, stdin="bytes", stdin_digest=digest)
 
 
+def _bound_command(argv_size: int, env: dict[str, str]) -> None:
+    size = argv_size + sum(len(name.encode()) + len(value.encode()) + 2 for name, value in env.items())
+    if size > MAX_COMMAND:
+        most = units.format_size(MAX_COMMAND)
+        raise TooLarge(f"argv and env together have {size} bytes, more than {most}", limit=MAX_COMMAND)
+
+
+_Tree = dict[str, "_Tree | None"]
+"""Names of files (None) and directories."""
+
+
 def _inputs(inputs: list[Input], limits: Limits) -> tuple[InputRef, ...]:
     found: list[InputRef] = []
-    seen: set[str] = set()
-    directories: set[str] = set()
+    tree: _Tree = {}
+    made = 0
     for number, item in enumerate(inputs):
         field = f"inputs.{number}.path"
         try:
             path = paths.relative(item.path)
         except ValueError as error:
             raise InvalidRequest(f"{field}: {error}", field=field) from None
-        if path in seen:
-            raise InvalidRequest(f"{field}: {path!r} is given twice", field=field)
-        seen.add(path)
-        directories.update(_parents(path))
+        made += _plant(tree, path, field)
+        # counted on the way: thousands of deep paths are millions of directories
+        _fit("workspace.inodes", made, limits.workspace_inodes, units.format_count)
         data = item.content.decode()
         found.append(InputRef(path, len(data), canonical.digest_bytes(data), item.mode))
-    both = sorted(seen & directories)
-    if both:
-        raise InvalidRequest(f"inputs: {both[0]!r} is a file and a directory", field="inputs")
     _fit("workspace.size", sum(item.size for item in found), limits.workspace_size, units.format_size)
-    _fit("workspace.inodes", len(seen | directories), limits.workspace_inodes, units.format_count)
     return tuple(found)
 
 
-def _parents(path: str) -> Iterator[str]:
-    while "/" in path:
-        path = path.rpartition("/")[0]
-        yield path
+def _plant(tree: _Tree, path: str, field: str) -> int:
+    """Put a file into the tree of all inputs; returns how many files and directories that makes."""
+    *above, name = path.split("/")
+    made = 1
+    for part in above:
+        if part not in tree:
+            tree[part] = {}
+            made += 1
+        beneath = tree[part]
+        if beneath is None:
+            raise InvalidRequest(f"{field}: {path!r} passes through another input", field=field)
+        tree = beneath
+    if name in tree:
+        what = "given twice" if tree[name] is None else "a file and a directory"
+        raise InvalidRequest(f"{field}: {path!r} is {what}", field=field)
+    tree[name] = None
+    return made
 
 
 def _fit(limit: str, asked: int, allowed: int, show: Callable[[int], str]) -> None:

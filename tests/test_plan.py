@@ -154,7 +154,7 @@ def test_no_plan_is_wider_than_its_policy(narrow: Narrowing) -> None:
         ({"inputs": [given_input("./a")]}, "inputs.0.path"),
         ({"inputs": [given_input("x" * 256)]}, "inputs.0.path"),
         ({"inputs": [given_input("a"), given_input("a")]}, "inputs.1.path"),
-        ({"inputs": [given_input("a/b"), given_input("a")]}, "inputs"),
+        ({"inputs": [given_input("a/b"), given_input("a")]}, "inputs.1.path"),
         ({"cwd": "/workspace/../etc"}, "cwd"),
         ({"cwd": "/workspace/"}, "cwd"),
         ({"argv": [""]}, "argv.0"),
