@@ -16,7 +16,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -30,18 +29,17 @@ from uuid6 import uuid7
 from sandboxd import errors
 from sandboxd.engine.base import Capabilities, Check, Slot
 from sandboxd.engine.bundle import INIT_PATH, Bind, BundlePaths, make_config
-from sandboxd.init import INIT, LAUNCH
+from sandboxd.engine.launch import Launch
+from sandboxd.init import INIT
 from sandboxd.init.protocol import Control, Rlimit, Setup
 from sandboxd.kernel import mounts
 from sandboxd.kernel.cgroup import CgroupLimits
 from sandboxd.policy import seccomp
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from sandboxd.images import HostBind, Image, ImageStore
     from sandboxd.kernel.cgroup import Cgroup, CgroupTree
-    from sandboxd.kernel.notify import NotifyServer
+    from sandboxd.kernel.notify import Listener, NotifyServer
     from sandboxd.kernel.userns import IdRange, UserNamespaces
     from sandboxd.plan import Limits, Mount, Shape
 
@@ -232,27 +230,9 @@ class OciEngine:
             cgroup=cgroup.relative_path if self.runtime.dialect == "runc" else None,
         )
         (directory / "config.json").write_text(json.dumps(config))
-        ours, theirs = socket.socketpair()
-        control = Control(ours)
-        stack.callback(control.close)
-        with theirs:
-            init_pid = self._start(name, directory, theirs.fileno(), cgroup)
+        control, init_pid, listener = self._start(shape, directory, cgroup, stack)
         pidfd = os.pidfd_open(init_pid)
         stack.callback(os.close, pidfd)
-        program = seccomp.compile_filter(shape.syscalls)
-        listener_fd = control.setup(
-            Setup(
-                shape.process.uid,
-                shape.process.gid,
-                shape.process.umask,
-                OOM_SCORE_ADJ,
-                rlimits(shape.limits),
-                program.bpf,
-            ),
-            CREATE_TIMEOUT,
-        )
-        listener = self._notify.add(listener_fd, answer=seccomp.answer, on_denied=None)
-        stack.callback(listener.close)
         tools = [pid for pid in cgroup.processes() if pid != init_pid]
         if len(tools) != 1:
             raise errors.ControlNotEnforced(
@@ -278,39 +258,37 @@ class OciEngine:
             made.upper_fd,
         )
 
-    def _start(self, name: str, directory: Path, control: int, cgroup: Cgroup) -> int:
-        # Runtimes give stdio to the container's root by fchown, so it must be nobody else's: not /dev/null.
-        said = os.memfd_create("runtime", os.MFD_CLOEXEC)
-        try:
-            # runc places the container itself, and by a path below its own cgroup: it stays in ours
-            places = cgroup.procs_files if self.runtime.dialect == "crun" else ()
-            command: Sequence[str] = [
-                str(LAUNCH),
-                "run",
-                str(control),
-                *places,
-                "--",
-                *self.runtime.command(self._run / "runtime", directory, name),
-            ]
-            done = subprocess.run(
-                command,
-                stdin=said,
-                stdout=said,
-                stderr=said,
-                pass_fds=[control],
+    def _start(
+        self, shape: Shape, directory: Path, cgroup: Cgroup, stack: ExitStack
+    ) -> tuple[Control, int, Listener]:
+        """The container with its tool process parked: the connection, PID 1 and the filter's listener."""
+        ours, theirs = socket.socketpair()
+        control = Control(ours)
+        stack.callback(control.close)
+        with theirs:
+            launch = Launch(
+                self.runtime.name,
+                self.runtime.command(self._run / "runtime", directory, directory.name),
+                control=theirs.fileno(),
+                # runc places the container itself, and by a path below its own cgroup: it stays in ours
+                places=cgroup.procs_files if self.runtime.dialect == "crun" else (),
                 timeout=CREATE_TIMEOUT,
-                check=False,
             )
-            if done.returncode != 0:
-                text = os.pread(said, 2000, 0).decode(errors="replace").strip()
-                raise errors.EngineFailed(
-                    f"{self.runtime.name} could not make a container (status {done.returncode}): {text}"
-                )
-            return int((directory / "pid").read_text())
-        except (subprocess.TimeoutExpired, ValueError) as error:
-            raise errors.EngineFailed(f"{self.runtime.name} could not make a container: {error}") from error
-        finally:
-            os.close(said)
+        owner, program = shape.process, seccomp.compile_filter(shape.syscalls)
+        setup = Setup(owner.uid, owner.gid, owner.umask, OOM_SCORE_ADJ, rlimits(shape.limits), program.bpf)
+        with launch:
+            try:
+                listener_fd = control.setup(setup, CREATE_TIMEOUT)
+            except errors.EngineFailed:
+                launch.finish()  # when the runtime failed, that is why nobody answered
+                raise
+            listener = self._notify.add(listener_fd, answer=seccomp.answer, on_denied=None)
+            stack.callback(listener.close)
+            launch.finish()
+        try:
+            return control, int((directory / "pid").read_text()), listener
+        except ValueError as error:
+            raise errors.EngineFailed(f"{self.runtime.name} wrote no pid: {error}") from error
 
     @staticmethod
     def _end_cgroup(cgroup: Cgroup) -> None:
@@ -364,8 +342,7 @@ class _Mounts:
         self._note(INIT_PATH, INIT)
         for bind in binds:
             self._note(bind.target, bind.source)
-        overlay = self.upper_fd is not None
-        return BundlePaths(rootfs, self._directory / "workspace", INIT, tuple(binds), overlay), workspace
+        return BundlePaths(rootfs, self._directory / "workspace", INIT, tuple(binds)), workspace
 
     def _note(self, target: str, source: Path) -> None:
         found = source.stat()
