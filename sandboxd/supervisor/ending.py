@@ -168,11 +168,7 @@ def _explain_errno(number: int) -> str:
 
 
 def _hint(number: int) -> str:
-    hints = {
-        signal.SIGXFSZ: ": it wrote a file larger than limits.file_size",
-        signal.SIGSYS: ": it made a system call through an ABI that is closed (32-bit or x32)",
-    }
-    return hints.get(signal.Signals(number), "") if number in set(signal.Signals) else ""
+    return ": it wrote a file larger than limits.file_size" if number == signal.SIGXFSZ else ""
 
 
 def limits_reached(ending: Ending, evidence: Evidence, limits: Limits) -> list[LimitReached]:
