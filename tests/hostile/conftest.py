@@ -1,0 +1,150 @@
+"""What every hostile test gets: its programs, and a look at the host when it is over."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from sandboxd.engine.host import instance_name
+from sandboxd.models import Bytes, Cause, Input
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from daemons import Daemon
+
+    from sandboxd.models import Invocation
+
+NATIVE = Path(__file__).parents[1] / "native"
+PROGRAMS = Path(__file__).parent / "programs"
+MAX_GROWTH = 48 * 2**20  # bytes that one attack may add to the daemon's resident memory
+SETTLE_SECONDS = 10.0
+BUSY_CPU = 0.5  # of one CPU: a daemon with nothing to do must not spin
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The C programs of this directory, compiled statically so that any image runs them."""
+
+    folder: Path
+
+    def __getitem__(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+    def input(self, *names: str) -> list[Input]:
+        """The programs as the executables ``./NAME`` of a call's workspace."""
+        return [Input(path=name, content=Bytes.of(self[name]), mode=0o755) for name in names]
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory, need: Callable[[object, str], None]) -> Programs:
+    need(shutil.which("gcc"), "gcc")
+    folder = tmp_path_factory.mktemp("programs")
+    for source in [*PROGRAMS.glob("*.c"), NATIVE / "sweep.c"]:
+        command = [
+            "gcc",
+            "-O1",
+            "-Wall",
+            "-Werror",
+            "-static",
+            "-pthread",
+            "-o",
+            folder / source.stem,
+            source,
+        ]
+        subprocess.run(command, check=True)
+    return Programs(folder)
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a call must not change on the host."""
+
+    null: tuple[int, int, int, int]
+    hostname: str
+    core_pattern: str
+
+    @classmethod
+    def look(cls) -> Host:
+        null = Path("/dev/null").stat()
+        return cls(
+            null=(null.st_uid, null.st_gid, null.st_rdev, stat.S_IMODE(null.st_mode)),
+            hostname=os.uname().nodename,
+            core_pattern=Path("/proc/sys/kernel/core_pattern").read_text(),
+        )
+
+
+def slots_of(daemon: Daemon) -> list[str]:
+    """Cgroups of containers that this daemon holds, in every hierarchy, and processes in them."""
+    tree = f"sandboxd-{instance_name(daemon.state)}"
+    found = [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/{tree}/*") if path.is_dir()]
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                if f"/{tree}/" in (process / "cgroup").read_text():
+                    found.append(f"process {process.name}")
+            except OSError:  # it ended meanwhile
+                continue
+    return found
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = SETTLE_SECONDS) -> None:
+    """Wait for a condition, or fail."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what}, not within {seconds:g} s"
+        time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def host_unharmed(daemon: Daemon) -> Iterator[None]:
+    """After each test: the host is as it was, and the daemon serves the next call at once and rightly."""
+    before = Host.look()
+    process = psutil.Process(daemon.process.pid)
+    resident, descriptors = process.memory_info().rss, process.num_fds()
+    yield
+    assert Host.look() == before
+    until(lambda: not slots_of(daemon), "no container of the daemon is left")
+    health = daemon.client(timeout=5).health()
+    assert (health.status, health.running, health.queued) == ("ready", 0, 0)
+    began = time.monotonic()
+    answer = daemon.run("sh", "-c", "echo $((6 * 7)); ls -A")
+    assert answer.outcome is not None
+    assert (answer.outcome.cause, answer.outcome.exit_code) == (Cause.EXITED, 0), answer.outcome
+    assert answer.stdout is not None
+    assert (answer.stdout.text, answer.denials, answer.limits_reached) == ("42\n", [], [])
+    assert time.monotonic() - began < 5
+    until(lambda: process.num_fds() <= descriptors + 8, "the daemon closes its descriptors")
+    assert process.memory_info().rss < resident + MAX_GROWTH
+    used, at = sum(process.cpu_times()[:2]), time.monotonic()
+    time.sleep(0.05)
+    assert sum(process.cpu_times()[:2]) - used <= BUSY_CPU * (time.monotonic() - at) + 0.02
+
+
+@pytest.fixture
+def probe(daemon: Daemon, programs: Programs) -> Callable[..., tuple[dict[str, str], Invocation]]:
+    """Run a program that prints ``NAME RESULT`` lines, and give them as a dictionary."""
+
+    def run(
+        program: str, *arguments: str, policy: str = "default", **options: object
+    ) -> tuple[dict[str, str], Invocation]:
+        found = daemon.run(
+            f"./{program}", *arguments, policy=policy, inputs=programs.input(program), **options
+        )
+        assert found.outcome is not None
+        assert found.outcome.exit_code == 0, (found.outcome, found.stderr)
+        assert found.stdout is not None
+        assert found.stdout.text is not None
+        lines = [line.rpartition(" ") for line in found.stdout.text.splitlines()]
+        return {name: result for name, _, result in lines}, found
+
+    return run
