@@ -33,6 +33,7 @@ from sandboxd.models import (
     State,
     Times,
 )
+from sandboxd.room import Held
 from sandboxd.supervisor.attempt import Attempt, Payload, Result
 from sandboxd.supervisor.streams import Stdin
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from sandboxd.models import Artifact, Bytes, Request
     from sandboxd.policy import Policy
     from sandboxd.reload import PolicyStore
+    from sandboxd.room import Room
     from sandboxd.scheduler import Scheduler
 
 __all__ = ["Calls"]
@@ -73,6 +75,7 @@ class Call:
     payload: Payload
     spool: Spool
     deadline: float | None
+    held: Held
     cancelled: bool = False
     attempt: Attempt | None = None
     stdin: Stdin = field(default_factory=Stdin)
@@ -102,6 +105,7 @@ class Calls:
         scheduler: Scheduler,
         blobs: BlobStore,
         tasks: TaskGroup,
+        inputs: Room,
     ) -> None:
         self._spools = state / "calls"
         self._spools.mkdir(mode=0o700, exist_ok=True)
@@ -112,6 +116,7 @@ class Calls:
         self._scheduler = scheduler
         self._blobs = blobs
         self._tasks = tasks
+        self._inputs = inputs
         self._flying: dict[str, Call] = {}
         self.draining = False
 
@@ -147,14 +152,28 @@ class Calls:
         """
         if self.draining:
             raise errors.Draining("the daemon finishes what runs and takes nothing new")
-        policy, made = self.plan_for(caller, request)
-        self._scheduler.check_room()
+        _, made = self.plan_for(caller, request)
+        self._scheduler.check_room(caller.uid)
+        payload = _payload(request)
+        held = Held(self._inputs, caller.uid)
+        held.grow(payload.size)
+        try:
+            accepted = await self._accept(caller, request, made, payload, held)
+        except BaseException:
+            held.release()
+            raise
+        log.info("accepted", id=accepted.id, uid=caller.uid, policy=made.shape.policy, tied=tied)
+        return accepted
+
+    async def _accept(
+        self, caller: Caller, request: Request, made: plan.Plan, payload: Payload, held: Held
+    ) -> Invocation:
         accepted = _now()
         invocation = Invocation(
             id=records.new_id(),
             state=State.ACCEPTED,
             caller=caller.info(),
-            policy=DigestRef(name=policy.name, digest=policy.digest),
+            policy=DigestRef(name=made.shape.policy, digest=made.shape.policy_digest),
             image=DigestRef(name=made.shape.image.name, digest=made.shape.image.digest),
             plan=made.digest,
             argv=list(request.argv),
@@ -164,16 +183,35 @@ class Calls:
         )
         existing = await self._journal.accept(records.Accepted(invocation, _request_digest(request)))
         if existing is not None:
+            held.release()
             return await self.get(caller, existing.id)
         deadline = None if request.deadline is None else time.monotonic() + request.deadline / 1e6
         limits = made.limits
-        spool = Spool.create(self._spools / invocation.id, {"stdout": limits.stdout, "stderr": limits.stderr})
-        spool.add(Event(seq=0, at=accepted, type="accepted", id=invocation.id))
-        call = Call(invocation, caller, made, _payload(request), spool, deadline)
+        try:
+            spool = Spool.create(
+                self._spools / invocation.id, {"stdout": limits.stdout, "stderr": limits.stderr}
+            )
+            spool.add(Event(seq=0, at=accepted, type="accepted", id=invocation.id))
+        except errors.HostFailed as error:  # it was accepted, so it has an outcome
+            held.release()
+            return await self._stillborn(invocation, _ours(error.code, str(error)))
+        call = Call(invocation, caller, made, payload, spool, deadline, held)
         self._flying[invocation.id] = call
         self._tasks.start_soon(self._run, call)
-        log.info("accepted", id=invocation.id, uid=caller.uid, policy=policy.name, tied=tied)
         return invocation
+
+    async def _stillborn(self, invocation: Invocation, outcome: Outcome, **streams: Content) -> Invocation:
+        """Record the outcome of a call that no task of this daemon runs."""
+        done = invocation.model_copy(
+            update={
+                "state": State.ENDED,
+                "outcome": outcome,
+                **streams,
+                "times": invocation.times.model_copy(update={"ended": _now()}),
+            }
+        )
+        await self._journal.ended(done, records.outcome_header(done))
+        return done
 
     async def _run(self, call: Call) -> None:
         invocation = call.invocation
@@ -260,6 +298,7 @@ class Calls:
         call.spool.add(Event(seq=0, at=done.times.ended or 0, type="ended", invocation=done))
         call.spool.close(durable=False)
         call.stdin.close()
+        call.held.release()
         self._flying.pop(done.id, None)
         call.ended.set()
         log.info("ended", id=done.id, cause=done.outcome.cause if done.outcome else None)
@@ -277,15 +316,7 @@ class Calls:
             outcome = _ours(
                 "interrupted", "the daemon ended while the call was in flight; what it did is unknown"
             )
-            done = invocation.model_copy(
-                update={
-                    "state": State.ENDED,
-                    "outcome": outcome,
-                    **streams,
-                    "times": invocation.times.model_copy(update={"ended": _now()}),
-                }
-            )
-            await self._journal.ended(done, records.outcome_header(done))
+            await self._stillborn(invocation, outcome, **streams)
         return len(found)
 
     async def _find(self, caller: Caller, id: str) -> Call | Invocation:

@@ -124,6 +124,9 @@ class Budget(Section):
     memory: int | float = 0.75
     """An int is bytes; a float is a share of the host's memory, above 0 and at most 1."""
     slots: Annotated[Count, Field(ge=1, le=100_000)] = 64
+    inputs: Annotated[Size, Field(ge=2**20)] = 2**30
+    """Bytes of bodies that are being read, and again of the inputs, tars and stdin of calls that have not
+    ended: the daemon holds both in memory."""
 
     @field_validator("memory", mode="before")
     @classmethod

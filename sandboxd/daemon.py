@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 from contextlib import AsyncExitStack
@@ -33,6 +34,7 @@ from sandboxd.engine.host import EngineHost, enter_private_mounts, instance_name
 from sandboxd.journal import Journal
 from sandboxd.policy import shipped_policies
 from sandboxd.reload import PolicyStore
+from sandboxd.room import Room
 from sandboxd.scheduler import Scheduler
 from sandboxd.service import DaemonService
 
@@ -66,6 +68,9 @@ def serve(config: Config, *, socket: Path | None = None, state: Path | None = No
     if state is not None:
         config = config.model_copy(update={"state": state.absolute()})
     _configure_logs()
+    # Every call holds descriptors from its acceptance on; the tool's own limit is its policy's.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     config.state.mkdir(mode=0o711, parents=True, exist_ok=True)
     name = instance_name(config.state)
     run = enter_private_mounts(name)
@@ -128,6 +133,7 @@ async def _serve(config: Config, run: Path, name: str) -> None:
             scheduler=scheduler,
             blobs=blobs,
             tasks=tasks,
+            inputs=Room(config.budget.inputs),
         )
         interrupted = await service.close_interrupted()
         if interrupted:

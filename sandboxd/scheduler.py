@@ -4,6 +4,7 @@ A call starts when its caller runs fewer than it may, a slot is free, and its me
 Callers take turns, in proportion to their weights: the caller whose started calls, divided by its
 weight, are fewest goes next; within a caller calls start in order of acceptance. A call whose memory
 does not fit yet holds the free memory back from everybody behind it, so that a large one starts too.
+How many may wait is bounded, and nobody can take all the places (``room``).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from sandboxd import errors
+from sandboxd import errors, room
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -57,11 +58,13 @@ class Scheduler:
         self.running = 0
         self.queued = 0
 
-    def check_room(self) -> None:
-        """Raise QueueFull when no further call may wait."""
-        if self.queued >= self._queue and not self._idle():
+    def check_room(self, uid: int) -> None:
+        """Raise QueueFull when no further call of this caller may wait."""
+        share = self._shares.get(uid)
+        own = len(share.waiting) if share is not None else 0
+        if not room.fits(own + 1, self._queue - self.queued - 1) and not self._idle():
             raise errors.QueueFull(
-                f"{self.queued} calls wait already; try again later",
+                f"{self.queued} calls wait already, {own} of them yours; try again later",
                 retry_after=RETRY_AFTER,
                 queued=self.queued,
                 running=self.running,

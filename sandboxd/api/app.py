@@ -25,6 +25,7 @@ from sandboxd.api.invocations import Invocations, json_response
 from sandboxd.api.openapi import components, operation
 from sandboxd.api.protocol import CALLER, ServerConfig
 from sandboxd.errors import InvalidRequest, NotFound, NotIdentified, SandboxdError, TooLarge
+from sandboxd.room import Room
 
 if TYPE_CHECKING:
     import socket
@@ -89,7 +90,9 @@ def build(service: Service) -> Edge:
             Exception: _internal,
         },
     )
-    for method, path, handler, doc in [*Invocations(service).routes(), *Catalogue(service).routes()]:
+    bodies = Room(service.config.budget.inputs)
+    routes = [*Invocations(service, bodies).routes(), *Catalogue(service, bodies).routes()]
+    for method, path, handler, doc in routes:
         app.add_api_route(
             path,
             handler,

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
+    from sandboxd.room import Held
+
 __all__ = ["chunks", "decode", "parse_json", "query", "read"]
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -38,8 +40,11 @@ def media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-async def read(request: Request, limit: int) -> bytes:
-    """The whole body. Raises TooLarge as soon as it is known to be, RequestTimeout if it is cut off."""
+async def read(request: Request, limit: int, held: Held | None = None) -> bytes:
+    """The whole body. Raises TooLarge as soon as it is known to be, RequestTimeout if it is cut off.
+
+    ``held`` counts what is held meanwhile; its QueueFull is raised too.
+    """
     declared = request.headers.get("content-length")
     if declared is not None and int(declared) > limit:  # h11 has seen to it that it is a number
         raise _too_large(limit)
@@ -49,6 +54,8 @@ async def read(request: Request, limit: int) -> bytes:
         size += len(part)
         if size > limit:
             raise _too_large(limit)
+        if held is not None:
+            held.grow(len(part))
         parts.append(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -72,11 +79,11 @@ def _too_large(limit: int) -> TooLarge:
     return TooLarge(f"the body is larger than {limit} bytes", limit=limit)
 
 
-async def decode(request: Request, model: type[Model], limit: int) -> Model:
-    """The JSON body as a model. Raises InvalidRequest, TooLarge, RequestTimeout, or 415."""
+async def decode(request: Request, model: type[Model], limit: int, held: Held | None = None) -> Model:
+    """The JSON body as a model. Raises InvalidRequest, or 415, or what ``read`` does."""
     if media_type(request) not in {"application/json", ""}:
         raise HTTPException(415, "the body must be JSON: send Content-Type: application/json")
-    data = parse_json(await read(request, limit))
+    data = parse_json(await read(request, limit, held))
     try:
         return model.model_validate(data)
     except ValidationError as error:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from sandboxd.api.service import Service
+    from sandboxd.room import Room
 
 __all__ = ["Catalogue"]
 
@@ -24,10 +25,11 @@ MAX_NAME = 128
 
 
 class Catalogue:
-    """The handlers, and the service that they call."""
+    """The handlers, and the service that they call. ``bodies`` bounds what all of them hold."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, bodies: Room) -> None:
         self.service = service
+        self.bodies = bodies
         self.limit = service.config.http.body
 
     async def policies(self, request: Request) -> Response:
@@ -53,8 +55,10 @@ class Catalogue:
     async def plan(self, request: Request) -> Response:
         """What would run, and where each value came from."""
         body.query(request, queries.NoQuery)
-        asked = await body.decode(request, models.Request, self.limit)
-        return json_response(await self.service.plan(caller_of(request), asked))
+        caller = caller_of(request)
+        with self.bodies.held(caller.uid) as held:
+            asked = await body.decode(request, models.Request, self.limit, held)
+            return json_response(await self.service.plan(caller, asked))
 
     async def images(self, request: Request) -> Response:
         """The images of the store."""

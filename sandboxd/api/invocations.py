@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from sandboxd.api.identity import Caller
     from sandboxd.api.service import Service
+    from sandboxd.room import Room
 
 __all__ = ["Invocations", "caller_of", "json_response"]
 
@@ -49,10 +50,11 @@ def _id(request: Request) -> str:
 
 
 class Invocations:
-    """The handlers, and the service that they call."""
+    """The handlers, and the service that they call. ``bodies`` bounds what all of them hold."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, bodies: Room) -> None:
         self.service = service
+        self.bodies = bodies
         self.limit = service.config.http.body
 
     async def create(self, request: Request) -> Response:
@@ -63,10 +65,12 @@ class Invocations:
         asynchronous = "respond-async" in {part.strip() for part in re.split("[,;]", wanted)}
         try:
             body.query(request, queries.NoQuery)
-            asked = await body.decode(request, models.Request, self.limit)
-            summary = _summary(asked)
-            tied = not asynchronous and asked.key is None
-            found = await self.service.submit(caller, asked, tied=tied)
+            with self.bodies.held(caller.uid) as held:
+                asked = await body.decode(request, models.Request, self.limit, held)
+                summary = _summary(asked)
+                tied = not asynchronous and asked.key is None
+                found = await self.service.submit(caller, asked, tied=tied)
+                del asked  # or this frame keeps its inputs for as long as the call runs
         except Refused as error:
             await self.service.refused(caller, error, summary)
             raise

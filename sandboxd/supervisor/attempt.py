@@ -58,6 +58,11 @@ class Payload:
     tar: bytes | None = None
     stdin: bytes | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes that it holds in memory."""
+        return sum(len(data) for _, data, _ in self.inputs) + len(self.tar or b"") + len(self.stdin or b"")
+
 
 @dataclass
 class Result:
