@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic_core
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request  # noqa: TC002  # FastAPI evaluates the handlers' annotations
 from starlette.responses import Response
 
@@ -29,6 +30,23 @@ JSON = "application/json"
 SMALL = 4096  # bytes of a body that holds next to nothing
 MAX_REPORTED = 128  # characters of a field in the record of a refusal
 _ID = re.compile(r"[0-9A-Za-z_.-]{1,64}")
+
+
+class ArtifactPath(Convertor[str]):
+    """The rest of a path, newlines included: Starlette's ``path`` stops at one, or leaves it off the end."""
+
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        """The text itself."""
+        return value
+
+    def to_string(self, value: str) -> str:
+        """The text itself."""
+        return value
+
+
+register_url_convertor("artifact", ArtifactPath())
 
 
 def caller_of(request: Request) -> Caller:
@@ -211,7 +229,7 @@ class Invocations:
              Doc("Send a signal", body=queries.SignalBody, status=204)),
             ("POST", one + "/cancel", self.cancel, Doc("End a call", answer=models.Invocation)),
             ("GET", one + "/artifacts", self.artifacts, Doc("The files of a call", answer=listing)),
-            ("GET", one + "/artifacts/{path:path}", self.artifact, Doc("One file", raw_answer=True)),
+            ("GET", one + "/artifacts/{path:artifact}", self.artifact, Doc("One file", raw_answer=True)),
         ]  # fmt: skip
 
 

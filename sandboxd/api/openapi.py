@@ -54,7 +54,7 @@ def operation(path: str, doc: Doc) -> dict[str, Any]:
     """The ``openapi_extra`` of a route."""
     parameters: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        for name in re.findall(r"{(\w+)(?::path)?}", path)
+        for name in re.findall(r"{(\w+)(?::\w+)?}", path)
     ]
     properties = doc.query.model_json_schema().get("properties", {}) if doc.query.model_fields else {}
     whole = doc.query.model_json_schema()
