@@ -247,10 +247,10 @@ class Attempt:
     async def _watch_wall(self) -> None:
         wall = self._handed_over + self._plan.limits.wall / 1e6
         if self._deadline is not None and self._deadline < wall:
-            await anyio.sleep(self._deadline - time.monotonic())
+            await anyio.sleep(max(0.0, self._deadline - time.monotonic()))  # anyio takes no negative time
             self._end(Stopped("deadline"))
         else:
-            await anyio.sleep(wall - time.monotonic())
+            await anyio.sleep(max(0.0, wall - time.monotonic()))
             self._end(Stopped("wall"))
 
     async def _watch_cpu(self, slot: Slot, limit: int, cpus: int) -> None:
