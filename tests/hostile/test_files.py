@@ -91,17 +91,18 @@ def test_names_are_bytes(daemon: Daemon, tmp_path: Path) -> None:
     printf a > "$(printf 'new\nline')"; printf b > "$(printf 'bad\377\376utf8')"; printf c > 'back\slash';
     printf d > "$(printf '%0255d' 0)"; printf e > '%41'; printf f > ' '; printf g > '-rf'; printf h > "$(printf '\033[31m')"
     mkdir -p '..a/...'; printf i > '..a/.../...'; printf j > "$(printf '\303\274')"; printf k > '*'; printf l > '..\x'
+    printf m > $'ends with\n'
     """
     found, released, withheld = collected(daemon, "bash", "-c", code)
     ended(found)
     expected = [b"new\nline", b"bad\xff\xfeutf8", b"back\\slash", b"0" * 255, b"%41", b" ", b"-rf", b"\x1b[31m",
-                b"..a/.../...", "ü".encode(), b"*", b"..\\x"]  # fmt: skip
+                b"..a/.../...", "ü".encode(), b"*", b"..\\x", b"ends with\n"]  # fmt: skip
     assert released == dict.fromkeys(expected, 1)
     assert withheld == {}
     saved = daemon.client().save_artifacts(found.id, tmp_path)
     assert len(saved) == len(expected)
     contents = sorted(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert b"".join(contents) == b"abcdefghijkl"
+    assert b"".join(contents) == b"abcdefghijklm"
 
 
 def test_a_deep_tree(daemon: Daemon, programs: Programs) -> None:
