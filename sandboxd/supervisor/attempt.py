@@ -16,8 +16,8 @@ import base64
 import os
 import time
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import anyio.to_thread
@@ -35,7 +35,7 @@ from sandboxd.supervisor.ending import limits_reached as reached
 from sandboxd.supervisor.streams import OutputPipe, Stdin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from sandboxd.blobs import BlobStore
     from sandboxd.engine.base import Engine, Slot
@@ -103,7 +103,9 @@ class Attempt:
         self._over = anyio.Event()
         self._ending: Ending | None = None
         self._slot: Slot | None = None
+        self._fault: errors.AttemptFailed | None = None
         self._handed_over = 0.0
+        self._running = False
         self._before = CgroupUsage(0, 0, 0, 0, 0, None, 0, 0)
         self._written = {"stdout": 0, "stderr": 0}
         self._dropped = {"stdout": 0, "stderr": 0}
@@ -115,7 +117,7 @@ class Attempt:
 
     async def signal(self, number: int) -> None:
         """Send a signal to the tool's process group. Raises StateConflict when nothing runs."""
-        if self._slot is None or self._handed_over == 0 or self._ending is not None:
+        if self._slot is None or not self._running or self._ending is not None:
             raise errors.StateConflict("the call is not running; a signal needs a running command")
         await self._slot.control.signal(number)
 
@@ -140,7 +142,9 @@ class Attempt:
             self._slot = slot
             await anyio.to_thread.run_sync(self._fill_workspace, slot)
             if self._plan.limits != self._plan.shape.limits:
-                slot.cgroup.set(cgroup_limits(self._plan.limits, None))
+                # io is in force already, and cannot be narrowed
+                narrowed = replace(self._plan.limits, io_read=None, io_write=None)
+                slot.cgroup.set(cgroup_limits(narrowed, None))
             result.receipt = receipts.read_receipt(slot, self._plan.limits)
             receipts.check(result.receipt)
             tmp = os.open(f"/proc/{slot.tool_pid}/root/tmp", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -167,12 +171,12 @@ class Attempt:
         for name in ("stdout", "stderr"):
             pipes[name] = OutputPipe(*ids, self._sink(name))
             stack.callback(pipes[name].close)
-        stdin = self._open_stdin(ids)
         slot.cgroup.reset_peak()
         self._before = slot.cgroup.usage()  # of the runtime and PID 1, which are not the call's
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._end(Stopped("deadline"))
         command, limits = self._plan.command, self._plan.limits
+        stdin = self._open_stdin(ids)
         try:
             if self._ending is None:
                 self._handed_over = time.monotonic()
@@ -183,24 +187,27 @@ class Attempt:
                     limits.wall + GRACE,
                     [stdin, pipes["stdout"].inner, pipes["stderr"].inner],
                 )
+                self._running = True  # not before: a signal's frame must not come amid the command's
                 self._on_state("running")
         finally:
             os.close(stdin)
             for pipe in pipes.values():
                 pipe.handed_over()
         async with anyio.create_task_group() as watchers:
-            watchers.start_soon(self._watch_init, slot)
+            watchers.start_soon(self._guarded, self._watch_init, slot)
             watchers.start_soon(self._watch_wall)
             if limits.cpu_time is not None:
-                watchers.start_soon(self._watch_cpu, slot, limits.cpu_time, limits.cpus)
+                watchers.start_soon(self._guarded, self._watch_cpu, slot, limits.cpu_time, limits.cpus)
             if self._payload.stdin is not None:
-                watchers.start_soon(self._feed, self._payload.stdin)
+                watchers.start_soon(self._guarded, self._feed, self._payload.stdin)
             await self._over.wait()
             watchers.cancel_scope.cancel()
         ended = time.monotonic()
         await self._engine.kill(slot)
         for pipe in pipes.values():
             await pipe.finished()
+        if self._fault is not None:
+            raise self._fault
         assert self._ending is not None  # noqa: S101  (that is what over means)
         return self._ending, int((ended - self._handed_over) * 1e6) if self._handed_over else 0
 
@@ -217,7 +224,13 @@ class Attempt:
         kill = self._plan.limits.on_output == "kill"
 
         def sink(data: bytes) -> None:
-            stored = self._spool.append(stream, data)
+            if self._fault is not None:
+                return  # what is lost was lost loudly; only the end of the pipe is waited for
+            try:
+                stored = self._spool.append(stream, data)
+            except errors.AttemptFailed as error:
+                self._break(error)
+                return
             self._written[stream] += stored
             self._dropped[stream] += len(data) - stored
             if kill and stored < len(data):
@@ -229,6 +242,21 @@ class Attempt:
         if self._ending is None:
             self._ending = ending
             self._over.set()
+
+    def _break(self, fault: errors.AttemptFailed) -> None:
+        """End the call for a fault of ours, whatever else ended it: what we know of it is not whole."""
+        if self._fault is None:
+            self._fault = fault
+            self._over.set()
+
+    async def _guarded(self, watch: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """A watcher whose fault ends the call, and not the daemon."""
+        try:
+            await watch(*arguments)
+        except errors.AttemptFailed as error:
+            self._break(error)
+        except OSError as error:
+            self._break(errors.HostFailed(f"the host refused what the call needs: {error}"))
 
     async def _watch_init(self, slot: Slot) -> None:
         while True:

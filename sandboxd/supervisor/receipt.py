@@ -40,6 +40,7 @@ RLIMIT_LINES = {  # names of /proc/PID/limits
     4: "Max core file size",
     7: "Max open files",
     8: "Max locked memory",
+    11: "Max pending signals",
     12: "Max msgqueue size",
     13: "Max nice priority",
     14: "Max realtime priority",
@@ -50,16 +51,19 @@ GONE = {errno.ESRCH, errno.ECHILD, errno.ETIMEDOUT, errno.ENOENT}
 
 
 def check(receipt: Receipt) -> None:
-    """Raise ControlNotEnforced for the first control that is not as asked."""
-    for control in receipt.controls:
-        if not control.enforced:
-            raise errors.ControlNotEnforced(
-                f"{control.name}: asked for {control.asked}, but {control.read_from} says "
-                f"{control.in_force}; the call was not started",
-                control=control.name,
-                asked=control.asked,
-                in_force=control.in_force,
-            )
+    """Raise ControlNotEnforced for the first control that is not as asked; ``details`` names all of them."""
+    wrong = [control for control in receipt.controls if not control.enforced]
+    if not wrong:
+        return
+    first, more = wrong[0], f" ({len(wrong) - 1} more are not as asked)" if len(wrong) > 1 else ""
+    raise errors.ControlNotEnforced(
+        f"{first.name}: asked for {first.asked}, but {first.read_from} says {first.in_force}; the call was "
+        f"not started{more}",
+        control=first.name,
+        asked=first.asked,
+        in_force=first.in_force,
+        controls=[control.name for control in wrong],
+    )
 
 
 def read_receipt(slot: Slot, limits: Limits) -> Receipt:

@@ -123,7 +123,10 @@ class Stdin:
             try:
                 taken = os.write(self._write, view)
             except BlockingIOError:
-                await anyio.wait_writable(self._write)
+                try:
+                    await anyio.wait_writable(self._write)
+                except anyio.ClosedResourceError:  # by ``close``, below
+                    raise errors.StateConflict("the call has ended", offset=self.offset) from None
                 return 0
             except BrokenPipeError:
                 self._close_pipe()
