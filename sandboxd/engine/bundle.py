@@ -32,6 +32,7 @@ __all__ = [
 INIT_PATH = "/dev/.sandboxd"  # under /dev, where the runtime can make a mount point in any image
 INIT_CAPABILITIES = ("CAP_KILL", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID")
 SHM_MAX = 64 * 2**20
+PTYS = 64  # terminals that a tool may open; all containers share what kernel.pty.max leaves them
 
 # World-readable files of /proc that speak of the host, and switches of the kernel.
 MASKED = (
@@ -108,7 +109,16 @@ def make_config(
     mounts: list[dict[str, Any]] = [
         _mount("/proc", "proc", "nosuid", "nodev", "noexec", "hidepid=invisible"),
         _mount("/dev", "tmpfs", "nosuid", "noexec", "mode=755", "size=64k"),
-        _mount("/dev/pts", "devpts", "nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"),
+        _mount(
+            "/dev/pts",
+            "devpts",
+            "nosuid",
+            "noexec",
+            "newinstance",
+            "ptmxmode=0666",
+            "mode=0620",
+            f"max={PTYS}",
+        ),
         _mount(
             "/dev/shm",
             "tmpfs",

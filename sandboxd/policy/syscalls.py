@@ -28,6 +28,7 @@ STREAM, DGRAM, RAW, SEQPACKET = 1, 2, 3, 5
 TYPE_MASK = 0xF  # SOCK_TYPE_MASK: above it are SOCK_CLOEXEC and SOCK_NONBLOCK
 NETLINK_ROUTE, IPPROTO_TCP, IPPROTO_UDP, IPPROTO_MPTCP = 0, 6, 17, 262
 S_IFMT = 0xF000
+MAP_HUGETLB, MFD_HUGETLB, SHM_HUGETLB = 0x40000, 0x4, 0o4000  # asm-generic/mman.h, memfd.h, shm.h
 ADDR_NO_RANDOMIZE = 0x0040000
 SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER = 1, 8
 
@@ -107,7 +108,9 @@ _ALL = (
                "it takes the command's directory, mask, session and signals"),
         _when("ioctl", "it takes the terminal, if the command has one", (_int(1, TIOCSCTTY),)),
         _allow("execve execveat exit exit_group", "it becomes the command, or says why it could not"),
-        _allow("brk mmap munmap mprotect arch_prctl set_tid_address set_robust_list rseq getrandom",
+        _when("mmap", "all but huge pages of the host's pool, which no memory limit counts",
+              (_bits(3, MAP_HUGETLB, 0),)),
+        _allow("brk munmap mprotect arch_prctl set_tid_address set_robust_list rseq getrandom",
                "the start of every C library, static or dynamic"),
         _when("prlimit64", "libc reads the stack's limit; pid 0 is the caller, others are nobody's business",
               (_int(0, 0),)),
@@ -207,7 +210,8 @@ _ALL = (
         _allow("mremap madvise mincore msync mlock mlock2 munlock mlockall munlockall mseal",
                "allocators and runtimes; locked pages count against memory and RLIMIT_MEMLOCK"),
         _allow("pkey_mprotect pkey_alloc pkey_free map_shadow_stack", "hardening of a process by itself"),
-        _allow("memfd_create", "files without a name; they count against memory"),
+        _when("memfd_create", "files without a name; they count against memory, but for huge pages",
+              (_bits(1, MFD_HUGETLB, 0),)),
         _allow("get_mempolicy", "numeric libraries ask for the machine's shape"),
         _errno("set_mempolicy", "ENOSYS", "libnuma tries it as soon as it is loaded, by ps and top too"),
     ),
@@ -268,7 +272,8 @@ _ALL = (
     _group(
         "@ipc",
         "System V and POSIX messages, semaphores and shared memory, in the container's own namespace",
-        _allow("shmget shmat shmdt shmctl semget semop semtimedop semctl msgget msgsnd msgrcv msgctl",
+        _when("shmget", "shared memory, but no huge pages", (_bits(2, SHM_HUGETLB, 0),)),
+        _allow("shmat shmdt shmctl semget semop semtimedop semctl msgget msgsnd msgrcv msgctl",
                "databases and multiprocessing"),
         _allow("mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify mq_getsetattr", "POSIX queues"),
     ),

@@ -58,7 +58,7 @@ def test_what_is_never_reachable_is_in_no_base(name: str, machine: str) -> None:
 
 PARKED = """
 read write recvmsg sendmsg poll ppoll dup dup2 dup3 close close_range fcntl chdir fchdir umask
-execve execveat exit exit_group rt_sigprocmask rt_sigaction rt_sigreturn brk mmap munmap mprotect
+execve execveat exit exit_group rt_sigprocmask rt_sigaction rt_sigreturn brk munmap mprotect
 setsid setpgid
 """
 
@@ -71,6 +71,9 @@ def test_the_parked_process_can_work_whatever_is_denied(name: str) -> None:
     for syscall in PARKED.split():
         if syscall in NATIVE_ARCH.numbers:
             assert program.judge(syscall, (2**64 - 1,) * 6) == "allow", syscall
+    huge = 0x40000
+    assert program.judge("mmap", (2**64 - 1, 2**64 - 1, 2**64 - 1, ~huge & 2**64 - 1, 0, 0)) == "allow"
+    assert program.judge("mmap", (0, 0, 0, huge, 0, 0)) == "denied"
     assert program.judge("ioctl", (0, 0x540E)) == "allow"
     assert program.judge("prctl", (1, 9)) == program.judge("prctl", (4, 0)) == "allow"
 
