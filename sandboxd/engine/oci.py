@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["OciEngine", "Runtime", "cgroup_limits", "find_runtimes", "rlimits"]
 
 CREATE_TIMEOUT = 30.0  # seconds for the runtime, and for each step of PID 1
+RUNTIME_GONE = 1.0  # seconds until the runtime's own processes have left the cgroup, after its end
 DEATH_TIMEOUT = 30.0  # seconds until a killed container must be gone
 OOM_SCORE_ADJ = 500  # PID 1 keeps 0, so that the kernel picks the tool
 
@@ -240,12 +241,7 @@ class OciEngine:
         control, init_pid, listener = self._start(shape, directory, cgroup, stack)
         pidfd = os.pidfd_open(init_pid)
         stack.callback(end_process, pidfd, DEATH_TIMEOUT)
-        tools = [pid for pid in cgroup.processes() if pid != init_pid]
-        if len(tools) != 1:
-            raise errors.ControlNotEnforced(
-                f"the cgroup holds {len(tools)} processes beside PID 1, not the parked one alone",
-                control="cgroup",
-            )
+        tool_pid = self._tool_of(cgroup, init_pid)
         cgroup.set(cgroup_limits(shape.limits, self._device(shape.limits, image)))
         return Slot(
             name,
@@ -254,7 +250,7 @@ class OciEngine:
             self.runtime.name,
             init_pid,
             pidfd,
-            tools[0],
+            tool_pid,
             control,
             cgroup,
             listener,
@@ -296,6 +292,19 @@ class OciEngine:
             return control, int((directory / "pid").read_text()), listener
         except ValueError as error:
             raise errors.EngineFailed(f"{self.runtime.name} wrote no pid: {error}") from error
+
+    @staticmethod
+    def _tool_of(cgroup: Cgroup, init_pid: int) -> int:
+        """The parked process: what is in the cgroup beside PID 1, once what the runtime forked has left."""
+        until = time.monotonic() + RUNTIME_GONE
+        while len(tools := [pid for pid in cgroup.processes() if pid != init_pid]) != 1:
+            if time.monotonic() > until:
+                raise errors.ControlNotEnforced(
+                    f"the cgroup holds {len(tools)} processes beside PID 1, not the parked one alone",
+                    control="cgroup",
+                )
+            time.sleep(0.0005)
+        return tools[0]
 
     @staticmethod
     def _end_cgroup(cgroup: Cgroup) -> None:
