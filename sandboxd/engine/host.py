@@ -22,6 +22,9 @@ from sandboxd.kernel.userns import UserNamespaces
 if TYPE_CHECKING:
     from sandboxd.config import Config
 
+DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+"""Those that a runtime takes from its own ``/dev`` when it cannot make them: OCI config-linux.md."""
+
 __all__ = ["EngineHost", "enter_private_mounts", "instance_name"]
 
 
@@ -47,6 +50,7 @@ def enter_private_mounts(name: str) -> Path:
             mounts.attach(tmpfs, run)
         finally:
             os.close(tmpfs)
+        mounts.own_devices(run / "dev", DEVICES)
     except OSError as error:
         raise errors.HostUnsupported(
             f"no mount namespace of our own: {error}; sandboxd needs root"

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 __all__ = [
     "MountEntry",
@@ -23,6 +24,7 @@ __all__ = [
     "detach",
     "hide_hybrid_cgroup2",
     "new_mount",
+    "own_devices",
     "parse_mountinfo",
     "private_namespace",
     "set_attributes",
@@ -80,8 +82,36 @@ def hide_hybrid_cgroup2() -> None:
                 detach(Path(entry.target))
 
 
-def new_mount(kind: str, options: Mapping[str, str], *, executable: bool = True) -> int:
-    """A detached mount of a new file system, ``nosuid,nodev``; returns its descriptor. Raises OSError."""
+def own_devices(directory: Path, names: Sequence[str]) -> None:
+    """Put nodes of our own, made in ``directory``, in the place of those of ``/dev`` in this namespace.
+
+    What the nodes of the host show and keep (who opens them and when, by inotify(7); their times) is then
+    not shared with whoever is lent one. Only for a process in a mount namespace of its own. Raises OSError.
+    """
+    directory.mkdir(mode=0o711)
+    _mount(new_mount("tmpfs", {"mode": "0711", "size": "64k"}, executable=False, devices=True), directory)
+    for name in names:
+        found = Path("/dev", name).stat()
+        node = directory / name
+        os.mknod(node, stat.S_IFCHR, found.st_rdev)
+        node.chmod(0o666)
+        _mount(clone_tree(node), Path("/dev", name))
+
+
+def _mount(mount: int, target: Path) -> None:
+    try:
+        attach(mount, target)
+    finally:
+        os.close(mount)
+
+
+def new_mount(
+    kind: str, options: Mapping[str, str], *, executable: bool = True, devices: bool = False
+) -> int:
+    """A detached mount of a new file system, ``nosuid`` and, but for ``devices``, ``nodev``.
+
+    Returns its descriptor. Raises OSError.
+    """
     context = _call(f"fsopen {kind}", SYS_FSOPEN, kind.encode(), FSOPEN_CLOEXEC)
     try:
         for key, value in options.items():
@@ -95,7 +125,8 @@ def new_mount(kind: str, options: Mapping[str, str], *, executable: bool = True)
                 0,
             )
         _call(f"fsconfig {kind}", SYS_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
-        attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | (0 if executable else MOUNT_ATTR_NOEXEC)
+        attributes = MOUNT_ATTR_NOSUID | (0 if devices else MOUNT_ATTR_NODEV)
+        attributes |= 0 if executable else MOUNT_ATTR_NOEXEC
         return _call(f"fsmount {kind}", SYS_FSMOUNT, context, FSMOUNT_CLOEXEC, attributes)
     finally:
         os.close(context)

@@ -40,6 +40,22 @@ except OSError:
     print(count)
 """
 
+WATCHER = """
+import ctypes, os, time
+libc = ctypes.CDLL(None)
+watch = libc.inotify_init1(os.O_NONBLOCK)
+for name in ("null", "zero", "full", "random", "urandom"):
+    assert libc.inotify_add_watch(watch, f"/dev/{name}".encode(), 0x20) > 0  # IN_OPEN
+    os.utime(f"/dev/{name}")
+open("/dev/zero").close()
+print(len(os.read(watch, 65536)), flush=True)
+time.sleep(1.5)
+try:
+    print(len(os.read(watch, 65536)))
+except BlockingIOError:
+    print(0)
+"""
+
 
 @pytest.fixture
 def core_handler(tmp_path: Path) -> Iterator[Path]:
@@ -75,3 +91,20 @@ def test_one_container_leaves_terminals_for_others(daemon: Daemon) -> None:
     done = daemon.run("python3", "-c", TERMINALS, policy="host")
     assert done.stdout is not None
     assert int(done.stdout.text or 0) in range(8, 65)
+
+
+def test_a_tool_cannot_watch_the_hosts_devices(daemon: Daemon) -> None:
+    before = [Path("/dev", name).stat().st_mtime_ns for name in ("zero", "full", "random")]
+    client = daemon.client()
+    call = client.start(["python3", "-c", WATCHER], policy="host")
+    while client.get(call.id).state != "ended":
+        for name in ("zero", "full", "random"):
+            Path("/dev", name).open("rb").close()
+        time.sleep(0.05)
+    done = client.get(call.id)
+    assert done.stdout is not None
+    assert done.stdout.text is not None
+    own, others = done.stdout.text.split()
+    assert int(own) > 0
+    assert others == "0"
+    assert [Path("/dev", name).stat().st_mtime_ns for name in ("zero", "full", "random")] == before
