@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING, Any
 
 import rfc8785
@@ -13,9 +14,37 @@ if TYPE_CHECKING:
 __all__ = ["canonical", "digest", "digest_bytes", "joined"]
 
 
+MAX_INTEGER = 2**53 - 1
+_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
+
+
 def canonical(value: Any) -> bytes:
-    """Return the one RFC 8785 encoding of a JSON-compatible value (integers within 2**53)."""
+    """Return the one RFC 8785 encoding of a JSON-compatible value (integers within 2**53).
+
+    ``json`` writes most values in the same way, ten times as fast: for them it does.
+    """
+    if _is_plain(value):
+        try:
+            return _encode(value).encode()
+        except UnicodeEncodeError:
+            pass  # a lone surrogate, which the other refuses in its own words
     return rfc8785.dumps(value)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value has no float, whose form differs, and no key whose place in the order could."""
+    kind = type(value)
+    if kind is str or value is None or kind is bool:
+        return True
+    if kind is int:
+        return bool(-MAX_INTEGER <= value <= MAX_INTEGER)
+    if kind is list or kind is tuple:
+        return all(map(_is_plain, value))
+    if kind is dict:
+        return all(type(key) is str and key.isascii() for key in value) and all(
+            map(_is_plain, value.values())
+        )
+    return False
 
 
 def joined(members: Mapping[str, bytes]) -> bytes:

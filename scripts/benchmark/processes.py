@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from measure import Workload
 
 __all__ = ["BarePython", "ForkExec", "Python", "execute"]
 
 
-def execute(argv: Sequence[str], *, status: int = 0) -> bytes:
+def execute(argv: Sequence[str], *, status: int = 0, env: Mapping[str, str] | None = None) -> bytes:
     """Run a command with pipes for its stdio; returns its output. Raises RuntimeError.
 
     Pipes also because an OCI runtime gives its stdio to the container's root: ``/dev/null`` would be
     the host's.
     """
-    done = subprocess.run(argv, input=b"", capture_output=True, check=False)
+    done = subprocess.run(argv, input=b"", capture_output=True, check=False, env=env)
     if done.returncode != status:
         said = done.stderr.decode(errors="replace").strip()
         raise RuntimeError(f"{argv[0]} ended with {done.returncode}: {said}")
@@ -36,7 +36,7 @@ class ForkExec:
 
     def run(self, workload: Workload) -> None:
         """Run it."""
-        execute(workload.argv)
+        execute(workload.argv, env={"PATH": "/usr/local/bin:/usr/bin:/bin"})  # not a version manager's
 
 
 class Python:
