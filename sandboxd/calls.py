@@ -13,15 +13,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from functools import partial
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 import anyio
+import anyio.to_thread
 import structlog
 
 from sandboxd import canonical, errors, plan, units
 from sandboxd.journal import records
 from sandboxd.journal.spool import Spool
 from sandboxd.models import (
+    Bytes,
     Cause,
     Content,
     DigestRef,
@@ -38,7 +42,7 @@ from sandboxd.supervisor.attempt import Attempt, Payload, Result
 from sandboxd.supervisor.streams import Stdin
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping
     from pathlib import Path
 
     from anyio.abc import TaskGroup
@@ -48,7 +52,7 @@ if TYPE_CHECKING:
     from sandboxd.engine.base import Engine
     from sandboxd.images import ImageStore
     from sandboxd.journal import Journal
-    from sandboxd.models import Artifact, Bytes, Request
+    from sandboxd.models import Artifact, Request
     from sandboxd.policy import Policy
     from sandboxd.reload import PolicyStore
     from sandboxd.room import Room
@@ -59,6 +63,11 @@ __all__ = ["Calls"]
 log = structlog.get_logger("sandboxd.calls")
 LIST_LIMIT = 500
 CHUNK = 256 * 1024  # bytes of an artifact that are read at once
+LARGE = 256 * 1024  # characters of inputs that are not hashed and decoded on the event loop
+RECORD_AGAIN = 5.0  # seconds between attempts to write an outcome that could not be written
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def _now() -> int:
@@ -118,6 +127,8 @@ class Calls:
         self._tasks = tasks
         self._inputs = inputs
         self._flying: dict[str, Call] = {}
+        self._unrecorded: dict[str, Invocation] = {}
+        self._accepting = 0
         self.draining = False
 
     def policy_for(self, caller: Caller, name: str) -> Policy:
@@ -150,23 +161,36 @@ class Calls:
 
         ``tied``: whoever asked waits for the answer, and its going away cancels the call. Raises Refused.
         """
+        digest = await _off_the_loop(request, _request_digest, request)
+        if request.key is not None:
+            # before all else: what the key stands for is the answer, whatever has changed since
+            existing = await self._journal.find_key(caller.uid, request.key)
+            if existing is not None and existing.request_digest == digest:
+                return await self.get(caller, existing.id)
         if self.draining:
             raise errors.Draining("the daemon finishes what runs and takes nothing new")
-        _, made = self.plan_for(caller, request)
+        self._accepting += 1
+        try:
+            accepted = await self._submit(caller, request, digest)
+        finally:
+            self._accepting -= 1
+        log.info("accepted", id=accepted.id, uid=caller.uid, policy=request.policy, tied=tied)
+        return accepted
+
+    async def _submit(self, caller: Caller, request: Request, digest: str) -> Invocation:
+        _, made = await _off_the_loop(request, self.plan_for, caller, request)
         self._scheduler.check_room(caller.uid)
-        payload = _payload(request)
+        payload = await _off_the_loop(request, _payload, request)
         held = Held(self._inputs, caller.uid)
         held.grow(payload.size)
         try:
-            accepted = await self._accept(caller, request, made, payload, held)
+            return await self._accept(caller, request, digest, made, payload, held)
         except BaseException:
             held.release()
             raise
-        log.info("accepted", id=accepted.id, uid=caller.uid, policy=made.shape.policy, tied=tied)
-        return accepted
 
     async def _accept(
-        self, caller: Caller, request: Request, made: plan.Plan, payload: Payload, held: Held
+        self, caller: Caller, request: Request, digest: str, made: plan.Plan, payload: Payload, held: Held
     ) -> Invocation:
         accepted = _now()
         invocation = Invocation(
@@ -181,7 +205,7 @@ class Calls:
             key=request.key,
             times=Times(accepted=accepted),
         )
-        existing = await self._journal.accept(records.Accepted(invocation, _request_digest(request)))
+        existing = await self._journal.accept(records.Accepted(invocation, digest))
         if existing is not None:
             held.release()
             return await self.get(caller, existing.id)
@@ -270,6 +294,7 @@ class Calls:
         return await call.attempt.run()
 
     async def _end(self, call: Call, result: Result) -> None:
+        """Give a call its outcome. Raises nothing: whatever cannot be written, the call ends."""
         invocation = call.invocation
         done = invocation.model_copy(
             update={
@@ -281,8 +306,7 @@ class Calls:
                 "limits_reached": result.limits_reached,
                 "artifacts": result.artifacts,
                 "withheld": result.withheld,
-                "stdout": call.spool.content("stdout"),
-                "stderr": call.spool.content("stderr"),
+                **_streams(call.spool, invocation.id),
                 "times": invocation.times.model_copy(update={"ended": _now()}),
             }
         )
@@ -294,14 +318,33 @@ class Calls:
         except errors.SandboxdError as error:
             log.exception("the outcome could not be written", id=done.id)
             done.outcome = _ours("host", f"the outcome could not be recorded: {error}")
+            self._unrecorded[done.id] = done
+            self._tasks.start_soon(self._record_later, done)
         call.invocation = done
-        call.spool.add(Event(seq=0, at=done.times.ended or 0, type="ended", invocation=done))
-        call.spool.close(durable=False)
+        try:
+            try:
+                call.spool.add(Event(seq=0, at=done.times.ended or 0, type="ended", invocation=done))
+            finally:
+                call.spool.close(durable=False)
+        except errors.HostFailed:
+            log.exception("the end of the events could not be written", id=done.id)
         call.stdin.close()
         call.held.release()
         self._flying.pop(done.id, None)
         call.ended.set()
         log.info("ended", id=done.id, cause=done.outcome.cause if done.outcome else None)
+
+    async def _record_later(self, done: Invocation) -> None:
+        """Try again until the outcome that was told is written too, before a later daemon gives another."""
+        while done.id in self._unrecorded:
+            await anyio.sleep(RECORD_AGAIN)
+            try:
+                await self._journal.ended(done, records.outcome_header(done))
+            except errors.HostFailed:
+                continue
+            except errors.SandboxdError:
+                log.exception("the outcome cannot be written", id=done.id)
+            self._unrecorded.pop(done.id, None)
 
     async def close_interrupted(self) -> int:
         """Give every call that an earlier daemon left in flight its outcome; returns how many."""
@@ -321,7 +364,7 @@ class Calls:
 
     async def _find(self, caller: Caller, id: str) -> Call | Invocation:
         call = self._flying.get(id)
-        found: Call | Invocation | None = call or await self._journal.get(id)
+        found: Call | Invocation | None = call or self._unrecorded.get(id) or await self._journal.get(id)
         shown = found.invocation if isinstance(found, Call) else found
         if found is None or shown is None or not (caller.sees_all or shown.caller.uid == caller.uid):
             raise errors.NotFound(f"no call {id!r} of yours")
@@ -364,18 +407,24 @@ class Calls:
         limit: int,
     ) -> InvocationList:
         """A page of calls, newest first, without their output."""
-        limit = min(limit, LIST_LIMIT)
-        found = await self._journal.list(
+        fitting = partial(
+            self._journal.list,
             uid=None if caller.sees_all else caller.uid,
             policy=policy,
             cause=cause,
             state=state,
             labels=label,
-            before=before,
-            limit=limit,
         )
-        shown = [self._flying[item.id].invocation if item.id in self._flying else item for item in found]
-        return InvocationList(invocations=shown, next=found[-1].id if len(found) == limit else None)
+        found = await fitting(before=before, limit=min(limit, LIST_LIMIT))
+        # A page may be short because its calls are large, so its length does not say whether it is the last.
+        more = bool(found) and bool(await fitting(before=found[-1].id, limit=1))
+        shown = [
+            self._flying[item.id].invocation
+            if item.id in self._flying
+            else self._unrecorded.get(item.id, item)
+            for item in found
+        ]
+        return InvocationList(invocations=shown, next=found[-1].id if more else None)
 
     async def events(self, caller: Caller, id: str, *, after: int, follow: bool) -> AsyncIterator[Event]:
         """Events from number ``after`` on, with or without waiting for those to come. Raises NotFound."""
@@ -442,9 +491,12 @@ class Calls:
         return tuple(self._flying)
 
     async def all_ended(self) -> None:
-        """Wait until every call in flight has its outcome."""
-        while self._flying:
-            await next(iter(self._flying.values())).ended.wait()
+        """Wait until every call in flight has its outcome, those included that are being accepted now."""
+        while self._flying or self._accepting:
+            if self._flying:
+                await next(iter(self._flying.values())).ended.wait()
+            else:
+                await anyio.sleep(0.001)
 
     def cancel_all(self) -> None:
         """Cancel every call in flight."""
@@ -456,6 +508,23 @@ async def _chunks(path: Path) -> AsyncIterator[bytes]:
     async with await anyio.open_file(path, "rb") as file:
         while data := await file.read(CHUNK):
             yield data
+
+
+async def _off_the_loop(request: Request, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function whose time grows with the request's bytes: in a thread where they are many."""
+    contents = [item.content for item in request.inputs]
+    contents += [item for item in (request.tar, request.stdin) if isinstance(item, Bytes)]
+    if sum(len(item.text or item.base64 or "") for item in contents) < LARGE:
+        return function(*args, **kwargs)
+    return await anyio.to_thread.run_sync(partial(function, *args, **kwargs))
+
+
+def _streams(spool: Spool, id: str) -> dict[str, Content]:
+    try:
+        return {"stdout": spool.content("stdout"), "stderr": spool.content("stderr")}
+    except errors.SandboxdError:
+        log.exception("the output cannot be read", id=id)
+        return {}
 
 
 def _payload(request: Request) -> Payload:

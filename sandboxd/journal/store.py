@@ -35,6 +35,7 @@ KEPT_REFUSALS = 10_000
 _PRUNE_EVERY = 100
 _READERS = 2
 _MAX_LABELS = 16  # of a filter
+_MAX_PAGE = 8 << 20  # bytes of documents; one has up to some MiB of argv, artifacts and what was withheld
 
 
 class _Lock:
@@ -263,7 +264,8 @@ class Journal:
     ) -> list[models.Invocation]:
         """Invocations, newest first, that fit every filter given; ``before`` is an id and not included.
 
-        At most ``MAX_LIST``. Raises InvalidRequest for too many labels.
+        At most ``MAX_LIST``, and fewer when they are large: the one that passes ``_MAX_PAGE`` is the last.
+        Raises InvalidRequest for too many labels.
         """
         if labels and len(labels) > _MAX_LABELS:
             raise errors.InvalidRequest(f"at most {_MAX_LABELS} labels can be filtered by", field="label")
@@ -285,7 +287,13 @@ class Journal:
         values.append(max(1, min(limit, MAX_LIST)))
 
         def read(connection: sqlite3.Connection) -> list[models.Invocation]:
-            return [_parse(*row) for row in connection.execute(query, values)]
+            found, size = [], 0
+            for id_, doc in connection.execute(query, values):
+                found.append(_parse(id_, doc))
+                size += len(doc)
+                if size > _MAX_PAGE:
+                    break
+            return found
 
         return await self._read(read)
 

@@ -30,6 +30,7 @@ _BLOCK = 512
 _CHUNK = 256 * 1024
 _MAX_EXTENDED = 1 << 20  # pax and GNU long-name headers, each; a path has at most 4 KiB
 _XZ_MEMORY = 128 << 20  # what xz -9 needs to decompress is 65 MiB: xz(1)
+_OVERHEAD = 4 * _BLOCK  # of an entry: its header, its padding, and its share of the extended headers
 _MAX_RUN = 16  # extended headers before one member; GNU tar writes two
 _MAX_MTIME = 2**33
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -79,13 +80,21 @@ def _decompressed(data: bytes) -> BinaryIO:
 
 
 class _Archive:
-    """Reads headers and content in order; every read is bounded."""
+    """Reads headers and content in order; every read is bounded, and so is all that is read.
 
-    def __init__(self, data: bytes) -> None:
+    Without the latter a few MiB that decompress to hours of extended headers hold a slot for hours.
+    """
+
+    def __init__(self, data: bytes, most: int) -> None:
         self._stream = _decompressed(data)
+        self._most = self._left = most
         self._global: dict[str, bytes] = {}
 
     def _read(self, size: int) -> bytes:
+        self._left -= size
+        if self._left < 0:
+            most = units.format_size(self._most)
+            raise errors.TooLarge(f"the tar unpacks to more than {most}, headers included", limit=self._most)
         try:
             data = self._stream.read(size)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -190,7 +199,7 @@ def unpack_tar(root: int, data: bytes, uid: int, gid: int, limits: Limits) -> in
     Raises InvalidRequest for what is damaged, hostile or of another kind, TooLarge over ``limits`` or
     when the workspace is full, HostFailed.
     """
-    archive = _Archive(data)
+    archive = _Archive(data, limits.size + limits.entries * _OVERHEAD)
     count = total = 0
     with files.Writer(root, uid, gid, replace=True) as writer:
         for member, name, link in archive.members():
