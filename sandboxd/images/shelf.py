@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from sandboxd.errors import HostFailed, ImageInvalid, NotFound
 from sandboxd.images.image import DIGEST
+from sandboxd.images.remembered import Remembered
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,6 +32,7 @@ class Shelf:
         for directory in (root, root / "tmp", root / "host"):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             directory.chmod(0o700)
+        self._names = Remembered(_read_names)
         self._sweep()
 
     def _sweep(self) -> None:
@@ -93,16 +95,16 @@ class Shelf:
     def names(self) -> dict[str, str]:
         """Names and digests. Raises ImageInvalid where the file was damaged."""
         try:
-            document = json.loads((self.root / "names.json").read_text())
+            return dict(self._names.get(self.root / "names.json"))
         except FileNotFoundError:
             return {}
-        except ValueError as error:
-            raise ImageInvalid(f"{self.root}/names.json is damaged: {error}") from None
-        if not isinstance(document, dict) or not all(
-            isinstance(value, str) and DIGEST.fullmatch(value) for value in document.values()
-        ):
-            raise ImageInvalid(f"{self.root}/names.json is damaged: a name without a digest")
-        return document
+
+    def digest_of(self, name: str) -> str | None:
+        """The digest that a name stands for, if any. Raises ImageInvalid as ``names`` does."""
+        try:
+            return self._names.get(self.root / "names.json").get(name)
+        except FileNotFoundError:
+            return None
 
     def write_names(self, names: dict[str, str]) -> None:
         """Replace the table; the caller holds its lock."""
@@ -113,6 +115,18 @@ class Shelf:
             os.fsync(file.fileno())
         path.rename(self.root / "names.json")
         _sync_directory(self.root)
+
+
+def _read_names(path: Path) -> dict[str, str]:
+    try:
+        document = json.loads(path.read_text())
+    except ValueError as error:
+        raise ImageInvalid(f"{path} is damaged: {error}") from None
+    if not isinstance(document, dict) or not all(
+        isinstance(value, str) and DIGEST.fullmatch(value) for value in document.values()
+    ):
+        raise ImageInvalid(f"{path} is damaged: a name without a digest")
+    return document
 
 
 @contextlib.contextmanager

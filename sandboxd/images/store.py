@@ -24,6 +24,7 @@ from sandboxd.images.image import (
 )
 from sandboxd.images.importer import import_into, pull_into
 from sandboxd.images.recipe import Recipe, shipped_recipes
+from sandboxd.images.remembered import Remembered
 from sandboxd.images.shelf import Shelf, held, locked
 from sandboxd.images.tarstream import ImportLimits
 from sandboxd.images.tree import differences, tree_document
@@ -50,6 +51,7 @@ class ImageStore:
         self._root = self._shelf.root
         self._limits = limits or ImportLimits()
         self._host = Host()
+        self._descriptions = Remembered(lambda path: read_description(path.parent, path.parent.name))
         self._made: tuple[str, str] | None = None
 
     def list(self) -> list[models.ImageInfo]:
@@ -86,12 +88,12 @@ class ImageStore:
         if DIGEST.fullmatch(name_or_digest):
             directory = self._directory(name_or_digest)
         else:
-            digest = self._shelf.names().get(name_or_digest)
+            digest = self._shelf.digest_of(name_or_digest)
             if digest is None:
                 raise NotFound(self._how_to_get(name_or_digest), image=name_or_digest[:256])
             directory = self._directory(digest)
         try:
-            return read_description(directory, name_or_digest)
+            return self._described(directory, name_or_digest)
         except FileNotFoundError:
             raise NotFound(self._how_to_get(name_or_digest), image=name_or_digest) from None
 
@@ -217,11 +219,15 @@ class ImageStore:
         (directory / "tree").write_bytes(document)
         write_description(directory, image)
 
+    def _described(self, directory: Path, name: str) -> Image:
+        """The image of a directory. Raises ImageInvalid, FileNotFoundError."""
+        return replace(self._descriptions.get(directory / "image.json"), name=name)
+
     def _resolve_host(self) -> Image:
         state = self._host.state()
         if self._made is not None and self._made[0] == state:
             try:
-                return read_description(self._directory(self._made[1]), "host")
+                return self._described(self._directory(self._made[1]), "host")
             except FileNotFoundError:
                 self._made = None
         with self._shelf.scratch() as work:
@@ -241,7 +247,7 @@ class ImageStore:
             self._write(directory, made, skeleton.document)
             self._shelf.publish(work, self._root / "host" / directory_name(made.digest))
         self._made = (state, made.digest)
-        return read_description(self._directory(made.digest), "host")
+        return self._described(self._directory(made.digest), "host")
 
     def _how_to_get(self, name: str) -> str:
         shown = repr(name) if len(name) <= 128 else repr(name[:128]) + "…"
