@@ -11,6 +11,7 @@ runs gets ``DRAIN`` seconds, and is then cancelled; a second signal cancels at o
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 import signal
@@ -105,6 +106,7 @@ def _configure_logs() -> None:
             *renderers,
         ],
         logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
     )
 
 
@@ -150,6 +152,8 @@ async def _serve(config: Config, run: Path, name: str) -> None:
         started = anyio.Event()
         tasks.start_soon(partial(serve_app, build(service), sock, config, started=started, stop=stopping))
         await started.wait()
+        gc.collect()
+        gc.freeze()  # code, policies and schemas stay: no collection has to look at them again
         log.info(
             "ready",
             socket=str(config.socket.path or default_socket()),
