@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from functools import partial
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 import anyio
@@ -184,13 +183,13 @@ class Calls:
         held = Held(self._inputs, caller.uid)
         held.grow(payload.size)
         try:
-            return await self._accept(caller, request, digest, made, payload, held)
+            return await self._accept(caller, request, made, digest=digest, payload=payload, held=held)
         except BaseException:
             held.release()
             raise
 
     async def _accept(
-        self, caller: Caller, request: Request, digest: str, made: plan.Plan, payload: Payload, held: Held
+        self, caller: Caller, request: Request, made: plan.Plan, *, digest: str, payload: Payload, held: Held
     ) -> Invocation:
         accepted = _now()
         invocation = Invocation(
