@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sandboxd import canonical, units
 from sandboxd.errors import ControlNotSupported, InvalidRequest, RequestTooWide, TooLarge
 from sandboxd.models import Bytes
-from sandboxd.policy import paths
+from sandboxd.policy import paths, seccomp
 from sandboxd.policy.explain import on_output
 from sandboxd.policy.quantities import MIN_MEMORY
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from sandboxd.models import Input, Narrowing, Request
     from sandboxd.policy import Policy
-    from sandboxd.policy.seccomp import Rule
+    from sandboxd.policy.seccomp import Program, Rule
 
 __all__ = [
     "Command",
@@ -144,6 +144,11 @@ class Shape(Data):
     mounts: tuple[Mount, ...]
     syscalls: tuple[Rule, ...]
     network: Literal["none"]
+
+    @cached_property
+    def program(self) -> Program:
+        """The filter of these rules for this machine; here, since to look it up by them takes long."""
+        return seccomp.compile_filter(self.syscalls)
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,7 @@ class OciEngine:
                 places=cgroup.procs_files if self.runtime.dialect == "crun" else (),
                 timeout=CREATE_TIMEOUT,
             )
-        owner, program = shape.process, seccomp.compile_filter(shape.syscalls)
+        owner, program = shape.process, shape.program
         setup = Setup(owner.uid, owner.gid, owner.umask, OOM_SCORE_ADJ, rlimits(shape.limits), program.bpf)
         with launch:
             try:

@@ -22,7 +22,6 @@ from sandboxd.engine.oci import OOM_SCORE_ADJ, rlimits
 from sandboxd.init import INIT
 from sandboxd.kernel import filters
 from sandboxd.models import Control, Receipt
-from sandboxd.policy import seccomp
 from sandboxd.supervisor.mounted import mount_controls
 from sandboxd.supervisor.parked import Parked
 
@@ -121,7 +120,7 @@ def _seccomp(slot: Slot, status: dict[str, str]) -> Control:
     Where it is not shown, PID 1's identity (``init``) vouches for the content: that binary installs
     what it was sent, or parks nothing.
     """
-    wanted = seccomp.compile_filter(slot.shape.syscalls).bpf
+    wanted = slot.shape.program.bpf
     asked = f"mode 2, 1 filter, {canonical.digest_bytes(wanted)[:19]}"
     count = status.get("Seccomp_filters", "1")  # before Linux 5.9 nobody tells
     in_force, read_from = f"mode {status['Seccomp']}, {count} filter", "status: Seccomp, Seccomp_filters"
