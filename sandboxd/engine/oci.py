@@ -221,7 +221,7 @@ class OciEngine:
         if shape.process.user_namespace == "slot":
             ids = stack.enter_context(self._namespaces.borrowed())
         cgroup = self._cgroups.create(name, CgroupLimits(memory=None, pids=None, cpus=None))
-        stack.callback(self._end_cgroup, cgroup)
+        stack.callback(self._end_cgroup, cgroup, ids)
         directory = self._run / "slots" / name
         directory.mkdir(mode=0o711)  # the runtime looks up paths as the container's root
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
@@ -306,11 +306,15 @@ class OciEngine:
             time.sleep(0.0005)
         return tools[0]
 
-    @staticmethod
-    def _end_cgroup(cgroup: Cgroup) -> None:
-        cgroup.thaw_and_unthrottle()
-        cgroup.kill()
-        cgroup.remove()
+    def _end_cgroup(self, cgroup: Cgroup, ids: IdRange | None) -> None:
+        try:
+            cgroup.thaw_and_unthrottle()
+            cgroup.kill()
+            cgroup.remove()
+        except BaseException:
+            if ids is not None:  # what lives there must not meet the processes of another call
+                self._namespaces.retire(ids)
+            raise
 
     @staticmethod
     def _device(limits: Limits, image: Image) -> tuple[int, int] | None:

@@ -53,6 +53,7 @@ class UserNamespaces:
         self._launcher = launcher
         self._free = list(range(base + (count - 1) * RANGE, base - 1, -RANGE))
         self._made: dict[int, IdRange] = {}
+        self._retired: set[int] = set()
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -81,9 +82,15 @@ class UserNamespaces:
         return made
 
     def give_back(self, taken: IdRange) -> None:
-        """Return a range; every process that had ids of it must be dead."""
+        """Return a range; every process that had ids of it must be dead, or it must have been retired."""
         with self._lock:
-            self._free.append(taken.base)
+            if taken.base not in self._retired:
+                self._free.append(taken.base)
+
+    def retire(self, taken: IdRange) -> None:
+        """Never hand this range out again: processes that may still live have ids of it."""
+        with self._lock:
+            self._retired.add(taken.base)
 
     @contextmanager
     def borrowed(self) -> Iterator[IdRange]:
