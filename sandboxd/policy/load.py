@@ -18,14 +18,14 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from sandboxd import errors
-from sandboxd.policy.checks import UNSUPPORTED, check
+from sandboxd.policy.checks import UNSUPPORTED, check, check_syscalls
 from sandboxd.policy.diagnosis import validate
 from sandboxd.policy.examples import check_examples
 from sandboxd.policy.floor import Floor, make_floor
 from sandboxd.policy.inherit import combine, nearest
 from sandboxd.policy.resolved import Places, Policy
 from sandboxd.policy.schema import PolicyFile
-from sandboxd.policy.source import MappingNode, Origin, ScalarNode, parse, read
+from sandboxd.policy.source import MappingNode, Origin, ScalarNode, SequenceNode, is_removal, parse, read
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,6 +38,7 @@ FLOOR = "floor"
 ENDINGS = (".yaml", ".yml")  # the second only to be told from a file that is no policy
 MAX_FILES = 10_000
 MAX_PARENTS = 16
+MAX_NAMES = 1024  # of system calls, as in the schema
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ def _read_file(text: str, file: str, name: str | None) -> _File:
         return _File(name or "", file, None, tuple(problems))
     spec, wrong = validate(PolicyFile, tree)
     problems += wrong
+    if spec is None:
+        problems += _named_syscalls(tree, Places(file, tree))
     written = tree.get("name")
     if spec is not None and name is not None and spec.name != name:
         at = written.at if written else tree.at
@@ -139,6 +142,25 @@ def _read_file(text: str, file: str, name: str | None) -> _File:
         problems.append((written or tree).at.problem("bad_value", "floor is not a policy's name"))
     own = name if name is not None else (spec.name if spec else "")
     return _File(own, file, tree, tuple(problems))
+
+
+def _named_syscalls(tree: MappingNode, places: Places) -> list[PolicyProblem]:
+    """What is wrong with the system calls that a file names, whatever else is wrong in it.
+
+    They need no whole policy, and all errors of a file come at once.
+    """
+    section = tree.get("syscalls")
+    names: dict[str, list[str]] = {"allow": [], "deny": []}
+    for key, found in names.items():
+        node = section.get(key) if isinstance(section, MappingNode) else None
+        items = node.items if isinstance(node, SequenceNode) else ()
+        found += [
+            item.value for item in items if isinstance(item, ScalarNode) and isinstance(item.value, str)
+        ]
+        # the schema says what is wrong with anything else; what is removed would shift the places
+        if len(found) != len(items) or len(items) > MAX_NAMES or any(map(is_removal, items)):
+            return []
+    return check_syscalls(names["allow"], names["deny"], places)
 
 
 def _load_file(path: Path) -> _File:

@@ -256,6 +256,13 @@ def test_a_later_directory_wins_also_when_it_is_wrong(folder: Any, tmp_path: Pat
     assert [problem.code for problem in loaded.problems_of("p")] == ["wrong_type"]
 
 
+def test_names_of_system_calls_are_checked_beside_other_errors(tmp_path: Path) -> None:
+    text = "version: 1\nname: p\nlimits: {wal: 1s}\nsyscalls: {allow: [opneat], deny: [bpff]}\n"
+    (tmp_path / "p.yaml").write_text(text)
+    found = [(problem.line, problem.code) for problem in load_policies([tmp_path]).problems]
+    assert found == [(3, "unknown_key"), (4, "unknown_syscall"), (4, "unknown_syscall")]
+
+
 def test_a_policy_that_only_asks_for_what_is_not_enforced_says_so(tmp_path: Path) -> None:
     file = tmp_path / "net.yaml"
     text = "version: 1\nname: net\nnetwork: {allow: [{host: a.example, ports: [443]}]}\n"
