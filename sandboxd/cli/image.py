@@ -35,9 +35,12 @@ def _settings(config: Path | None) -> Config:
     return load_config(config)
 
 
-def _store(config: Path | None, state: Path | None) -> ImageStore:
+def _store(config: Path | None, state: Path | None, *, make: bool = False) -> ImageStore:
+    """The store; a state directory that is named and not there is only made by what fills it."""
     from sandboxd.images import ImageStore  # noqa: PLC0415 - `--help` must not pay for it
 
+    if state is not None and not make and not state.is_dir():
+        raise errors.NotFound(f"there is no state directory {state}")
     root = (state or _settings(config).state) / "images"
     try:
         return ImageStore(root)
@@ -80,7 +83,7 @@ def build(
         if not path.is_file():
             known = ", ".join(sorted(one.stem for one in shipped.glob("*.yaml")))
             raise errors.NotFound(f"there is no recipe {recipe!r}; name a file, or one of: {known}")
-    _made(_store(config, state).build(path, progress=terminal.complain), output)
+    _made(_store(config, state, make=True).build(path, progress=terminal.complain), output)
 
 
 def import_image(
@@ -93,7 +96,7 @@ def import_image(
 ) -> None:
     """Import an image from a tar (compressed or not) or an OCI layout; its kind is seen from its content."""
     own = name or _ARCHIVE.sub("", source.name)
-    _made(_store(config, state).import_(source, name=own), output)
+    _made(_store(config, state, make=True).import_(source, name=own), output)
 
 
 def pull(
@@ -105,7 +108,7 @@ def pull(
     output: FlatFormat = FORMAT,
 ) -> None:
     """Fetch an image from a registry with skopeo."""
-    _made(_store(config, state).pull(reference, name=name), output)
+    _made(_store(config, state, make=True).pull(reference, name=name), output)
 
 
 def ls(*, config: ConfigFile = None, state: State = None, output: FlatFormat = FORMAT) -> None:

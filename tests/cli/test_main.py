@@ -177,6 +177,15 @@ def test_policy_check_needs_no_daemon(tmp_path: Path) -> None:
     assert {one["line"] for one in json.loads(found.stdout)["problems"]} == {4}
 
 
+def test_looking_at_images_makes_no_state_directory(tmp_path: Path) -> None:
+    absent = tmp_path / "absent"
+    for command in (["ls"], ["verify"], ["rm", "base"]):
+        found = run(None, "image", *command, "--state", str(absent))
+        assert (found.returncode, found.stdout) == (1, "")
+        assert f"there is no state directory {absent}" in found.stderr
+    assert not absent.exists()
+
+
 def test_policies_can_be_read_here(tmp_path: Path) -> None:
     assert "strict" in run(None, "policy", "list", "--local").stdout
     assert "name: strict" in run(None, "policy", "show", "strict", "--local").stdout
