@@ -21,40 +21,60 @@ p%: hello.c
 install: p1
 \tinstall -D p1 /usr/local/bin/hello
 """
+CPP = r"""
+#include <iostream>
+#include <thread>
+int main() { std::thread t([] { std::cout << "c++\n"; }); t.join(); }
+"""
 SOURCES = [
     Input(path="hello.c", content=Bytes(text=HELLO)),
     Input(path="Makefile", content=Bytes(text=MAKEFILE)),
-    Input(path="x.cc", content=Bytes(text='#include <iostream>\n#include <thread>\nint main() { std::thread t([] { std::cout << "c++\\n"; }); t.join(); }\n')),
-]  # fmt: skip
+    Input(path="x.cc", content=Bytes(text=CPP)),
+]
 SCRIPTS = {
-    "gcc": ("gcc -Wall -O2 hello.c && ./a.out", "hello\n"),
-    "static and debug": ("gcc -g -static -o s hello.c && ./s && gcc -c hello.c && ar rc l.a hello.o && ranlib l.a && nm l.a | grep -c main",
-                         "hello\n1\n"),
-    "c++ with threads": ("g++ -O1 -pthread -o x x.cc && ./x", "c++\n"),
-    "make -j4": ("make -s -j4 all", "hello\n" * 8),
-    "make install": ("make -s p1 install && hello", "hello\nhello\n"),
-    "git": (
-        "git init -q r && cd r && git config user.name n && git config user.email e@x && echo a > a && git add . && "
-        "git commit -qm one && git checkout -q -b b && echo b >> a && git commit -qam two && git checkout -q - && git merge -q b && "
-        "git log --format=%s && git gc -q && git clone -q . ../c 2>&1 && git -C ../c status --short && git fsck 2>/dev/null && git diff HEAD~1 --stat | tail -1",
-        "two\none\n 1 file changed, 1 insertion(+)\n",
-    ),
-    "python": ("python3 -c 'print(1 + 1)'", "2\n"),
-    "patch": ("cp hello.c h.c && sed -i s/hello/bye/ h.c; diff -u hello.c h.c > d; patch -s hello.c < d && gcc hello.c && ./a.out",
-              "bye\n"),
-}  # fmt: skip
+    "gcc": "gcc -Wall -O2 hello.c && ./a.out",
+    "static and debug": """
+gcc -g -static -o s hello.c && ./s
+gcc -c hello.c && ar rc l.a hello.o && ranlib l.a && nm l.a | grep -c main
+""",
+    "c++ with threads": "g++ -O1 -pthread -o x x.cc && ./x",
+    "make -j4": "make -s -j4 all",
+    "make install": "make -s p1 install && hello",
+    "git": """
+set -e
+git init -q r; cd r; git config user.name n; git config user.email e@x
+echo a > a; git add .; git commit -qm one
+git checkout -q -b b; echo b >> a; git commit -qam two; git checkout -q -; git merge -q b; git log --format=%s
+git gc -q; git clone -q . ../c; git -C ../c status --short; git fsck --no-progress
+git diff HEAD~1 --stat | tail -1
+""",
+    "python": "python3 -c 'print(1 + 1)'",
+    "patch": """
+cp hello.c h.c; sed -i s/hello/bye/ h.c; diff -u hello.c h.c > d; patch -s hello.c < d
+gcc hello.c && ./a.out
+""",
+}
+EXPECTED = {
+    "gcc": "hello\n",
+    "static and debug": "hello\n1\n",
+    "c++ with threads": "c++\n",
+    "make -j4": "hello\n" * 8,
+    "make install": "hello\nhello\n",
+    "git": "two\none\n 1 file changed, 1 insertion(+)\n",
+    "python": "2\n",
+    "patch": "bye\n",
+}
 
 
 @pytest.mark.parametrize("what", SCRIPTS)
 def test_building(daemon: Daemon, what: str) -> None:
-    script, expected = SCRIPTS[what]
-    found = daemon.run("sh", "-c", script, policy="build", inputs=SOURCES)
+    found = daemon.run("sh", "-c", SCRIPTS[what], policy="build", inputs=SOURCES)
     assert found.outcome is not None
     assert (found.outcome.cause, found.outcome.exit_code) == (Cause.EXITED, 0), (found.outcome, found.stderr)
     assert found.stderr is not None
     assert (found.stderr.text, found.denials) == ("", [])
     assert found.stdout is not None
-    assert found.stdout.text == expected
+    assert found.stdout.text == EXPECTED[what]
 
 
 def test_a_program_that_was_built_comes_back(daemon: Daemon, tmp_path: Path) -> None:

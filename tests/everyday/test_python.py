@@ -48,18 +48,22 @@ if __name__ == "__main__":
         q = context.Queue(); q.put(method); print(q.get())
     with f.ProcessPoolExecutor(2) as pool: print(list(pool.map(abs, [-3])))
     from multiprocessing import shared_memory
-    s = shared_memory.SharedMemory(create=True, size=100); s.buf[0] = 7; print(s.buf[0]); s.close(); s.unlink()
+    s = shared_memory.SharedMemory(create=True, size=100); s.buf[0] = 7; print(s.buf[0])
+    s.close(); s.unlink()
 """,
     "sqlite": """
 import sqlite3
 db = sqlite3.connect("x.db"); print(db.execute("pragma journal_mode=wal").fetchone())
-db.execute("create table t(a, b)"); db.executemany("insert into t values(?, ?)", [(i, str(i)) for i in range(1000)])
-db.commit(); print(db.execute("select count(*), sum(a) from t").fetchone()); db.execute("vacuum"); db.close()
+db.execute("create table t(a, b)")
+db.executemany("insert into t values(?, ?)", [(i, str(i)) for i in range(1000)])
+db.commit(); print(db.execute("select count(*), sum(a) from t").fetchone())
+db.execute("vacuum"); db.close()
 """,
     "temporary files": """
 import tempfile, os, shutil, mmap, pathlib, zipfile, tarfile
 with tempfile.TemporaryDirectory() as d:
-    p = pathlib.Path(d, "f"); p.write_text("x" * 10000); shutil.copytree(d, d + "/../copy"); print(len(list(pathlib.Path(d).iterdir())))
+    p = pathlib.Path(d, "f"); p.write_text("x" * 10000); shutil.copytree(d, d + "/../copy")
+    print(len(list(pathlib.Path(d).iterdir())))
 with tempfile.TemporaryFile() as f:
     f.write(bytes(4096)); f.flush(); m = mmap.mmap(f.fileno(), 0); m[0] = 1; print(m[0]); m.close()
 with tempfile.NamedTemporaryFile() as f: print(os.path.exists(f.name))
@@ -85,17 +89,21 @@ print(hashlib.sha256(b"x").hexdigest()[:8], len(secrets.token_bytes(9)), uuid.uu
 """,
     "signals and time": """
 import signal, time, os, datetime, zoneinfo, locale, resource, getpass
-signal.signal(signal.SIGALRM, lambda *a: print("alarm")); signal.setitimer(signal.ITIMER_REAL, 0.02); time.sleep(0.1)
-print(datetime.datetime.now(datetime.timezone.utc).year > 2000, getpass.getuser(), locale.getpreferredencoding().lower())
+signal.signal(signal.SIGALRM, lambda *a: print("alarm"))
+signal.setitimer(signal.ITIMER_REAL, 0.02); time.sleep(0.1)
+print(datetime.datetime.now(datetime.timezone.utc).year > 2000, getpass.getuser())
+print(locale.getpreferredencoding().lower())
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); print(resource.getrlimit(resource.RLIMIT_NOFILE))
 """,
     "names are text": """
 import os, sys
-open("\\u00fcml\\u00e4ut", "w").write("\\u4f60\\u597d"); print(sorted(os.listdir()), sys.getfilesystemencoding(), sys.stdout.encoding)
+open("\\u00fcml\\u00e4ut", "w").write("\\u4f60\\u597d")
+print(sorted(os.listdir()), sys.getfilesystemencoding(), sys.stdout.encoding)
 """,
     "numpy": """
 import numpy as np
-a = np.random.default_rng(1).random((300, 300)); print((a @ np.linalg.inv(a)).trace().round()); print(np.fft.fft(np.ones(8))[0].real)
+a = np.random.default_rng(1).random((300, 300))
+print((a @ np.linalg.inv(a)).trace().round()); print(np.fft.fft(np.ones(8))[0].real)
 np.save("a.npy", a); print(np.load("a.npy", mmap_mode="r").shape)
 """,
     "pandas": """
@@ -118,7 +126,7 @@ EXPECTED = {
     "temporary files": "1\n1\nTrue\nb'b'\n",
     "asyncio": "b'hi'\nb'sub\\n'\n[0, 1, 2, 3, 4]\nlate\n",
     "ssl and hashes": "2 True\n2d711642 9 4\n",
-    "signals and time": "alarm\nTrue sandbox utf-8\n(64, 64)\n",
+    "signals and time": "alarm\nTrue sandbox\nutf-8\n(64, 64)\n",
     "names are text": "['script.py', 'ümläut'] utf-8 utf-8\n",
     "numpy": "300.0\n8.0\n(300, 300)\n",
     "pandas": "{'a': 2, 'b': 4}\n",

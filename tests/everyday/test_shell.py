@@ -32,52 +32,83 @@ def passes(found: Invocation, code: int = 0) -> str:
 
 
 SCRIPTS = {
-    "a pipeline": (
-        r"printf 'b 2\na 1\nc 3\n' | sort | awk '{s += $2; print $1} END {print s}' | tr '\n' ' '; "
-        "seq 100000 | grep -c 7; yes | head -n 5 | wc -l",
-        "a b c 6 40951\n5\n",
-    ),
-    "jobs and waiting": (
-        "for i in 1 2 3; do (sleep 0.05; exit $i) & p=$!; wait $p; printf '%s ' $?; done; "
-        "trap 'echo caught' TERM; kill $$; timeout 0.1 sleep 5; echo $?",
-        "1 2 3 caught\n124\n",
-    ),
-    "here documents and substitution": ("x=$(cat <<E\nin\nE\n); echo $x $((2 ** 10)); diff <(seq 3) <(seq 3) && echo same",
-                                        "in 1024\nsame\n"),
-    "files": (
-        "set -e; mkdir -p a/b; echo x > a/b/f; cp -a a c; ln -s b a/l; ln a/b/f hard; mv c d; find . -name f | sort; "
-        "chmod 640 hard; stat -c %a hard; touch -d 2001-02-03 t; date -r t +%Y; rm -r a d; df -P . | tail -1 | wc -l; "
-        "mkfifo p; (echo through > p &) ; cat p; split -b 1 hard; ls x*; mktemp -d | cut -c1-5; du -s . >/dev/null",
-        "./a/b/f\n./d/b/f\n640\n2001\n1\nthrough\nxaa\nxab\n/tmp/\n",
-    ),
-    "text tools": (
-        "echo '{\"a\": [1, 2]}' | jq -c '.a[1]'; echo hello | sed s/l/L/g | rev; echo aGk= | base64 -d; echo; "
-        "printf x | sha256sum | cut -c1-8; paste <(seq 2) <(seq 3 4); printf 'a,b\\n' | cut -d, -f2; xargs -n1 echo <<< 'p q'",
-        "2\noLLeh\nhi\n2d711642\n1\t3\n2\t4\nb\np\nq\n",
-    ),
-    "tar and gzip": (
-        "set -e; mkdir d; seq 20000 > d/n; echo x > 'd/a b'; tar czf d.tgz d; mkdir o; tar xzf d.tgz -C o; diff -r d o/d; "
-        "gzip -k d/n; gzip -dc d/n.gz | cmp - d/n; xz -k d/n; xz -dc d/n.xz | cmp - d/n; bzip2 -k d/n; bunzip2 -c d/n.bz2 | cmp - d/n; "
-        "tar cf - d | tar tf - | wc -l",
-        "6\n",
-    ),
-    "a terminal of one's own": ("script -qec 'tty; stty size' /dev/null </dev/null | tr -d '\\r' | head -1", "/dev/pts/0\n"),
-    "who and where": ("id -un; id -u; pwd; hostname; uname -s; nproc >/dev/null; umask; echo $HOME; test -w ~ && echo w",
-                      "sandbox\n1000\n/workspace\nsandbox\nLinux\n0022\n/tmp\nw\n"),
-    "perl": ("perl -e 'print join(\",\", map {$_ ** 2} 1..4), \"\\n\"; open F, \"-|\", \"echo piped\"; print <F>;'",
-             "1,4,9,16\npiped\n"),
-}  # fmt: skip
+    "a pipeline": r"""
+printf 'b 2\na 1\nc 3\n' | sort | awk '{s += $2; print $1} END {print s}' | tr '\n' ' '
+seq 100000 | grep -c 7
+yes | head -n 5 | wc -l
+""",
+    "jobs and waiting": """
+for i in 1 2 3; do (sleep 0.05; exit $i) & p=$!; wait $p; printf '%s ' $?; done
+trap 'echo caught' TERM; kill $$
+timeout 0.1 sleep 5; echo $?
+""",
+    "here documents and substitution": """
+x=$(cat <<E
+in
+E
+)
+echo $x $((2 ** 10))
+diff <(seq 3) <(seq 3) && echo same
+""",
+    "files": """
+set -e
+mkdir -p a/b; echo x > a/b/f; cp -a a c; ln -s b a/l; ln a/b/f hard; mv c d; find . -name f | sort
+chmod 640 hard; stat -c %a hard; touch -d 2001-02-03 t; date -r t +%Y
+rm -r a d; df -P . | tail -1 | wc -l
+mkfifo p; (echo through > p &) ; cat p
+split -b 1 hard; ls x*
+mktemp -d | cut -c1-5; du -s . >/dev/null
+""",
+    "text tools": r"""
+echo '{"a": [1, 2]}' | jq -c '.a[1]'
+echo hello | sed s/l/L/g | rev
+echo aGk= | base64 -d; echo
+printf x | sha256sum | cut -c1-8
+paste <(seq 2) <(seq 3 4)
+printf 'a,b\n' | cut -d, -f2
+xargs -n1 echo <<< 'p q'
+""",
+    "tar and gzip": """
+set -e
+mkdir d; seq 20000 > d/n; echo x > 'd/a b'
+tar czf d.tgz d; mkdir o; tar xzf d.tgz -C o; diff -r d o/d
+gzip -k d/n; gzip -dc d/n.gz | cmp - d/n
+xz -k d/n; xz -dc d/n.xz | cmp - d/n
+bzip2 -k d/n; bunzip2 -c d/n.bz2 | cmp - d/n
+tar cf - d | tar tf - | wc -l
+""",
+    "a terminal of one's own": r"""
+script -qec 'tty; stty size' /dev/null </dev/null | tr -d '\r' | head -1
+""",
+    "who and where": """
+id -un; id -u; pwd; hostname; uname -s; nproc >/dev/null; umask; echo $HOME; test -w ~ && echo w
+""",
+    "perl": """
+perl -e 'print join(",", map {$_ ** 2} 1..4), "\\n"; open F, "-|", "echo piped"; print <F>;'
+""",
+}
+EXPECTED = {
+    "a pipeline": "a b c 6 40951\n5\n",
+    "jobs and waiting": "1 2 3 caught\n124\n",
+    "here documents and substitution": "in 1024\nsame\n",
+    "files": "./a/b/f\n./d/b/f\n640\n2001\n1\nthrough\nxaa\nxab\n/tmp/\n",
+    "text tools": "2\noLLeh\nhi\n2d711642\n1\t3\n2\t4\nb\np\nq\n",
+    "tar and gzip": "6\n",
+    "a terminal of one's own": "/dev/pts/0\n",
+    "who and where": "sandbox\n1000\n/workspace\nsandbox\nLinux\n0022\n/tmp\nw\n",
+    "perl": "1,4,9,16\npiped\n",
+}
 
 
 @pytest.mark.parametrize("policy", ["default", "shell"])
 @pytest.mark.parametrize("what", SCRIPTS)
 def test_in_a_shell(daemon: Daemon, what: str, policy: str) -> None:
-    script, expected = SCRIPTS[what]
-    assert passes(daemon.run("bash", "-c", script, policy=policy)) == expected
+    assert passes(daemon.run("bash", "-c", SCRIPTS[what], policy=policy)) == EXPECTED[what]
 
 
 def test_a_small_computation_under_strict(daemon: Daemon) -> None:
-    script = "seq 1000 | awk '{s += $1} END {print s}'; echo x > f; cat f; ls; sort <<< b; head -c 3 /dev/urandom | wc -c"
+    script = "seq 1000 | awk '{s += $1} END {print s}'; echo x > f; cat f; ls; sort <<< b; "
+    script += "head -c 3 /dev/urandom | wc -c"
     assert passes(daemon.run("bash", "-c", script, policy="strict")) == "500500\nx\nf\nb\n3\n"
 
 
@@ -123,7 +154,7 @@ def test_standard_input_in_every_form(daemon: Daemon) -> None:
 
 def test_scripts_of_the_callers_own(daemon: Daemon, tmp_path: Path) -> None:
     inputs = [
-        Input(path="bin/run", content=Bytes(text="#!/bin/sh -e\necho \"$0 $1\"; cat data/x\n"), mode=0o755),
+        Input(path="bin/run", content=Bytes(text='#!/bin/sh -e\necho "$0 $1"; cat data/x\n'), mode=0o755),
         Input(path="data/x", content=Bytes(text="content\n")),
         Input(path="count", content=Bytes(text="#!/usr/bin/awk -f\nBEGIN { print 6 * 7 }\n"), mode=0o755),
     ]  # fmt: skip
@@ -140,10 +171,9 @@ def test_scripts_of_the_callers_own(daemon: Daemon, tmp_path: Path) -> None:
 
 
 def test_artifacts_come_back(daemon: Daemon, tmp_path: Path) -> None:
-    found = daemon.cli(
-        "--policy", "shell", "--artifacts", str(tmp_path / "got"), "--",
-        "sh", "-c", "mkdir -p out/deep; seq 10 > out/deep/n; printf '#!/bin/sh\\n' > out/run; chmod +x out/run",
-    )  # fmt: skip
+    code = "mkdir -p out/deep; seq 10 > out/deep/n; printf '#!/bin/sh\\n' > out/run; chmod +x out/run"
+    options = ["--policy", "shell", "--artifacts", str(tmp_path / "got")]
+    found = daemon.cli(*options, "--", "sh", "-c", code)
     assert (found.returncode, found.stderr) == (0, b"")
     assert [path.read_text() for path in (tmp_path / "got").rglob("n")] == [
         "".join(f"{n}\n" for n in range(1, 11))

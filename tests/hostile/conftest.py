@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from programs import Programs
 
 from sandboxd.engine.host import instance_name
-from sandboxd.models import Bytes, Cause, Input
+from sandboxd.models import Cause
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,38 +31,10 @@ SETTLE_SECONDS = 10.0
 BUSY_CPU = 0.5  # of one CPU: a daemon with nothing to do must not spin
 
 
-@dataclass(frozen=True)
-class Programs:
-    """The C programs of this directory, compiled statically so that any image runs them."""
-
-    folder: Path
-
-    def __getitem__(self, name: str) -> bytes:
-        return (self.folder / name).read_bytes()
-
-    def input(self, *names: str) -> list[Input]:
-        """The programs as the executables ``./NAME`` of a call's workspace."""
-        return [Input(path=name, content=Bytes.of(self[name]), mode=0o755) for name in names]
-
-
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory, need: Callable[[object, str], None]) -> Programs:
     need(shutil.which("gcc"), "gcc")
-    folder = tmp_path_factory.mktemp("programs")
-    for source in [*PROGRAMS.glob("*.c"), NATIVE / "sweep.c"]:
-        command = [
-            "gcc",
-            "-O1",
-            "-Wall",
-            "-Werror",
-            "-static",
-            "-pthread",
-            "-o",
-            folder / source.stem,
-            source,
-        ]
-        subprocess.run(command, check=True)
-    return Programs(folder)
+    return Programs.compile(tmp_path_factory.mktemp("programs"), [*PROGRAMS.glob("*.c"), NATIVE / "sweep.c"])
 
 
 @dataclass(frozen=True)
@@ -86,7 +58,7 @@ class Host:
 def slots_of(daemon: Daemon) -> list[str]:
     """Cgroups of containers that this daemon holds, in every hierarchy, and processes in them."""
     tree = f"sandboxd-{instance_name(daemon.state)}"
-    found = [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/{tree}/*") if path.is_dir()]
+    found = [path for path, _, _ in os.walk("/sys/fs/cgroup") if f"/{tree}/" in path]  # others come and go
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import struct
+import tarfile
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -64,9 +66,6 @@ def test_what_cannot_be_executed(daemon: Daemon, what: str) -> None:
 
 
 def looping_tar() -> bytes:
-    import io  # noqa: PLC0415
-    import tarfile  # noqa: PLC0415
-
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:
         link = tarfile.TarInfo("link")
@@ -126,7 +125,7 @@ def test_arguments_larger_than_any_kernel_takes_are_refused(daemon: Daemon) -> N
 
 def test_requests_with_too_much_of_anything_are_refused(daemon: Daemon) -> None:
     client = daemon.client()
-    for fields in (
+    refused: list[dict[str, Any]] = [
         {"argv": ["x" * 131_072]},
         {"argv": ["true"] * 4097},
         {"argv": []},
@@ -140,10 +139,11 @@ def test_requests_with_too_much_of_anything_are_refused(daemon: Daemon) -> None:
         {"argv": ["true"], "cwd": "/" + "x" * 4096},
         {"argv": ["true"], "labels": {f"l{n}": "" for n in range(65)}},
         {"argv": ["true"], "policy": "../default"},
-    ):
+    ]
+    for fields in refused:
         argv = fields.pop("argv")
         with pytest.raises(errors.Refused):
-            client.run(argv, **fields)  # type: ignore[arg-type]
+            client.run(argv, **fields)
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from sandboxd import errors
 from sandboxd.artifacts import decode_path
 from sandboxd.models import Cause
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from conftest import Programs
     from daemons import Daemon
+    from programs import Programs
 
     from sandboxd.models import Invocation
 
@@ -77,7 +78,8 @@ def test_as_many_files_as_fit_are_too_many_to_collect(daemon: Daemon, programs: 
 
 
 def test_a_sparse_terabyte_is_not_collected_and_not_read(daemon: Daemon) -> None:
-    code = "truncate -s 1T huge; truncate -s 8E huger 2>/dev/null; truncate -s 4M fine; stat -c %s huge; du -k huge"
+    code = "truncate -s 1T huge; truncate -s 8E huger 2>/dev/null; truncate -s 4M fine; "
+    code += "stat -c %s huge; du -k huge"
     began = time.monotonic()
     found, released, withheld = collected(daemon, "sh", "-c", code)
     assert text(ended(found)).split() == [str(2**40), "0", "huge"]
@@ -88,15 +90,26 @@ def test_a_sparse_terabyte_is_not_collected_and_not_read(daemon: Daemon) -> None
 
 def test_names_are_bytes(daemon: Daemon, tmp_path: Path) -> None:
     code = r"""
-    printf a > "$(printf 'new\nline')"; printf b > "$(printf 'bad\377\376utf8')"; printf c > 'back\slash';
-    printf d > "$(printf '%0255d' 0)"; printf e > '%41'; printf f > ' '; printf g > '-rf'; printf h > "$(printf '\033[31m')"
-    mkdir -p '..a/...'; printf i > '..a/.../...'; printf j > "$(printf '\303\274')"; printf k > '*'; printf l > '..\x'
+    printf a > "$(printf 'new\nline')"
+    printf b > "$(printf 'bad\377\376utf8')"
+    printf c > 'back\slash'
+    printf d > "$(printf '%0255d' 0)"
+    printf e > '%41'
+    printf f > ' '
+    printf g > '-rf'
+    printf h > "$(printf '\033[31m')"
+    mkdir -p '..a/...'; printf i > '..a/.../...'
+    printf j > "$(printf '\303\274')"
+    printf k > '*'
+    printf l > '..\x'
     printf m > $'ends with\n'
     """
     found, released, withheld = collected(daemon, "bash", "-c", code)
     ended(found)
-    expected = [b"new\nline", b"bad\xff\xfeutf8", b"back\\slash", b"0" * 255, b"%41", b" ", b"-rf", b"\x1b[31m",
-                b"..a/.../...", "ü".encode(), b"*", b"..\\x", b"ends with\n"]  # fmt: skip
+    expected = [
+        b"new\nline", b"bad\xff\xfeutf8", b"back\\slash", b"0" * 255, b"%41", b" ", b"-rf", b"\x1b[31m",
+        b"..a/.../...", "ü".encode(), b"*", b"..\\x", b"ends with\n",
+    ]  # fmt: skip
     assert released == dict.fromkeys(expected, 1)
     assert withheld == {}
     saved = daemon.client().save_artifacts(found.id, tmp_path)
@@ -166,8 +179,6 @@ def test_what_a_policy_does_not_name_stays_inside(daemon: Daemon) -> None:
 
 
 def test_no_artifact_can_be_asked_for_by_another_path(daemon: Daemon) -> None:
-    from sandboxd import errors  # noqa: PLC0415
-
     found, _, _ = collected(daemon, "sh", "-c", "mkdir d; echo x > d/f")
     client = daemon.client()
     assert b"".join(client.artifact(found.id, "d/f")) == b"x\n"

@@ -54,18 +54,19 @@ def test_no_address_can_be_reached(probe: Probe) -> None:
         six = stack.enter_context(socket.create_server(("::", 0), family=socket.AF_INET6))
         local, wide, wide6 = (one.getsockname()[1] for one in (listener, everywhere, six))
         own = [f"{address}:{wide6 if ':' in address else wide}" for address in addresses()]
-        loopback = [f"127.0.0.1:{local}", f"127.0.0.1:{wide}", f"127.9.9.9:{wide}", f"::1:{wide6}", f"0.0.0.0:{wide}",
-                    f":::{wide6}", f"::ffff:127.0.0.1:{wide}"]  # fmt: skip
+        loopback = [f"{host}:{wide}" for host in ("127.0.0.1", "127.9.9.9", "0.0.0.0", "::ffff:127.0.0.1")]
+        loopback += [f"127.0.0.1:{local}", f"::1:{wide6}", f":::{wide6}"]
         outside = ["8.8.8.8:53", "1.1.1.1:443", "169.254.169.254:80", "10.0.0.1:22", "172.17.0.1:80",
                    "192.168.0.1:80", "224.0.0.1:80", "255.255.255.255:80", "2001:4860:4860::8888:53",
-                   "fe80::1:80", "fd00::1:80", "ff02::1:80", "::ffff:8.8.8.8:53", "64:ff9b::808:808:53"]  # fmt: skip
+                   "fe80::1:80", "fd00::1:80", "ff02::1:80", "::ffff:8.8.8.8:53",
+                   "64:ff9b::808:808:53"]  # fmt: skip
         results, found = probe("connects", *own, *loopback, *outside)
         for target in own + outside:
             assert results[target] in UNREACHABLE | {"EINVAL", "EACCES"}, (target, results[target])
         for target in loopback:  # the container's own loopback, where nobody listens
             assert results[target] in UNREACHABLE | {"ECONNREFUSED"}, (target, results[target])
         for one in (listener, everywhere, six):
-            one.setblocking(False)  # noqa: FBT003
+            one.setblocking(False)
             with pytest.raises(BlockingIOError):
                 one.accept()
     assert found.denials == []  # these sockets may be made; the network is what is not there
@@ -80,7 +81,7 @@ def test_no_datagram_leaves(probe: Probe) -> None:
         ]
         results, _ = probe("connects", *targets)
         assert "0" not in results.values()
-        server.setblocking(False)  # noqa: FBT003
+        server.setblocking(False)
         with pytest.raises(BlockingIOError):
             server.recv(1)
 
@@ -92,7 +93,7 @@ def test_abstract_sockets_of_the_host_are_not_there(probe: Probe, run_token: str
         accepted = threading.Event()
         results, _ = probe("connects", f"abstract:sandboxd-{run_token}")
         assert results == {f"abstract:sandboxd-{run_token}": "ECONNREFUSED"}
-        server.setblocking(False)  # noqa: FBT003
+        server.setblocking(False)
         with pytest.raises(BlockingIOError):
             server.accept()
         assert not accepted.is_set()

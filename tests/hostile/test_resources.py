@@ -12,8 +12,8 @@ import pytest
 from sandboxd.models import Cause
 
 if TYPE_CHECKING:
-    from conftest import Programs
     from daemons import Daemon
+    from programs import Programs
 
     from sandboxd.models import Invocation
 

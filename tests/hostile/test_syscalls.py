@@ -15,8 +15,8 @@ from sandboxd.policy import abi, seccomp
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from conftest import Programs
     from daemons import Daemon
+    from programs import Programs
 
     from sandboxd.models import Invocation
 

@@ -11,8 +11,8 @@ from sandboxd.models import Cause
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from conftest import Programs
     from daemons import Daemon
+    from programs import Programs
 
     from sandboxd.models import Invocation
 
