@@ -72,6 +72,8 @@ def serve(config: Config, *, socket: Path | None = None, state: Path | None = No
     # Every call holds descriptors from its acceptance on; the tool's own limit is its policy's.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # Threads that collect and unpack compute in Python; the event loop waits this long for each of them.
+    sys.setswitchinterval(0.0005)
     config.state.mkdir(mode=0o711, parents=True, exist_ok=True)
     name = instance_name(config.state)
     run = enter_private_mounts(name)

@@ -23,6 +23,7 @@ __all__ = ["Pattern"]
 
 _MAX_PATTERN = 4095
 _MAX_PARTS = 64  # components: what one step may cost is bounded, whoever wrote the pattern
+_MAX_STARS = 4  # components "**": what follows each of them is tried at every directory
 
 
 def _bracket(text: str, start: int) -> tuple[str, int] | None:
@@ -96,6 +97,8 @@ class Pattern:
             )
         if text.count("/") >= _MAX_PARTS:
             raise errors.InvalidRequest(f"a pattern has at most {_MAX_PARTS} components", pattern=shown)
+        if text.split("/").count("**") > _MAX_STARS:
+            raise errors.InvalidRequest(f"a pattern has at most {_MAX_STARS} times '**'", pattern=shown)
         pattern = cls(text)
         pattern.start()  # compiles, so that a bad set is told now
         return pattern

@@ -44,6 +44,9 @@ MAX_COMMAND = 6 * 2**20
 """Bytes of argv and env. No kernel takes more (_STK_LIM / 4 * 3, fs/exec.c); what a kernel takes of
 less is its own to say, as E2BIG. Every record of a call repeats its argv."""
 
+MAX_PATTERNS = 8192
+"""Characters of all artifact patterns of a request."""
+
 DEFAULT_ENV = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/tmp",  # noqa: S108, the one directory beside the workspace that any tool can write
@@ -393,6 +396,8 @@ def _fit(limit: str, asked: int, allowed: int, show: Callable[[int], str]) -> No
 
 
 def _patterns(patterns: list[str] | None) -> tuple[str, ...] | None:
+    if sum(map(len, patterns or ())) > MAX_PATTERNS:  # compiling them takes the event loop's time
+        raise InvalidRequest(f"artifacts: more than {MAX_PATTERNS} characters in all", field="artifacts")
     for number, pattern in enumerate(patterns or ()):
         try:
             paths.artifact_pattern(pattern)

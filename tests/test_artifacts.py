@@ -377,7 +377,7 @@ def test_patterns_match_names_that_are_no_utf8() -> None:
     ("pattern", "path"),
     [
         ("*a" * 120 + "b", b"a" * 255),
-        ("**/a/" * 31 + "b", b"a/" * 2000 + b"c"),
+        ("**/a/" * 4 + "b", b"a/" * 2000 + b"c"),
         ("*?" * 127 + "x", b"y" * 255),
         ("*[a-z]" * 400 + "!", b"z" * 255),
     ],

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import posixpath
 
+from sandboxd import errors, globs
+
 __all__ = ["MAX_PATH", "RESERVED", "absolute", "artifact_pattern", "mount_source", "mount_target", "within"]
 
 MAX_PATH = 4095  # PATH_MAX less its NUL, limits.h
@@ -78,8 +80,12 @@ def mount_target(path: str) -> str:
 
 
 def artifact_pattern(pattern: str) -> str:
-    """A relative glob; ``**`` is a component of its own. Raises ValueError."""
+    """A relative glob that ``globs`` takes; ``**`` is a component of its own. Raises ValueError."""
     relative(pattern)
     if any("**" in part and part != "**" for part in pattern.split("/")):
         raise ValueError(f"in {pattern!r} '**' stands beside other characters; it is a component of its own")
+    try:
+        globs.Pattern.of(pattern)
+    except errors.InvalidRequest as error:
+        raise ValueError(str(error)) from None
     return pattern

@@ -74,6 +74,17 @@ def test_an_input_is_given_once_and_is_a_file_or_a_directory(paths: tuple[str, s
         plan(Request(argv=["true"], inputs=inputs))
 
 
+@pytest.mark.parametrize(
+    "patterns",
+    [["**/a/" * 31 + "x"], ["a/" * 64 + "a"], ["[z-a]"], ["*a" * 100 + str(number) for number in range(64)]],
+    ids=["stars", "parts", "range", "total"],
+)
+def test_patterns_that_are_dear_or_wrong_are_refused_before_anything_runs(patterns: list[str]) -> None:
+    with pytest.raises(errors.InvalidRequest) as caught:
+        plan(Request(argv=["true"], artifacts=patterns), "shell")
+    assert str(caught.value.details["field"]).startswith("artifacts")
+
+
 def test_a_command_that_no_kernel_takes_is_refused() -> None:
     with pytest.raises(errors.TooLarge, match="argv and env"):
         plan(Request(argv=["true", *["x" * 100_000] * 80]))
