@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from typing import TYPE_CHECKING, NoReturn
 
@@ -55,6 +56,18 @@ def visible(text: str, most: int = 2000) -> str:
     return _HIDDEN.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), cut)
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """With a width of its own: argparse would ask ``shutil``, which takes long to import."""
+
+    def __init__(self, prog: str) -> None:
+        columns = os.environ.get("COLUMNS", "")
+        try:
+            width = int(columns) if columns.isdecimal() else os.get_terminal_size().columns
+        except OSError:  # not a terminal
+            width = 0
+        super().__init__(prog, width=(width or 80) - 2)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog}: {visible(message)}\n{self.prog}: see `{self.prog} --help`\n")
@@ -84,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="%(prog)s [options] -- COMMAND [ARGUMENT…]",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
         allow_abbrev=False,
     )
     add = parser.add_argument

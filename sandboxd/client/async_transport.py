@@ -15,7 +15,8 @@ import h11
 from anyio.abc import SocketStream, UNIXSocketStream
 
 from sandboxd.client import location, wire
-from sandboxd.client.transport import CHUNK, MAX_PROBLEM
+from sandboxd.client.http1 import CHUNK
+from sandboxd.client.transport import MAX_PROBLEM
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Sequence

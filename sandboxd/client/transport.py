@@ -1,27 +1,25 @@
-"""HTTP/1.1 over a Unix socket with ``http.client``: the blocking half of the transport.
+"""HTTP/1.1 over a Unix socket: the blocking half of the transport.
 
-Foreign exceptions (``OSError``, ``http.client.HTTPException``) end here: what leaves is an ``errors``
-class. Nothing but the standard library is imported, since ``run-in-sandbox`` starts through here.
+Foreign exceptions (``OSError``, those of ``http1``) end here: what leaves is an ``errors`` class. Nothing
+but the standard library is imported, and little of it, since ``run-in-sandbox`` starts through here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
 import math
 import socket
 import struct
 from typing import TYPE_CHECKING, Self
 
 from sandboxd import errors
-from sandboxd.client import location, wire
+from sandboxd.client import http1, location, wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-__all__ = ["Answer", "Connection", "connect", "exchange"]
+__all__ = ["Answer", "connect", "exchange"]
 
-CHUNK = 256 * 1024
 MAX_PROBLEM = 2**20
 
 
@@ -49,26 +47,17 @@ def connect(paths: Sequence[str], timeout: float) -> socket.socket:
     raise location.unavailable(tried)
 
 
-class Connection(http.client.HTTPConnection):
-    """``http.client`` on a socket that is connected already."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__("sandboxd")
-        self.sock = sock
-        self.auto_open = 0  # a lost connection is an error, never a silent second attempt
-
-
 @contextlib.contextmanager
 def mapped(timeout: float | None, what: str) -> Iterator[None]:
-    """Map what ``http.client`` and sockets raise to Unavailable."""
+    """Map what ``http1`` and sockets raise to Unavailable."""
     try:
         yield
     except TimeoutError:
         raise wire.timed_out(timeout) from None
-    except (http.client.RemoteDisconnected, http.client.IncompleteRead, ConnectionError):
+    except ConnectionError:
         raise wire.lost(what) from None
-    except (http.client.HTTPException, ValueError) as error:
-        raise wire.protocol_error(f"{type(error).__name__} {what}") from None
+    except http1.Malformed as error:
+        raise wire.protocol_error(str(error)) from None
     except OSError as error:
         raise errors.Unavailable(f"the socket failed {what}: {error.strerror}", reason="host") from None
 
@@ -76,32 +65,22 @@ def mapped(timeout: float | None, what: str) -> Iterator[None]:
 class Answer:
     """One answer whose body has not been read yet; closing it closes the connection."""
 
-    def __init__(
-        self, connection: Connection, response: http.client.HTTPResponse, timeout: float | None
-    ) -> None:
-        self._connection = connection
+    def __init__(self, sock: socket.socket, response: http1.Response, timeout: float | None) -> None:
+        self._sock = sock
         self._response = response
         self._timeout = timeout
         self.status = response.status
-        self.content_type = response.headers.get("Content-Type", "")
+        self.content_type = response.headers.get("content-type", "")
 
     def set_timeout(self, timeout: float | None) -> None:
         """Bound each further read to so many seconds; None waits for ever."""
         self._timeout = timeout
-        sock = self._connection.sock
-        if sock is not None:
-            sock.settimeout(timeout)
+        self._sock.settimeout(timeout)
 
     def chunks(self) -> Iterator[bytes]:
         """The body as it arrives. Raises Unavailable if it ends before its framing says so."""
-        response = self._response
         with mapped(self._timeout, "in the middle of an answer"):
-            if not response.chunked and response.length is None:
-                raise http.client.HTTPException("an answer without framing cannot be told from a cut one")
-            while data := response.read1(CHUNK):
-                yield data
-            if response.length:
-                raise http.client.IncompleteRead(b"")
+            yield from self._response.body()
 
     def read(self, limit: int = wire.MAX_DOCUMENT) -> bytes:
         """The whole body. Raises Unavailable if it is longer than ``limit`` bytes."""
@@ -123,8 +102,7 @@ class Answer:
 
     def close(self) -> None:
         """Close the connection."""
-        self._response.close()
-        self._connection.close()
+        self._sock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -148,26 +126,18 @@ def exchange(
     only as fast as the daemon takes it.
     """
     sock = connect(paths, connect_timeout)
-    if connected is not None:
-        connected(sock)
-    sock.settimeout(timeout)
-    connection = Connection(sock)
     try:
-        _send(connection, asked, chunks, timeout)
+        if connected is not None:
+            connected(sock)
+        sock.settimeout(timeout)
+        _send(sock, asked, chunks, timeout)
         with mapped(timeout, "before an answer"):
-            if asked.waits and connection.sock is not None:
-                connection.sock.settimeout(None)
-            # Keep the socket with the connection: with `Connection: close` http.client would drop it,
-            # and a later timeout could not be set.
-            response = connection.response_class(sock, method=asked.method)
-            try:
-                response.begin()
-            except BaseException:
-                response.close()  # its file would keep the socket open
-                raise
-        answer = Answer(connection, response, None if asked.waits else timeout)
+            if asked.waits:
+                sock.settimeout(None)
+            response = http1.Response(sock)
+        answer = Answer(sock, response, None if asked.waits else timeout)
     except BaseException:
-        connection.close()
+        sock.close()
         raise
     if 200 <= answer.status < 300:
         return answer
@@ -176,15 +146,13 @@ def exchange(
 
 
 def _send(
-    connection: Connection, asked: wire.Exchange, chunks: Iterable[bytes] | None, timeout: float | None
+    sock: socket.socket, asked: wire.Exchange, chunks: Iterable[bytes] | None, timeout: float | None
 ) -> None:
     headers = asked.all_headers()
-    body: bytes | Iterator[bytes] | None = asked.body
     if chunks is not None:
         headers |= {"Content-Type": "application/octet-stream", "Transfer-Encoding": "chunked"}
-        body = (piece for piece in chunks if piece)  # an empty chunk would end the body
     try:
-        connection.request(asked.method, asked.target, body, headers, encode_chunked=chunks is not None)
+        http1.send(sock, asked.method, asked.target, headers, asked.body if chunks is None else chunks)
     except (BrokenPipeError, ConnectionResetError):
         # The daemon may refuse a body before it has read it: its answer is already in our buffer.
         return
