@@ -18,6 +18,7 @@ from sandboxd import errors
 from sandboxd.engine.base import Check
 from sandboxd.engine.host import EngineHost, enter_private_mounts, instance_name
 from sandboxd.engine.probe import probe_shape
+from sandboxd.kernel.userns import RANGE
 from sandboxd.supervisor.receipt import read_receipt
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def _user_namespaces() -> Check:
 async def _containers(config: Config, run: Path, name: str) -> list[Check]:
     checks: list[Check] = []
     try:
-        parts = EngineHost(config, run, name)
+        parts = EngineHost(_with_last_ids(config), run, name)
     except errors.SandboxdError as error:
         return [
             Check("cgroups", ok=False, found=str(error), advice="mount the memory, pids and cpu controllers")
@@ -125,6 +126,13 @@ def _io_limits(tree: CgroupTree) -> Check:
         advice="mount or delegate the io (v1: blkio) controller; until then calls with limits.io fail",
         required=False,
     )
+
+
+def _with_last_ids(config: Config) -> Config:
+    """With the last range of ids alone, which a daemon that runs at the same time does not reach."""
+    ids = config.ids
+    last = ids.model_copy(update={"base": ids.base + (ids.count - 1) * RANGE, "count": 1})
+    return config.model_copy(update={"ids": last})
 
 
 async def _container(engine: OciEngine) -> list[Check]:

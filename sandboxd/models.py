@@ -11,7 +11,15 @@ import signal as signals
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    model_validator,
+)
 
 from sandboxd import units
 
@@ -91,6 +99,7 @@ class Bytes(Wire):
 
     text: str | None = None
     base64: str | None = None
+    _decoded: bytes | None = PrivateAttr(None)  # decoding tens of MiB once is slow enough
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -98,7 +107,7 @@ class Bytes(Wire):
             raise ValueError("give exactly one of text and base64")
         if self.base64 is not None:
             try:
-                base64.b64decode(self.base64, validate=True)
+                self._decoded = base64.b64decode(self.base64, validate=True)
             except ValueError:
                 raise ValueError("base64 is not valid base64") from None
         return self
@@ -107,7 +116,7 @@ class Bytes(Wire):
         """The bytes themselves."""
         if self.text is not None:
             return self.text.encode("utf-8", "surrogatepass")
-        return base64.b64decode(self.base64 or "")
+        return base64.b64decode(self.base64 or "") if self._decoded is None else self._decoded
 
     @classmethod
     def of(cls, data: bytes) -> Self:
@@ -167,7 +176,8 @@ class Request(Wire):
         ],
         Field(max_length=MAX_ENV),
     ] = Field(default_factory=dict)
-    cwd: Annotated[Text, Field(max_length=MAX_PATH, pattern="^/")] = "/workspace"
+    cwd: Annotated[Text, Field(min_length=1, max_length=MAX_PATH)] = "/workspace"
+    """Absolute and normalised."""
     stdin: Literal["none", "stream"] | Bytes = "none"
     inputs: Annotated[list[Input], Field(max_length=MAX_INPUTS)] = Field(default_factory=list)
     tar: Bytes | None = None
