@@ -13,10 +13,23 @@ from sandboxd.kernel.cgroupfs import CPU_PERIOD, UNLIMITED, CgroupLimits, Cgroup
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["FilesV1"]
+__all__ = ["FilesV1", "socket_limit"]
 
 NANO_PER_MICRO = 1000
 NO_LIMIT = 1 << 62  # memory files say 2**63 rounded down to pages when there is no limit
+SOCKET_SHARE = 8
+MIN_SOCKETS = 1 << 20
+
+
+def socket_limit(memory: int) -> int:
+    """Bytes of internet sockets' buffers that a cgroup with this much memory may have beside it.
+
+    v1 counts them apart from all other memory, and without a limit of their own not at all: 64 MiB of
+    container could hold gigabytes in connections to itself, up to the host's ``net.ipv4.tcp_mem``. v2
+    counts them as memory.
+    """
+    page = os.sysconf("SC_PAGE_SIZE")
+    return max(memory // SOCKET_SHARE, MIN_SOCKETS) // page * page
 
 
 class FilesV1:
@@ -34,6 +47,7 @@ class FilesV1:
     def set(self, limits: CgroupLimits) -> None:
         """Write every limit; None lifts it."""
         self._set_memory(limits.memory)
+        self._set_sockets(limits.memory)
         pids = UNLIMITED if limits.pids is None else str(limits.pids)
         cgroupfs.write_limit("pids", f"{self._pids}/pids.max", pids)
         quota = -1 if limits.cpus is None else limits.cpus * CPU_PERIOD // 1000
@@ -63,8 +77,15 @@ class FilesV1:
         for path in (with_swap, plain) if raising else (plain, with_swap):
             cgroupfs.write_limit("memory", path, value)
 
+    def _set_sockets(self, memory: int | None) -> None:
+        path = f"{self._memory}/memory.kmem.tcp.limit_in_bytes"
+        if memory is not None:
+            cgroupfs.write_limit("sockets", path, str(socket_limit(memory)))
+        elif int(read_or_none(path) or NO_LIMIT) < NO_LIMIT:
+            cgroupfs.write_limit("sockets", path, "-1")
+
     def read_limits(self) -> dict[str, tuple[str, str]]:
-        """Memory, swap, pids, cpu and io as the kernel has them: (value, file)."""
+        """Memory, swap, sockets, pids, cpu and io as the kernel has them: (value, file)."""
         memory_file, swap_file = "memory.limit_in_bytes", "memory.memsw.limit_in_bytes"
         memory = int(read(f"{self._memory}/{memory_file}"))
         with_swap = read_or_none(f"{self._memory}/{swap_file}")
@@ -74,11 +95,14 @@ class FilesV1:
             swap = (UNLIMITED, f"{self._memory}/{swap_file}")
         else:
             swap = (str(max(0, int(with_swap) - memory)), f"{self._memory}/{swap_file}")
+        sockets_file = f"{self._memory}/memory.kmem.tcp.limit_in_bytes"
+        sockets = int(read(sockets_file))
         quota = int(read(f"{self._cpu}/cpu.cfs_quota_us"))
         period = int(read(f"{self._cpu}/cpu.cfs_period_us"))
         limits = {
             "memory": (UNLIMITED if memory >= NO_LIMIT else str(memory), f"{self._memory}/{memory_file}"),
             "swap": swap,
+            "sockets": (UNLIMITED if sockets >= NO_LIMIT else str(sockets), sockets_file),
             "pids": (read(f"{self._pids}/pids.max").strip(), f"{self._pids}/pids.max"),
             "cpu": (cgroupfs.cpus_of_quota(quota, period), f"{self._cpu}/cpu.cfs_quota_us"),
         }

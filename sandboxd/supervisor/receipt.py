@@ -21,6 +21,7 @@ from sandboxd import canonical, errors
 from sandboxd.engine.oci import OOM_SCORE_ADJ, rlimits
 from sandboxd.init import INIT
 from sandboxd.kernel import filters
+from sandboxd.kernel.cgroup_v1 import socket_limit
 from sandboxd.models import Control, Receipt
 from sandboxd.supervisor.mounted import mount_controls
 from sandboxd.supervisor.parked import Parked
@@ -228,6 +229,9 @@ def _cgroup_controls(slot: Slot, limits: Limits) -> Iterator[Control]:
         yield _equal(name, value, in_force, file)
     swap, file = found["swap"]
     yield Control(name="swap", asked="0", in_force=swap, read_from=file, enforced=swap in {"0", "none"})
+    if "sockets" in found:  # cgroup v1; v2 counts the buffers of sockets as memory
+        in_force, file = found["sockets"]
+        yield _equal("sockets", str(socket_limit(limits.memory)), in_force, file)
     if limits.io_read is not None or limits.io_write is not None:
         in_force, file = found["io"]
         rates = {"rbps": limits.io_read, "wbps": limits.io_write}

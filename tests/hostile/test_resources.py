@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -245,3 +247,29 @@ def test_the_host_stays_responsive_under_all_of_it_at_once(daemon: Daemon, progr
     found = [cause(client.wait(call.id)) for call in calls]
     assert found == [Cause.WALL_TIME, Cause.WALL_TIME, Cause.EXITED, Cause.MEMORY]
     assert psutil.Process(daemon.process.pid).is_running()
+
+
+def socket_memory() -> int:
+    """Bytes of all TCP and UDP buffers of this host, whatever the namespace (proc_net(5), sockstat)."""
+    text = Path("/proc/net/sockstat").read_text()
+    return sum(int(pages) for pages in re.findall(r" mem (\d+)", text)) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("kind", ["tcp", "udp"])
+def test_buffers_of_sockets_are_bounded(daemon: Daemon, programs: Programs, kind: str) -> None:
+    before = socket_memory()
+    client = daemon.client()
+    inputs = programs.input("loopback")
+    call = client.start(["./loopback", kind], policy="tiny", inputs=inputs, limits={"wall": "8s"})
+    most = 0
+    while (now := client.get(call.id)).state != "ended":
+        most = max(most, socket_memory() - before)
+        if now.stdout is not None and now.stdout.size:
+            client.cancel(call.id)
+        time.sleep(0.05)
+    assert most < 96 * 2**20, f"a container of 64 MiB took {most >> 20} MiB of the host's"
+    assert cause(client.wait(call.id)) in {Cause.CANCELLED, Cause.WALL_TIME, Cause.MEMORY}
+    end = time.monotonic() + 10
+    while socket_memory() - before > 16 * 2**20:
+        assert time.monotonic() < end, "the buffers are not given back"
+        time.sleep(0.05)
