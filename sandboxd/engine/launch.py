@@ -45,6 +45,8 @@ class Launch:
                 stdout=self._said,
                 stderr=self._said,
                 pass_fds=[control],
+                # Nothing of ours: with NOTIFY_SOCKET a runtime waits for the container to say READY.
+                env={"PATH": os.environ.get("PATH", os.defpath)},
             )
         except BaseException:
             os.close(self._said)

@@ -1,0 +1,278 @@
+"""A daemon's life: killed, drained, twice on one directory, activated by its manager, out of disk, long."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+from daemons import IMAGES, SANDBOXD
+
+from sandboxd import Client, errors
+from sandboxd.engine.host import instance_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from daemons import Daemon
+
+    from sandboxd.models import Invocation
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = 15) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what}, not within {seconds:g} s"
+        time.sleep(0.01)
+
+
+def running(client: Client, *argv: str, **fields: object) -> Invocation:
+    """A call whose command runs."""
+    found = client.start(list(argv), **fields)  # type: ignore[arg-type]
+    until(lambda: client.get(found.id).state == "running", "the command runs")
+    return found
+
+
+def slots(state: Path) -> list[str]:
+    """Cgroups of the containers of a state directory."""
+    name = f"sandboxd-{instance_name(state)}"
+    return [path for path, _, _ in os.walk("/sys/fs/cgroup") if f"/{name}/" in path]
+
+
+def test_kill_9_leaves_no_container_and_every_call_with_an_outcome(
+    daemon_factory: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    first = daemon_factory()
+    client = first.client()
+    calls = [running(client, "sh", "-c", "echo before; exec sleep 1000", policy="tiny") for _ in range(3)]
+    done = first.run("echo", "done", key="finished")
+    queued = client.start(["true"], key="repeated")
+    containers = {
+        int(pid)
+        for path in slots(first.state)
+        for pid in (Path(path) / "cgroup.procs").read_text().split()
+        if pid != "0"
+    }
+    assert len(containers) >= 6  # PID 1 and the tool of each
+    first.stop(signal.SIGKILL)
+    until(lambda: not any(psutil.pid_exists(pid) for pid in containers), "the containers die", 5)
+    began = time.monotonic()
+    second = daemon_factory(state=first.state, name="second")
+    assert second.run("echo", "served").outcome is not None
+    assert time.monotonic() - began < 10
+    client = second.client()
+    for call in calls:
+        found = client.get(call.id)
+        assert found.state == "ended"
+        assert found.outcome is not None
+        assert found.outcome.cause == "failed"
+        assert found.outcome.error is not None
+        assert found.outcome.error.code == "interrupted"
+        assert found.stdout is not None
+        assert found.stdout.text == "before\n"
+    assert client.get(queued.id).state == "ended"
+    again = client.run(["true"], key="repeated")  # the same key and request: the same outcome
+    assert again.id == queued.id
+    kept = client.get(done.id)
+    assert kept.outcome is not None
+    assert kept.outcome.exit_code == 0
+    assert slots(first.state) == []
+    assert "sandboxd" not in Path("/proc/self/mountinfo").read_text().replace(str(tmp_path), "")
+
+
+def test_sigterm_lets_what_runs_finish_and_takes_nothing_new(daemon_factory: Callable[..., Daemon]) -> None:
+    daemon = daemon_factory()
+    client = daemon.client()
+    call = running(client, "sh", "-c", "read line; echo got $line", stdin="stream", key="drained")
+    daemon.process.send_signal(signal.SIGTERM)
+    until(lambda: client.health().status == "draining", "the daemon drains")
+    with pytest.raises(errors.Draining):
+        client.run(["true"])
+    attached = client.start(["sh", "-c", "read line; echo got $line"], stdin="stream", key="drained")
+    assert attached.id == call.id  # what is known already is answered
+    results: list[Invocation] = []
+    waiter = threading.Thread(target=lambda: results.append(client.wait(call.id)))
+    waiter.start()
+    client.write_stdin(call.id, b"it\n")
+    waiter.join(20)
+    assert results[0].outcome is not None
+    assert results[0].outcome.exit_code == 0
+    assert results[0].stdout is not None
+    assert results[0].stdout.text == "got it\n"
+    assert daemon.process.wait(20) == 0
+
+
+def test_a_second_signal_cancels(daemon_factory: Callable[..., Daemon]) -> None:
+    daemon = daemon_factory()
+    call = running(daemon.client(), "sleep", "1000")
+    daemon.process.send_signal(signal.SIGTERM)
+    until(lambda: daemon.client().health().status == "draining", "the daemon drains")
+    daemon.process.send_signal(signal.SIGINT)
+    assert daemon.process.wait(10) == 0
+    found = daemon_factory(state=daemon.state, name="second").client().get(call.id)
+    assert found.outcome is not None
+    assert found.outcome.cause == "cancelled"
+
+
+def test_a_second_daemon_on_one_state_directory_is_refused(
+    daemon_factory: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    first = daemon_factory()
+    call = running(first.client(), "sleep", "1000")
+    done = subprocess.run(
+        [SANDBOXD, "serve", "--state", first.state, "--socket", tmp_path / "other"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "another" in done.stderr
+    assert str(first.state) in done.stderr
+    assert first.client().get(call.id).state == "running"  # and nothing of the first was touched
+    assert first.run("true").outcome is not None
+    ended = first.client().cancel(call.id)
+    assert ended.outcome is not None
+    assert ended.outcome.cause == "cancelled"
+
+
+def test_a_socket_that_nobody_listens_on_is_replaced(daemon_factory: Callable[..., Daemon]) -> None:
+    first = daemon_factory()
+    first.stop(signal.SIGKILL)
+    assert first.socket.is_socket()
+    second = daemon_factory(state=first.state)
+    assert second.socket == first.socket
+    found = second.run("true")
+    assert found.outcome is not None
+    assert found.outcome.exit_code == 0
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / "images").symlink_to(IMAGES)
+    return state
+
+
+def test_socket_activation_and_readiness(daemon_factory: Callable[..., Daemon], state: Path) -> None:
+    """As systemd starts it: a listening socket as descriptor 3, and a socket to say READY on."""
+    directory = state.parent
+    with (
+        socket.socket(socket.AF_UNIX) as listener,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
+    ):
+        listener.bind(str(directory / "activated"))
+        listener.listen()
+        manager.bind(str(directory / "notify"))
+        manager.settimeout(20)
+        script = 'export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@" 3<&$FD'
+        environment = {**os.environ, "FD": str(listener.fileno()), "NOTIFY_SOCKET": str(directory / "notify")}
+        with (directory / "log").open("wb") as log:
+            process = subprocess.Popen(
+                ["bash", "-c", script, "bash", SANDBOXD, "serve", "--state", state],
+                env=environment,
+                pass_fds=[listener.fileno()],
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            said = manager.recv(4096)
+            assert b"READY=1" in said, (directory / "log").read_text()
+            found = Client(directory / "activated").run(["echo", "activated"])
+            assert found.stdout is not None
+            assert found.stdout.text == "activated\n"
+            process.send_signal(signal.SIGTERM)
+            assert b"STOPPING=1" in manager.recv(4096)
+            assert process.wait(20) == 0
+        finally:
+            process.terminate()
+            process.wait(20)
+    assert (directory / "activated").is_socket()  # the manager's, not ours to remove
+
+
+@contextmanager
+def small_disk(at: Path, size: str) -> Iterator[None]:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", at], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", at], check=True)
+
+
+def test_a_full_disk_is_told_and_survived(
+    daemon_factory: Callable[..., Daemon], state: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with small_disk(disk, "8m"):
+        (disk / "images").symlink_to(IMAGES)
+        daemon = daemon_factory(state=disk)
+        assert daemon.run("true").outcome is not None
+        found = daemon.run("sh", "-c", "head -c 64M /dev/zero", policy="loud")
+        assert found.outcome is not None
+        assert found.outcome.cause == "failed"
+        assert found.outcome.error is not None
+        assert found.outcome.error.code == "host"
+        shown = daemon.client().get(found.id)  # the same outcome to whoever asks later
+        assert shown.outcome is not None
+        assert shown.outcome.cause == "failed"
+        with pytest.raises(errors.HostFailed):  # nothing is accepted that could not be kept
+            [daemon.run("true") for _ in range(50)]
+        (disk / "calls" / found.id / "stdout").write_bytes(b"")
+        until(lambda: _runs(daemon), "it serves again once there is room", 20)
+        until(
+            lambda: daemon.client().list(state="ended", limit=100).invocations[-1].outcome, "all is recorded"
+        )
+        assert daemon.process.poll() is None
+        daemon.stop()
+
+
+def _runs(daemon: Daemon) -> bool:
+    try:
+        found = daemon.run("true")
+    except errors.SandboxdError:
+        return False
+    return found.outcome is not None and found.outcome.exit_code == 0
+
+
+def test_two_hundred_calls_leave_nothing_in_the_daemon(daemon_factory: Callable[..., Daemon]) -> None:
+    daemon = daemon_factory()
+    process = psutil.Process(daemon.process.pid)
+
+    def some(count: int) -> None:
+        client = daemon.client()
+        for number in range(count):
+            if number % 20 == 0:
+                client.run(["/no/such/program"], policy="tiny")
+            elif number % 20 == 1:
+                client.cancel(client.start(["sleep", "100"], policy="tiny").id)
+            else:
+                client.run(["sh", "-c", "cat; echo out"], stdin=b"in", policy="tiny")
+
+    def several(count: int) -> None:
+        threads = [threading.Thread(target=some, args=(count // 4,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    several(40)  # what is made once is made now: readers, namespaces, caches
+    before = process.num_fds(), process.memory_info().rss
+    several(200)
+    until(lambda: process.num_fds() <= before[0] + 2, f"descriptors are closed (were {before[0]})")
+    assert process.memory_info().rss - before[1] < 16 * 2**20
+    assert process.num_threads() < 64 + 16
+    assert process.children() == []
+    assert slots(daemon.state) == []
+    health = daemon.client().health()
+    assert (health.running, health.queued) == (0, 0)
