@@ -140,7 +140,8 @@ class Attempt:
             slot = await self._engine.create(self._plan.shape)
             stack.push_async_callback(self._engine.destroy, slot)
             self._slot = slot
-            await anyio.to_thread.run_sync(self._fill_workspace, slot)
+            if self._payload.inputs or self._payload.tar is not None:
+                await anyio.to_thread.run_sync(self._fill_workspace, slot)
             if self._plan.limits != self._plan.shape.limits:
                 # io is in force already, and cannot be narrowed
                 narrowed = replace(self._plan.limits, io_read=None, io_write=None)
