@@ -536,7 +536,11 @@ def _payload(request: Request) -> Payload:
 
 
 def _request_digest(request: Request) -> str:
-    asked = request.model_dump(mode="json", exclude={"key"}, exclude_none=True)
+    content = {"inputs": {"__all__": {"content"}}, "tar": True, "stdin": isinstance(request.stdin, Bytes)}
+    asked = request.model_dump(mode="json", exclude={"key": True, **content}, exclude_none=True)
+    payload = _payload(request)  # by digest: as JSON it is tens of MiB that the event loop would wait for
+    asked["contents"] = [canonical.digest_bytes(data) for _, data, _ in payload.inputs]
+    asked["given"] = [None if d is None else canonical.digest_bytes(d) for d in (payload.tar, payload.stdin)]
     if "cpus" in (limits := asked.get("limits", {})):
         limits["cpus"] = str(limits["cpus"])  # canonical JSON of a float depends on how it was written
     return canonical.digest(asked)
