@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -131,3 +132,26 @@ def test_bodies_that_never_end_do_not_fill_the_daemons_memory(daemon_factory: Ca
     done = daemon.run("true")
     assert done.outcome is not None
     assert done.outcome.cause == "exited"
+
+
+def test_agents_that_hold_every_connection_do_not_keep_an_operator_out(
+    daemon_factory: Callable[..., Daemon],
+) -> None:
+    daemon = daemon_factory(
+        config="http: {connections: 4, connections_per_uid: 4}\ncallers:\n"
+        "  - {match: {uid: 0}, role: operator}\n  - {match: {gid: 0}, role: agent}\n"
+    )
+    with ExitStack() as stack:
+        for directory in (daemon.socket.parent, *daemon.socket.parent.parents[:2]):
+            directory.chmod(directory.stat().st_mode | 0o011)
+        daemon.socket.chmod(0o666)
+        os.seteuid(65_534)
+        try:
+            held = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(5)]
+            for sock in held:
+                sock.connect(str(daemon.socket))
+        finally:
+            os.seteuid(0)
+        held[-1].settimeout(5)
+        assert held[-1].recv(4096).startswith(b"HTTP/1.1 503 ")
+        assert daemon.client().health().status == "ready"
