@@ -45,6 +45,7 @@ MASKED = (
     "/proc/key-users",
     "/proc/kmsg",
     "/proc/latency_stats",
+    "/proc/pressure",  # the host's, and anybody may set triggers on it
     "/proc/sched_debug",
     "/proc/scsi",
     "/proc/timer_list",

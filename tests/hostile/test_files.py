@@ -154,6 +154,14 @@ def test_files_that_are_swapped_until_the_last_moment(daemon: Daemon, programs: 
                 assert body in {b"", b"inside\n"}
 
 
+def test_a_container_full_of_processes_is_collected_from_like_any_other(daemon: Daemon) -> None:
+    code = "for (1..100) { my $p = fork; sleep 100 if defined $p && !$p } open F, '>f'; print F qq(x\\n)"
+    found, released, _ = collected(daemon, "perl", "-e", code)
+    ended(found)
+    assert released == {b"f": 2}
+    assert "pids" in limits(found)
+
+
 def test_what_is_released_is_what_the_tool_wrote(daemon: Daemon, tmp_path: Path) -> None:
     code = "head -c 3000000 /dev/urandom > x; sha256sum x; cp x y; chmod +x y"
     found, released, _ = collected(daemon, "sh", "-c", code)

@@ -45,8 +45,8 @@ REFUSED: dict[str, frozenset[str]] = {
     "oom_score_adj down": frozenset({"EACCES"}),
     **dict.fromkeys(
         ["sysrq", "core_pattern", "hostname sysctl", "userns sysctl", "ip_forward", "drop_caches",
-         "setgroups", "proc irq", "sys uevent", "unlink null", "init write", "init unlink", "root write",
-         "usr write", "etc write", "dev write", "run write", "var write", "shadow"],
+         "setgroups", "proc irq", "pressure", "sys uevent", "unlink null", "init write", "init unlink",
+         "root write", "usr write", "etc write", "dev write", "run write", "var write", "shadow"],
         NOWHERE,
     ),
     **dict.fromkeys(

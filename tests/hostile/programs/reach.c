@@ -63,6 +63,7 @@ int main(void)
     TRY("drop_caches", put("/proc/sys/vm/drop_caches", "1"));
     TRY("uid_map", put("/proc/self/uid_map", "0 0 1"));
     TRY("setgroups", put("/proc/self/setgroups", "allow"));
+    TRY("pressure", put("/proc/pressure/cpu", "some 150000 2000000"));
     TRY("proc irq", put("/proc/irq/default_smp_affinity", "1"));
     TRY("sys uevent", open("/sys/kernel/uevent_helper", O_WRONLY));
     TRY("cgroupfs", open("/sys/fs/cgroup", O_RDONLY));
