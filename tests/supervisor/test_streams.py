@@ -1,0 +1,113 @@
+"""The pipes between a tool and its spool: real pipes, written and read from the other end."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import anyio
+import pytest
+
+from sandboxd import errors
+from sandboxd.supervisor.streams import CHUNK, PIPE_SIZE, OutputPipe, Stdin
+
+IDS = os.getuid(), os.getgid()
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.mark.anyio
+async def test_output_comes_whole_and_in_chunks() -> None:
+    got: list[bytes] = []
+    pipe = OutputPipe(*IDS, got.append)
+    data = os.urandom(3 * PIPE_SIZE)
+    inner = os.dup(pipe.inner)
+
+    def write() -> None:
+        with os.fdopen(inner, "wb") as file:
+            file.write(data)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    pipe.handed_over()
+    with anyio.fail_after(10):
+        await pipe.finished()
+    writer.join()
+    assert b"".join(got) == data
+    assert max(map(len, got)) <= CHUNK
+    pipe.close()
+
+
+@pytest.mark.anyio
+async def test_the_pipe_ends_with_its_last_writer() -> None:
+    pipe = OutputPipe(*IDS, lambda _: None)
+    other = os.dup(pipe.inner)
+    pipe.handed_over()
+    with anyio.move_on_after(0.1) as scope:
+        await pipe.finished()
+    assert scope.cancelled_caught
+    os.close(other)
+    with anyio.fail_after(5):
+        await pipe.finished()
+
+
+@pytest.mark.anyio
+async def test_stdin_is_pulled_and_can_be_sent_again() -> None:
+    stdin = Stdin()
+    read = stdin.open(*IDS)
+    assert await stdin.write(0, b"abc") == 3
+    assert await stdin.write(1, b"bcde") == 5
+    with pytest.raises(errors.StateConflict) as caught:
+        await stdin.write(9, b"x")
+    assert caught.value.details["offset"] == 5
+    await stdin.finish()
+    with pytest.raises(errors.StateConflict):
+        await stdin.write(5, b"late")
+    assert await stdin.write(0, b"abc") == 5  # nothing new in it
+    assert os.read(read, 100) == b"abcde"
+    assert os.read(read, 100) == b""
+    os.close(read)
+    stdin.close()
+
+
+@pytest.mark.anyio
+async def test_a_writer_waits_for_room_and_is_told_when_the_call_ends() -> None:
+    stdin = Stdin()
+    read = stdin.open(*IDS)
+    caught: list[errors.StateConflict] = []
+
+    async def write() -> None:
+        try:
+            await stdin.write(0, bytes(2 * PIPE_SIZE))
+        except errors.StateConflict as error:
+            caught.append(error)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(write)
+        await anyio.wait_all_tasks_blocked()
+        assert stdin.offset == PIPE_SIZE
+        stdin.close()
+    assert caught[0].details["offset"] == PIPE_SIZE
+    os.close(read)
+
+
+@pytest.mark.anyio
+async def test_a_tool_that_closed_its_stdin_takes_everything() -> None:
+    stdin = Stdin()
+    os.close(stdin.open(*IDS))
+    assert await stdin.write(0, bytes(4 * PIPE_SIZE)) == 4 * PIPE_SIZE
+    await stdin.finish()
+
+
+@pytest.mark.anyio
+async def test_who_writes_before_the_start_waits_for_it() -> None:
+    stdin = Stdin()
+    with anyio.move_on_after(0.05) as scope:
+        await stdin.write(0, b"early")
+    assert scope.cancelled_caught
+    stdin.close()
+    with pytest.raises(errors.StateConflict):
+        await stdin.write(0, b"never")

@@ -1,0 +1,134 @@
+"""A process of its own that makes a slot, tampers with it after that, and prints what its receipt then says.
+
+An engine needs a mount namespace of its own, which only a process without threads can enter.
+Arguments: the runtime, the state directory. Output: JSON, the name of each tampering to the controls
+that the receipt denies.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+
+from sandboxd.config import Config
+from sandboxd.engine.host import EngineHost, enter_private_mounts, instance_name
+from sandboxd.engine.probe import probe_shape
+from sandboxd.policy import seccomp
+from sandboxd.supervisor.receipt import read_receipt
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sandboxd.engine.base import Slot
+
+SHAPE = probe_shape()
+
+
+def denied(slot: Slot) -> list[str]:
+    """The controls that are not in force."""
+    return [control.name for control in read_receipt(slot, SHAPE.limits).controls if not control.enforced]
+
+
+@contextmanager
+def written(path: str, value: str) -> Iterator[None]:
+    """A file of a cgroup with another value."""
+    file = Path(path)
+    before = file.read_text()
+    file.write_text(value)
+    try:
+        yield
+    finally:
+        file.write_text(before)
+
+
+@contextmanager
+def raised(slot: Slot, control: str) -> Iterator[None]:
+    """A limit that somebody raised; memory counts swap too, which has to be raised first."""
+    _, file = slot.cgroup.read_limits()[control]
+    if control == "memory" and file.endswith("memory.limit_in_bytes"):
+        swap = Path(file).with_name("memory.memsw.limit_in_bytes")
+        if swap.exists():
+            with written(str(swap), "2147483648"), written(file, "1073741824"):
+                yield
+            return
+    value = {"memory": "1073741824", "pids": "5000", "cpu": "400000"}[control]
+    with written(file, f"{value} 100000" if file.endswith("cpu.max") else value):
+        yield
+
+
+@contextmanager
+def joined(slot: Slot) -> Iterator[None]:
+    """A process more in the cgroup."""
+    with subprocess.Popen(["/bin/sleep", "60"]) as process:
+        for file in slot.cgroup.procs_files:
+            Path(file).write_text(str(process.pid))
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+@contextmanager
+def interface(slot: Slot) -> Iterator[None]:
+    """A second network interface."""
+    enter = ["nsenter", "-t", str(slot.init_pid), "-n", "ip", "link"]
+    subprocess.run([*enter, "add", "veth0", "type", "veth", "peer", "name", "veth1"], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run([*enter, "del", "veth0"], check=True)
+
+
+def other_filter(slot: Slot) -> list[str]:
+    """What the receipt says when another filter than the slot's was asked for."""
+    wider = replace(SHAPE, syscalls=seccomp.resolve("default", (), ()))
+    return denied(replace(slot, shape=wider))
+
+
+async def main(config: Config, run: Path, name: str) -> dict[str, list[str]]:
+    """Make a slot, tamper, and take it away."""
+    found: dict[str, list[str]] = {}
+    with EngineHost(config, run, name) as host:
+        [engine] = host.engines()
+        slot = await engine.create(SHAPE)
+        try:
+            found["nothing"] = denied(slot)
+            for control in ("memory", "pids", "cpu"):
+                with raised(slot, control):
+                    found[control] = denied(slot)
+            with joined(slot):
+                found["joined"] = denied(slot)
+            with interface(slot):
+                found["interface"] = denied(slot)
+            found["filter"] = other_filter(slot)
+            found["nothing again"] = denied(slot)
+            descriptors = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        finally:
+            await engine.destroy(slot)
+            await engine.destroy(slot)  # safe to call twice
+        slots = [await engine.create(SHAPE) for _ in range(3)]
+        found["ranges"] = [str(one.id_base) for one in slots]
+        found["namespaces"] = [str(one.user_namespace) for one in slots]
+        for one in slots:
+            await engine.destroy(one)
+        again = await engine.create(SHAPE)
+        found["leaked"] = [str(len(os.listdir("/proc/self/fd")) - descriptors)]  # noqa: PTH208
+        await engine.destroy(again)
+        found["left"] = [str(path) for path in (run / "slots").iterdir()] + host.clean_leftovers()
+    return found
+
+
+if __name__ == "__main__":
+    state = Path(sys.argv[2])
+    settings = Config.model_validate({"state": sys.argv[2], "runtime": sys.argv[1]})
+    label = instance_name(state)
+    seen = anyio.run(main, settings, enter_private_mounts(label), label)
+    sys.stdout.write(json.dumps(seen))
