@@ -240,8 +240,10 @@ def test_stdin_for_a_tool_that_never_reads_ends_with_the_tool(daemon: Daemon) ->
     client = daemon.client()
     call = client.start(["sleep", "1"], stdin="stream")
     began = time.monotonic()
-    with pytest.raises(errors.StateConflict):
-        client.write_stdin(call.id, bytes(8 * 2**20))
+    try:  # its pipe breaks first, and takes the rest as /dev/null would, or the call ends first
+        assert client.write_stdin(call.id, bytes(8 * 2**20)) == 8 * 2**20
+    except errors.StateConflict as error:
+        assert error.details["offset"] < 8 * 2**20  # noqa: PT017  (either is right)
     assert time.monotonic() - began < 10
     assert cause(client.wait(call.id, timeout=20)) == "exited"
 
