@@ -72,6 +72,7 @@ def _engine() -> Iterator[DockerRun]:
     host = f"unix://{directory}/docker.sock"
     command = ["dockerd", "-H", host, "-p", str(directory / "pid")]
     command += ["--data-root", str(directory / "data"), "--exec-root", str(directory / "exec")]
+    command += ["--cgroup-parent", directory.name]
     command += ["--bridge=none", "--iptables=false", "--ip-forward=false", "--ip-masq=false"]
     log = directory / "log"
     with log.open("wb") as output:
@@ -84,6 +85,8 @@ def _engine() -> Iterator[DockerRun]:
         process.terminate()  # it takes its containerd and its mounts with it
         process.wait()
         shutil.rmtree(directory, ignore_errors=True)
+        for left in Path("/sys/fs/cgroup").glob(f"**/{directory.name}"):
+            left.rmdir()
 
 
 def _wait(engine: DockerRun, process: subprocess.Popen[bytes], log: Path) -> None:
