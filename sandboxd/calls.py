@@ -3,8 +3,7 @@
 Theory of operation.  ``submit`` decides everything that can be decided before anything runs (may this
 caller use that policy, does the request fit it, is the image there) and writes the acceptance; from
 then on the call belongs to a task of the daemon and not to whoever asked. That task queues, runs one
-attempt, writes the outcome durably, and only then says ``ended``. A call in flight is here, a finished
-one in the journal and its spool; both are read through the same methods, and each caller sees its own.
+attempt, writes the outcome durably, and only then says ``ended``.
 """
 
 # ruff: noqa: A002  -- `id` is the field's name on the wire
@@ -12,36 +11,23 @@ one in the journal and its spool; both are read through the same methods, and ea
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import anyio
 import anyio.to_thread
 import structlog
 
-from sandboxd import canonical, errors, plan, units
+from sandboxd import errors, plan, units
+from sandboxd.call import Call, off_the_loop, payload_of, request_digest
 from sandboxd.journal import records
 from sandboxd.journal.spool import Spool
-from sandboxd.models import (
-    Bytes,
-    Cause,
-    Content,
-    DigestRef,
-    Event,
-    Failure,
-    Invocation,
-    InvocationList,
-    Outcome,
-    State,
-    Times,
-)
+from sandboxd.ledger import Ledger
+from sandboxd.models import Cause, Content, DigestRef, Event, Failure, Invocation, Outcome, State, Times
 from sandboxd.room import Held
 from sandboxd.supervisor.attempt import Attempt, Payload, Result
-from sandboxd.supervisor.streams import Stdin
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from anyio.abc import TaskGroup
@@ -51,7 +37,7 @@ if TYPE_CHECKING:
     from sandboxd.engine.base import Engine
     from sandboxd.images import ImageStore
     from sandboxd.journal import Journal
-    from sandboxd.models import Artifact, Request
+    from sandboxd.models import Request
     from sandboxd.policy import Policy
     from sandboxd.reload import PolicyStore
     from sandboxd.room import Room
@@ -60,46 +46,14 @@ if TYPE_CHECKING:
 __all__ = ["Calls"]
 
 log = structlog.get_logger("sandboxd.calls")
-LIST_LIMIT = 500
-CHUNK = 256 * 1024  # bytes of an artifact that are read at once
-LARGE = 256 * 1024  # characters of inputs that are not hashed and decoded on the event loop
 RECORD_AGAIN = 5.0  # seconds between attempts to write an outcome that could not be written
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 def _now() -> int:
     return time.time_ns() // 1000
 
 
-@dataclass(eq=False)
-class Call:
-    """One call in flight."""
-
-    invocation: Invocation
-    caller: Caller
-    plan: plan.Plan
-    payload: Payload
-    spool: Spool
-    deadline: float | None
-    held: Held
-    cancelled: bool = False
-    attempt: Attempt | None = None
-    stdin: Stdin = field(default_factory=Stdin)
-    queue_scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
-    ended: anyio.Event = field(default_factory=anyio.Event)
-
-    def cancel(self) -> None:
-        """Ask for the outcome ``cancelled``, in whatever state the call is."""
-        self.cancelled = True
-        if self.attempt is not None:
-            self.attempt.cancel()
-        else:
-            self.queue_scope.cancel()
-
-
-class Calls:
+class Calls(Ledger):
     """Submits, runs and shows calls. ``tasks`` is the daemon's task group."""
 
     def __init__(
@@ -115,18 +69,13 @@ class Calls:
         tasks: TaskGroup,
         inputs: Room,
     ) -> None:
-        self._spools = state / "calls"
-        self._spools.mkdir(mode=0o700, exist_ok=True)
+        super().__init__(spools=state / "calls", journal=journal, blobs=blobs)
         self._policies = policies
         self._images = images
         self._engine = engine
-        self._journal = journal
         self._scheduler = scheduler
-        self._blobs = blobs
         self._tasks = tasks
         self._inputs = inputs
-        self._flying: dict[str, Call] = {}
-        self._unrecorded: dict[str, Invocation] = {}
         self._accepting = 0
         self.draining = False
 
@@ -160,7 +109,7 @@ class Calls:
 
         ``tied``: whoever asked waits for the answer, and its going away cancels the call. Raises Refused.
         """
-        digest = await _off_the_loop(request, _request_digest, request)
+        digest = await off_the_loop(request, request_digest, request)
         if request.key is not None:
             # before all else: what the key stands for is the answer, whatever has changed since
             existing = await self._journal.find_key(caller.uid, request.key)
@@ -177,9 +126,9 @@ class Calls:
         return accepted
 
     async def _submit(self, caller: Caller, request: Request, digest: str) -> Invocation:
-        _, made = await _off_the_loop(request, self.plan_for, caller, request)
+        _, made = await off_the_loop(request, self.plan_for, caller, request)
         self._scheduler.check_room(caller.uid)
-        payload = await _off_the_loop(request, _payload, request)
+        payload = await off_the_loop(request, payload_of, request)
         held = Held(self._inputs, caller.uid)
         held.grow(payload.size)
         try:
@@ -237,25 +186,29 @@ class Calls:
         return done
 
     async def _run(self, call: Call) -> None:
-        invocation = call.invocation
-        result: Result | None = None
         try:
-            result = await self._queue_and_attempt(call)
+            await self._queue_and_attempt(call)
         except errors.SandboxdError as error:
-            result = Result(_ours(error.code, str(error)))
+            await self._after_fault(call, _ours(error.code, str(error)))
         except Exception as error:  # a bug of ours must still leave an outcome
-            log.exception("internal error", id=invocation.id)
-            result = Result(_ours("internal", f"internal error: {type(error).__name__}"))
+            log.exception("internal error", id=call.invocation.id)
+            await self._after_fault(call, _ours("internal", f"internal error: {type(error).__name__}"))
         finally:
-            with anyio.CancelScope(shield=True):
-                await self._end(call, result or Result(_ours("interrupted", "the daemon stopped")))
+            if not call.ended.is_set():
+                with anyio.CancelScope(shield=True):
+                    await self._end(call, Result(_ours("interrupted", "the daemon stopped")))
 
-    async def _queue_and_attempt(self, call: Call) -> Result:
+    async def _after_fault(self, call: Call, outcome: Outcome) -> None:
+        if call.ended.is_set():
+            log.error("a container was not cleared away", id=call.invocation.id, reason=outcome.message)
+        else:
+            await self._end(call, Result(outcome))
+
+    async def _queue_and_attempt(self, call: Call) -> None:
         invocation, caller = call.invocation, call.caller
         invocation.state = State.QUEUED
         if call.deadline is not None:
             call.queue_scope.deadline = anyio.current_time() + call.deadline - time.monotonic()
-        result: Result | None = None
         with call.queue_scope:
             turn = self._scheduler.admitted(
                 caller.uid, call.plan.limits.memory, concurrent=caller.concurrent, weight=caller.weight
@@ -263,12 +216,12 @@ class Calls:
             async with turn:
                 call.queue_scope.deadline = float("inf")
                 if not call.cancelled:
-                    result = await self._attempt(call)
-        if result is None:
-            return Result(_cancelled() if call.cancelled else _too_late())
-        return result
+                    await self._attempt(call)
+        if not call.ended.is_set():
+            await self._end(call, Result(_cancelled() if call.cancelled else _too_late()))
 
-    async def _attempt(self, call: Call) -> Result:
+    async def _attempt(self, call: Call) -> None:
+        """Run the one attempt; the outcome is told while what is left of the container is cleared away."""
         invocation = call.invocation
         invocation.state = State.STARTING
         invocation.attempts += 1
@@ -280,7 +233,7 @@ class Calls:
                 invocation.times.started = _now()
                 call.spool.add(Event(seq=0, at=invocation.times.started, type="started"))
 
-        call.attempt = Attempt(
+        async with Attempt(
             call.plan,
             call.payload,
             stdin=call.stdin,
@@ -289,8 +242,10 @@ class Calls:
             blobs=self._blobs,
             deadline=call.deadline,
             on_state=on_state,
-        )
-        return await call.attempt.run()
+        ) as call.attempt:
+            result = await call.attempt.run()
+            with anyio.CancelScope(shield=True):
+                await self._end(call, result)
 
     async def _end(self, call: Call, result: Result) -> None:
         """Give a call its outcome. Raises nothing: whatever cannot be written, the call ends."""
@@ -361,84 +316,6 @@ class Calls:
             await self._stillborn(invocation, outcome, **streams)
         return len(found)
 
-    async def _find(self, caller: Caller, id: str) -> Call | Invocation:
-        call = self._flying.get(id)
-        found: Call | Invocation | None = call or self._unrecorded.get(id) or await self._journal.get(id)
-        shown = found.invocation if isinstance(found, Call) else found
-        if found is None or shown is None or not (caller.sees_all or shown.caller.uid == caller.uid):
-            raise errors.NotFound(f"no call {id!r} of yours")
-        return found
-
-    async def _spool(self, caller: Caller, id: str) -> Spool:
-        found = await self._find(caller, id)
-        return found.spool if isinstance(found, Call) else Spool.open(self._spools / found.id)
-
-    async def get(self, caller: Caller, id: str) -> Invocation:
-        """One call, its streams' heads included. Raises NotFound."""
-        found = await self._find(caller, id)
-        if isinstance(found, Call):
-            return found.invocation.model_copy(
-                update={"stdout": found.spool.content("stdout"), "stderr": found.spool.content("stderr")}
-            )
-        directory = self._spools / found.id
-        if directory.is_dir():
-            spool = Spool.open(directory)
-            found.stdout, found.stderr = spool.content("stdout"), spool.content("stderr")
-        return found
-
-    async def wait(self, caller: Caller, id: str) -> Invocation:
-        """The call once it has ended. Raises NotFound."""
-        found = await self._find(caller, id)
-        if not isinstance(found, Call):
-            return await self.get(caller, id)
-        await found.ended.wait()
-        return found.invocation
-
-    async def list(
-        self,
-        caller: Caller,
-        *,
-        policy: str | None,
-        cause: Cause | None,
-        state: State | None,
-        label: Mapping[str, str],
-        before: str | None,
-        limit: int,
-    ) -> InvocationList:
-        """A page of calls, newest first, without their output."""
-        fitting = partial(
-            self._journal.list,
-            uid=None if caller.sees_all else caller.uid,
-            policy=policy,
-            cause=cause,
-            state=state,
-            labels=label,
-        )
-        found = await fitting(before=before, limit=min(limit, LIST_LIMIT))
-        # A page may be short because its calls are large, so its length does not say whether it is the last.
-        more = bool(found) and bool(await fitting(before=found[-1].id, limit=1))
-        shown = [
-            self._flying[item.id].invocation
-            if item.id in self._flying
-            else self._unrecorded.get(item.id, item)
-            for item in found
-        ]
-        return InvocationList(invocations=shown, next=found[-1].id if more else None)
-
-    async def events(self, caller: Caller, id: str, *, after: int, follow: bool) -> AsyncIterator[Event]:
-        """Events from number ``after`` on, with or without waiting for those to come. Raises NotFound."""
-        spool = await self._spool(caller, id)
-        async for event in spool.follow(after, wait=follow):
-            yield event
-
-    async def stream(
-        self, caller: Caller, id: str, name: Literal["stdout", "stderr"], *, offset: int, follow: bool
-    ) -> AsyncIterator[bytes]:
-        """The raw bytes of a stream. Raises NotFound."""
-        spool = await self._spool(caller, id)
-        async for chunk in spool.follow_bytes(name, offset, wait=follow):
-            yield chunk
-
     async def _live(self, caller: Caller, id: str) -> Call:
         found = await self._find(caller, id)
         if not isinstance(found, Call):
@@ -475,20 +352,6 @@ class Calls:
             found.cancel()
         return await self.wait(caller, id)
 
-    async def artifact(self, caller: Caller, id: str, path: str) -> tuple[Artifact, AsyncIterator[bytes]]:
-        """A released file by its path as listed, and its bytes. Raises NotFound."""
-        found = await self._find(caller, id)
-        invocation = found.invocation if isinstance(found, Call) else found
-        for artifact in invocation.artifacts:
-            if artifact.path == path:
-                return artifact, _chunks(self._blobs.path(artifact.digest))
-        raise errors.NotFound(f"call {id!r} released no file {path!r}")
-
-    @property
-    def in_flight(self) -> tuple[str, ...]:
-        """Ids of the calls that have no outcome yet."""
-        return tuple(self._flying)
-
     async def all_ended(self) -> None:
         """Wait until every call in flight has its outcome, those included that are being accepted now."""
         while self._flying or self._accepting:
@@ -503,47 +366,12 @@ class Calls:
             call.cancel()
 
 
-async def _chunks(path: Path) -> AsyncIterator[bytes]:
-    async with await anyio.open_file(path, "rb") as file:
-        while data := await file.read(CHUNK):
-            yield data
-
-
-async def _off_the_loop(request: Request, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a function whose time grows with the request's bytes: in a thread where they are many."""
-    contents = [item.content for item in request.inputs]
-    contents += [item for item in (request.tar, request.stdin) if isinstance(item, Bytes)]
-    if sum(len(item.text or item.base64 or "") for item in contents) < LARGE:
-        return function(*args, **kwargs)
-    return await anyio.to_thread.run_sync(partial(function, *args, **kwargs))
-
-
 def _streams(spool: Spool, id: str) -> dict[str, Content]:
     try:
         return {"stdout": spool.content("stdout"), "stderr": spool.content("stderr")}
     except errors.SandboxdError:
         log.exception("the output cannot be read", id=id)
         return {}
-
-
-def _payload(request: Request) -> Payload:
-    def data(content: Bytes | None) -> bytes | None:
-        return None if content is None else content.decode()
-
-    stdin = None if isinstance(request.stdin, str) else request.stdin.decode()
-    inputs = tuple((item.path, item.content.decode(), item.mode) for item in request.inputs)
-    return Payload(inputs, data(request.tar), stdin)
-
-
-def _request_digest(request: Request) -> str:
-    content = {"inputs": {"__all__": {"content"}}, "tar": True, "stdin": isinstance(request.stdin, Bytes)}
-    asked = request.model_dump(mode="json", exclude={"key": True, **content}, exclude_none=True)
-    payload = _payload(request)  # by digest: as JSON it is tens of MiB that the event loop would wait for
-    asked["contents"] = [canonical.digest_bytes(data) for _, data, _ in payload.inputs]
-    asked["given"] = [None if d is None else canonical.digest_bytes(d) for d in (payload.tar, payload.stdin)]
-    if "cpus" in (limits := asked.get("limits", {})):
-        limits["cpus"] = str(limits["cpus"])  # canonical JSON of a float depends on how it was written
-    return canonical.digest(asked)
 
 
 def _ours(code: str, message: str) -> Outcome:

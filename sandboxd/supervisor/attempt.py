@@ -17,7 +17,7 @@ import os
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import anyio
 import anyio.to_thread
@@ -110,6 +110,14 @@ class Attempt:
         self._written = {"stdout": 0, "stderr": 0}
         self._dropped = {"stdout": 0, "stderr": 0}
         self._stdin = stdin
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        """Destroy the slot, whose processes are all dead when ``run`` has returned."""
+        await self._stack.aclose()
 
     def cancel(self) -> None:
         """End the call with the outcome ``cancelled``, unless it has ended."""
@@ -122,7 +130,7 @@ class Attempt:
         await self._slot.control.signal(number)
 
     async def run(self) -> Result:
-        """Run to the end. Does not raise but for the cancellation of its task, and leaves no slot."""
+        """Run to the end, when everything in the container is dead; raises only if its task is cancelled."""
         result = Result(_failed(errors.Interrupted("the daemon stopped")))
         try:
             await self._run(result)
@@ -136,26 +144,32 @@ class Attempt:
         return result
 
     async def _run(self, result: Result) -> None:
-        async with AsyncExitStack() as stack:
-            slot = await self._engine.create(self._plan.shape)
-            stack.push_async_callback(self._engine.destroy, slot)
-            self._slot = slot
-            if self._payload.inputs or self._payload.tar is not None:
-                await anyio.to_thread.run_sync(self._fill_workspace, slot)
-            if self._plan.limits != self._plan.shape.limits:
-                # io is in force already, and cannot be narrowed
-                narrowed = replace(self._plan.limits, io_read=None, io_write=None)
-                slot.cgroup.set(cgroup_limits(narrowed, None))
-            result.receipt = receipts.read_receipt(slot, self._plan.limits)
-            receipts.check(result.receipt)
-            tmp = os.open(f"/proc/{slot.tool_pid}/root/tmp", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            stack.callback(os.close, tmp)
-            ending, wall = await self._supervise(slot, stack)
-            self._on_state("collecting")
-            evidence = self._evidence(slot, tmp)
-            self._report(slot, ending, evidence, wall, result)
-            if not isinstance(ending, CommandFailed):
-                await self._collect(slot, result)
+        slot = self._slot = await self._engine.create(self._plan.shape)
+        self._stack.push_async_callback(self._engine.destroy, slot)
+        try:
+            await self._use(slot, result)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._engine.kill(slot)
+            raise
+
+    async def _use(self, slot: Slot, result: Result) -> None:
+        if self._payload.inputs or self._payload.tar is not None:
+            await anyio.to_thread.run_sync(self._fill_workspace, slot)
+        if self._plan.limits != self._plan.shape.limits:
+            # io is in force already, and cannot be narrowed
+            narrowed = replace(self._plan.limits, io_read=None, io_write=None)
+            slot.cgroup.set(cgroup_limits(narrowed, None))
+        result.receipt = receipts.read_receipt(slot, self._plan.limits)
+        receipts.check(result.receipt)
+        tmp = os.open(f"/proc/{slot.tool_pid}/root/tmp", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._stack.callback(os.close, tmp)
+        ending, wall = await self._supervise(slot, self._stack)
+        self._on_state("collecting")
+        evidence = self._evidence(slot, tmp)
+        self._report(slot, ending, evidence, wall, result)
+        if not isinstance(ending, CommandFailed):
+            await self._collect(slot, result)
 
     def _fill_workspace(self, slot: Slot) -> None:
         owner = slot.shape.process

@@ -1,0 +1,144 @@
+"""Every call that there is, in flight or finished, as its caller may see it.
+
+A call in flight is in memory, a finished one in the journal and its spool, and one whose outcome could not
+be written yet in between; all are read through the same methods. What belongs to somebody else is not
+found, unless an operator asks.
+"""
+
+# ruff: noqa: A002  -- `id` is the field's name on the wire
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import anyio
+
+from sandboxd import errors
+from sandboxd.call import Call
+from sandboxd.journal.spool import Spool
+from sandboxd.models import InvocationList
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+    from pathlib import Path
+
+    from sandboxd.api.identity import Caller
+    from sandboxd.blobs import BlobStore
+    from sandboxd.journal import Journal
+    from sandboxd.models import Artifact, Cause, Event, Invocation, State
+
+__all__ = ["Ledger"]
+
+LIST_LIMIT = 500
+CHUNK = 256 * 1024  # bytes of an artifact that are read at once
+
+
+class Ledger:
+    """Reads calls. ``spools`` is the directory of their output and events."""
+
+    def __init__(self, *, spools: Path, journal: Journal, blobs: BlobStore) -> None:
+        spools.mkdir(mode=0o700, exist_ok=True)
+        self._spools = spools
+        self._journal = journal
+        self._blobs = blobs
+        self._flying: dict[str, Call] = {}
+        self._unrecorded: dict[str, Invocation] = {}
+
+    @property
+    def in_flight(self) -> tuple[str, ...]:
+        """Ids of the calls that have no outcome yet."""
+        return tuple(self._flying)
+
+    async def _find(self, caller: Caller, id: str) -> Call | Invocation:
+        call = self._flying.get(id)
+        found: Call | Invocation | None = call or self._unrecorded.get(id) or await self._journal.get(id)
+        shown = found.invocation if isinstance(found, Call) else found
+        if found is None or shown is None or not (caller.sees_all or shown.caller.uid == caller.uid):
+            raise errors.NotFound(f"no call {id!r} of yours")
+        return found
+
+    async def _spool(self, caller: Caller, id: str) -> Spool:
+        found = await self._find(caller, id)
+        return found.spool if isinstance(found, Call) else Spool.open(self._spools / found.id)
+
+    async def get(self, caller: Caller, id: str) -> Invocation:
+        """One call, its streams' heads included. Raises NotFound."""
+        found = await self._find(caller, id)
+        if isinstance(found, Call):
+            return found.invocation.model_copy(
+                update={"stdout": found.spool.content("stdout"), "stderr": found.spool.content("stderr")}
+            )
+        directory = self._spools / found.id
+        if directory.is_dir():
+            spool = Spool.open(directory)
+            found.stdout, found.stderr = spool.content("stdout"), spool.content("stderr")
+        return found
+
+    async def wait(self, caller: Caller, id: str) -> Invocation:
+        """The call once it has ended. Raises NotFound."""
+        found = await self._find(caller, id)
+        if not isinstance(found, Call):
+            return await self.get(caller, id)
+        await found.ended.wait()
+        return found.invocation
+
+    async def list(
+        self,
+        caller: Caller,
+        *,
+        policy: str | None,
+        cause: Cause | None,
+        state: State | None,
+        label: Mapping[str, str],
+        before: str | None,
+        limit: int,
+    ) -> InvocationList:
+        """A page of calls, newest first, without their output."""
+        fitting = partial(
+            self._journal.list,
+            uid=None if caller.sees_all else caller.uid,
+            policy=policy,
+            cause=cause,
+            state=state,
+            labels=label,
+        )
+        found = await fitting(before=before, limit=min(limit, LIST_LIMIT))
+        # A page may be short because its calls are large, so its length does not say whether it is the last.
+        more = bool(found) and bool(await fitting(before=found[-1].id, limit=1))
+        shown = [
+            self._flying[item.id].invocation
+            if item.id in self._flying
+            else self._unrecorded.get(item.id, item)
+            for item in found
+        ]
+        return InvocationList(invocations=shown, next=found[-1].id if more else None)
+
+    async def events(self, caller: Caller, id: str, *, after: int, follow: bool) -> AsyncIterator[Event]:
+        """Events from number ``after`` on, with or without waiting for those to come. Raises NotFound."""
+        spool = await self._spool(caller, id)
+        async for event in spool.follow(after, wait=follow):
+            yield event
+
+    async def stream(
+        self, caller: Caller, id: str, name: Literal["stdout", "stderr"], *, offset: int, follow: bool
+    ) -> AsyncIterator[bytes]:
+        """The raw bytes of a stream. Raises NotFound."""
+        spool = await self._spool(caller, id)
+        async for chunk in spool.follow_bytes(name, offset, wait=follow):
+            yield chunk
+
+    async def artifact(self, caller: Caller, id: str, path: str) -> tuple[Artifact, AsyncIterator[bytes]]:
+        """A released file by its path as listed, and its bytes. Raises NotFound."""
+        found = await self._find(caller, id)
+        invocation = found.invocation if isinstance(found, Call) else found
+        for artifact in invocation.artifacts:
+            if artifact.path == path:
+                return artifact, _chunks(self._blobs.path(artifact.digest))
+        raise errors.NotFound(f"call {id!r} released no file {path!r}")
+
+
+async def _chunks(path: Path) -> AsyncIterator[bytes]:
+    async with await anyio.open_file(path, "rb") as file:
+        while data := await file.read(CHUNK):
+            yield data
