@@ -103,7 +103,8 @@ async def _containers(config: Config, run: Path, name: str) -> list[Check]:
             return [*checks, Check("OCI runtime", ok=False, found=str(error), advice="apt-get install crun")]
         works = False
         for engine in engines:
-            found = await _container(engine)
+            with engine:
+                found = await _container(engine)
             works = works or all(check.ok for check in found)
             checks += found
         checks.append(

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sandboxd import canonical, errors
-from sandboxd.engine.oci import OciEngine, find_runtimes
+from sandboxd.engine.oci import OciEngine
+from sandboxd.engine.runtime import find_runtimes
 from sandboxd.images import ImageStore
 from sandboxd.init import LAUNCH
 from sandboxd.kernel import mounts
@@ -112,9 +113,12 @@ class EngineHost(ExitStack):
             raise errors.ConfigInvalid("engine: docker is not in this version; write `engine: oci` or `auto`")
         tried = []
         for engine in self.engines():
-            capabilities = await engine.probe()
-            if capabilities.usable:
-                return engine
+            with ExitStack() as stack:
+                stack.enter_context(engine)
+                capabilities = await engine.probe()
+                if capabilities.usable:
+                    self.push(stack.pop_all())
+                    return engine
             tried += [
                 f"{engine.runtime.name}: {check.found}" for check in capabilities.checks if not check.ok
             ]

@@ -1,4 +1,4 @@
-"""The OCI runtime at work on one container: started in the cgroup, spoken to meanwhile, waited for."""
+"""The OCI runtime at work on one container: in its cgroup ahead of time, let go, spoken to, waited for."""
 
 from __future__ import annotations
 
@@ -27,30 +27,42 @@ class Launch:
     through a pidfd: ``subprocess`` waits with a timeout by looking again after 1, 2, 4, 8 and 16 ms.
     """
 
-    def __init__(
-        self, name: str, command: Sequence[str], *, control: int, places: Sequence[str], timeout: float
-    ) -> None:
-        """Start ``command``, with ``control`` as its descriptor 3, in the cgroups that ``places`` name.
+    def __init__(self, name: str, command: Sequence[str], *, control: int, places: Sequence[str]) -> None:
+        """Have ``command`` ready, with ``control`` as its descriptor 3, in the cgroups that ``places`` name.
 
-        ``name`` is for messages, ``timeout`` seconds from now. Raises OSError.
+        ``name`` is for messages. Raises OSError.
         """
         self._name = name
-        self._until = time.monotonic() + timeout
+        self._until = 0.0
         # Runtimes give stdio to the container's root by fchown, so it must be nobody else's: not /dev/null.
         self._said = os.memfd_create("runtime", os.MFD_CLOEXEC)
+        wait, self._go = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [str(LAUNCH), "run", str(control), *places, "--", *command],
+                [str(LAUNCH), "run", str(wait), str(control), *places, "--", *command],
                 stdin=self._said,
                 stdout=self._said,
                 stderr=self._said,
-                pass_fds=[control],
+                pass_fds=[wait, control],
                 # Nothing of ours: with NOTIFY_SOCKET a runtime waits for the container to say READY.
                 env={"PATH": os.environ.get("PATH", os.defpath)},
             )
         except BaseException:
             os.close(self._said)
+            os.close(self._go)
             raise
+        finally:
+            os.close(wait)
+
+    def alive(self) -> bool:
+        """Whether the process is there."""
+        return self._process.poll() is None
+
+    def go(self, timeout: float) -> None:
+        """Let the command run, for at most ``timeout`` seconds. Raises OSError when the process is gone."""
+        self._until = time.monotonic() + timeout
+        os.write(self._go, b"\n")
+        self._drop_go()
 
     def finish(self) -> None:
         """Wait until the runtime has ended. Raises EngineFailed when it failed, or takes too long."""
@@ -80,3 +92,9 @@ class Launch:
             self._process.kill()
             self._process.wait()
         os.close(self._said)
+        self._drop_go()
+
+    def _drop_go(self) -> None:
+        if self._go >= 0:
+            os.close(self._go)
+            self._go = -1

@@ -1,9 +1,10 @@
 /*
  * What has to happen in a fresh, single-threaded process on the host's side of a container.
  *
- *   sandboxd-launch run CONTROL_FD CGROUP_PROCS... -- RUNTIME ARG...
- *       joins the named cgroups, makes CONTROL_FD descriptor 3, and executes the OCI runtime, so
- *       that the runtime and all that it makes are inside the container's cgroup from the start.
+ *   sandboxd-launch run GO_FD CONTROL_FD CGROUP_PROCS... -- RUNTIME ARG...
+ *       joins the named cgroups, waits for a byte on GO_FD (its EOF is the daemon's end), makes
+ *       CONTROL_FD descriptor 3, and executes the OCI runtime, so that the runtime and all that it
+ *       makes are inside the container's cgroup from the start.
  *
  *   sandboxd-launch userns OWNER
  *       makes a user namespace that belongs to the host uid OWNER, writes a line, waits for a line (the
@@ -43,13 +44,16 @@ static int fail(const char *what)
 
 static int run(char **argv)
 {
-    int control = atoi(argv[0]);
-    char **at = argv + 1;
+    int go = atoi(argv[0]), control = atoi(argv[1]);
+    char **at = argv + 2, byte;
     for (; *at && strcmp(*at, "--") != 0; at++)
         if (write_text(*at, "0") < 0)
             return fail(*at);
     if (!*at || !at[1])
         return errno = EINVAL, fail("run");
+    if (read(go, &byte, 1) != 1)
+        return 125;
+    close(go);
     if (control == 3 ? fcntl(3, F_SETFD, 0) < 0 : dup2(control, 3) < 0)
         return fail("dup2");
     if (control > 3)
@@ -89,7 +93,7 @@ static int userns(const char *owner)
 
 int main(int argc, char **argv)
 {
-    if (argc > 4 && strcmp(argv[1], "run") == 0)
+    if (argc > 5 && strcmp(argv[1], "run") == 0)
         return run(argv + 2);
     if (argc == 3 && strcmp(argv[1], "userns") == 0)
         return userns(argv[2]);

@@ -14,12 +14,11 @@ import pytest
 from daemons import needs_containers
 
 from sandboxd import errors
-from sandboxd.engine.oci import OciEngine, find_runtimes
-from sandboxd.images import ImageStore
+from sandboxd.engine.berth import Berths
+from sandboxd.engine.runtime import find_runtimes
 from sandboxd.init import LAUNCH
 from sandboxd.kernel import cgroup as cgroups
 from sandboxd.kernel.cgroup import CgroupLimits, CgroupTree
-from sandboxd.kernel.notify import NotifyServer
 from sandboxd.kernel.userns import RANGE, UserNamespaces
 
 if TYPE_CHECKING:
@@ -74,20 +73,13 @@ def test_the_ids_of_what_does_not_die_are_not_given_to_another_call(
         stack.callback(tree.close)
         namespaces = UserNamespaces(LAUNCH, BASE, 2)
         stack.callback(namespaces.close)
-        engine = OciEngine(
-            find_runtimes("auto")[0],
-            run=tmp_path / "run",
-            images=ImageStore(tmp_path / "images"),
-            cgroups=tree,
-            namespaces=namespaces,
-            notify=stack.enter_context(NotifyServer()),
-        )
+        berths = Berths(tmp_path / "run", find_runtimes("auto")[0], tree, namespaces)
         slot = tree.create("slot", NONE)
         stack.callback(slot.remove)
         process = _stuck(mount, slot.procs_files, stack)
         with pytest.raises(errors.HostFailed, match="do not die"), namespaces.borrowed() as ids:  # noqa: PT012
             stuck_with = ids
-            engine._end_cgroup(slot, ids)  # what destroy and a failed create both call
+            berths._end_cgroup(slot, ids)  # what destroy and a failed create both call
         assert process.poll() is None
         with namespaces.borrowed() as next_one:
             assert next_one.base == BASE + RANGE

@@ -26,7 +26,9 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 def launch(script: str, control: socket.socket, timeout: float = 10) -> Launch:
     command = ["/bin/sh", "-c", script]
-    return Launch("sh", command, control=control.fileno(), places=(), timeout=timeout)
+    made = Launch("sh", command, control=control.fileno(), places=())
+    made.go(timeout)
+    return made
 
 
 def test_the_runtime_has_the_connection_as_descriptor_3_and_is_waited_for(

@@ -13,8 +13,9 @@ import pytest
 from daemons import IMAGES, needs_containers
 
 from sandboxd import errors
-from sandboxd.engine.oci import cgroup_limits, find_runtimes, rlimits
+from sandboxd.engine.oci import cgroup_limits, rlimits
 from sandboxd.engine.probe import probe_shape
+from sandboxd.engine.runtime import find_runtimes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

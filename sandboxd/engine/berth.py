@@ -1,0 +1,146 @@
+"""Berths: what every container needs and no shape decides, made ahead of time.
+
+Theory of operation.  A process that joins a cgroup of version 1 waits for a grace period of the kernel,
+10 ms and more on an idle host. So an id range, a cgroup, a directory, the control connection and a
+launcher that has already joined are made in the background, and a slot takes such a berth and puts its
+image, its limits and its command into it. A berth serves one slot and ends with it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import threading
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import structlog
+from uuid6 import uuid7
+
+from sandboxd import errors
+from sandboxd.engine.launch import Launch
+from sandboxd.init.protocol import Control
+from sandboxd.kernel.cgroup import CgroupLimits
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sandboxd.engine.runtime import Runtime
+    from sandboxd.kernel.cgroup import Cgroup, CgroupTree
+    from sandboxd.kernel.userns import IdRange, UserNamespaces
+
+__all__ = ["Berth", "Berths"]
+
+READY = 4  # berths that wait; each is a cgroup and a process of 0.1 MiB
+AGAIN = 1.0  # seconds until a berth that could not be made is tried again
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Berth:
+    """A place for one container. ``stack`` takes everything away, and whatever the slot adds to it."""
+
+    name: str
+    ids: IdRange
+    cgroup: Cgroup
+    directory: Path
+    control: Control
+    launch: Launch
+    stack: ExitStack
+
+
+class Berths:
+    """Keeps berths ready, in a thread of its own. A context manager; thread-safe."""
+
+    def __init__(self, run: Path, runtime: Runtime, cgroups: CgroupTree, namespaces: UserNamespaces) -> None:
+        self._run = run
+        self._runtime = runtime
+        self._cgroups = cgroups
+        self._namespaces = namespaces
+        self._ready: list[Berth] = []
+        self._change = threading.Condition()
+        self._closed = False
+        self._wanted = True
+        self._thread = threading.Thread(target=self._keep, name="berths", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+        self._thread.join()
+        for berth in self._ready:
+            berth.stack.close()
+        self._ready.clear()
+
+    def take(self) -> Berth:
+        """A berth whose launcher lives: one that waits, else a new one. Raises OSError, HostFailed."""
+        while True:
+            with self._change:
+                berth = self._ready.pop(0) if self._ready else None
+            if berth is None:
+                return self._make()
+            if berth.launch.alive():
+                return berth
+            berth.stack.close()
+
+    def refill(self) -> None:
+        """Let the thread make up for what was taken. Not done by ``take``: it would be in the slot's way."""
+        with self._change:
+            self._wanted = True
+            self._change.notify_all()
+
+    def _keep(self) -> None:
+        while True:
+            with self._change:
+                self._wanted = self._wanted and len(self._ready) < READY
+                self._change.wait_for(lambda: self._closed or self._wanted)
+                if self._closed:
+                    return
+            try:
+                berth = self._make()
+            except (OSError, errors.SandboxdError):
+                log.exception("no container could be prepared")
+                with self._change:
+                    self._change.wait_for(lambda: self._closed, timeout=AGAIN)
+                continue
+            with self._change:
+                self._ready.append(berth)
+
+    def _make(self) -> Berth:
+        name = str(uuid7())
+        with ExitStack() as stack:
+            ids = stack.enter_context(self._namespaces.borrowed())
+            cgroup = self._cgroups.create(name, CgroupLimits(memory=None, pids=None, cpus=None))
+            stack.callback(self._end_cgroup, cgroup, ids)
+            directory = self._run / "slots" / name
+            directory.mkdir(mode=0o711)  # the runtime looks up paths as the container's root
+            stack.callback(shutil.rmtree, directory, ignore_errors=True)
+            stack.callback(shutil.rmtree, self._run / "runtime" / name, ignore_errors=True)
+            ours, theirs = socket.socketpair()
+            control = Control(ours)
+            stack.callback(control.close)
+            with theirs:
+                launch = Launch(
+                    self._runtime.name,
+                    self._runtime.command(self._run / "runtime", directory, name),
+                    control=theirs.fileno(),
+                    # runc places the container itself, by a path below its own cgroup: it stays in ours
+                    places=cgroup.procs_files if self._runtime.dialect == "crun" else (),
+                )
+            stack.enter_context(launch)
+            return Berth(name, ids, cgroup, directory, control, launch, stack.pop_all())
+
+    def _end_cgroup(self, cgroup: Cgroup, ids: IdRange) -> None:
+        try:
+            cgroup.thaw_and_unthrottle()
+            cgroup.kill()
+            cgroup.remove()
+        except BaseException:
+            self._namespaces.retire(ids)  # what lives there must not meet the processes of another call
+            raise
