@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
@@ -55,12 +56,27 @@ class Host:
         )
 
 
+def berths_of(daemon: Daemon) -> dict[int, str]:
+    """Launchers that wait for a container to make, by pid, and the names of their cgroups."""
+    found = {}
+    for child in psutil.Process(daemon.process.pid).children():
+        with contextlib.suppress(psutil.Error):
+            if child.name() == "sandboxd-launch" and child.cmdline()[1:2] == ["run"]:
+                found[child.pid] = child.cmdline()[-1]
+    return found
+
+
 def slots_of(daemon: Daemon) -> list[str]:
     """Cgroups of containers that this daemon holds, in every hierarchy, and processes in them."""
     tree = f"sandboxd-{instance_name(daemon.state)}"
-    found = [path for path, _, _ in os.walk("/sys/fs/cgroup") if f"/{tree}/" in path]  # others come and go
+    waiting = berths_of(daemon)
+    found = [
+        path
+        for path, _, _ in os.walk("/sys/fs/cgroup")  # others come and go
+        if f"/{tree}/" in path and Path(path).name not in waiting.values()
+    ]
     for process in Path("/proc").iterdir():
-        if process.name.isdigit():
+        if process.name.isdigit() and int(process.name) not in waiting:
             try:
                 if f"/{tree}/" in (process / "cgroup").read_text():
                     found.append(f"process {process.name}")
@@ -86,6 +102,7 @@ def host_unharmed(daemon: Daemon) -> Iterator[None]:
     yield
     assert Host.look() == before
     until(lambda: not slots_of(daemon), "no container of the daemon is left")
+    until(lambda: daemon.client(timeout=5).health().running == 0, "the last call's turn is over")
     health = daemon.client(timeout=5).health()
     assert (health.status, health.running, health.queued) == ("ready", 0, 0)
     began = time.monotonic()
