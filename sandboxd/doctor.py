@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["examine"]
 
 MINIMUM_KERNEL = (5, 19)
+RANGES = 16  # of ids: for one container and those that the engine prepares
 TOOLS = {
     "mmdebstrap": "build images (`sandboxd image build`)",
     "skopeo": "pull and import images",
@@ -130,9 +131,10 @@ def _io_limits(tree: CgroupTree) -> Check:
 
 
 def _with_last_ids(config: Config) -> Config:
-    """With the last range of ids alone, which a daemon that runs at the same time does not reach."""
+    """With the last ranges of ids alone, which a daemon that runs at the same time does not reach."""
     ids = config.ids
-    last = ids.model_copy(update={"base": ids.base + (ids.count - 1) * RANGE, "count": 1})
+    count = min(ids.count, RANGES)
+    last = ids.model_copy(update={"base": ids.base + (ids.count - count) * RANGE, "count": count})
     return config.model_copy(update={"ids": last})
 
 

@@ -7,6 +7,7 @@ a test that kills or configures one starts its own with ``start_daemon``.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 
 from sandboxd import Client, errors
+from sandboxd.engine.host import instance_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -121,6 +124,44 @@ def _until_ready(daemon: Daemon) -> None:
         else:
             return
     pytest.fail(f"the daemon did not start:\n{daemon.log.read_text()}")
+
+
+def berths_of(daemon: Daemon) -> dict[int, str]:
+    """Launchers that wait for a container to make, by pid, and the names of their cgroups."""
+    found = {}
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(daemon.process.pid).children():
+            with contextlib.suppress(psutil.Error):
+                if child.name() == "sandboxd-launch" and child.cmdline()[1:2] == ["run"]:
+                    found[child.pid] = child.cmdline()[-1]
+    return found
+
+
+def slots_of(daemon: Daemon) -> list[str]:
+    """Cgroups of containers that this daemon holds, in every hierarchy, and processes in them."""
+    tree = f"sandboxd-{instance_name(daemon.state)}"
+    waiting = berths_of(daemon)
+    found = [
+        path
+        for path, _, _ in os.walk("/sys/fs/cgroup")  # others come and go
+        if f"/{tree}/" in path and Path(path).name not in waiting.values()
+    ]
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) not in waiting:
+            try:
+                if f"/{tree}/" in (process / "cgroup").read_text():
+                    found.append(f"process {process.name}")
+            except OSError:  # it ended meanwhile
+                continue
+    return found
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = 15.0) -> None:
+    """Wait for a condition, or fail."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what}, not within {seconds:g} s"
+        time.sleep(0.02)
 
 
 def needs_containers() -> None:

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from daemons import needs_containers, start_daemon
+from daemons import needs_containers, start_daemon, until
 
 from sandboxd import errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from daemons import Daemon
 
     from sandboxd import Client
@@ -31,13 +29,6 @@ callers:
   - {match: {uid: 54321}, role: agent, policies: [tiny], concurrent: 1}
   - {match: {uid: 54322}, role: agent, policies: [tiny]}
 """
-
-
-def until(condition: Callable[[], object], what: str, seconds: float = 15) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"{what}, not within {seconds:g} s"
-        time.sleep(0.01)
 
 
 def begun(client: Client, *argv: str, **fields: Any) -> Invocation:

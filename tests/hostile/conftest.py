@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import stat
@@ -13,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from daemons import slots_of, until
 from programs import Programs
 
-from sandboxd.engine.host import instance_name
 from sandboxd.models import Cause
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 NATIVE = Path(__file__).parents[1] / "native"
 PROGRAMS = Path(__file__).parent / "programs"
 MAX_GROWTH = 48 * 2**20  # bytes that one attack may add to the daemon's resident memory
-SETTLE_SECONDS = 10.0
 BUSY_CPU = 0.5  # of one CPU: a daemon with nothing to do must not spin
 
 
@@ -54,43 +52,6 @@ class Host:
             hostname=os.uname().nodename,
             core_pattern=Path("/proc/sys/kernel/core_pattern").read_text(),
         )
-
-
-def berths_of(daemon: Daemon) -> dict[int, str]:
-    """Launchers that wait for a container to make, by pid, and the names of their cgroups."""
-    found = {}
-    for child in psutil.Process(daemon.process.pid).children():
-        with contextlib.suppress(psutil.Error):
-            if child.name() == "sandboxd-launch" and child.cmdline()[1:2] == ["run"]:
-                found[child.pid] = child.cmdline()[-1]
-    return found
-
-
-def slots_of(daemon: Daemon) -> list[str]:
-    """Cgroups of containers that this daemon holds, in every hierarchy, and processes in them."""
-    tree = f"sandboxd-{instance_name(daemon.state)}"
-    waiting = berths_of(daemon)
-    found = [
-        path
-        for path, _, _ in os.walk("/sys/fs/cgroup")  # others come and go
-        if f"/{tree}/" in path and Path(path).name not in waiting.values()
-    ]
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit() and int(process.name) not in waiting:
-            try:
-                if f"/{tree}/" in (process / "cgroup").read_text():
-                    found.append(f"process {process.name}")
-            except OSError:  # it ended meanwhile
-                continue
-    return found
-
-
-def until(condition: Callable[[], object], what: str, seconds: float = SETTLE_SECONDS) -> None:
-    """Wait for a condition, or fail."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"{what}, not within {seconds:g} s"
-        time.sleep(0.02)
 
 
 @pytest.fixture(autouse=True)

@@ -46,10 +46,14 @@ def init() -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
     """A PID 1 and the daemon's end of its control connection."""
     ours, theirs = socket.socketpair()
     control = str(theirs.fileno())
-    command = [str(LAUNCH), "run", control, "--", "unshare", "--pid", "--fork", str(INIT)]
+    wait, go = os.pipe()
+    command = [str(LAUNCH), "run", str(wait), control, "--", "unshare", "--pid", "--fork", str(INIT)]
     with ours:
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        process = subprocess.Popen(command, pass_fds=[wait, theirs.fileno()])
         theirs.close()
+        os.write(go, b"\n")
+        os.close(go)
+        os.close(wait)
         try:
             yield ours, process
         finally:

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from daemons import until
 
 from sandboxd.engine.host import instance_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from daemons import Daemon
-
-
-def until(condition: Callable[[], object], what: str, seconds: float = 15) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"{what}, not within {seconds:g} s"
-        time.sleep(0.01)
 
 
 def inits(daemon: Daemon) -> list[int]:
