@@ -74,6 +74,12 @@ def _no_nul(value: str) -> str:
     return value
 
 
+def _absolute(value: str) -> str:
+    if not value.startswith("/"):
+        raise ValueError("must be an absolute path, such as /workspace")
+    return value
+
+
 def _duration(value: object) -> object:
     return units.parse_duration(value) if isinstance(value, str) else value
 
@@ -176,8 +182,7 @@ class Request(Wire):
         ],
         Field(max_length=MAX_ENV),
     ] = Field(default_factory=dict)
-    cwd: Annotated[Text, Field(min_length=1, max_length=MAX_PATH)] = "/workspace"
-    """Absolute and normalised."""
+    cwd: Annotated[Text, AfterValidator(_absolute), Field(max_length=MAX_PATH)] = "/workspace"
     stdin: Literal["none", "stream"] | Bytes = "none"
     inputs: Annotated[list[Input], Field(max_length=MAX_INPUTS)] = Field(default_factory=list)
     tar: Bytes | None = None

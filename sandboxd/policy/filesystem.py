@@ -18,7 +18,8 @@ __all__ = ["MASKED", "WRITABLE_DEVICES", "Mounted", "mount_table", "mounted_at"]
 
 MASKED = (
     "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kallsyms", "/proc/kcore", "/proc/key-users",
-    "/proc/keys", "/proc/kmsg", "/proc/latency_stats", "/proc/sched_debug", "/proc/scsi", "/proc/timer_list",
+    "/proc/keys", "/proc/kmsg", "/proc/latency_stats", "/proc/pressure", "/proc/sched_debug", "/proc/scsi",
+    "/proc/timer_list",
 )  # fmt: skip
 """Nothing can be read there: files that speak of the host, which every engine masks."""
 WRITABLE_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
