@@ -64,7 +64,7 @@ def _file(policy: Policy, kind: str, path: str) -> tuple[bool, str]:
 def _connect(endpoint: str) -> tuple[bool, str]:
     found = _ENDPOINT.fullmatch(endpoint)
     if found is None or not 1 <= int(found[2]) <= 65535:
-        raise ExampleError("write connect HOST:PORT, such as 'connect pypi.org:443'")
+        raise ExampleError("write connect HOST:PORT, such as 'connect example.org:443'")
     return False, "the policy has no network"
 
 

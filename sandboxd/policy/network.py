@@ -28,7 +28,7 @@ def _host(value: str) -> str:
         raise ValueError(f"{value!r} is not ASCII; write an international name in its xn-- form")
     labels = name.removeprefix("*.").split(".")
     if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
-        raise ValueError(f"{value!r} is not a host name; write one such as pypi.org or '*.pypi.org'")
+        raise ValueError(f"{value!r} is not a host name; write one such as example.org or '*.example.org'")
     if labels[-1].isdigit():
         raise ValueError(f"{value!r} is an address; write it as cidr")
     return name

@@ -33,7 +33,7 @@ SHIPPED = load_policies([shipped_policies()])
         ("build", "write /sys/fs/cgroup/x", False),
         ("default", "read /etc/passwd", True),
         ("default", "read /proc/kcore", False),
-        ("default", "connect pypi.org:443", False),
+        ("default", "connect example.org:443", False),
         ("default", "connect [::1]:80", False),
     ],
 )
@@ -54,9 +54,9 @@ def test_judge(policy: str, example: str, allowed: bool) -> None:  # noqa: FBT00
         ("write usr", "not absolute"),
         ("write /usr/../etc", "not normalised"),
         ("write /proc/self/comm", "about the process itself"),
-        ("connect pypi.org", "HOST:PORT"),
-        ("connect pypi.org:0", "HOST:PORT"),
-        ("connect pypi.org:99999", "HOST:PORT"),
+        ("connect example.org", "HOST:PORT"),
+        ("connect example.org:0", "HOST:PORT"),
+        ("connect example.org:99999", "HOST:PORT"),
     ],
 )
 def test_what_cannot_be_judged_says_why(folder: Any, example: str, said: str) -> None:
