@@ -6,7 +6,7 @@ import errno
 import os
 import signal
 from dataclasses import replace
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -62,7 +62,7 @@ evidences = st.builds(
 
 
 def test_every_way_to_be_stopped_is_known() -> None:
-    assert set(get_args(Stopped.__annotations__["why"]) or WHY) == set(WHY)
+    assert set(get_args(get_type_hints(Stopped)["why"])) == set(WHY)
 
 
 @given(ending=endings, evidence=evidences, deadline=st.none() | st.integers(0, 10**12))
