@@ -139,7 +139,7 @@ def test_what_is_wrong_has_its_line(problem_of: Found, text: str, code: str, lin
     ("text", "line"),
     [
         (
-            "network:\n  allow: [{host: '*.example.org', ports: [443], paths: [/x]}]\n  budget: {bytes: 1B}\n",
+            "network:\n  allow: [{host: '*.a.example', ports: [443], paths: [/x]}]\n  budget: {bytes: 1B}\n",
             3,
         ),
         ("network: {mode: host}\n", 3),
