@@ -62,7 +62,6 @@ class Berths:
         self._ready: list[Berth] = []
         self._change = threading.Condition()
         self._closed = False
-        self._wanted = True
         self._thread = threading.Thread(target=self._keep, name="berths", daemon=True)
 
     def __enter__(self) -> Self:
@@ -92,14 +91,12 @@ class Berths:
     def refill(self) -> None:
         """Let the thread make up for what was taken. Not done by ``take``: it would be in the slot's way."""
         with self._change:
-            self._wanted = True
             self._change.notify_all()
 
     def _keep(self) -> None:
         while True:
             with self._change:
-                self._wanted = self._wanted and len(self._ready) < READY
-                self._change.wait_for(lambda: self._closed or self._wanted)
+                self._change.wait_for(lambda: self._closed or len(self._ready) < READY)
                 if self._closed:
                     return
             try:
@@ -138,7 +135,6 @@ class Berths:
 
     def _end_cgroup(self, cgroup: Cgroup, ids: IdRange) -> None:
         try:
-            cgroup.thaw_and_unthrottle()
             cgroup.kill()
             cgroup.remove()
         except BaseException:
