@@ -21,7 +21,7 @@ from sandboxd import errors, plan, units
 from sandboxd.call import Call, off_the_loop, payload_of, request_digest
 from sandboxd.journal import records
 from sandboxd.journal.spool import Spool
-from sandboxd.ledger import Ledger
+from sandboxd.ledger import Ledger, streams_of
 from sandboxd.models import Cause, Content, DigestRef, Event, Failure, Invocation, Outcome, State, Times
 from sandboxd.room import Held
 from sandboxd.supervisor.attempt import Attempt, Payload, Result
@@ -309,7 +309,7 @@ class Calls(Ledger):
                 spool = Spool.recover(
                     self._spools / invocation.id, {"stdout": units.MAX, "stderr": units.MAX}
                 )
-                streams = {"stdout": spool.content("stdout"), "stderr": spool.content("stderr")}
+                streams = streams_of(spool)
             outcome = _ours(
                 "interrupted", "the daemon ended while the call was in flight; what it did is unknown"
             )
@@ -368,7 +368,7 @@ class Calls(Ledger):
 
 def _streams(spool: Spool, id: str) -> dict[str, Content]:
     try:
-        return {"stdout": spool.content("stdout"), "stderr": spool.content("stderr")}
+        return streams_of(spool)
     except errors.SandboxdError:
         log.exception("the output cannot be read", id=id)
         return {}

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from sandboxd.api.identity import Caller
     from sandboxd.blobs import BlobStore
     from sandboxd.journal import Journal
-    from sandboxd.models import Artifact, Cause, Event, Invocation, State
+    from sandboxd.models import Artifact, Cause, Content, Event, Invocation, State
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "streams_of"]
 
 LIST_LIMIT = 500
 CHUNK = 256 * 1024  # bytes of an artifact that are read at once
@@ -66,13 +66,10 @@ class Ledger:
         """One call, its streams' heads included. Raises NotFound."""
         found = await self._find(caller, id)
         if isinstance(found, Call):
-            return found.invocation.model_copy(
-                update={"stdout": found.spool.content("stdout"), "stderr": found.spool.content("stderr")}
-            )
+            return found.invocation.model_copy(update=streams_of(found.spool))
         directory = self._spools / found.id
         if directory.is_dir():
-            spool = Spool.open(directory)
-            found.stdout, found.stderr = spool.content("stdout"), spool.content("stderr")
+            return found.model_copy(update=streams_of(Spool.open(directory)))
         return found
 
     async def wait(self, caller: Caller, id: str) -> Invocation:
@@ -136,6 +133,11 @@ class Ledger:
             if artifact.path == path:
                 return artifact, _chunks(self._blobs.path(artifact.digest))
         raise errors.NotFound(f"call {id!r} released no file {path!r}")
+
+
+def streams_of(spool: Spool) -> dict[str, Content]:
+    """The fields of an invocation that its spool has."""
+    return {"stdout": spool.content("stdout"), "stderr": spool.content("stderr")}
 
 
 async def _chunks(path: Path) -> AsyncIterator[bytes]:

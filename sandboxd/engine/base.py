@@ -7,7 +7,7 @@ collection act on the ``Slot`` through ``kernel/`` and are written once, for eve
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -73,7 +73,6 @@ class Slot:
     """What the engine mounted, by its place in the container: device and inode of its root."""
     upper_fd: int | None
     """``O_PATH`` descriptor of the writable layer of the root, where there is one."""
-    started: float = field(default=0.0)
 
 
 class Engine(Protocol):

@@ -88,7 +88,6 @@ class EngineHost(ExitStack):
         """End and remove the containers that an earlier daemon of this state directory left."""
         found = self.cgroups.leftovers()
         for cgroup in found:
-            cgroup.thaw_and_unthrottle()
             cgroup.kill()
             cgroup.remove()
         return [cgroup.name for cgroup in found]

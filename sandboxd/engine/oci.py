@@ -51,7 +51,7 @@ OOM_SCORE_ADJ = 500  # PID 1 keeps 0, so that the kernel picks the tool
 
 def cgroup_limits(limits: Limits, device: tuple[int, int] | None) -> CgroupLimits:
     """What a plan's limits mean for a cgroup; ``device`` is the disk that holds the images."""
-    io = ()
+    io: tuple[tuple[int, int, int | None, int | None], ...] = ()
     if limits.io_read is not None or limits.io_write is not None:
         if device is None:
             raise errors.ControlNotEnforced(
@@ -59,7 +59,7 @@ def cgroup_limits(limits: Limits, device: tuple[int, int] | None) -> CgroupLimit
                 "can throttle",
                 control="io",
             )
-        io = ((*device, limits.io_read, limits.io_write),)  # type: ignore[assignment]
+        io = ((*device, limits.io_read, limits.io_write),)
     return CgroupLimits(memory=limits.memory, pids=limits.pids, cpus=limits.cpus, io=io)
 
 
@@ -168,7 +168,6 @@ class OciEngine:
             raise errors.ControlNotEnforced(
                 "this engine gives each container a user namespace of its own", control="user_namespace"
             )
-        began = time.monotonic()
         try:
             berth = self._berths.take()
             with berth.stack as stack:
@@ -176,7 +175,6 @@ class OciEngine:
                 self._resources[slot.id] = stack.pop_all()
         except OSError as error:
             raise errors.HostFailed(f"the host refused a part of a container: {error}") from error
-        slot.started = began
         return slot
 
     def _assemble(self, berth: Berth, shape: Shape, stack: ExitStack) -> Slot:

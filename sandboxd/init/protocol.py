@@ -190,16 +190,6 @@ class Control:
                 return Gone("PID 1 ended")
             self._buffer += data
 
-    def alive(self) -> bool:
-        """Whether the connection is open and PID 1 has said nothing unasked."""
-        try:
-            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
-
     @staticmethod
     def _frame(kind: Type, payload: bytes) -> bytes:
         return HEADER.pack(len(payload), kind, VERSION, 0) + payload

@@ -33,11 +33,11 @@ __all__ = [
 CLONE_NEWNS = 0x00020000
 MS_REC, MS_SLAVE = 0x4000, 0x80000
 MNT_DETACH = 2
-AT_EMPTY_PATH, AT_RECURSIVE = 0x1000, 0x8000
+AT_EMPTY_PATH = 0x1000
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
 MOVE_MOUNT_F_EMPTY_PATH = 0x4
 FSOPEN_CLOEXEC = FSMOUNT_CLOEXEC = 1
-FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 0, 1, 6
+FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 1, 6
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 1, 2, 4, 8
 MOUNT_ATTR_IDMAP = 0x00100000
 # The numbers of the system calls added since Linux 5.0 are the same on every architecture.
@@ -132,9 +132,9 @@ def new_mount(
         os.close(context)
 
 
-def clone_tree(path: Path, *, recursive: bool = False) -> int:
+def clone_tree(path: Path) -> int:
     """A detached copy of the mount at ``path``; returns its descriptor. Raises OSError."""
-    flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | (AT_RECURSIVE if recursive else 0)
+    flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC
     return _call(f"open_tree {path}", SYS_OPEN_TREE, -100, os.fsencode(path), flags)
 
 

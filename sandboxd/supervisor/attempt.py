@@ -13,6 +13,7 @@ A fault of ours is an ``AttemptFailed`` and becomes the outcome ``failed``; it n
 from __future__ import annotations
 
 import base64
+import errno
 import os
 import time
 from contextlib import AsyncExitStack
@@ -47,7 +48,6 @@ __all__ = ["Attempt", "Payload", "Result"]
 
 GRACE = 30_000_000  # microseconds after the wall limit until PID 1 ends by itself
 CPU_POLL_MIN = 0.01  # seconds
-STEADY = 2**40  # microseconds: a deadline for PID 1 when nothing else is set
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Attempt:
         receipts.check(result.receipt)
         tmp = os.open(f"/proc/{slot.tool_pid}/root/tmp", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._stack.callback(os.close, tmp)
-        ending, wall = await self._supervise(slot, self._stack)
+        ending, wall = await self._supervise(slot)
         self._on_state("collecting")
         evidence = self._evidence(slot, tmp)
         self._report(slot, ending, evidence, wall, result)
@@ -179,13 +179,13 @@ class Attempt:
             limits = tar.Limits(size=slot.shape.limits.workspace_size)
             tar.unpack_tar(slot.workspace_fd, self._payload.tar, uid, gid, limits)
 
-    async def _supervise(self, slot: Slot, stack: AsyncExitStack) -> tuple[Ending, int]:
+    async def _supervise(self, slot: Slot) -> tuple[Ending, int]:
         owner = slot.shape.process
         ids = slot.id_base + owner.uid, slot.id_base + owner.gid
         pipes = {}
         for name in ("stdout", "stderr"):
             pipes[name] = OutputPipe(*ids, self._sink(name))
-            stack.callback(pipes[name].close)
+            self._stack.callback(pipes[name].close)
         slot.cgroup.reset_peak()
         self._before = slot.cgroup.usage()  # of the runtime and PID 1, which are not the call's
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -357,16 +357,15 @@ def _denials(slot: Slot) -> list[Denial]:
         name, detail = seccomp.describe(denied.arch, denied.nr, denied.args)
         number = denied.errno
         found.append(
-            Denial(kind="syscall", name=name, count=denied.count, detail=detail, errno=errors_name(number))
+            Denial(
+                kind="syscall",
+                name=name,
+                count=denied.count,
+                detail=detail,
+                errno=errno.errorcode.get(number, str(number)),
+            )
         )
     return found
-
-
-def errors_name(number: int) -> str:
-    """``EPERM`` for 1."""
-    import errno  # noqa: PLC0415  (the name is taken in this module)
-
-    return errno.errorcode.get(number, str(number))
 
 
 def _decode(item: dict[str, str]) -> bytes:
