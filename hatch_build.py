@@ -1,4 +1,4 @@
-"""Compiles the two static binaries that go into every container, for wheels and editable installs alike.
+"""Compiles the static binaries that go into every container, for wheels and editable installs alike.
 
 The wheel is tagged with the platform: it holds machine code, but none that depends on Python or on the
 host's libc. The compiler is ``cc``, or what ``CC`` names, with the arguments it holds.
@@ -20,6 +20,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 FLAGS = ("-O2", "-static", "-Wall", "-Wextra", "-Werror", "-std=gnu11")
 BINARIES = {
     "sandboxd/init/init.c": "sandboxd/init/sandboxd-init",
+    "sandboxd/init/container.c": "sandboxd/init/sandboxd-container",
     "sandboxd/init/launch.c": "sandboxd/init/sandboxd-launch",
 }
 

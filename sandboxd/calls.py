@@ -11,6 +11,7 @@ attempt, writes the outcome durably, and only then says ``ended``.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Literal
 
 import anyio
@@ -20,7 +21,7 @@ import structlog
 from sandboxd import errors, plan, units
 from sandboxd.call import Call, off_the_loop, payload_of, request_digest
 from sandboxd.journal import records
-from sandboxd.journal.spool import Spool
+from sandboxd.journal.spool import Spool, Stream
 from sandboxd.ledger import Ledger, streams_of
 from sandboxd.models import Cause, Content, DigestRef, Event, Failure, Invocation, Outcome, State, Times
 from sandboxd.room import Held
@@ -77,6 +78,7 @@ class Calls(Ledger):
         self._tasks = tasks
         self._inputs = inputs
         self._accepting = 0
+        self.ended: Counter[Cause] = Counter()
         self.draining = False
 
     def policy_for(self, caller: Caller, name: str) -> Policy:
@@ -159,14 +161,8 @@ class Calls(Ledger):
             return await self.get(caller, existing.id)
         deadline = None if request.deadline is None else time.monotonic() + request.deadline / 1e6
         limits = made.limits
-        try:
-            spool = Spool.create(
-                self._spools / invocation.id, {"stdout": limits.stdout, "stderr": limits.stderr}
-            )
-            spool.add(Event(seq=0, at=accepted, type="accepted", id=invocation.id))
-        except errors.HostFailed as error:  # it was accepted, so it has an outcome
-            held.release()
-            return await self._stillborn(invocation, _ours(error.code, str(error)))
+        spool = Spool.create(self._spools / invocation.id, {"stdout": limits.stdout, "stderr": limits.stderr})
+        spool.add(Event(seq=0, at=accepted, type="accepted", id=invocation.id))
         call = Call(invocation, caller, made, payload, spool, deadline, held)
         self._flying[invocation.id] = call
         self._tasks.start_soon(self._run, call)
@@ -286,6 +282,8 @@ class Calls(Ledger):
         call.held.release()
         self._flying.pop(done.id, None)
         call.ended.set()
+        if done.outcome is not None:
+            self.ended[done.outcome.cause] += 1
         log.info("ended", id=done.id, cause=done.outcome.cause if done.outcome else None)
 
     async def _record_later(self, done: Invocation) -> None:
@@ -304,12 +302,10 @@ class Calls(Ledger):
         """Give every call that an earlier daemon left in flight its outcome; returns how many."""
         found = await self._journal.in_flight()
         for invocation in found:
-            streams: dict[str, Content] = {}
-            if (self._spools / invocation.id).is_dir():
-                spool = Spool.recover(
-                    self._spools / invocation.id, {"stdout": units.MAX, "stderr": units.MAX}
-                )
-                streams = streams_of(spool)
+            caps: dict[Stream, int] = {"stdout": units.MAX, "stderr": units.MAX}
+            directory = self._spools / invocation.id
+            spool = Spool.recover(directory, caps) if directory.is_dir() else Spool.held([])
+            streams = streams_of(spool)
             outcome = _ours(
                 "interrupted", "the daemon ended while the call was in flight; what it did is unknown"
             )

@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 DEFAULT_PATH = Path("/etc/sandboxd/sandboxd.yaml")
+RUNTIMES = ("auto", "builtin", "crun", "runc")
 SYSTEM_SOCKET = Path("/run/sandboxd/sandboxd.sock")
 MAX_ID = 2**32 - 2  # (uid_t)-1 means "no id", chown(2)
 MAX_SOCKET_PATH = 107  # sun_path without its NUL, unix(7)
@@ -149,10 +150,12 @@ class Budget(Section):
 
 
 class PoolSize(Section):
-    """How many slots wait for a call, per shape."""
+    """How many slots wait for a call, per shape, and for how long."""
 
     min: Annotated[Count, Field(le=10_000)] = 2
     max: Annotated[Count, Field(le=10_000)] = 16
+    age: Duration = 600 * 10**6
+    """A slot that has waited for so long is taken away, and so are those of a shape unused for so long."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -242,7 +245,7 @@ class Config(Section):
 
     engine: Literal["auto", "oci", "docker"] = "auto"
     runtime: Annotated[str, Field(min_length=1, max_length=4095)] = "auto"
-    """``auto``, ``crun``, ``runc``, or the absolute path of another OCI runtime."""
+    """``auto``, ``builtin``, ``crun``, ``runc``, or the absolute path of another OCI runtime."""
     state: AbsolutePath = Path("/var/lib/sandboxd")
     socket: SocketConfig = SocketConfig()
     policies: Annotated[tuple[AbsolutePath, ...], Field(max_length=64)] = (Path("/etc/sandboxd/policies"),)
@@ -269,11 +272,11 @@ class Config(Section):
     @field_validator("runtime")
     @classmethod
     def _known_runtime(cls, value: str) -> str:
-        if value in {"auto", "crun", "runc"} or value.startswith("/"):
+        if value in RUNTIMES or value.startswith("/"):
             return value
-        meant = document.nearest(value, ("auto", "crun", "runc"))
+        meant = document.nearest(value, RUNTIMES)
         hint = f"; did you mean {meant!r}?" if meant else ""
-        raise ValueError(f"{value[:80]!r} is not auto, crun, runc or an absolute path{hint}")
+        raise ValueError(f"{value[:80]!r} is not {', '.join(RUNTIMES)} or an absolute path{hint}")
 
 
 def load_config(path: Path | None = None, *, default: Path = DEFAULT_PATH) -> Config:

@@ -25,7 +25,7 @@ import anyio
 import psutil
 import structlog
 
-from sandboxd import systemd
+from sandboxd import errors, plan, systemd
 from sandboxd.api.app import build
 from sandboxd.api.app import serve as serve_app
 from sandboxd.api.listener import listening
@@ -34,6 +34,8 @@ from sandboxd.config import default_socket
 from sandboxd.engine.host import EngineHost, enter_private_mounts, instance_name
 from sandboxd.journal import Journal
 from sandboxd.policy import shipped_policies
+from sandboxd.pool import Pool
+from sandboxd.pool import Room as SlotRoom
 from sandboxd.reload import PolicyStore
 from sandboxd.room import Room
 from sandboxd.scheduler import Scheduler
@@ -130,6 +132,21 @@ async def _serve(config: Config, run: Path, name: str) -> None:
             slots=config.budget.slots,
             queue=config.queue,
         )
+
+        def in_force(shape: plan.Shape) -> bool:
+            try:
+                policy = policies.current.get(shape.policy)
+                image = host.images.resolve(policy.image)
+            except errors.SandboxdError:
+                return False
+            return plan.make_shape(policy, plan.ImageRef(image.name, image.digest)).digest == shape.digest
+
+        def room() -> SlotRoom:
+            left = scheduler.memory - scheduler.memory_used
+            return SlotRoom(scheduler.slots - scheduler.running, left, scheduler.running)
+
+        pool = Pool(engine, config.pool, images=host.images, room=room, in_force=in_force)
+        scheduler.on_grant = pool.give_way
         tasks = await stack.enter_async_context(anyio.create_task_group())
         service = DaemonService(
             config,
@@ -138,7 +155,7 @@ async def _serve(config: Config, run: Path, name: str) -> None:
             runtime=engine.runtime.name,
             policies=policies,
             images=host.images,
-            engine=engine,
+            pool=pool,
             journal=journal,
             scheduler=scheduler,
             blobs=blobs,
@@ -149,6 +166,7 @@ async def _serve(config: Config, run: Path, name: str) -> None:
         if interrupted:
             log.warning("calls of an earlier daemon were closed as interrupted", count=interrupted)
         tasks.start_soon(policies.watch)
+        tasks.start_soon(pool.run)
         sock = stack.enter_context(listening(config.socket, os.environ))
         stopping = anyio.Event()
         started = anyio.Event()

@@ -19,7 +19,7 @@ from sandboxd.engine.base import Check
 from sandboxd.engine.host import EngineHost, enter_private_mounts, instance_name
 from sandboxd.engine.probe import probe_shape
 from sandboxd.kernel.userns import RANGE
-from sandboxd.supervisor.receipt import read_receipt
+from sandboxd.receipt import read_receipt
 
 if TYPE_CHECKING:
     from sandboxd.config import Config

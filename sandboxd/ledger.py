@@ -17,7 +17,7 @@ import anyio
 from sandboxd import errors
 from sandboxd.call import Call
 from sandboxd.journal.spool import Spool
-from sandboxd.models import InvocationList
+from sandboxd.models import Event, InvocationList
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sandboxd.api.identity import Caller
     from sandboxd.blobs import BlobStore
     from sandboxd.journal import Journal
-    from sandboxd.models import Artifact, Cause, Content, Event, Invocation, State
+    from sandboxd.models import Artifact, Cause, Content, Invocation, State
 
 __all__ = ["Ledger", "streams_of"]
 
@@ -60,7 +60,12 @@ class Ledger:
 
     async def _spool(self, caller: Caller, id: str) -> Spool:
         found = await self._find(caller, id)
-        return found.spool if isinstance(found, Call) else Spool.open(self._spools / found.id)
+        if isinstance(found, Call):
+            return found.spool
+        directory = self._spools / found.id
+        if _was_silent(found) and not directory.is_dir():
+            return Spool.held(_events_of(found))
+        return Spool.open(directory)
 
     async def get(self, caller: Caller, id: str) -> Invocation:
         """One call, its streams' heads included. Raises NotFound."""
@@ -138,6 +143,24 @@ class Ledger:
 def streams_of(spool: Spool) -> dict[str, Content]:
     """The fields of an invocation that its spool has."""
     return {"stdout": spool.content("stdout"), "stderr": spool.content("stderr")}
+
+
+def _was_silent(invocation: Invocation) -> bool:
+    """Whether an ended call wrote nothing that was stored, and so made no files."""
+    streams = (invocation.stdout, invocation.stderr)
+    return all(stream is not None and stream.size == 0 for stream in streams)
+
+
+def _events_of(invocation: Invocation) -> list[Event]:
+    """The events of an ended call without output, as they were told while it ran."""
+    times = invocation.times
+    events = [Event(seq=0, at=times.accepted, type="accepted", id=invocation.id)]
+    if times.started is not None:
+        events.append(Event(seq=0, at=times.started, type="started"))
+    events += [Event(seq=0, at=0, type="denied", denial=denial) for denial in invocation.denials]
+    events += [Event(seq=0, at=0, type="limit", limit=limit) for limit in invocation.limits_reached]
+    events.append(Event(seq=0, at=times.ended or 0, type="ended", invocation=invocation))
+    return [event.model_copy(update={"seq": number}) for number, event in enumerate(events, 1)]
 
 
 async def _chunks(path: Path) -> AsyncIterator[bytes]:

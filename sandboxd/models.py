@@ -48,6 +48,7 @@ __all__ = [
     "Problem",
     "Receipt",
     "Request",
+    "SlotInfo",
     "State",
     "Times",
     "Usage",
@@ -349,6 +350,9 @@ class Receipt(Wire):
     runtime: str
     controls: list[Control]
     read_at: int
+    """When every control was read."""
+    checked_at: int | None = None
+    """When a slot that had waited was read again, at hand-over, and found to be as it was at ``read_at``."""
 
 
 class Artifact(Wire):
@@ -460,6 +464,21 @@ class ImageInfo(Wire):
     source: str
     architecture: str
     used_by: list[str] = Field(default_factory=list)
+
+
+class SlotInfo(Wire):
+    """A container that the daemon holds. ``id`` is None while it is being created."""
+
+    id: str | None = None
+    state: Literal["creating", "waiting", "running", "destroying"]
+    policy: str
+    image: str
+    shape: str
+    """The digest of what it was made for; only a call of exactly this gets it."""
+    since: int
+    """Since when it waits, and else since when it is being made."""
+    warm: bool = False
+    """Made ahead of its call."""
 
 
 class Health(Wire):

@@ -36,6 +36,7 @@ __all__ = [
     "Root",
     "Shape",
     "ToolProcess",
+    "Warm",
     "make_plan",
     "make_shape",
 ]
@@ -135,6 +136,15 @@ class Mount:
 
 
 @dataclass(frozen=True)
+class Warm:
+    """The interpreter that waits for the command, what it has imported, and what it was started with."""
+
+    command: str
+    preload: tuple[str, ...]
+    env: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
 class Shape(Data):
     """Everything that a container needs before its command is known."""
 
@@ -147,6 +157,7 @@ class Shape(Data):
     mounts: tuple[Mount, ...]
     syscalls: tuple[Rule, ...]
     network: Literal["none"]
+    warm: Warm | None = None
 
     @cached_property
     def program(self) -> Program:
@@ -195,9 +206,9 @@ class Plan(Data):
     def encoded(self) -> bytes:
         """The canonical JSON. The shape's is its own: it is nearly all of it, and serves many plans."""
         rest = {
-            "command": asdict(self.command),
-            "limits": asdict(self.limits),
-            "inputs": [asdict(each) for each in self.inputs],
+            "command": vars(self.command),  # flat, so that ``asdict`` would only copy them
+            "limits": vars(self.limits),
+            "inputs": [vars(each) for each in self.inputs],
             "tar": self.tar,
             "artifacts": self.artifacts,
             "narrowed_artifacts": self.narrowed_artifacts,
@@ -212,6 +223,8 @@ def make_shape(policy: Policy, image: ImageRef) -> Shape:
     spec = policy.spec
     limits, process, root = spec.limits, spec.process, spec.filesystem
     overlay = root.root == "overlay"
+    warm = spec.warm
+    env = tuple({**DEFAULT_ENV, **process.env}.items())
     return Shape(
         policy=policy.name,
         policy_digest=policy.digest,
@@ -245,6 +258,7 @@ def make_shape(policy: Policy, image: ImageRef) -> Shape:
         mounts=tuple(Mount(mount.source, mount.target) for mount in spec.mounts),
         syscalls=policy.syscalls,
         network="none",
+        warm=None if warm is None else Warm(warm.command, warm.preload, env),
     )
 
 

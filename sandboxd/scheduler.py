@@ -19,7 +19,7 @@ import anyio
 from sandboxd import errors, room
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
 __all__ = ["Scheduler", "Ticket"]
 
@@ -54,9 +54,11 @@ class Scheduler:
         self.slots = slots
         self._queue = queue
         self._shares: dict[int, _Share] = {}
-        self._memory_used = 0
+        self.memory_used = 0
         self.running = 0
         self.queued = 0
+        self.on_grant: Callable[[], None] = lambda: None
+        """Called when calls got their turns: who uses what is left over makes room."""
 
     def check_room(self, uid: int) -> None:
         """Raise QueueFull when no further call of this caller may wait."""
@@ -111,24 +113,31 @@ class Scheduler:
     def _release(self, share: _Share, ticket: Ticket) -> None:
         share.running -= 1
         self.running -= 1
-        self._memory_used -= ticket.memory
+        self.memory_used -= ticket.memory
 
     def _forget(self, uid: int, share: _Share) -> None:
         if not share.running and not share.waiting:
             self._shares.pop(uid, None)
 
     def _grant(self) -> None:
+        if self._grant_all():
+            self.on_grant()
+
+    def _grant_all(self) -> int:
+        granted = 0
         while self.running < self.slots and (share := self._next()) is not None:
             ticket = share.waiting[0]
-            if self._memory_used + ticket.memory > self.memory:
-                return
+            if self.memory_used + ticket.memory > self.memory:
+                break
             share.waiting.popleft()
             self.queued -= 1
             share.running += 1
             share.turns += 1 / share.weight
             self.running += 1
-            self._memory_used += ticket.memory
+            self.memory_used += ticket.memory
             ticket.granted.set()
+            granted += 1
+        return granted
 
     def _next(self) -> _Share | None:
         ready = [

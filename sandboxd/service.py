@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import json
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import anyio.to_thread
 
 from sandboxd import errors, models
 from sandboxd.calls import Calls
 from sandboxd.journal.records import Refusal
+from sandboxd.metrics import Numbers, exposition
 from sandboxd.policy import check_text, explain
+from sandboxd.pool import Fate, HandOver
 
 if TYPE_CHECKING:
     from sandboxd.api.identity import Caller
     from sandboxd.config import Config
     from sandboxd.policy import Policy
+    from sandboxd.pool import Pool
 
 __all__ = ["DaemonService"]
 
@@ -28,10 +31,13 @@ __all__ = ["DaemonService"]
 class DaemonService(Calls):
     """The daemon, as its API sees it. ``config`` and ``runtime`` are for reading."""
 
-    def __init__(self, config: Config, *, version: str, engine_name: str, runtime: str, **parts: Any) -> None:
+    def __init__(
+        self, config: Config, *, version: str, engine_name: str, runtime: str, pool: Pool, **parts: Any
+    ) -> None:
         """``parts`` are those of ``Calls``."""
-        super().__init__(state=config.state, **parts)
+        super().__init__(state=config.state, engine=pool, **parts)
         self.config = config
+        self._pool = pool
         self._version = version
         self._engine_name = engine_name
         self._runtime = runtime
@@ -80,6 +86,27 @@ class DaemonService(Calls):
             users.setdefault(current.get(name).image, []).append(f"policy {name}")
         return [info.model_copy(update={"used_by": users.get(info.name, [])}) for info in found]
 
+    def slots(self, caller: Caller) -> list[models.SlotInfo]:
+        """The containers that the daemon holds, of all callers. Raises NotPermitted."""
+        _operators_only(caller)
+        return self._pool.slots()
+
+    async def metrics(self, caller: Caller) -> bytes:
+        """What the daemon counts, in the text format of Prometheus. Raises NotPermitted."""
+        _operators_only(caller)
+        numbers = Numbers(
+            slots=self._pool.slots(),
+            made=self._pool.made,
+            handed_over={kind: self._pool.handed_over[kind] for kind in get_args(HandOver)},
+            fates={fate: self._pool.fates[fate] for fate in get_args(Fate)},
+            calls={cause: self.ended[cause] for cause in models.Cause},
+            running=self._scheduler.running,
+            queued=self._scheduler.queued,
+            memory_used=self._scheduler.memory_used,
+            memory=self._scheduler.memory,
+        )
+        return await anyio.to_thread.run_sync(exposition, numbers)
+
     async def refused(self, caller: Caller, error: errors.Refused, summary: dict[str, Any]) -> None:
         """Keep a refusal for the operator; a journal that cannot be written does not hide the refusal."""
         at = time.time_ns() // 1000
@@ -97,3 +124,8 @@ class DaemonService(Calls):
             queued=self._scheduler.queued,
             problems=list(self._policies.problems),
         )
+
+
+def _operators_only(caller: Caller) -> None:
+    if not caller.sees_all:
+        raise errors.NotPermitted("only operators see what the daemon holds for all callers")

@@ -33,6 +33,9 @@ SANDBOXD = Path(sys.executable).with_name("sandboxd")
 RUN_IN_SANDBOX = Path(sys.executable).with_name("run-in-sandbox")
 IMAGES = Path(os.environ.get("SANDBOXD_TEST_STATE", "/var/lib/sandboxd-test")) / "images"
 READY_SECONDS = 20.0
+# Most tests count containers, so none waits for them; those of the pool configure one.
+POOLED = os.environ.get("SANDBOXD_TEST_POOL") == "1"
+POOL = "pool: {min: 2, max: 4}\n" if POOLED else "pool: {min: 0, max: 0}\n"
 
 # Policies for tests alone, beside the shipped ones.
 POLICIES = {
@@ -105,6 +108,8 @@ def start_daemon(directory: Path, *, config: str = "", state: Path | None = None
         (policies / f"{name}.yaml").write_text(text)
     file = directory / "sandboxd.yaml"
     socket = f"{{path: {directory}/s, mode: '0660', group: nogroup}}"
+    if "pool:" not in config:
+        config += POOL
     file.write_text(f"state: {state}\nsocket: {socket}\npolicies: [{policies}]\n{config}")
     log = directory / "log"
     with log.open("ab") as output:
@@ -133,30 +138,45 @@ def _until_ready(daemon: Daemon) -> None:
     pytest.fail(f"the daemon did not start:\n{daemon.log.read_text()}")
 
 
+MAKERS = {"sandboxd-launch", "sandboxd-container"}
+
+
 def berths_of(daemon: Daemon) -> dict[int, str]:
-    """Launchers that wait for a container to make, by pid, and the names of their cgroups."""
+    """Processes that wait for a container to make or to be, by pid, and the names of their cgroups."""
     found = {}
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(daemon.process.pid).children():
             with contextlib.suppress(psutil.Error):
-                if child.name() == "sandboxd-launch" and child.cmdline()[1:2] == ["run"]:
+                if child.name() in MAKERS and child.cmdline()[1:2] != ["userns"]:
                     found[child.pid] = child.cmdline()[-1]
     return found
+
+
+def pooled_slots(daemon: Daemon) -> set[str]:
+    """With SANDBOXD_TEST_POOL, the ids of containers that no call has had: they may stay."""
+    if not POOLED:
+        return set()
+    try:
+        return {slot.id for slot in daemon.client().slots() if slot.id and slot.state == "waiting"}
+    except errors.Unavailable:
+        return set()
 
 
 def slots_of(daemon: Daemon) -> list[str]:
     """Cgroups of containers that this daemon holds, in every hierarchy, and processes in them."""
     tree = f"sandboxd-{instance_name(daemon.state)}"
     waiting = berths_of(daemon)
+    ready = pooled_slots(daemon)
     found = [
         path
         for path, _, _ in os.walk("/sys/fs/cgroup")  # others come and go
-        if f"/{tree}/" in path and Path(path).name not in waiting.values()
+        if f"/{tree}/" in path and Path(path).name not in {*waiting.values(), *ready}
     ]
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and int(process.name) not in waiting:
             try:
-                if f"/{tree}/" in (process / "cgroup").read_text():
+                text = (process / "cgroup").read_text()
+                if f"/{tree}/" in text and text.partition(f"/{tree}/")[2].split("\n")[0] not in ready:
                     found.append(f"process {process.name}")
             except OSError:  # it ended meanwhile
                 continue

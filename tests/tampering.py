@@ -22,7 +22,7 @@ from sandboxd.config import Config
 from sandboxd.engine.host import EngineHost, enter_private_mounts, instance_name
 from sandboxd.engine.probe import probe_shape
 from sandboxd.policy import seccomp
-from sandboxd.supervisor.receipt import read_receipt
+from sandboxd.receipt import read_receipt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

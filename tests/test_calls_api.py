@@ -415,3 +415,19 @@ def test_a_call_is_cancelled_in_whatever_state(daemon: Daemon) -> None:
         assert cause(client.cancel(call.id)) == "cancelled"
         assert cause(client.cancel(call.id)) == "cancelled"
     assert client.health().running == 0
+
+
+def test_a_call_without_output_tells_the_same_events_later(daemon: Daemon) -> None:
+    client = daemon.client()
+    with client.stream(["unshare", "--user", "/nothing"], policy="default", limits={"stderr": 0}) as live:
+        seen = list(live)
+    assert [event.type for event in seen] == ["accepted", "started", "denied", "limit", "ended"]
+    assert seen[0].id is not None
+    for follow in (True, False):
+        with client.events(seen[0].id, follow=follow) as later:
+            assert list(later) == seen
+        with client.events(seen[0].id, after=3, follow=follow) as rest:
+            assert list(rest) == seen[3:]
+    with client.stderr(seen[0].id) as raw:
+        assert list(raw) == []
+    assert not (daemon.state / "calls" / seen[0].id).exists()

@@ -85,7 +85,7 @@ def test_all_errors_come_at_once_with_the_nearest_word(tmp_path: Path) -> None:
     lines = problems(tmp_path, text)
     expected = [
         ("1:1: unknown key 'engin'; did you mean 'engine'?"),
-        ("2:10: runtime: 'cron' is not auto, crun, runc"),
+        ("2:10: runtime: 'cron' is not auto, builtin, crun, runc"),
         ("3:8: state: 'relative' is not an absolute path"),
         ("4:18: budget.memory: write a share"),
         ("4:29: budget.slots must be greater"),

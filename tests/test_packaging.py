@@ -28,7 +28,7 @@ def checkout(tmp_path: Path) -> Path:
         source, target = ROOT / name, tmp_path / "checkout" / name
         target.parent.mkdir(exist_ok=True)
         if source.is_dir():
-            skip = shutil.ignore_patterns("__pycache__", "sandboxd-init*", "sandboxd-launch*")
+            skip = shutil.ignore_patterns("__pycache__", "sandboxd-*")
             shutil.copytree(source, target, ignore=skip)
         else:
             shutil.copy(source, target)
@@ -53,7 +53,7 @@ def test_the_wheel_holds_static_binaries_and_names_its_platform(checkout: Path) 
     (wheel,) = (checkout / "dist").iterdir()
     assert wheel.name.endswith(f"-py3-none-linux_{platform.machine()}.whl")
     with zipfile.ZipFile(wheel) as archive:
-        for name in ("sandboxd-init", "sandboxd-launch"):
+        for name in ("sandboxd-container", "sandboxd-init", "sandboxd-launch"):
             info = archive.getinfo(f"sandboxd/init/{name}")
             assert info.external_attr >> 16 & 0o111 == 0o111
             program = archive.read(info)

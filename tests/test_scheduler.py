@@ -95,7 +95,7 @@ def test_budgets_hold_and_everything_ends(
         number for number, one in enumerate(asked) if not one.gives_up
     }
     assert (run.scheduler.running, run.scheduler.queued) == (0, 0)
-    assert run.scheduler._memory_used == 0
+    assert run.scheduler.memory_used == 0
     assert not run.scheduler._shares  # a caller without calls is forgotten
 
 

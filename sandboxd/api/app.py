@@ -1,28 +1,29 @@
 """The application and its server.
 
 socket -> BoundedProtocol (identity, bounds) -> Edge (nobody gets in, nothing gets out)
-       -> FastAPI (routing, OpenAPI) -> handlers (decode -> call -> encode) -> Service
+       -> Starlette (routing) -> handlers (decode -> call -> encode) -> Service
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 import uvicorn
-from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request  # noqa: TC002  # FastAPI evaluates the handlers' annotations
+from starlette.responses import Response
+from starlette.routing import Route
 
 from sandboxd import models
 from sandboxd.api import problem, queries
 from sandboxd.api.catalogue import Catalogue
 from sandboxd.api.identity import Identity
-from sandboxd.api.invocations import Invocations, json_response
-from sandboxd.api.openapi import components, operation
+from sandboxd.api.invocations import JSON, Invocations, json_response
+from sandboxd.api.openapi import document
 from sandboxd.api.protocol import CALLER, ServerConfig
 from sandboxd.errors import InvalidRequest, NotFound, NotIdentified, SandboxdError, TooLarge
 from sandboxd.room import Room
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pydantic import BaseModel
-    from starlette.responses import Response
+    from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
 
     from sandboxd.api.identity import Caller
@@ -44,7 +45,7 @@ __all__ = ["Edge", "build", "serve"]
 VERSION = "1"
 DOCUMENTED: set[type[BaseModel]] = {
     models.Request, models.Invocation, models.InvocationList, models.PolicyInfo, models.PolicyProblem,
-    models.PlanDocument, models.ImageInfo, models.Health, models.Artifact, models.Withheld,
+    models.PlanDocument, models.ImageInfo, models.SlotInfo, models.Health, models.Artifact, models.Withheld,
     queries.SignalBody, queries.CheckBody,
 }  # fmt: skip
 
@@ -54,7 +55,7 @@ log = structlog.get_logger(__name__)
 class Edge:
     """The outermost layer: peers that are nobody stop here, and so does any fault that is left."""
 
-    def __init__(self, app: FastAPI, service: Service) -> None:
+    def __init__(self, app: Starlette, service: Service) -> None:
         self.app = app
         self.service = service
 
@@ -77,47 +78,29 @@ class Edge:
 
 def build(service: Service) -> Edge:
     """The ASGI application over a service."""
-    app = FastAPI(
-        title="sandboxd",
-        version=VERSION,
-        docs_url=None,  # the pages load their script from the network
-        redoc_url=None,
-        openapi_url=None,
-        redirect_slashes=False,
-        exception_handlers={
-            SandboxdError: _refused,
-            HTTPException: _http,
-            Exception: _internal,
-        },
-    )
     bodies = Room(service.config.budget.inputs)
     routes = [*Invocations(service, bodies).routes(), *Catalogue(service, bodies).routes()]
-    for method, path, handler, doc in routes:
-        app.add_api_route(
-            path,
-            handler,
-            methods=[method],
-            response_model=None,
-            summary=doc.summary,
-            status_code=doc.status,
-            openapi_extra=operation(path, doc),
-        )
-    document = get_openapi(
-        title="sandboxd",
-        version=VERSION,
-        description="One container for each tool call, under a policy. Members that are null are left out.",
-        routes=app.routes,
-    )
-    document.setdefault("components", {})["schemas"] = components(DOCUMENTED)
-    for methods in document["paths"].values():
-        for each in methods.values():
-            each["responses"].pop("422", None)
+
+    @cache  # most daemons are never asked
+    def described() -> bytes:
+        return bytes(json_response(document(VERSION, routes, DOCUMENTED)).body)
 
     async def openapi(_: Request) -> Response:
-        return json_response(document)
+        return Response(described(), media_type=JSON)
 
-    app.add_route("/openapi.json", openapi, methods=["GET"], include_in_schema=False)
+    served = [_route(method, path, handler) for method, path, handler, _ in routes]
+    app = Starlette(
+        routes=[*served, _route("GET", "/openapi.json", openapi)],
+        exception_handlers={SandboxdError: _refused, HTTPException: _http, Exception: _internal},
+    )
+    app.router.redirect_slashes = False
     return Edge(app, service)
+
+
+def _route(method: str, path: str, handler: Any) -> Route:
+    route = Route(path, handler, methods=[method])
+    route.methods = {method}  # Starlette adds HEAD, which no handler knows
+    return route
 
 
 async def _refused(_: Request, error: Exception) -> Response:

@@ -1,10 +1,10 @@
-"""The routes of what there is: policies, plans, images, health."""
+"""The routes of what there is: policies, plans, images, containers, metrics, health."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from starlette.requests import Request  # noqa: TC002  # FastAPI evaluates the handlers' annotations
+from starlette.responses import Response
 
 from sandboxd import models
 from sandboxd.api import body, queries
@@ -13,7 +13,7 @@ from sandboxd.api.openapi import Doc
 from sandboxd.errors import NotFound
 
 if TYPE_CHECKING:
-    from starlette.responses import Response
+    from starlette.requests import Request
 
     from sandboxd.api.service import Service
     from sandboxd.room import Room
@@ -22,6 +22,7 @@ __all__ = ["Catalogue"]
 
 MAX_POLICY_BODY = 1024 * 1024
 MAX_NAME = 128
+METRICS = "text/plain; version=0.0.4"
 
 
 class Catalogue:
@@ -65,6 +66,16 @@ class Catalogue:
         body.query(request, queries.NoQuery)
         return json_response({"images": await self.service.images(caller_of(request))})
 
+    async def slots(self, request: Request) -> Response:
+        """The containers that the daemon holds, waiting or in use; for operators."""
+        body.query(request, queries.NoQuery)
+        return json_response({"slots": self.service.slots(caller_of(request))})
+
+    async def metrics(self, request: Request) -> Response:
+        """Pool depth, hand-overs and calls by cause, in the text format of Prometheus; for operators."""
+        body.query(request, queries.NoQuery)
+        return Response(await self.service.metrics(caller_of(request)), media_type=METRICS)
+
     async def health(self, request: Request) -> Response:
         """Whether the daemon takes calls."""
         body.query(request, queries.NoQuery)
@@ -81,6 +92,8 @@ class Catalogue:
             ("POST", "/v1/plans", self.plan,
              Doc("What would run", body=models.Request, answer=models.PlanDocument)),
             ("GET", "/v1/images", self.images, Doc("The images", answer=_many("images", "ImageInfo"))),
+            ("GET", "/v1/slots", self.slots, Doc("The containers", answer=_many("slots", "SlotInfo"))),
+            ("GET", "/metrics", self.metrics, Doc("Metrics", text_answer=True)),
             ("GET", "/v1/health", self.health, Doc("Whether the daemon is ready", answer=models.Health)),
         ]  # fmt: skip
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic_core
 from starlette.convertors import Convertor, register_url_convertor
-from starlette.requests import Request  # noqa: TC002  # FastAPI evaluates the handlers' annotations
 from starlette.responses import Response
 
 from sandboxd import models
@@ -20,11 +19,13 @@ from sandboxd.errors import NotFound, Refused
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from starlette.requests import Request
+
     from sandboxd.api.identity import Caller
     from sandboxd.api.service import Service
     from sandboxd.room import Room
 
-__all__ = ["Invocations", "caller_of", "json_response"]
+__all__ = ["JSON", "Invocations", "caller_of", "json_response"]
 
 JSON = "application/json"
 SMALL = 4096  # bytes of a body that holds next to nothing

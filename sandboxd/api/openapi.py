@@ -1,11 +1,12 @@
 """The OpenAPI document: what each route takes and gives, from the models that decode and encode it.
 
-Handlers decode for themselves, for speed and for strictness, so the parts of the document come from
-``Doc`` and not from their signatures. Answers leave out members that are null.
+Handlers decode for themselves, for speed and for strictness, so the document comes from ``Doc``.
+Answers leave out members that are null.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,12 +18,15 @@ from sandboxd.api.queries import NoQuery
 from sandboxd.models import Event, Problem
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pydantic import BaseModel
 
-__all__ = ["OCTETS", "Doc", "components", "operation"]
+__all__ = ["OCTETS", "Doc", "document"]
 
 OCTETS = "application/octet-stream"
 NDJSON = "application/x-ndjson"
+DESCRIPTION = "One container for each tool call, under a policy. Members that are null are left out."
 _PREFIX = "#/components/schemas/"
 
 
@@ -37,6 +41,7 @@ class Doc:
     answer: type[BaseModel] | dict[str, Any] | None = None
     """A model, or a schema; None where the answer has no JSON."""
     raw_answer: bool = False
+    text_answer: bool = False
     events: bool = False
     status: int = 200
     also: dict[int, str] = field(default_factory=dict)
@@ -50,8 +55,30 @@ def reference(model: type[BaseModel]) -> dict[str, Any]:
     return {"$ref": _PREFIX + model.__name__}
 
 
-def operation(path: str, doc: Doc) -> dict[str, Any]:
-    """The ``openapi_extra`` of a route."""
+def document(
+    version: str, routes: Sequence[tuple[str, str, Any, Doc]], models: set[type[BaseModel]]
+) -> dict[str, Any]:
+    """The whole document. A route is its method, path, handler and ``Doc``."""
+    paths: dict[str, dict[str, Any]] = {}
+    for method, path, handler, doc in routes:
+        plain = re.sub(r":\w+}", "}", path)
+        name = re.sub(r"\W", "_", f"{handler.__name__}{plain}") + f"_{method.lower()}"
+        paths.setdefault(plain, {})[method.lower()] = {
+            "summary": doc.summary,
+            "description": inspect.getdoc(handler),
+            "operationId": name,
+            **_operation(path, doc),
+        }
+    info = {
+        "title": "sandboxd",
+        "version": version,
+        "description": DESCRIPTION,
+    }
+    return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": _components(models)}}
+
+
+def _operation(path: str, doc: Doc) -> dict[str, Any]:
+    """What a route takes and gives."""
     parameters: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         for name in re.findall(r"{(\w+)(?::\w+)?}", path)
@@ -78,6 +105,8 @@ def operation(path: str, doc: Doc) -> dict[str, Any]:
         content[NDJSON] = {"schema": reference(Event)}
     if doc.raw_answer:
         content[OCTETS] = {"schema": {"type": "string", "format": "binary"}}
+    if doc.text_answer:
+        content["text/plain"] = {"schema": {"type": "string"}}
     answer = {"description": "Success", **({"content": content} if content else {})}
     extra: dict[str, Any] = {
         "parameters": parameters,
@@ -106,10 +135,11 @@ def _inline(schema: Any, whole: dict[str, Any]) -> Any:
         return schema
     if "$ref" in schema:
         return _inline(whole["$defs"][schema["$ref"].rpartition("/")[2]], whole)
-    return {key: _inline(value, whole) for key, value in schema.items() if key != "repeated"}
+    left_out = {"repeated"} | ({"default"} if schema.get("default", "") is None else set())
+    return {key: _inline(value, whole) for key, value in schema.items() if key not in left_out}
 
 
-def components(models: set[type[BaseModel]]) -> dict[str, Any]:
+def _components(models: set[type[BaseModel]]) -> dict[str, Any]:
     """The schemas of all models that the operations refer to."""
     ordered: list[tuple[Any, Literal["validation", "serialization"]]] = [
         (model, "validation") for model in sorted(models | {Event, Problem}, key=lambda each: each.__name__)

@@ -126,6 +126,14 @@ class Service(Protocol):
         """The images of the store."""
         ...
 
+    def slots(self, caller: Caller) -> Sequence[models.SlotInfo]:
+        """The containers that the daemon holds. Raises NotPermitted for who is no operator."""
+        ...
+
+    async def metrics(self, caller: Caller) -> bytes:
+        """What the daemon counts, in the text format of Prometheus. Raises NotPermitted likewise."""
+        ...
+
     async def refused(self, caller: Caller, error: errors.Refused, summary: dict[str, Any]) -> None:
         """Record a refusal. A caller with the role ``none`` matched no rule."""
         ...

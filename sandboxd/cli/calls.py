@@ -86,12 +86,20 @@ def ps(
     limit: Annotated[int, Parameter(alias="-n", help="At most so many calls.")] = 50,
     policy: Annotated[str | None, Parameter(help="Only calls under this policy.")] = None,
     label: Annotated[str | None, Parameter(help="Only calls with this label, as NAME=VALUE.")] = None,
+    slots: Annotated[
+        bool, Parameter(negative="", help="The containers instead, also those that wait for a call.")
+    ] = False,
     remote: AlsoRemote = REMOTE,
 ) -> None:
     """List the calls that wait or run; with -a those that have ended too."""
     if limit < 1:
         raise errors.InvalidRequest("--limit is at least 1")
     client = remote.client()
+    if slots:
+        if finished or label is not None:
+            raise errors.InvalidRequest("--slots lists containers, which --all and --label say nothing of")
+        _list_slots(client, policy=policy, limit=limit, as_json=remote.json)
+        return
     states = [None] if finished else [state.value for state in ACTIVE]
     # A call that changes its state between two questions is in two answers, or in none of them.
     found = {
@@ -103,6 +111,27 @@ def ps(
         return
     empty = "no calls yet" if finished else "nothing runs now; `sandboxd ps -a` lists finished calls"
     terminal.print_rows(("ID", "STATE", "POLICY", "AGE", "TOOK", "COMMAND"), map(_row, calls), empty=empty)
+
+
+def _list_slots(client: Client, *, policy: str | None, limit: int, as_json: bool) -> None:
+    found = [slot for slot in client.slots() if policy in {None, slot.policy}][:limit]
+    if as_json:
+        terminal.print_json({"slots": [terminal.wire(slot) for slot in found]})
+        return
+    rows = [
+        (
+            slot.id or "-",
+            slot.state,
+            slot.policy,
+            slot.image,
+            terminal.age(slot.since),
+            "ahead" if slot.warm else "for its call",
+            slot.shape.removeprefix("sha256:")[:12],
+        )
+        for slot in found
+    ]
+    columns = ("ID", "STATE", "POLICY", "IMAGE", "AGE", "MADE", "SHAPE")
+    terminal.print_rows(columns, rows, empty="the daemon holds no containers now")
 
 
 def inspect(call_id: Id, *, remote: AlsoRemote = REMOTE) -> None:

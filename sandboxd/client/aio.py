@@ -227,6 +227,10 @@ class AsyncClient:
         """The images in the daemon's store."""
         return await self._do(calls.images())
 
+    async def slots(self) -> Sequence[models.SlotInfo]:
+        """The containers that the daemon holds. Raises NotPermitted for who is no operator."""
+        return await self._do(calls.slots())
+
     async def health(self) -> models.Health:
         """Whether the daemon takes calls, and with what."""
         return await self._do(calls.health())

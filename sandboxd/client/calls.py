@@ -293,6 +293,11 @@ def images() -> Call[list[models.ImageInfo]]:
     return Call(wire.Exchange("GET", wire.target("images")), _many(models.ImageInfo, "images"))
 
 
+def slots() -> Call[list[models.SlotInfo]]:
+    """The containers that the daemon holds."""
+    return Call(wire.Exchange("GET", wire.target("slots")), _many(models.SlotInfo, "slots"))
+
+
 def health() -> Call[models.Health]:
     """Whether the daemon takes calls."""
     return Call(wire.Exchange("GET", wire.target("health")), _one(models.Health))

@@ -244,6 +244,10 @@ class Client:
         """The images in the daemon's store."""
         return self._do(calls.images())
 
+    def slots(self) -> Sequence[models.SlotInfo]:
+        """The containers that the daemon holds. Raises NotPermitted for who is no operator."""
+        return self._do(calls.slots())
+
     def health(self) -> models.Health:
         """Whether the daemon takes calls, and with what."""
         return self._do(calls.health())

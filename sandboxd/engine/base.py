@@ -7,7 +7,8 @@ collection act on the ``Slot`` through ``kernel/`` and are written once, for eve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from sandboxd.kernel.cgroup import Cgroup
     from sandboxd.kernel.notify import Listener
     from sandboxd.plan import Shape
+    from sandboxd.receipt import Reading
 
 __all__ = ["Capabilities", "Check", "Engine", "Slot"]
 
@@ -73,6 +75,12 @@ class Slot:
     """What the engine mounted, by its place in the container: device and inode of its root."""
     upper_fd: int | None
     """``O_PATH`` descriptor of the writable layer of the root, where there is one."""
+    warm: bool = False
+    """Whether the parked process is the shape's interpreter, which waits for a command."""
+    held: ExitStack = field(default_factory=ExitStack)
+    """Keeps the image from being removed; a slot that waits lets go of it."""
+    reading: Reading | None = None
+    """What was read of the slot when it was made, where it has waited for its call."""
 
 
 class Engine(Protocol):
@@ -87,8 +95,12 @@ class Engine(Protocol):
         """Run a real container and say what this host can enforce."""
         ...
 
-    async def create(self, shape: Shape) -> Slot:
-        """A container of this shape: init connected, the tool process parked before ``execve``."""
+    async def create(self, shape: Shape, *, warm: bool = True) -> Slot:
+        """A container of this shape: init connected, the tool process parked before ``execve``.
+
+        With ``warm``, the shape's interpreter waits in it if there is one; that takes as long as it
+        takes to start, so it is for slots that are made ahead.
+        """
         ...
 
     async def kill(self, slot: Slot) -> None:

@@ -1,9 +1,10 @@
 """Berths: what every container needs and no shape decides, made ahead of time.
 
 Theory of operation.  A process that joins a cgroup of version 1 waits for a grace period of the kernel,
-10 ms and more on an idle host. So an id range, a cgroup, a directory, the control connection and a
-launcher that has already joined are made in the background, and a slot takes such a berth and puts its
-image, its limits and its command into it. A berth serves one slot and ends with it.
+10 ms and more on an idle host. So an id range, a cgroup, a directory, the control connection and a process
+that has already joined are made in the background: the built-in runtime's, which has made its namespaces too,
+or the launcher of another runtime. A slot takes such a berth and puts its image, its limits and its command
+into it. A berth serves one slot and ends with it.
 """
 
 from __future__ import annotations
@@ -13,29 +14,48 @@ import socket
 import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import structlog
 from uuid6 import uuid7
 
 from sandboxd import errors
-from sandboxd.engine.launch import Launch
+from sandboxd.engine.builtin import BuiltInContainer
+from sandboxd.engine.bundled import BundledContainer
 from sandboxd.init.protocol import Control
 from sandboxd.kernel.cgroup import CgroupLimits
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from sandboxd.engine.presented import SlotMounts
     from sandboxd.engine.runtime import Runtime
     from sandboxd.kernel.cgroup import Cgroup, CgroupTree
     from sandboxd.kernel.userns import IdRange, UserNamespaces
+    from sandboxd.plan import Shape
 
-__all__ = ["Berth", "Berths"]
+__all__ = ["Berth", "Berths", "Container"]
 
 READY = 4  # berths that wait; each is a cgroup and a process of 0.1 MiB
 AGAIN = 1.0  # seconds until a berth that could not be made is tried again
 
 log = structlog.get_logger(__name__)
+
+
+class Container(Protocol):
+    """A process in the cgroup that waits to become the container's PID 1, or to make it."""
+
+    def alive(self) -> bool:
+        """Whether the process is there."""
+        ...
+
+    def begin(self, shape: Shape, made: SlotMounts, timeout: float) -> None:
+        """Make the container; PID 1 speaks on the control connection. Raises OSError."""
+        ...
+
+    def started(self) -> tuple[int, int]:
+        """PID 1 and a pidfd of it, the caller's, once nothing else is left to do. Raises EngineFailed."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +67,7 @@ class Berth:
     cgroup: Cgroup
     directory: Path
     control: Control
-    launch: Launch
+    container: Container
     stack: ExitStack
 
 
@@ -78,13 +98,13 @@ class Berths:
         self._ready.clear()
 
     def take(self) -> Berth:
-        """A berth whose launcher lives: one that waits, else a new one. Raises OSError, HostFailed."""
+        """A berth whose process lives: one that waits, else a new one. Raises OSError, HostFailed."""
         while True:
             with self._change:
                 berth = self._ready.pop(0) if self._ready else None
             if berth is None:
                 return self._make()
-            if berth.launch.alive():
+            if berth.container.alive():
                 return berth
             berth.stack.close()
 
@@ -123,15 +143,18 @@ class Berths:
             control = Control(ours)
             stack.callback(control.close)
             with theirs:
-                launch = Launch(
-                    self._runtime.name,
-                    self._runtime.command(self._run / "runtime", directory, name),
-                    control=theirs.fileno(),
-                    # runc places the container itself, by a path below its own cgroup: it stays in ours
-                    places=cgroup.procs_files if self._runtime.dialect == "crun" else (),
-                )
-            stack.enter_context(launch)
-            return Berth(name, ids, cgroup, directory, control, launch, stack.pop_all())
+                container = self._container(directory, ids, cgroup, theirs.fileno())
+            stack.enter_context(container)
+            return Berth(name, ids, cgroup, directory, control, container, stack.pop_all())
+
+    def _container(
+        self, directory: Path, ids: IdRange, cgroup: Cgroup, control: int
+    ) -> BuiltInContainer | BundledContainer:
+        if self._runtime.dialect == "builtin":
+            return BuiltInContainer(directory, ids, cgroup, control)
+        return BundledContainer(
+            self._runtime, directory, ids, cgroup, root=self._run / "runtime", control=control
+        )
 
     def _end_cgroup(self, cgroup: Cgroup, ids: IdRange) -> None:
         try:

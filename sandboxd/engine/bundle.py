@@ -27,6 +27,7 @@ __all__ = [
     "BundlePaths",
     "make_config",
     "shm_size",
+    "temporary",
 ]
 
 INIT_PATH = "/dev/.sandboxd"  # under /dev, where the runtime can make a mount point in any image
@@ -77,6 +78,16 @@ def shm_size(shape: Shape) -> int:
     return min(shape.limits.tmp_size, SHM_MAX)
 
 
+def temporary(shape: Shape) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Where the container has a tmpfs of its own, and its options; each is ``nosuid,nodev`` beside."""
+    limits = shape.limits
+    common = ("mode=1777", f"nr_inodes={limits.tmp_inodes}")
+    return (
+        ("/dev/shm", ("noexec", *common, f"size={shm_size(shape)}")),
+        ("/tmp", (*common, f"size={limits.tmp_size}")),
+    )
+
+
 def make_config(
     shape: Shape,
     paths: BundlePaths,
@@ -90,7 +101,6 @@ def make_config(
     ``userns`` is the path of the user namespace to join and ``id_map`` its ``(base, size)``; ``cgroup``
     is the ``cgroupsPath`` for a runtime that insists on placing the container itself.
     """
-    limits = shape.limits
     namespaces: list[dict[str, str]] = [
         {"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount", "cgroup")
     ]
@@ -120,25 +130,7 @@ def make_config(
             "mode=0620",
             f"max={PTYS}",
         ),
-        _mount(
-            "/dev/shm",
-            "tmpfs",
-            "nosuid",
-            "nodev",
-            "noexec",
-            "mode=1777",
-            f"size={shm_size(shape)}",
-            f"nr_inodes={limits.tmp_inodes}",
-        ),
-        _mount(
-            "/tmp",
-            "tmpfs",
-            "nosuid",
-            "nodev",
-            "mode=1777",
-            f"size={limits.tmp_size}",
-            f"nr_inodes={limits.tmp_inodes}",
-        ),
+        *(_mount(target, "tmpfs", "nosuid", "nodev", *options) for target, options in temporary(shape)),
         _bind(Bind(paths.init, INIT_PATH, read_only=True)),
         _bind(Bind(paths.workspace, "/workspace", read_only=False)),
         *(_bind(bind) for bind in paths.binds),

@@ -1,4 +1,4 @@
-"""The OCI runtime at work on one container: in its cgroup ahead of time, let go, spoken to, waited for."""
+"""The OCI runtime at work on one container: in its cgroup ahead of time, let go, waited for."""
 
 from __future__ import annotations
 

@@ -1,22 +1,22 @@
-"""The ``oci`` engine: an OCI runtime (``crun``, ``runc`` or one by configuration) and nothing else.
+"""The ``oci`` engine: the built-in runtime, or an OCI runtime (``crun``, ``runc``, one by configuration).
 
 Theory of operation.  The daemon lives in a mount namespace of its own, with a tmpfs in
 ``/run`` that only it sees; everything a slot is made of is mounted there and goes with the
 daemon.  For a slot the engine takes a berth (``berth.py``: id range, cgroup, directory, connection, and
-a ``sandboxd-launch`` that is in the cgroup), presents the image through an id-mapped read-only mount
-and the workspace as a tmpfs of the policy's size, writes the bundle, and lets the launcher become the
-runtime, which starts our PID 1 and exits. PID 1 parks the tool process; then the limits are written to
-the cgroup, so that they bind the tool and not the runtime. Making and ending a slot blocks, so both
-happen in worker threads.
+a process that is in the cgroup), presents the image through an id-mapped read-only mount and the
+workspace as a tmpfs of the policy's size, and lets the process become our PID 1 (``builtin.py``), or the
+runtime, which starts it from a bundle and exits (``bundled.py``). PID 1 parks the tool process; then the
+limits are written to the cgroup, so that they bind the tool and not the runtime. Making and ending a slot
+blocks, so both happen in worker threads.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -26,8 +26,9 @@ import anyio.to_thread
 from sandboxd import errors
 from sandboxd.engine.base import Capabilities, Check, Slot
 from sandboxd.engine.berth import Berth, Berths
-from sandboxd.engine.bundle import make_config
 from sandboxd.engine.presented import SlotMounts
+from sandboxd.engine.warming import Warming
+from sandboxd.init import warm as warming
 from sandboxd.init.protocol import Rlimit, Setup
 from sandboxd.kernel.cgroup import CgroupLimits
 from sandboxd.kernel.orphans import end_process, reap, reap_orphans
@@ -39,10 +40,11 @@ if TYPE_CHECKING:
     from sandboxd.kernel.cgroup import Cgroup, CgroupTree
     from sandboxd.kernel.notify import Listener, NotifyServer
     from sandboxd.kernel.userns import UserNamespaces
-    from sandboxd.plan import Limits, Shape
+    from sandboxd.plan import Limits, Shape, Warm
 
 __all__ = ["OciEngine", "cgroup_limits", "rlimits"]
 
+WARM_TIMEOUT = 20.0  # seconds for an interpreter and its modules
 CREATE_TIMEOUT = 30.0  # seconds for the runtime, and for each step of PID 1
 RUNTIME_GONE = 1.0  # seconds until the runtime's own processes have left the cgroup, after its end
 DEATH_TIMEOUT = 30.0  # seconds until a killed container must be gone
@@ -104,6 +106,7 @@ class OciEngine:
         self._images = images
         self._berths = Berths(run, runtime, cgroups, namespaces)
         self._notify = notify
+        self._warming = Warming()
         self._resources: dict[str, ExitStack] = {}
         for part in ("slots", "runtime"):
             (run / part).mkdir(mode=0o711, exist_ok=True)
@@ -132,10 +135,10 @@ class OciEngine:
             )
         return Capabilities(self.name, self.runtime.name, (check,))
 
-    async def create(self, shape: Shape) -> Slot:
+    async def create(self, shape: Shape, *, warm: bool = True) -> Slot:
         """A container of this shape, its tool process parked. Raises EngineFailed, HostFailed."""
         try:
-            return await anyio.to_thread.run_sync(self._create, shape)
+            return await anyio.to_thread.run_sync(self._create, shape, warm)
         finally:
             reap_orphans()  # crun leaves one behind each time, whoever started it
 
@@ -163,36 +166,48 @@ class OciEngine:
                 reap_orphans()
                 self._berths.refill()
 
-    def _create(self, shape: Shape) -> Slot:
+    def _create(self, shape: Shape, warm: bool) -> Slot:  # noqa: FBT001  (by a thread's call)
         if shape.process.user_namespace != "slot":
             raise errors.ControlNotEnforced(
                 "this engine gives each container a user namespace of its own", control="user_namespace"
             )
         try:
-            berth = self._berths.take()
-            with berth.stack as stack:
-                slot = self._assemble(berth, shape, stack)
-                self._resources[slot.id] = stack.pop_all()
+            slot = self._make(shape)
+            if shape.warm is None or not warm or not self._warming.due(shape):
+                return slot
+            try:
+                return self._warm(slot, shape.warm)
+            except (errors.AttemptFailed, OSError) as error:
+                self._warming.failed(shape, str(error))
+                with self._resources.pop(slot.id):
+                    slot.cgroup.thaw_and_unthrottle()
+                return self._make(shape)
         except OSError as error:
             raise errors.HostFailed(f"the host refused a part of a container: {error}") from error
+
+    def _make(self, shape: Shape) -> Slot:
+        berth = self._berths.take()
+        with berth.stack as stack:
+            slot = self._assemble(berth, shape, stack)
+            self._resources[slot.id] = stack.pop_all()
         return slot
+
+    def _warm(self, slot: Slot, warm: Warm) -> Slot:
+        said = warming.start(slot.control, warm, WARM_TIMEOUT)
+        if said != warming.READY:
+            self._warming.failed(slot.shape, said)
+            return slot
+        if self._tool_of(slot.cgroup, slot.init_pid) != slot.tool_pid:
+            raise errors.EngineFailed("the interpreter is another process than the one that was parked")
+        return replace(slot, warm=True)
 
     def _assemble(self, berth: Berth, shape: Shape, stack: ExitStack) -> Slot:
         ids, cgroup = berth.ids, berth.cgroup
         image = self._images.resolve(shape.image.digest)
-        stack.enter_context(self._images.hold(image.digest))
+        held = stack.enter_context(ExitStack())
+        held.enter_context(self._images.hold(image.digest))
         made = SlotMounts(berth.directory, shape, image, ids, stack)
-        paths, workspace = made.make()
-        config = make_config(
-            shape,
-            paths,
-            userns=ids.path,
-            id_map=(ids.base, ids.size),
-            cgroup=cgroup.relative_path if self.runtime.dialect == "runc" else None,
-        )
-        (berth.directory / "config.json").write_text(json.dumps(config))
-        init_pid, listener = self._start(berth, shape, stack)
-        pidfd = os.pidfd_open(init_pid)
+        init_pid, pidfd, listener = self._start(berth, shape, made, stack)
         stack.callback(end_process, pidfd, DEATH_TIMEOUT)
         tool_pid = self._tool_of(cgroup, init_pid)
         cgroup.set(cgroup_limits(shape.limits, self._device(shape.limits, image)))
@@ -207,30 +222,30 @@ class OciEngine:
             berth.control,
             cgroup,
             listener,
-            workspace,
+            made.workspace_fd,
             ids.base,
             os.fstat(ids.namespace).st_ino,
-            made.presented,
+            made.identities,
             made.upper_fd,
+            held=held,
         )
 
-    def _start(self, berth: Berth, shape: Shape, stack: ExitStack) -> tuple[int, Listener]:
-        """Let the runtime go and park the tool process; returns PID 1 and the filter's listener."""
+    def _start(
+        self, berth: Berth, shape: Shape, made: SlotMounts, stack: ExitStack
+    ) -> tuple[int, int, Listener]:
+        """Let the runtime go and park the tool process; returns PID 1, its pidfd, the filter's listener."""
         owner, program = shape.process, shape.program
         setup = Setup(owner.uid, owner.gid, owner.umask, OOM_SCORE_ADJ, rlimits(shape.limits), program.bpf)
-        berth.launch.go(CREATE_TIMEOUT)
+        berth.container.begin(shape, made, CREATE_TIMEOUT)
         try:
             listener_fd = berth.control.setup(setup, CREATE_TIMEOUT)
         except errors.EngineFailed:
-            berth.launch.finish()  # when the runtime failed, that is why nobody answered
+            _, pidfd = berth.container.started()  # when the runtime failed, that is why nobody answered
+            os.close(pidfd)
             raise
         listener = self._notify.add(listener_fd, answer=seccomp.answer, on_denied=None)
         stack.callback(listener.close)
-        berth.launch.finish()
-        try:
-            return int((berth.directory / "pid").read_text()), listener
-        except ValueError as error:
-            raise errors.EngineFailed(f"{self.runtime.name} wrote no pid: {error}") from error
+        return *berth.container.started(), listener
 
     @staticmethod
     def _tool_of(cgroup: Cgroup, init_pid: int) -> int:

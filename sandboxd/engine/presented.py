@@ -1,8 +1,13 @@
-"""What a container sees of the host's disk: image, lent paths, workspace, overlay, mounted for one slot."""
+"""What a container sees of the host's disk: image, lent paths, workspace, overlay, as mounts of one slot.
+
+They are detached: a descriptor each, at no path. A runtime that takes descriptors attaches them in the
+container; for one that knows only paths they are attached in the daemon's mount namespace (``attached``).
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +23,20 @@ if TYPE_CHECKING:
     from sandboxd.kernel.userns import IdRange
     from sandboxd.plan import Mount, Shape
 
-__all__ = ["SlotMounts"]
+__all__ = ["Presented", "SlotMounts"]
+
+
+@dataclass(frozen=True)
+class Presented:
+    """A detached mount and its place in the container."""
+
+    target: str
+    mount: int
+    directory: bool
 
 
 class SlotMounts:
-    """Makes the mounts of one slot in the daemon's namespace; the stack takes them off again."""
+    """The mounts of one slot; the stack closes and detaches them. Making one raises OSError, EngineFailed."""
 
     def __init__(self, directory: Path, shape: Shape, image: Image, ids: IdRange, stack: ExitStack) -> None:
         self._directory = directory
@@ -30,27 +44,34 @@ class SlotMounts:
         self._image = image
         self._ids = ids
         self._stack = stack
-        self.presented: dict[str, tuple[int, int]] = {}
         self.upper_fd: int | None = None
-
-    def make(self) -> tuple[BundlePaths, int]:
-        """The bundle's paths, and the workspace's root as a descriptor that outlives the container."""
-        lent: list[HostBind | Mount] = [*self._image.binds, *self._shape.mounts]
-        binds = [
-            self._present(Path(bind.source), bind.target, f"bind{number}") for number, bind in enumerate(lent)
-        ]
         workspace = self._workspace()
-        rootfs = self._root()
-        self._note("/", rootfs)
-        self._note("/workspace", self._directory / "workspace")
-        self._note(INIT_PATH, INIT)
-        for bind in binds:
-            self._note(bind.target, bind.source)
-        return BundlePaths(rootfs, self._directory / "workspace", INIT, tuple(binds)), workspace
+        self.workspace_fd = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=workspace)
+        """The workspace's root; outlives the container."""
+        stack.callback(os.close, self.workspace_fd)
+        lent: list[HostBind | Mount] = [*image.binds, *shape.mounts]
+        self.all = (
+            Presented("/", self._root(), directory=True),
+            Presented(INIT_PATH, self._init(), directory=False),
+            Presented("/workspace", workspace, directory=True),
+            *(self._lent(Path(bind.source), bind.target) for bind in lent),
+        )
+        """The root first, then in the order in which they are attached."""
 
-    def _note(self, target: str, source: Path) -> None:
-        found = source.stat()
-        self.presented[target] = found.st_dev, found.st_ino
+    @property
+    def identities(self) -> dict[str, tuple[int, int]]:
+        """Device and inode of the root of each, by its place in the container."""
+        found = {one.target: os.fstat(one.mount) for one in self.all}
+        return {target: (one.st_dev, one.st_ino) for target, one in found.items()}
+
+    def attached(self) -> BundlePaths:
+        """The same as paths of the daemon's mount namespace, for an OCI bundle."""
+        root, init, workspace, *lent = [
+            self._attach(one.mount, f"mount{number}", directory=one.directory)
+            for number, one in enumerate(self.all)
+        ]
+        binds = [Bind(path, one.target, read_only=True) for path, one in zip(lent, self.all[3:], strict=True)]
+        return BundlePaths(root, workspace, init, tuple(binds))
 
     def _attach(self, mount: int, name: str, *, directory: bool = True) -> Path:
         target = self._directory / name
@@ -58,63 +79,58 @@ class SlotMounts:
             target.mkdir(mode=0o700)
         else:
             target.touch(mode=0o600)
-        try:
-            mounts.attach(mount, target)
-        finally:
-            os.close(mount)
+        mounts.attach(mount, target)
         self._stack.callback(mounts.detach, target)
         return target
 
-    def _clone(self, path: Path) -> int:
-        mount = mounts.clone_tree(path)
-        try:
-            mounts.set_attributes(mount, read_only=True, userns=self._ids.namespace)
-        except BaseException:
-            os.close(mount)
-            raise
+    def _kept(self, mount: int) -> int:
+        self._stack.callback(os.close, mount)
         return mount
 
-    def _present(self, source: Path, target: str, name: str) -> Bind:
-        path = self._attach(self._clone(source), name, directory=source.is_dir())
-        return Bind(path, target, read_only=True)
+    def _clone(self, path: Path, *, mapped: bool = True) -> int:
+        mount = self._kept(mounts.clone_tree(path))
+        mounts.set_attributes(mount, read_only=True, userns=self._ids.namespace if mapped else None)
+        return mount
+
+    def _lent(self, source: Path, target: str) -> Presented:
+        return Presented(target, self._clone(source), directory=source.is_dir())
+
+    def _init(self) -> int:
+        return self._clone(INIT, mapped=False)
 
     def _workspace(self) -> int:
         owner, limits = self._shape.process, self._shape.limits
         base = self._ids.base
-        mount = mounts.new_mount(
-            "tmpfs",
-            {
-                "size": str(limits.workspace_size),
-                "nr_inodes": str(limits.workspace_inodes),
-                "mode": "0755",
-                "uid": str(base + owner.uid),
-                "gid": str(base + owner.gid),
-            },
+        return self._kept(
+            mounts.new_mount(
+                "tmpfs",
+                {
+                    "size": str(limits.workspace_size),
+                    "nr_inodes": str(limits.workspace_inodes),
+                    "mode": "0755",
+                    "uid": str(base + owner.uid),
+                    "gid": str(base + owner.gid),
+                },
+            )
         )
-        root = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
-        self._stack.callback(os.close, root)
-        self._attach(mount, "workspace")
-        return root
 
-    def _root(self) -> Path:
+    def _root(self) -> int:
         rootfs = self._image.rootfs
         if rootfs is None:
             raise errors.EngineFailed(f"image {self._image.name} has no root file system")
-        lower = self._attach(self._clone(rootfs), "image")
+        lower = self._clone(rootfs)
         missing = [mount.target for mount in self._shape.mounts if not _is_there(rootfs, mount)]
         if self._shape.root.mode == "read-only" and not missing:
             return lower
-        return self._overlay(lower)
+        return self._overlay(self._attach(lower, "image"))
 
-    def _overlay(self, lower: Path) -> Path:
+    def _overlay(self, lower: Path) -> int:
         """An overlay that is thrown away: for a writable root, or for mount points that the image lacks."""
         root = self._shape.root
-        upper = self._attach(
-            mounts.new_mount(
-                "tmpfs", {"size": str(root.size), "nr_inodes": str(root.inodes), "mode": "0755"}
-            ),
-            "upper",
+        tmpfs = mounts.new_mount(
+            "tmpfs", {"size": str(root.size), "nr_inodes": str(root.inodes), "mode": "0755"}
         )
+        upper = self._attach(self._kept(tmpfs), "upper")
         self.upper_fd = os.open(upper, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._stack.callback(os.close, self.upper_fd)
         base = self._ids.base
@@ -122,7 +138,7 @@ class SlotMounts:
             (upper / part).mkdir(mode=0o755)
             os.chown(upper / part, base, base)
         options = {"lowerdir": str(lower), "upperdir": str(upper / "upper"), "workdir": str(upper / "work")}
-        return self._attach(mounts.new_mount("overlay", options), "rootfs")
+        return self._kept(mounts.new_mount("overlay", options))
 
 
 def _is_there(rootfs: Path, mount: Mount) -> bool:

@@ -1,4 +1,4 @@
-"""OCI runtimes: where they are, and what their command lines look like."""
+"""What can make a container: the built-in runtime, and OCI runtimes with their command lines."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Literal
 
 from sandboxd import errors
+from sandboxd.init import CONTAINER
 
 __all__ = ["Runtime", "find_runtimes"]
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """An OCI runtime. ``dialect`` says whose command line it understands."""
+    """The built-in runtime, or an OCI runtime: ``dialect`` says whose command line it understands."""
 
     path: str
-    dialect: Literal["crun", "runc"]
+    dialect: Literal["builtin", "crun", "runc"]
 
     @property
     def name(self) -> str:
         """The name that a receipt shows."""
-        return Path(self.path).name
+        return "builtin" if self.dialect == "builtin" else Path(self.path).name
 
     def command(self, root: Path, slot: Path, name: str) -> list[str]:
         """The argv that makes and starts a container and then exits."""
@@ -45,9 +46,16 @@ class Runtime:
 
 
 def find_runtimes(wanted: str) -> list[Runtime]:
-    """The runtimes to try, best first: ``auto``, ``crun``, ``runc``, or a path. Raises HostUnsupported."""
+    """The runtimes to try, best first: ``auto``, ``builtin``, ``crun``, ``runc``, or a path.
+
+    Raises HostUnsupported.
+    """
+    builtin = Runtime(str(CONTAINER), "builtin")
     if wanted == "auto":
-        found = [Runtime(path, kind) for kind in ("crun", "runc") if (path := shutil.which(kind))]
+        others: tuple[Literal["crun", "runc"], ...] = ("crun", "runc")
+        found = [builtin, *(Runtime(path, kind) for kind in others if (path := shutil.which(kind)))]
+    elif wanted == "builtin":
+        found = [builtin]
     elif path := shutil.which(wanted):
         found = [Runtime(path, "crun" if "crun" in Path(path).name else "runc")]
     else:

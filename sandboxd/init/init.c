@@ -11,8 +11,14 @@
  *
  * On EXEC it passes the command and its descriptors to the parked process, which executes it; the
  * errno of a failed execve comes back on the pair, a successful one closes it.  After that PID 1
- * reaps, forwards signals, and reports how the tool ended.  When the control connection closes or
- * the deadline timer fires it exits, and the kernel kills everything else in the PID namespace.
+ * reaps, forwards signals, and reports how the tool ended.
+ *
+ * On WARM, which may come before EXEC, the parked process becomes an interpreter (runner.py) that says
+ * on the pair that it is ready (WARMED) and waits there for the command in its stead. Code of the image
+ * holds the other end of the pair from then on: PID 1 never waits for it, neither to read nor to write.
+ *
+ * When the control connection closes or the deadline timer fires PID 1 exits, and the kernel kills
+ * everything else in the PID namespace.
  *
  * protocol.py is the other end and describes the frames.  The daemon is trusted; the tool never
  * sees descriptor 3, which is closed in the parked process before any command is known.
@@ -46,19 +52,24 @@
 #define VERSION 1
 #define CONTROL 3
 #define MAX_PAYLOAD (8u << 20) /* argv and env of one command; execve itself stops at about 6 MiB */
-#define MAX_FDS 3
+#define MAX_FDS 5
+#define STDIO 3 /* stdin, stdout, stderr, in this order before any others */
+#define MAX_SAYING 256 /* what an interpreter says of its start */
 #define MAX_RLIMITS 16
 
 enum { /* frame types; below 64 from the daemon, from 64 on to it */
     SETUP = 1,
     EXEC = 2,
     SIGNAL = 3,
+    EXEC_WARM = 4, /* as EXEC; the interpreter that waits may run it itself */
+    WARM = 5,      /* as EXEC, with two more descriptors: the interpreter that shall wait */
     HELLO = 64,
     PARKED = 65,
     STARTED = 66,
     EXEC_FAILED = 67,
     EXITED = 68,
     FAILED = 69,
+    WARMED = 70, /* what the interpreter said, or nothing when it has ended */
 };
 
 struct header {
@@ -153,17 +164,16 @@ static int read_all(int fd, void *data, size_t size)
     return 0;
 }
 
-/* Sends one frame; `fds` go with its first byte. */
-static int send_frame(int fd, uint16_t type, uint32_t exec_id, const void *payload, uint32_t length, const int *fds,
-                      size_t count)
+/* Sends what it can of one frame; `fds` go with its first byte. Returns how many bytes went. */
+static ssize_t send_some(int fd, const struct header *head, const void *payload, const int *fds, size_t count)
 {
-    struct header head = {.length = length, .type = type, .version = VERSION, .exec_id = exec_id};
-    struct iovec part = {.iov_base = &head, .iov_len = sizeof head};
+    struct iovec parts[] = {{.iov_base = (void *)head, .iov_len = sizeof *head},
+                            {.iov_base = (void *)payload, .iov_len = head->length}};
     union {
         char bytes[CMSG_SPACE(sizeof(int) * MAX_FDS)];
         struct cmsghdr align;
     } rights = {0};
-    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
     if (count > 0) {
         message.msg_control = rights.bytes;
         message.msg_controllen = CMSG_SPACE(sizeof(int) * count);
@@ -177,9 +187,19 @@ static int send_frame(int fd, uint16_t type, uint32_t exec_id, const void *paylo
     do
         n = sendmsg(fd, &message, MSG_NOSIGNAL);
     while (n < 0 && errno == EINTR);
-    if (n != (ssize_t)sizeof head)
+    return n;
+}
+
+/* Sends one frame whole, to an end that reads. */
+static int send_frame(int fd, uint16_t type, uint32_t exec_id, const void *payload, uint32_t length, const int *fds,
+                      size_t count)
+{
+    struct header head = {.length = length, .type = type, .version = VERSION, .exec_id = exec_id};
+    ssize_t n = send_some(fd, &head, payload, fds, count);
+    if (n < (ssize_t)sizeof head)
         return -1;
-    return write_all(fd, payload, length);
+    size_t sent = (size_t)n - sizeof head;
+    return write_all(fd, (const char *)payload + sent, length - sent);
 }
 
 /* Receives one frame, its payload into `payload`; at most MAX_FDS descriptors. Returns -1 at EOF. */
@@ -285,43 +305,56 @@ static void execute(char **argv, char **env)
     errno = found;
 }
 
-/* The parked process from the moment that its filter is in force: wait for a command, become it. */
-static _Noreturn void parked(int pair)
+/* Takes one command from the pair and executes it; returns, with errno, only if that failed. */
+static uint16_t become(int pair)
 {
     struct header head;
     int fds[MAX_FDS];
     size_t count;
     if (receive_frame(pair, &head, fds, &count) < 0)
         _exit(125);
+    int warm = head.type == WARM;
     struct exec exec;
     memcpy(&exec, payload, sizeof exec);
     char *at = payload + sizeof exec, *end = payload + head.length;
     char **argv = calloc(exec.argc + 1, sizeof *argv), **env = calloc(exec.envc + 1, sizeof *env);
     char *cwd = next_string(&at, end);
-    if (!argv || !env || !cwd || count != MAX_FDS) {
-        errno = EPROTO;
-        goto failed;
-    }
+    errno = EPROTO;
+    if (!argv || !env || !cwd || count != (warm ? MAX_FDS : STDIO))
+        return head.type;
     for (uint32_t i = 0; i < exec.argc; i++)
         if (!(argv[i] = next_string(&at, end)))
-            goto malformed;
+            return head.type;
     for (uint32_t i = 0; i < exec.envc; i++)
         if (!(env[i] = next_string(&at, end)))
-            goto malformed;
-    for (int i = 0; i < MAX_FDS; i++)
-        if (dup2(fds[i], i) < 0)
-            goto failed;
+            return head.type;
+    /* Each was received at a number beyond its place: the pair is the highest that was open. */
+    for (int i = 0; i < (int)count; i++)
+        if (dup2(fds[i], i < STDIO ? i : i + 1) < 0)
+            return head.type;
     if (chdir(cwd) < 0)
-        goto failed;
+        return head.type;
+    if (warm)
+        fcntl(pair, F_SETFD, 0);
     execute(argv, env);
-    goto failed;
-malformed:
-    errno = EPROTO;
-failed: {
+    int number = errno;
+    fcntl(pair, F_SETFD, FD_CLOEXEC);
+    close_range((unsigned)pair + 1, ~0U, 0);
+    errno = number;
+    return head.type;
+}
+
+/* The parked process from the moment that its filter is in force: wait for a command, become it. */
+static _Noreturn void parked(int pair)
+{
+    while (become(pair) == WARM) { /* no such interpreter: what waits is this process, as ever */
+        char text[MAX_SAYING];
+        int n = snprintf(text, sizeof text, "not ready: it cannot be executed: %s", strerror(errno));
+        write_all(pair, text, (size_t)n);
+    }
     int32_t number = errno;
     write_all(pair, &number, sizeof number);
     _exit(127);
-}
 }
 
 /* Forks the tool process and waits until it is parked; its listener goes to the daemon. */
@@ -396,21 +429,92 @@ static void report_exit(int status, const struct rusage *used)
     send_frame(CONTROL, EXITED, 0, &exited, sizeof exited, NULL, 0);
 }
 
+/* The private pair with the parked process, what is awaited on it, and what it has not taken yet. */
+static struct {
+    int fd;
+    enum { NOTHING, SAYING, ANSWER } awaited;
+    uint32_t exec_id;
+    size_t got; /* of an answer */
+    char bytes[MAX_SAYING];
+    size_t sent, size; /* of `rest` */
+    char rest[MAX_PAYLOAD];
+} pair = {.fd = -1};
+
+static void close_pair(void)
+{
+    close(pair.fd);
+    pair.fd = -1;
+    pair.awaited = NOTHING;
+    pair.sent = pair.size = 0;
+}
+
+/* The command cannot have been taken: whoever should have has closed the pair. */
+static void untaken(void)
+{
+    int32_t number = EPIPE;
+    send_frame(CONTROL, EXEC_FAILED, pair.exec_id, &number, sizeof number, NULL, 0);
+    close_pair();
+}
+
+/* Writes what the pair takes now of a command that it did not take whole. */
+static void go_on(void)
+{
+    while (pair.sent < pair.size) {
+        ssize_t n = write(pair.fd, pair.rest + pair.sent, pair.size - pair.sent);
+        if (n > 0)
+            pair.sent += (size_t)n;
+        else if (errno == EAGAIN)
+            return;
+        else if (errno != EINTR) {
+            pair.sent = pair.size = 0; /* what an interpreter that starts has to say is still awaited */
+            if (pair.awaited == ANSWER)
+                untaken();
+        }
+    }
+}
+
+/* Hears what is there, and no more: whoever is on the other end may be anybody. */
+static void hear(void)
+{
+    struct pollfd polled = {.fd = pair.fd, .events = POLLIN};
+    struct timespec now = {0};
+    if (pair.awaited == NOTHING || ppoll(&polled, 1, &now, NULL) <= 0)
+        return;
+    size_t room = pair.awaited == SAYING ? sizeof pair.bytes : sizeof(int32_t) - pair.got;
+    ssize_t n = read(pair.fd, pair.bytes + pair.got, room);
+    if (n < 0 && (errno == EINTR || errno == EAGAIN))
+        return;
+    if (pair.awaited == SAYING) {
+        send_frame(CONTROL, WARMED, pair.exec_id, pair.bytes, n > 0 ? (uint32_t)n : 0, NULL, 0);
+        pair.awaited = NOTHING;
+    } else if (n <= 0 && pair.sent < pair.size) {
+        untaken();
+    } else if (n <= 0) {
+        send_frame(CONTROL, STARTED, pair.exec_id, NULL, 0, NULL, 0);
+        close_pair();
+    } else if ((pair.got += (size_t)n) == sizeof(int32_t)) {
+        send_frame(CONTROL, EXEC_FAILED, pair.exec_id, pair.bytes, sizeof(int32_t), NULL, 0);
+        close_pair();
+    }
+}
+
 static void reap(pid_t tool)
 {
     int status;
     struct rusage used;
     pid_t pid;
     while ((pid = wait4(-1, &status, WNOHANG, &used)) > 0)
-        if (pid == tool)
+        if (pid == tool) {
+            hear(); /* what it said, it said before it ended */
             report_exit(status, &used);
+        }
 }
 
-/* Passes the command on; the parked process answers with an errno, or closes the pair by execve. */
-static void start(int pair, const struct header *head, const int *fds, size_t count)
+/* Passes a command on; the parked process answers with an errno, or closes the pair by execve. */
+static void pass_on(const struct header *head, const int *fds, size_t count)
 {
     struct exec exec;
-    if (head->length < sizeof exec || count != MAX_FDS) {
+    if (head->length < sizeof exec || count != (head->type == WARM ? MAX_FDS : STDIO)) {
         errno = EPROTO;
         fail(CONTROL, "exec frame");
     }
@@ -419,15 +523,19 @@ static void start(int pair, const struct header *head, const int *fds, size_t co
                                            .tv_nsec = (long)(exec.deadline % 1000000u) * 1000}};
     if (timerfd_settime(timer, 0, &when, NULL) < 0)
         fail(CONTROL, "timerfd_settime");
-    int32_t number = EPIPE;
-    int sent = send_frame(pair, EXEC, head->exec_id, payload, head->length, fds, count);
+    ssize_t sent = send_some(pair.fd, head, payload, fds, count);
     for (size_t i = 0; i < count; i++)
         close(fds[i]);
-    if (sent == 0 && read_all(pair, &number, sizeof number) < 0)
-        send_frame(CONTROL, STARTED, head->exec_id, NULL, 0, NULL, 0);
-    else
-        send_frame(CONTROL, EXEC_FAILED, head->exec_id, &number, sizeof number, NULL, 0);
-    close(pair);
+    pair.exec_id = head->exec_id;
+    pair.got = 0;
+    pair.awaited = head->type == WARM ? SAYING : ANSWER;
+    if (sent >= (ssize_t)sizeof *head) {
+        pair.sent = 0;
+        pair.size = sizeof *head + head->length - (size_t)sent;
+        memcpy(pair.rest, payload + head->length - pair.size, pair.size);
+    } else if (head->type != WARM) {
+        untaken();
+    }
 }
 
 int main(void)
@@ -454,18 +562,23 @@ int main(void)
         _exit(125);
 
     pid_t tool = 0;
-    int pair = -1;
     for (;;) {
         struct pollfd polled[] = {{.fd = CONTROL, .events = POLLIN},
                                   {.fd = signals, .events = POLLIN},
-                                  {.fd = timer, .events = POLLIN}};
-        if (ppoll(polled, 3, NULL, NULL) < 0) {
+                                  {.fd = timer, .events = POLLIN},
+                                  {.fd = pair.awaited == NOTHING ? -1 : pair.fd,
+                                   .events = pair.sent < pair.size ? POLLIN | POLLOUT : POLLIN}};
+        if (ppoll(polled, 4, NULL, NULL) < 0) {
             if (errno == EINTR)
                 continue;
             fail(CONTROL, "ppoll");
         }
         if (polled[2].revents)
             _exit(124); /* the daemon should have ended this call long ago */
+        if (polled[3].revents & POLLOUT)
+            go_on();
+        if (polled[3].revents & ~POLLOUT)
+            hear();
         if (polled[1].revents) {
             struct signalfd_siginfo info;
             while (read(signals, &info, sizeof info) > 0)
@@ -480,14 +593,15 @@ int main(void)
         if (receive_frame(CONTROL, &head, fds, &count) < 0)
             _exit(125); /* the daemon is gone */
         if (head.type == SETUP && tool == 0) {
-            tool = park(head.length, &pair);
+            tool = park(head.length, &pair.fd);
             if (tool < 0)
                 fail(CONTROL, "fork");
             struct header up;
-            if (receive_frame(pair, &up, fds, &count) < 0) {
+            if (receive_frame(pair.fd, &up, fds, &count) < 0) {
                 errno = EPIPE;
                 fail(CONTROL, "park");
             }
+            fcntl(pair.fd, F_SETFL, O_NONBLOCK);
             int kept = drop_capabilities(1u << CAP_KILL);
             struct sock_fprog own = {.len = sizeof own_filter / sizeof *own_filter, .filter = own_filter};
             if (kept < 0 || syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &own) < 0)
@@ -495,9 +609,9 @@ int main(void)
             send_frame(CONTROL, up.type, 0, payload, up.length, fds, count);
             for (size_t i = 0; i < count; i++)
                 close(fds[i]);
-        } else if (head.type == EXEC && pair >= 0) {
-            start(pair, &head, fds, count);
-            pair = -1;
+        } else if ((head.type == EXEC || head.type == EXEC_WARM || head.type == WARM) && pair.fd >= 0 &&
+                   pair.awaited == NOTHING) {
+            pass_on(&head, fds, count);
         } else if (head.type == SIGNAL && tool > 0 && head.length == sizeof(int32_t)) {
             int32_t number;
             memcpy(&number, payload, sizeof number);

@@ -6,11 +6,14 @@ both ends are on one host. Descriptors travel with a frame's first byte.
     daemon -> init   SETUP    ids, umask, rlimits and the filter of the tool process
                      EXEC     the command; stdin, stdout, stderr as descriptors
                      SIGNAL   to the tool's process group
+                     WARM     the interpreter that the parked process becomes before any command
+                     EXEC_WARM  as EXEC, for the interpreter that waits to run itself if it can
     init -> daemon   HELLO    PID 1 runs
                      PARKED   the tool process waits; the listener of its filter as a descriptor
                      STARTED | EXEC_FAILED (errno)
                      EXITED   wait status and rusage
                      FAILED   errno and stage; PID 1 ends
+                     WARMED   what the interpreter said of its start; nothing when it has ended
 """
 
 from __future__ import annotations
@@ -46,12 +49,15 @@ class Type(IntEnum):
     SETUP = 1
     EXEC = 2
     SIGNAL = 3
+    EXEC_WARM = 4
+    WARM = 5
     HELLO = 64
     PARKED = 65
     STARTED = 66
     EXEC_FAILED = 67
     EXITED = 68
     FAILED = 69
+    WARMED = 70
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,10 @@ class Control:
         """Close the connection, which ends the container. Safe to call twice."""
         self._sock.close()
 
+    def fileno(self) -> int:
+        """The descriptor, to wait for what PID 1 says."""
+        return self._sock.fileno()
+
     def setup(self, setup: Setup, timeout: float) -> int:
         """Park the tool process; returns the descriptor of its filter's listener.
 
@@ -153,12 +163,42 @@ class Control:
         self._sock.setblocking(False)
         return listener
 
+    def warm(self, argv: Sequence[bytes], env: Sequence[bytes], fds: Sequence[int], timeout: float) -> str:
+        """Let the parked process become an interpreter; returns what that says of itself, ``""`` if it ended.
+
+        ``fds`` are its stdin, stdout, stderr, and two more for ``runner.py``. The text is the image's
+        own, and hostile. Blocks for at most ``timeout`` seconds. Raises EngineFailed.
+        """
+        self._sock.settimeout(timeout)
+        try:
+            socket.send_fds(self._sock, [self._command(Type.WARM, argv, env, b"/", 0)], list(fds))
+            while (frame := self._parse()) is None:
+                if not (data := self._sock.recv(4096)):
+                    raise errors.EngineFailed("PID 1 ended while the interpreter started")
+                self._buffer += data
+        except TimeoutError:
+            raise errors.EngineFailed(f"the interpreter is not ready after {timeout:g} s") from None
+        except OSError as error:
+            raise errors.EngineFailed(f"PID 1 does not take the interpreter: {error}") from error
+        self._sock.setblocking(False)
+        kind, payload = frame
+        return payload.decode(errors="replace") if kind is Type.WARMED else ""
+
     async def execute(
-        self, argv: Sequence[bytes], env: Sequence[bytes], cwd: bytes, deadline: int, stdio: Sequence[int]
+        self,
+        argv: Sequence[bytes],
+        env: Sequence[bytes],
+        cwd: bytes,
+        deadline: int,
+        stdio: Sequence[int],
+        *,
+        warm: bool = False,
     ) -> None:
-        """Hand over the command; PID 1 ends by itself ``deadline`` microseconds from now."""
-        strings = b"\0".join([cwd, *argv, *env, b""])
-        frame = self._frame(Type.EXEC, EXEC.pack(len(argv), len(env), deadline) + strings)
+        """Hand over the command; PID 1 ends by itself ``deadline`` microseconds from now.
+
+        ``warm``: the interpreter that waits may run it itself; else it executes it like anything else.
+        """
+        frame = self._command(Type.EXEC_WARM if warm else Type.EXEC, argv, env, cwd, deadline)
         try:
             sent = socket.send_fds(self._sock, [frame], list(stdio))
             if sent < len(frame):
@@ -189,6 +229,13 @@ class Control:
             if not data:
                 return Gone("PID 1 ended")
             self._buffer += data
+
+    @classmethod
+    def _command(
+        cls, kind: Type, argv: Sequence[bytes], env: Sequence[bytes], cwd: bytes, deadline: int
+    ) -> bytes:
+        strings = b"\0".join([cwd, *argv, *env, b""])
+        return cls._frame(kind, EXEC.pack(len(argv), len(env), deadline) + strings)
 
     @staticmethod
     def _frame(kind: Type, payload: bytes) -> bytes:

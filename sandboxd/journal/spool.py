@@ -4,22 +4,25 @@ Theory of operation: the bytes go to files as they come, and ``index`` says how 
 that writes one byte at a time must not make an index of a million records, and an event that was seen
 must never change. So each stream's newest output is *pending*: it has no number yet, and grows with
 what follows until it is sealed, which gives it the next number for ever. It is sealed when it is full
-or older than ``_OLD`` when more comes, when the other stream writes or another event comes, when a reader
+or older than ``OLD`` when more comes, when the other stream writes or another event comes, when a reader
 has read all else, and at the end. After ``_FREE`` records that gets dear, and then neither a reader nor
-the other stream seals what is not ``_LARGE`` or ``_OLD`` yet: the index grows by the clock and by the
+the other stream seals what is not ``_LARGE`` or ``OLD`` yet: the index grows by the clock and by the
 byte, not by the write, and the order between the two streams is kept only to that fineness.
 
 One task writes, from the event loop; readers are tasks of the same loop and read the files, each at
 its own pace, so that a stalled reader holds neither memory nor the tool. What was written long ago is
 read in a thread.
+
+Making files is what costs, so they are made for the first byte of output. Until then events are *held* in
+memory; what those of a call without output said is in its record (``sandboxd.ledger``).
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
+import shutil
 import time
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import anyio
@@ -38,65 +41,24 @@ from sandboxd.journal.index import (
     dump_summaries,
     mapped,
 )
+from sandboxd.journal.output import OLD, Output, boundary, opened, pwrite, sync_directory
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
-    from pathlib import Path
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
 __all__ = ["Spool", "Stream"]
 
 _MAX_EVENT = 64 * 1024
-_CHUNK = 256 * 1024
+_PIECE = 1 << 20
+_RECENT = 8 << 20  # bytes at the end that are in the page cache
 _FREE = 4096
 _LARGE = 4096
-_OLD = 20_000  # microseconds
 _NEAR = 64  # events at the end that are in the page cache, and read without a thread
 _HEAD = 1 << 20
 
 
-@dataclass
-class _Output:
-    """One stream: what is stored, and what is pending from ``sealed`` to ``size``."""
-
-    fd: int
-    cap: int
-    size: int = 0
-    sealed: int = 0
-    since: int = 0
-    dropped: int = 0
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
-
-    @property
-    def pending(self) -> int:
-        return self.size - self.sealed
-
-    def is_old(self, now: int) -> bool:
-        return self.pending > 0 and not 0 <= now - self.since < _OLD  # the clock may be set back
-
-    def summary(self) -> Summary:
-        digest = "sha256:" + self.digest.hexdigest()
-        return Summary(size=self.size, digest=digest, dropped=self.dropped)
-
-
 def _now() -> int:
     return time.time_ns() // 1000
-
-
-def _pwrite(fd: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(fd, view, offset)
-        view, offset = view[done:], offset + done
-
-
-def _boundary(data: bytes | memoryview) -> int:
-    """How much of ``data`` can be kept without cutting a UTF-8 character that goes on after it."""
-    for back in range(1, min(4, len(data)) + 1):
-        byte = data[-back]
-        if byte & 0xC0 != 0x80:  # not a continuation: the character starts here
-            length = 1 + (byte >= 0xC0) + (byte >= 0xE0) + (byte >= 0xF0)
-            return len(data) - back if length > back else len(data)
-    return len(data)
 
 
 class Spool:
@@ -104,22 +66,30 @@ class Spool:
 
     def __init__(self, directory: Path) -> None:
         self._index = Index(directory)
-        self._outputs: dict[Stream, _Output] = {}
+        self._outputs: dict[Stream, Output] = {}
         self._summaries: dict[Stream, Summary] | None = None
         self._events = -1
         self._details = -1
         self._details_size = 0
         self._count = 0
+        self._held: list[models.Event] | None = None
         self._closed = True
         self._wake: anyio.Event | None = None
 
     @classmethod
     def create(cls, directory: Path, caps: Mapping[Stream, int]) -> Self:
-        """A new spool for a call; the directory is made. Caps are in bytes. Raises HostFailed."""
+        """A new spool for a call. Caps are in bytes. Its directory is made for the first byte of output."""
         spool = cls(directory)
-        with mapped():
-            directory.mkdir(mode=0o700, parents=True)
         spool._attach(caps)
+        spool._held = []
+        return spool
+
+    @classmethod
+    def held(cls, events: Sequence[models.Event]) -> Self:
+        """The closed spool of a call without output, of which these are all events."""
+        spool = cls(Path())
+        spool._held, spool._count = list(events), len(events)
+        spool._summaries = dict.fromkeys(STREAMS, Output(Path(), 0).summary())
         return spool
 
     @classmethod
@@ -155,15 +125,27 @@ class Spool:
             self._count -= 1  # the summary is no event
 
     def _attach(self, caps: Mapping[Stream, int]) -> None:
-        def opened(name: str) -> int:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-            return os.open(self._index.directory / name, flags, 0o600)
-
-        with mapped():
-            self._events, self._details = opened("events"), opened("details")
-            for stream in STREAMS:
-                self._outputs[stream] = _Output(opened(stream), caps[stream])
+        for stream in STREAMS:
+            self._outputs[stream] = Output(self._index.directory / stream, caps[stream])
         self._closed = False
+
+    def _open_index(self) -> None:
+        self._events = opened(self._index.directory / "events")
+        self._details = opened(self._index.directory / "details")
+
+    def _make_files(self, held: list[models.Event]) -> None:
+        """Give what was held in memory its files: from now on events go there too. Raises OSError."""
+        self._index.directory.mkdir(mode=0o700)
+        try:
+            self._open_index()
+            self._count = self._details_size = 0
+            for event in held:
+                self._write_event(event)
+        except OSError:  # the call will fail, and its events are still told from memory
+            self._count = len(held)
+            shutil.rmtree(self._index.directory, ignore_errors=True)
+            raise
+        self._held = None
 
     def _resume(self, caps: Mapping[Stream, int]) -> None:
         if (self._index.directory / "events").exists():
@@ -171,6 +153,8 @@ class Spool:
         if self._summaries is not None:
             return
         self._attach(caps)
+        with mapped():
+            self._open_index()
         sizes = {stream: self._index.size(stream) for stream in STREAMS}
         details = self._index.size("details")
         kept = 0
@@ -210,8 +194,9 @@ class Spool:
         if not kept:
             return 0
         with mapped():
-            _pwrite(output.fd, kept, output.size)
-            output.digest.update(kept)
+            if self._held is not None:
+                self._make_files(self._held)
+            output.write(kept)
             now = _now()
             for name, each in self._outputs.items():
                 if each.is_old(now) or (name != stream and self._due(each, now)):
@@ -228,7 +213,7 @@ class Spool:
                 output.since = now
             piece = rest[: _MAX_EVENT - output.pending]
             if len(piece) < len(rest):
-                piece = piece[: _boundary(piece)]
+                piece = piece[: boundary(piece)]
             output.size += len(piece)
             rest = rest[len(piece) :]
             if rest or output.pending == _MAX_EVENT:
@@ -238,24 +223,32 @@ class Spool:
         """Number and store an event that is not output (its ``seq`` is ignored); returns it as stored."""
         if event.type == "output":
             raise ValueError("output is added with append")
-        with mapped():
-            for stream in STREAMS:
-                self._seal(stream)
-            numbered = event.model_copy(update={"seq": self._count + 1})
-            self._detail(DETAIL, numbered.at, numbered.model_dump_json(exclude_none=True).encode())
+        numbered = event.model_copy(update={"seq": self._count + 1})
+        if self._held is not None:
+            self._held.append(numbered)
+            self._count += 1
+        else:
+            with mapped():
+                for stream in STREAMS:
+                    self._seal(stream)
+                numbered.seq = self._count + 1
+                self._write_event(numbered)
         self._notify()
         return numbered
 
+    def _write_event(self, event: models.Event) -> None:
+        self._detail(DETAIL, event.at, event.model_dump_json(exclude_none=True).encode())
+
     def _detail(self, kind: int, at: int, data: bytes) -> None:
-        _pwrite(self._details, data, self._details_size)
+        pwrite(self._details, data, self._details_size)
         self._number(at, self._details_size, len(data), kind)
         self._details_size += len(data)
 
     def _number(self, at: int, offset: int, size: int, kind: int) -> None:
-        _pwrite(self._events, Record(at, offset, size, kind).pack(), self._count * RECORD_SIZE)
+        pwrite(self._events, Record(at, offset, size, kind).pack(), self._count * RECORD_SIZE)
         self._count += 1
 
-    def _due(self, output: _Output, now: int) -> bool:
+    def _due(self, output: Output, now: int) -> bool:
         """Whether pending output may get its number though it could still grow."""
         if not output.pending:
             return False
@@ -284,34 +277,36 @@ class Spool:
         if self._closed:
             return
         try:
-            with mapped():
-                for stream in STREAMS:
-                    self._seal(stream)
-                summaries = {stream: output.summary() for stream, output in self._outputs.items()}
-                self._detail(SUMMARY, _now(), dump_summaries(summaries))
-                self._count -= 1  # the summary is no event
-            if durable:
-                self.sync()
+            if self._held is None:
+                self._summarise()
+                if durable:
+                    self.sync()
         finally:
             self._closed = True
-            for fd in (self._events, self._details, *(output.fd for output in self._outputs.values())):
+            for output in self._outputs.values():
+                output.close()
+            for fd in {self._events, self._details} - {-1}:
                 os.close(fd)
             self._notify()
+
+    def _summarise(self) -> None:
+        with mapped():
+            for stream in STREAMS:
+                self._seal(stream)
+            summaries = {stream: output.summary() for stream, output in self._outputs.items()}
+            self._detail(SUMMARY, _now(), dump_summaries(summaries))
+            self._count -= 1  # the summary is no event
 
     def sync(self) -> None:
         """Bring to disk what was written so far; blocks, and may run in a thread. Raises HostFailed."""
         with mapped():
-            for stream in STREAMS:
-                if self._outputs[stream].size:
-                    os.fdatasync(self._outputs[stream].fd)
+            for output in self._outputs.values():
+                if output.fd >= 0:
+                    os.fdatasync(output.fd)
             os.fdatasync(self._details)
             os.fdatasync(self._events)
             for directory in (self._index.directory, self._index.directory.parent):
-                fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
+                sync_directory(directory)
 
     def content(self, stream: Stream, head: int = _HEAD) -> models.Content:
         """A stream's head, and size, digest and dropped bytes of all of it.
@@ -319,9 +314,9 @@ class Spool:
         The head is cut back to a whole UTF-8 character. Blocks on the disk. Raises NotFound.
         """
         summary = self._summary(stream)
-        data = self._index.read(stream, min(head, summary.size), 0)
+        data = self._index.read(stream, min(head, summary.size), 0) if summary.size else b""
         if len(data) < summary.size:
-            data = data[: _boundary(data)]
+            data = data[: boundary(data)]
         return models.Content(
             **dict(models.Bytes.of(data)),
             size=summary.size,
@@ -360,13 +355,13 @@ class Spool:
                 continue
             if self._closed or not wait:
                 return
-            with anyio.move_on_after(_OLD / 1_000_000 if later else None):
+            with anyio.move_on_after(OLD / 1_000_000 if later else None):
                 await self._changed()
 
     async def follow_bytes(
         self, stream: Stream, offset: int = 0, *, wait: bool = True
     ) -> AsyncIterator[bytes]:
-        """A stream's bytes from ``offset``, ``wait``: those to come included, in chunks of at most 256 KiB.
+        """A stream's bytes from ``offset``, ``wait``: those to come included, in chunks of at most 1 MiB.
 
         Ends when the spool is closed. Raises InvalidRequest for a negative offset, NotFound.
         """
@@ -375,8 +370,11 @@ class Spool:
         while True:
             closed = self._closed  # before the read: what is written after it is not lost
             known = self._outputs[stream].size if stream in self._outputs else None
-            if known is None or offset < known:
-                data = await anyio.to_thread.run_sync(self._index.read, stream, _CHUNK, offset)
+            if self._held is None and (known is None or offset < known):
+                if known is not None and not closed and known - offset <= _RECENT:
+                    data = self._index.read(stream, _PIECE, offset)
+                else:
+                    data = await anyio.to_thread.run_sync(self._index.read, stream, _PIECE, offset)
                 if data:
                     offset += len(data)
                     yield data
@@ -386,6 +384,8 @@ class Spool:
             await self._changed()
 
     async def _batch(self, seq: int) -> list[models.Event]:
+        if self._held is not None:
+            return self._held[seq:]
         if not self._closed and self._count - seq <= _NEAR:
             return self._index.events(seq, self._count)
         return await anyio.to_thread.run_sync(self._index.events, seq, self._count)

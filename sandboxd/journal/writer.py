@@ -3,8 +3,9 @@
 Theory of operation: operations arrive in order on a queue. The thread takes all that wait, up to a
 batch, runs each in a savepoint of one transaction, commits once (``synchronous=FULL`` if any of them
 has to be durable, else ``NORMAL``, which in WAL mode does not wait for the disk), and only then tells
-the waiting tasks. So a hundred calls that are accepted at once cost one sync. An operation that fails
-undoes its savepoint and nothing else; a commit that fails fails all of its batch.
+the waiting tasks. So a hundred calls that are accepted at once cost one sync. What nobody waits for
+waits itself for something to be committed with, for a moment. An operation that fails undoes its
+savepoint and nothing else; a commit that fails fails all of its batch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +30,7 @@ __all__ = ["Operation", "Transaction", "Writer"]
 
 T = TypeVar("T")
 _BATCH = 512
+_PATIENCE = 0.05  # seconds that operations wait for a batch when nobody waits for them
 
 
 @dataclass
@@ -149,12 +152,15 @@ class Writer:
         """Everything that waits, and whether the end was among it."""
         jobs: list[_Job] = []
         job = self._jobs.get()
+        until = time.monotonic() + _PATIENCE
+        awaited = False
         while job is not None:
             jobs.append(job)
+            awaited = awaited or job.future is not None
             if len(jobs) == _BATCH:
                 return jobs, False
             try:
-                job = self._jobs.get_nowait()
+                job = self._jobs.get(timeout=0 if awaited else max(0.0, until - time.monotonic()))
             except queue.Empty:
                 return jobs, False
         return jobs, True

@@ -55,6 +55,7 @@ class Cgroup:
         used: frozenset[str],
         procs_files: tuple[str, ...],
         files: Interface,
+        made: set[str],
     ) -> None:
         self.name = name
         self.relative_path = relative_path
@@ -72,6 +73,8 @@ class Cgroup:
         self._used = used
         """Those of the hierarchies that we put processes into; a runtime may use more."""
         self._files = files
+        self._made = made
+        """Names of those that the tree made, for as long as they are there."""
         self._denied_before_kill: int | None = None
 
     def set(self, limits: CgroupLimits) -> None:
@@ -193,6 +196,7 @@ class Cgroup:
                         f"cgroup {directory} is busy", file=directory, processes=self.processes()[:16]
                     )
                 time.sleep(POLL_SECONDS)
+        self._made.discard(self.name)
 
 
 class CgroupTree:
@@ -338,6 +342,7 @@ class CgroupTree:
             used=frozenset(used),
             procs_files=tuple(joined),
             files=files,
+            made=self._made,
         )
 
     def leftovers(self) -> list[Cgroup]:

@@ -126,9 +126,8 @@ class FilesV1:
         return CgroupUsage(
             cpu_user_us=int(read(f"{self._cpuacct}/cpuacct.usage_user")) // NANO_PER_MICRO,
             cpu_system_us=int(read(f"{self._cpuacct}/cpuacct.usage_sys")) // NANO_PER_MICRO,
-            cpu_total_us=self.cpu_total(),
+            cpu_total_us=self.cpu_total(),  # not their sum: those two are told apart by ticks
             memory_peak=int(read(f"{self._memory}/memory.max_usage_in_bytes")),
-            memory_now=int(read(f"{self._memory}/memory.usage_in_bytes")),
             pids_peak=None if pids_peak is None else int(pids_peak),
             io_read=io_read,
             io_written=io_written,

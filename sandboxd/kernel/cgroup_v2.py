@@ -86,25 +86,23 @@ class FilesV2:
     def usage(self) -> CgroupUsage:
         """All counters."""
         cpu = keyed(read(f"{self._dir}/cpu.stat"))
-        now = int(read(f"{self._dir}/memory.current"))
         pids_peak = read_or_none(f"{self._dir}/pids.peak")  # Linux 6.1
         io_read, io_written = parse_io_stat(read_or_none(f"{self._dir}/io.stat") or "")
         return CgroupUsage(
             cpu_user_us=cpu.get("user_usec", 0),
             cpu_system_us=cpu.get("system_usec", 0),
             cpu_total_us=cpu.get("usage_usec", 0),
-            memory_peak=self._peak(now),
-            memory_now=now,
+            memory_peak=self._peak(),
             pids_peak=None if pids_peak is None else int(pids_peak),
             io_read=io_read,
             io_written=io_written,
         )
 
-    def _peak(self, now: int) -> int:
+    def _peak(self) -> int:
         if self._peak_fd is not None:
             return int(os.pread(self._peak_fd, READ_MAX, 0))
         peak = read_or_none(f"{self._dir}/memory.peak")  # Linux 5.19
-        return now if peak is None else int(peak)
+        return int(read(f"{self._dir}/memory.current") if peak is None else peak)
 
     def cpu_total(self) -> int:
         """Microseconds of CPU, in one read."""

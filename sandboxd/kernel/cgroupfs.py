@@ -78,7 +78,6 @@ class CgroupUsage:
     cpu_system_us: int
     cpu_total_us: int
     memory_peak: int
-    memory_now: int
     pids_peak: int | None
     io_read: int
     io_written: int

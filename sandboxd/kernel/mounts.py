@@ -11,7 +11,9 @@ import os
 import stat
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -176,7 +178,7 @@ class MountEntry:
     options: frozenset[str]
     kind: str
     source: str
-    super_options: dict[str, str]
+    super_options: Mapping[str, str]
 
 
 def _unescape(field: str) -> str:
@@ -189,19 +191,22 @@ def parse_mountinfo(text: str) -> list[MountEntry]:
     """The mounts of a ``mountinfo`` file, in its order: a later one at the same target hides an earlier."""
     entries = []
     for line in text.splitlines():
-        left, _, right = line.partition(" - ")
-        _, _, device, root, target, options, *_ = left.split(" ")
-        kind, source, super_options = right.split(" ", 2)
-        pairs = (option.partition("=") for option in super_options.split(","))
-        entries.append(
-            MountEntry(
-                device,
-                _unescape(root),
-                _unescape(target),
-                frozenset(options.split(",")),
-                kind,
-                _unescape(source),
-                {key: value for key, _, value in pairs},
-            )
-        )
+        _, _, device, rest = line.split(" ", 3)
+        entries.append(MountEntry(device, *_parse_mount(rest)))
     return entries
+
+
+@lru_cache(maxsize=2048)  # but for its numbers, a line is that of the next container again
+def _parse_mount(rest: str) -> tuple[str, str, frozenset[str], str, str, Mapping[str, str]]:
+    left, _, right = rest.partition(" - ")
+    root, target, options, *_ = left.split(" ")
+    kind, source, super_options = right.split(" ", 2)
+    pairs = (option.partition("=") for option in super_options.split(","))
+    return (
+        _unescape(root),
+        _unescape(target),
+        frozenset(options.split(",")),
+        kind,
+        _unescape(source),
+        MappingProxyType({key: value for key, _, value in pairs}),
+    )

@@ -120,6 +120,11 @@ class Listener:
         with self._lock:
             return list(self._calls.values())
 
+    def reset(self) -> None:
+        """Forget what was denied so far."""
+        with self._lock:
+            self._calls.clear()
+
     def close(self) -> None:
         """Stop serving and close the descriptor; safe to call twice. Calls still parked get ENOSYS."""
         self._server.forget(self)

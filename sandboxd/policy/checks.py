@@ -124,7 +124,6 @@ def _unsupported(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
         "secrets": (bool(spec.secrets), "secrets are"),
         "retry": (spec.retry is not None, "retries are"),
         "isolation": (spec.isolation == "session", "isolation: session is"),
-        "warm": (spec.warm is not None, "warm interpreters are"),
         "expose": (bool(spec.expose), "exposed ports are"),
         "process.user_namespace": (
             spec.process.user_namespace != "slot",

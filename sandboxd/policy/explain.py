@@ -147,6 +147,16 @@ def _artifacts(policy: Policy, plan: Planned | None) -> Iterator[dict[str, Any]]
         yield _line("artifacts", "none", policy.origin("artifacts"))
 
 
+def _warm(policy: Policy) -> Iterator[dict[str, Any]]:
+    warm = policy.spec.warm
+    if warm is None:
+        yield _line("warm", "none", policy.origin("warm"))
+        return
+    yield _line("warm.command", warm.command, policy.origin("warm.command"))
+    for number, module in enumerate(warm.preload):
+        yield _line("warm.preload", module, policy.origin(f"warm.preload.{number}"))
+
+
 def explain(policy: Policy, plan: Planned | None = None) -> list[dict[str, Any]]:
     """Every control: ``control``, ``value`` for a person, ``file`` and ``line`` of its origin, ``note``.
 
@@ -163,5 +173,6 @@ def explain(policy: Policy, plan: Planned | None = None) -> list[dict[str, Any]]
         *_artifacts(policy, plan),
         _line("commit", policy.commit, policy.origin("commit")),
         _line("isolation", policy.spec.isolation, policy.origin("isolation")),
+        *_warm(policy),
         *(_line(control, value, BUILT_IN, note) for control, value, note in ALWAYS),
     ]

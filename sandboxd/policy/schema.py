@@ -256,11 +256,17 @@ class Retry(Section):
     cpu_time: RetryCause | None = None
 
 
+Program = Annotated[str, _matches(r"/?[A-Za-z0-9_.+-]+(/[A-Za-z0-9_.+-]+)*", "the name of a program")]
+_MODULE = r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*"
+Module = Annotated[str, _matches(_MODULE, "the name of a module"), Field(max_length=256)]
+
+
 class Warm(Section):
     """An interpreter that the waiting container has started already."""
 
-    command: Annotated[Text, Field(min_length=1)]
-    preload: tuple[Text, ...] = ()
+    command: Annotated[Program, Field(max_length=4096)]
+    """CPython as calls name it, such as python3; calls that name another program are not faster."""
+    preload: Annotated[tuple[Module, ...], Field(max_length=64)] = ()
     """Modules that it has imported already."""
 
 
@@ -312,6 +318,7 @@ class PolicyFile(Section):
     isolation: Literal["call", "session"] = "call"
     """A container for every call, or one for all calls of a session."""
     warm: Warm | None = None
+    """An interpreter that waits for the command, started and with its modules imported."""
     expose: Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], Field(max_length=64)] = ()
     """Ports inside the container that the caller can reach."""
     examples: Examples = Examples()

@@ -12,6 +12,7 @@ A fault of ours is an ``AttemptFailed`` and becomes the outcome ``failed``; it n
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import errno
 import os
@@ -24,13 +25,14 @@ import anyio
 import anyio.to_thread
 
 from sandboxd import artifacts, errors
+from sandboxd import receipt as receipts
 from sandboxd.engine.oci import cgroup_limits
 from sandboxd.init.protocol import ExecFailed, Exited, Gone, Started
+from sandboxd.init.warm import serves
 from sandboxd.kernel import files, tar
 from sandboxd.kernel.cgroup import CgroupUsage
 from sandboxd.models import Cause, Denial, Event, Failure, Outcome, Usage
 from sandboxd.policy import seccomp
-from sandboxd.supervisor import receipt as receipts
 from sandboxd.supervisor.ending import CommandFailed, Ended, Ending, Evidence, Lost, Stopped, classify
 from sandboxd.supervisor.ending import limits_reached as reached
 from sandboxd.supervisor.streams import OutputPipe, Stdin
@@ -106,7 +108,7 @@ class Attempt:
         self._fault: errors.AttemptFailed | None = None
         self._handed_over = 0.0
         self._running = False
-        self._before = CgroupUsage(0, 0, 0, 0, 0, None, 0, 0)
+        self._before = CgroupUsage(0, 0, 0, 0, None, 0, 0)
         self._written = {"stdout": 0, "stderr": 0}
         self._dropped = {"stdout": 0, "stderr": 0}
         self._stdin = stdin
@@ -144,24 +146,33 @@ class Attempt:
         return result
 
     async def _run(self, result: Result) -> None:
-        slot = self._slot = await self._engine.create(self._plan.shape)
-        self._stack.push_async_callback(self._engine.destroy, slot)
-        try:
-            await self._use(slot, result)
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await self._engine.kill(slot)
-            raise
+        while True:
+            slot = self._slot = await self._engine.create(self._plan.shape)
+            self._stack.push_async_callback(self._engine.destroy, slot)
+            try:
+                await self._prepare(slot, result)
+                await self._use(slot, result)
+            except BaseException as error:
+                with anyio.CancelScope(shield=True):
+                    await self._engine.kill(slot)
+                # One that waited and is no longer as it was; the call has not begun, so another may have it.
+                if isinstance(error, errors.ControlNotEnforced) and slot.reading and not self._handed_over:
+                    await self._engine.destroy(slot)
+                    continue
+                raise
+            return
 
-    async def _use(self, slot: Slot, result: Result) -> None:
+    async def _prepare(self, slot: Slot, result: Result) -> None:
         if self._payload.inputs or self._payload.tar is not None:
             await anyio.to_thread.run_sync(self._fill_workspace, slot)
         if self._plan.limits != self._plan.shape.limits:
             # io is in force already, and cannot be narrowed
             narrowed = replace(self._plan.limits, io_read=None, io_write=None)
             slot.cgroup.set(cgroup_limits(narrowed, None))
-        result.receipt = receipts.read_receipt(slot, self._plan.limits)
+        result.receipt = receipts.receipt_of(slot, self._plan.limits)
         receipts.check(result.receipt)
+
+    async def _use(self, slot: Slot, result: Result) -> None:
         tmp = os.open(f"/proc/{slot.tool_pid}/root/tmp", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._stack.callback(os.close, tmp)
         ending, wall = await self._supervise(slot)
@@ -194,13 +205,17 @@ class Attempt:
         stdin = self._open_stdin(ids)
         try:
             if self._ending is None:
+                argv = [_decode(item) for item in command.argv]
+                waiting = slot.shape.warm if slot.warm else None
+                slot.listener.reset()  # what was denied before was not the command's
                 self._handed_over = time.monotonic()
                 await slot.control.execute(
-                    [_decode(item) for item in command.argv],
+                    argv,
                     [f"{key}={value}".encode() for key, value in command.env.items()],
                     command.cwd.encode(),
                     limits.wall + GRACE,
                     [stdin, pipes["stdout"].inner, pipes["stderr"].inner],
+                    warm=waiting is not None and serves(waiting, argv, command.env),
                 )
                 self._running = True  # not before: a signal's frame must not come amid the command's
                 self._on_state("running")
@@ -208,15 +223,17 @@ class Attempt:
             os.close(stdin)
             for pipe in pipes.values():
                 pipe.handed_over()
+        wall = self._watch_wall()
+        self._stack.callback(wall.cancel)
         async with anyio.create_task_group() as watchers:
             watchers.start_soon(self._guarded, self._watch_init, slot)
-            watchers.start_soon(self._watch_wall)
             if limits.cpu_time is not None:
                 watchers.start_soon(self._guarded, self._watch_cpu, slot, limits.cpu_time, limits.cpus)
             if self._payload.stdin is not None:
                 watchers.start_soon(self._guarded, self._feed, self._payload.stdin)
             await self._over.wait()
             watchers.cancel_scope.cancel()
+        wall.cancel()
         ended = time.monotonic()
         await self._engine.kill(slot)
         for pipe in pipes.values():
@@ -287,14 +304,14 @@ class Attempt:
                     self._end(Lost(reason))
             return
 
-    async def _watch_wall(self) -> None:
+    def _watch_wall(self) -> asyncio.TimerHandle:
+        """End the call when its time is over; a timer and not a task, since every call has one."""
         wall = self._handed_over + self._plan.limits.wall / 1e6
+        first, why = wall, Stopped("wall")
         if self._deadline is not None and self._deadline < wall:
-            await anyio.sleep(max(0.0, self._deadline - time.monotonic()))  # anyio takes no negative time
-            self._end(Stopped("deadline"))
-        else:
-            await anyio.sleep(max(0.0, wall - time.monotonic()))
-            self._end(Stopped("wall"))
+            first, why = self._deadline, Stopped("deadline")
+        left = max(0.0, first - time.monotonic())
+        return asyncio.get_running_loop().call_later(left, self._end, why)
 
     async def _watch_cpu(self, slot: Slot, limit: int, cpus: int) -> None:
         fastest = min(cpus / 1000, os.cpu_count() or 1)  # CPU seconds that can be used in a second

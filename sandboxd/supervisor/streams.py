@@ -1,8 +1,12 @@
 """The pipes between a tool and its spool.
 
 Output is read as fast as the tool makes it and goes to disk up to its cap, so no reader ever holds up
-the tool or grows the daemon. Input is pulled: a chunk is taken from the caller only when the pipe has
-room. The pipes belong to the tool's host uid, or it could not reopen ``/dev/stdout``.
+the tool or grows the daemon. A tool that goes on writing in small pieces has them gathered in the pipe for
+a moment, since a piece costs the same whatever its size. What comes on both streams while the daemon does
+something else is read in the order of its coming, as far as one can know: by the first byte that each
+stream had to read. Input is pulled: a chunk is taken from the caller
+only when the pipe has room. The pipes belong to the tool's host uid, or it could not reopen
+``/dev/stdout``.
 """
 
 from __future__ import annotations
@@ -10,7 +14,9 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-from typing import TYPE_CHECKING
+import select
+from typing import TYPE_CHECKING, ClassVar
+from weakref import WeakKeyDictionary
 
 import anyio
 
@@ -23,6 +29,9 @@ __all__ = ["OutputPipe", "Stdin"]
 
 CHUNK = 256 * 1024
 PIPE_SIZE = 1024 * 1024
+AT_ONCE = 64  # reads of a stream that are done as soon as something is there
+ENOUGH = 64 * 1024  # bytes of a read after which the next one need not wait
+GATHER = 0.001  # seconds that the pipe has to fill after a smaller one
 
 
 def _pipe(uid: int, gid: int) -> tuple[int, int]:
@@ -38,6 +47,44 @@ def _pipe(uid: int, gid: int) -> tuple[int, int]:
     return read, write
 
 
+class _Watch:
+    """The output pipes of an event loop; tells each that has something to read, the longest ready first.
+
+    The loop's own poll is level-triggered: it names a stream that was read a moment ago before one that
+    had its output earlier. This one tells of edges, so a pipe has to be read until it is empty.
+    """
+
+    _of: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, _Watch]] = WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._told: dict[int, Callable[[bool], None]] = {}
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> _Watch:
+        """The one of this loop, which ends with it."""
+        watch = cls._of.get(loop)
+        if watch is None:
+            watch = cls._of[loop] = cls()
+            loop.add_reader(watch._epoll.fileno(), watch._tell)
+        return watch
+
+    def add(self, fd: int, told: Callable[[bool], None]) -> None:
+        """Call ``told`` when something comes; with True when nothing can come after it."""
+        self._told[fd] = told
+        self._epoll.register(fd, select.EPOLLIN | select.EPOLLET)
+
+    def remove(self, fd: int) -> None:
+        """Forget it, before it is closed."""
+        del self._told[fd]
+        self._epoll.unregister(fd)
+
+    def _tell(self) -> None:
+        for fd, event in self._epoll.poll(0):
+            if (told := self._told.get(fd)) is not None:
+                told(event & ~select.EPOLLIN != 0)
+
+
 class OutputPipe:
     """One of stdout and stderr: ``inner`` goes to the tool, what it writes goes to ``sink``."""
 
@@ -47,8 +94,12 @@ class OutputPipe:
         os.set_blocking(self._read, False)
         self._sink = sink
         self._done = anyio.Event()
+        self._at_once = AT_ONCE
+        self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._read, self._ready)
+        self._ended = False
+        self._watch = _Watch.of(self._loop)
+        self._watch.add(self._read, self._ready)
 
     def handed_over(self) -> None:
         """Close our copy of the tool's end, so that its death ends the stream."""
@@ -56,15 +107,31 @@ class OutputPipe:
             os.close(self.inner)
             self.inner = -1
 
-    def _ready(self) -> None:
+    def _ready(self, ended: bool) -> None:  # noqa: FBT001  (by a watch's call)
+        self._ended |= ended
+        if self._timer is None:
+            self._take()
+
+    def _take(self) -> None:
+        if self._read < 0:
+            return
         try:
             data = os.read(self._read, CHUNK)
         except BlockingIOError:
             return
-        if data:
-            self._sink(data)
-        else:
+        if not data:
             self.close()
+            return
+        self._sink(data)
+        self._at_once -= 1
+        if self._ended or len(data) == CHUNK:
+            self._loop.call_soon(self._take)
+        elif self._at_once < 0 and len(data) < ENOUGH:
+            self._timer = self._loop.call_later(GATHER, self._resume)
+
+    def _resume(self) -> None:
+        self._timer = None
+        self._take()
 
     async def finished(self) -> None:
         """Wait until every writer is dead and everything was read."""
@@ -73,8 +140,11 @@ class OutputPipe:
     def close(self) -> None:
         """Stop reading. Safe to call twice."""
         self.handed_over()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self._read >= 0:
-            self._loop.remove_reader(self._read)
+            self._watch.remove(self._read)
             os.close(self._read)
             self._read = -1
         self._done.set()

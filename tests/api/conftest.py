@@ -213,6 +213,15 @@ class MemoryService:
     async def images(self, caller: Caller) -> Sequence[models.ImageInfo]:
         return []
 
+    def slots(self, caller: Caller) -> Sequence[models.SlotInfo]:
+        if not caller.sees_all:
+            raise errors.NotPermitted("only operators")
+        return [models.SlotInfo(state="creating", policy="p", image="i", shape="sha256:0", since=1)]
+
+    async def metrics(self, caller: Caller) -> bytes:
+        self.slots(caller)
+        return b"# EOF"
+
     async def refused(self, caller: Caller, error: errors.Refused, summary: dict[str, Any]) -> None:
         self.refusals.append((caller, error.code, summary))
 

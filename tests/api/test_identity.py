@@ -87,3 +87,8 @@ def test_the_first_rule_whose_keys_all_hold_decides() -> None:
     assert not found.may_use("a")
     assert role(6, 9).role == "none"
     assert not role(6, 9).may_use("a")
+
+
+def test_only_operators_see_what_the_daemon_holds_for_all(server: Any) -> None:
+    assert ask_as(server, AGENT_UID, AGENT_GID, [], "/v1/slots")["code"] == "not_permitted"
+    assert ask_as(server, AGENT_UID, AGENT_GID, [], "/metrics")["code"] == "not_permitted"

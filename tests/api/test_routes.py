@@ -200,6 +200,13 @@ def test_the_catalogue(server: Any) -> None:
     assert checked == {"problems": [{"file": "n", "line": 1, "column": 1, "code": "c", "message": "a: b"}]}
     assert server.ask("POST", "/v1/plans", TRUE)[1]["plan"] == {"argv": ["true"]}
     assert server.ask("GET", "/v1/images")[1] == {"images": []}
+    assert server.ask("GET", "/v1/slots")[1]["slots"][0]["state"] == "creating"
+    status, text, headers = server.ask("GET", "/metrics")
+    assert (status, text, headers["content-type"]) == (
+        200,
+        b"# EOF",
+        "text/plain; version=0.0.4; charset=utf-8",
+    )
     assert server.ask("GET", "/v1/health")[1]["status"] == "ready"
 
 

@@ -16,7 +16,8 @@ def test_a_call_whose_output_has_no_place_still_has_an_outcome(daemon_factory: C
     spools.rmdir()
     spools.touch()  # root may write anywhere, but not below a file
     try:
-        done = daemon.run("true")
+        done = daemon.run("echo", "something to keep")
+        silent = daemon.run("true")
     finally:
         spools.unlink()
         spools.mkdir(mode=0o700)
@@ -24,6 +25,8 @@ def test_a_call_whose_output_has_no_place_still_has_an_outcome(daemon_factory: C
     assert done.outcome.cause == "failed"
     assert done.outcome.error is not None
     assert done.outcome.error.code == "host"
+    assert silent.outcome is not None
+    assert silent.outcome.cause == "exited"  # it needs no place
     kept = daemon.client().get(done.id)
     assert kept.state == "ended"
     assert kept.outcome == done.outcome

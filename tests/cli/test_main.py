@@ -120,6 +120,24 @@ def test_ps_with_nothing_to_show(api: ApiServer) -> None:
     assert "sandboxd ps -a" in found.stderr
 
 
+def test_ps_of_containers(api: ApiServer) -> None:
+    slot = {
+        "state": "waiting",
+        "policy": "p\x1b",
+        "image": "i",
+        "shape": "sha256:0123456789abcdef",
+        "since": 1,
+    }
+    api.json("GET", "slots", {"slots": [slot | {"id": "one"}, slot | {"policy": "q", "state": "creating"}]})
+    found = run(api, "ps", "--slots")
+    assert found.returncode == 0, found.stderr
+    assert "\x1b" not in found.stdout
+    assert "0123456789ab\n" in found.stdout
+    listed = json.loads(run(api, "ps", "--slots", "--json", "--policy", "q").stdout)
+    assert [one["state"] for one in listed["slots"]] == ["creating"]
+    assert run(api, "ps", "--slots", "-a").returncode == 1
+
+
 def test_inspect_shows_all_and_ids_may_be_short(api: ApiServer) -> None:
     listing(api, invocation(), invocation(id=OTHER))
     api.json("GET", f"invocations/{ID}", invocation("signalled", outcome={"signal": 9, "message": "m\x9b2J"}))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Found = dict[str, list[str]]
 
 
-@pytest.fixture(scope="module", params=["crun", "runc"])
+@pytest.fixture(scope="module", params=["builtin", "crun", "runc"])
 def found(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
@@ -31,7 +31,7 @@ def found(
 ) -> Found:
     """What ``tampering.py`` saw."""
     needs_containers()
-    need(shutil.which(request.param), request.param)
+    need(request.param == "builtin" or shutil.which(request.param), request.param)
     state = tmp_path_factory.mktemp("state")
     (state / "images").symlink_to(IMAGES)
     script = str(Path(__file__).parent.parent / "tampering.py")

@@ -36,6 +36,10 @@ async def everything(spool: Spool, after: int = 0) -> list[models.Event]:
     return [found async for found in spool.follow(after)]
 
 
+async def everything_now(spool: Spool) -> list[models.Event]:
+    return [found async for found in spool.follow(0, wait=False)]
+
+
 def output(events: list[models.Event], stream: str) -> bytes:
     found = b""
     for each in events:
@@ -225,6 +229,50 @@ def test_what_was_pruned_is_not_found(tmp_path: Path) -> None:
         Spool.open(tmp_path / "missing")
 
 
+async def test_a_call_without_output_makes_no_files(tmp_path: Path) -> None:
+    spool = Spool.create(tmp_path / "c", {"stdout": 0, "stderr": 10})
+    spool.add(event("accepted", id="x"))
+    assert [each.seq async for each in spool.follow(0, wait=False)] == [1]
+    assert spool.append("stdout", b"dropped") == 0
+    spool.add(event("ended"))
+    spool.close(durable=True)
+    assert os.listdir(tmp_path) == []  # noqa: PTH208
+    events = await everything(spool)
+    assert [(each.seq, each.type) for each in events] == [(1, "accepted"), (2, "ended")]
+    assert await everything(spool, 1) == events[1:]
+    assert spool.content("stdout").dropped == 7
+    told = Spool.held(events)
+    assert await everything(told) == events
+    assert told.content("stderr") == spool.content("stderr")
+    assert [data async for data in told.follow_bytes("stdout")] == []
+
+
+async def test_events_before_the_first_output_keep_their_numbers(tmp_path: Path) -> None:
+    spool = Spool.create(tmp_path / "c", CAPS)
+    spool.add(event("accepted", id="x"))
+    spool.add(event("started"))
+    seen = [each async for each in spool.follow(0, wait=False)]
+    spool.append("stderr", b"late")
+    dead = Spool.recover(tmp_path / "c", CAPS)
+    assert (await everything_now(dead))[:2] == seen
+    assert dead.content("stderr").text == "late"
+    assert dead.content("stdout").size == 0
+    assert [data async for data in dead.follow_bytes("stdout", wait=False)] == []
+    for each in (dead, spool):
+        each.close(durable=False)
+
+
+async def test_a_spool_whose_files_cannot_be_made_still_tells_its_events(tmp_path: Path) -> None:
+    (tmp_path / "calls").touch()
+    spool = Spool.create(tmp_path / "calls" / "c", CAPS)
+    spool.add(event("accepted", id="x"))
+    with pytest.raises(errors.HostFailed, match="Not a directory"):
+        spool.append("stdout", b"x")
+    spool.add(event("ended"))
+    spool.close(durable=False)
+    assert [each.type for each in await everything(spool)] == ["accepted", "ended"]
+
+
 def test_a_full_disk_is_a_host_failure(tmp_path: Path) -> None:
     place = tmp_path / "small"
     place.mkdir()
@@ -277,7 +325,9 @@ def test_streams_come_back_as_they_went_in(
                 wrote[what] += data * times
         spool.add(event("ended"))
         spool.close(durable=False)
-        events = await everything(Spool.open(place))
+        wrote_any = any(wrote.values())
+        assert place.exists() == wrote_any
+        events = await everything(Spool.open(place) if wrote_any else spool)
         assert [each.seq for each in events] == list(range(1, len(events) + 1))
         for stream in ("stdout", "stderr"):
             assert output(events, stream) == wrote[stream][: 1 << 20]

@@ -152,6 +152,16 @@ async def test_an_outcome_is_recorded_once(tmp_path: Path) -> None:
         assert found.state is models.State.ENDED
 
 
+async def test_what_nobody_waits_for_is_written_though_nothing_follows(tmp_path: Path) -> None:
+    async with Journal.open(tmp_path) as journal:
+        other = call()
+        await journal.accept(Accepted(other, DIGEST))
+        journal.attempt_started(other.model_copy(update={"state": models.State.STARTING, "attempts": 1}))
+        while (found := await journal.get(other.id)) is None or not found.attempts:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        assert found.state is models.State.STARTING
+
+
 async def test_a_key_stands_for_one_call(tmp_path: Path) -> None:
     async with Journal.open(tmp_path) as journal:
         calls = [call(key="k") for _ in range(50)]

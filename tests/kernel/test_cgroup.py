@@ -29,7 +29,8 @@ LIMITS = CgroupLimits(memory=64 * MIB, pids=20, cpus=500)
 def tree() -> Iterator[CgroupTree]:
     tree = CgroupTree.open(f"test-{uuid.uuid4().hex[:12]}")
     yield tree
-    for cgroup in tree.leftovers():
+    # a tree leaves out what it made itself; one of the same name does not
+    for cgroup in CgroupTree.open(tree.name).leftovers():
         cgroup.kill()
         cgroup.remove()
     tree.close()
@@ -130,7 +131,6 @@ def test_usage_counts_cpu_and_memory(cgroup: Cgroup) -> None:
     assert usage.cpu_user_us > 0
     assert cgroup.cpu_total() >= usage.cpu_total_us
     assert 20 * MIB <= usage.memory_peak <= 64 * MIB
-    assert usage.memory_now < usage.memory_peak
     assert usage.pids_peak is None or usage.pids_peak >= 1
     cgroup.reset_peak()
     if cgroup.peak_is_resettable:
@@ -310,3 +310,9 @@ def test_the_forms_of_v2_files() -> None:
     assert cgroup_v2.parse_io_stat(text) == (91889664, 314773505)
     assert cgroup_v2.parse_io_stat("8:16 \n") == (0, 0)
     assert cgroupfs.keyed("low 0\nmax 7\noom_kill 2\n8:0 rbytes=1\n") == {"low": 0, "max": 7, "oom_kill": 2}
+
+
+def test_a_tree_forgets_what_was_removed(tree: CgroupTree) -> None:
+    for number in range(3):
+        tree.create(f"slot{number}", CgroupLimits(memory=None, pids=None, cpus=None)).remove()
+    assert tree._made == set()

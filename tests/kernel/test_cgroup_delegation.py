@@ -30,23 +30,32 @@ before = own()
 
 @pytest.fixture
 def top(run_token: str, need: Callable[[object, str], None]) -> Iterator[Path]:
-    """A v2 cgroup that stands for the unit that a service manager delegates."""
+    """A v2 cgroup that stands for the unit that a service manager delegates, its controllers passed down."""
     found = [h for h in cgroupfs.detect().mounted if h.version == 2 and h.controllers and h.writable]
     if not found:
         pytest.skip("no controller of this host is on cgroup v2")
     need(os.geteuid() == 0, "root")
-    path = Path(found[0].mount, f"sandboxd-test-{run_token}")
+    root = Path(found[0].mount)
+    path = root / f"sandboxd-test-{run_token}"
     path.mkdir()
+    missing = sorted(set(controllers_of(root)) - set((root / "cgroup.subtree_control").read_text().split()))
+    for name in missing:
+        (root / "cgroup.subtree_control").write_text(f"+{name}")
     yield path
     (path / "cgroup.kill").write_text("1")
     for directory, _, _ in os.walk(path, topdown=False):
         Path(directory).rmdir()
+    for name in missing:
+        (root / "cgroup.subtree_control").write_text(f"-{name}")
+
+
+def controllers_of(root: Path) -> list[str]:
+    there = (root / "cgroup.controllers").read_text().split()
+    return sorted({"memory", "pids", "cpu"} & set(there)) or there[:1]
 
 
 def run(top: Path, name: str, code: str) -> str:
-    control = (top.parent / "cgroup.controllers").read_text().split()
-    controllers = " ".join({"memory", "pids", "cpu"} & set(control)) or control[0]
-    command = [sys.executable, "-c", PRELUDE + code, str(top), name, controllers]
+    command = [sys.executable, "-c", PRELUDE + code, str(top), name, " ".join(controllers_of(top.parent))]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert result.returncode == 0, result.stderr
     return result.stdout

@@ -146,7 +146,6 @@ def test_what_is_wrong_has_its_line(problem_of: Found, text: str, code: str, lin
         ("secrets: [{name: TOKEN, as: proxy}]\n", 3),
         ("image: base\nretry: {failed: 2, backoff: 1s..30s, memory: {times: 1, raise: {memory: 1GiB}}}\n", 4),
         ("isolation: session\n", 3),
-        ("warm: {command: python3, preload: [json]}\n", 3),
         ("expose: [8080]\n", 3),
         ("process:\n  user_namespace: engine\n", 4),
         ("process:\n  user_namespace: none\n", 4),

@@ -6,6 +6,7 @@ import os
 import threading
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from sandboxd import errors
@@ -111,3 +112,58 @@ async def test_who_writes_before_the_start_waits_for_it() -> None:
     stdin.close()
     with pytest.raises(errors.StateConflict):
         await stdin.write(0, b"never")
+
+
+async def test_many_small_pieces_are_gathered_and_none_is_lost() -> None:
+    pieces: list[bytes] = []
+    pipe = OutputPipe(os.getuid(), os.getgid(), pieces.append)
+    for number in range(3000):
+        os.write(pipe.inner, b"%04d" % number)
+        await anyio.lowlevel.checkpoint()
+    pipe.handed_over()
+    await pipe.finished()
+    assert b"".join(pieces) == b"".join(b"%04d" % number for number in range(3000))
+    assert len(pieces) < 1000
+
+
+async def test_a_pipe_that_gathers_can_be_closed() -> None:
+    pieces: list[bytes] = []
+    pipe = OutputPipe(os.getuid(), os.getgid(), pieces.append)
+    for _ in range(200):
+        os.write(pipe.inner, b"x")
+        await anyio.lowlevel.checkpoint()
+    pipe.close()
+    await pipe.finished()
+    await anyio.sleep(0.01)
+    assert len(pieces) < 200
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_what_was_written_first_is_read_first(first: int) -> None:
+    got: list[bytes] = []
+    pipes: list[OutputPipe] = []
+
+    def sink(data: bytes) -> None:
+        got.append(data)
+        if data == b"a":  # while the loop is busy with this, the tool goes on
+            os.write(pipes[1 - first].inner, b"b")
+            os.write(pipes[first].inner, b"c")
+            for pipe in pipes:
+                pipe.handed_over()
+
+    pipes += [OutputPipe(*IDS, sink), OutputPipe(*IDS, sink)]
+    os.write(pipes[first].inner, b"a")
+    with anyio.fail_after(5):
+        for pipe in pipes:
+            await pipe.finished()
+    assert got == [b"a", b"b", b"c"]
+
+
+async def test_what_is_left_when_the_writer_is_gone_is_read() -> None:
+    pieces: list[bytes] = []
+    pipe = OutputPipe(*IDS, pieces.append)
+    os.write(pipe.inner, bytes(2 * CHUNK + 5))
+    pipe.handed_over()
+    with anyio.fail_after(5):
+        await pipe.finished()
+    assert list(map(len, pieces)) == [CHUNK, CHUNK, 5]

@@ -23,16 +23,16 @@ from sandboxd.init import INIT
 from sandboxd.kernel import filters
 from sandboxd.kernel.cgroup_v1 import socket_limit
 from sandboxd.models import Control, Receipt
-from sandboxd.supervisor.mounted import mount_controls
-from sandboxd.supervisor.parked import Parked
+from sandboxd.receipt.mounted import mount_controls
+from sandboxd.receipt.parked import Parked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from sandboxd.engine.base import Slot
     from sandboxd.plan import Limits
 
-__all__ = ["check", "read_receipt"]
+__all__ = ["check", "limit_controls", "read_receipt"]
 
 NAMESPACES = ("mnt", "pid", "net", "ipc", "uts", "cgroup")
 RLIMIT_LINES = {  # names of /proc/PID/limits
@@ -218,11 +218,19 @@ def _rlimit_controls(limits: Limits, process: Parked) -> Iterator[Control]:
 
 
 def _cgroup_controls(slot: Slot, limits: Limits) -> Iterator[Control]:
+    yield from _members(slot)
+    yield from limit_controls(slot.cgroup.read_limits(), limits)
+
+
+def _members(slot: Slot) -> Iterator[Control]:
     known = sorted({slot.init_pid, slot.tool_pid})
     yield _equal("processes", f"{known}", f"{slot.cgroup.processes()}", "cgroup.procs")
     inside = slot.cgroup.contains(slot.tool_pid) and slot.cgroup.contains(slot.init_pid)
     yield _equal("cgroup", "the slot's own", "the slot's own" if inside else "another", "cgroup")
-    found = slot.cgroup.read_limits()
+
+
+def limit_controls(found: Mapping[str, tuple[str, str]], limits: Limits) -> Iterator[Control]:
+    """The controls of what a cgroup has in force (``Cgroup.read_limits``)."""
     asked = {"memory": str(_floor_page(limits.memory)), "pids": str(limits.pids), "cpu": str(limits.cpus)}
     for name, value in asked.items():
         in_force, file = found[name]

@@ -32,6 +32,7 @@ class Parked:
         except OSError:
             os.close(self._directory)
             raise
+        self._inside: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -39,6 +40,8 @@ class Parked:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for fd in self._inside.values():
+            os.close(fd)
         os.close(self._root)
         os.close(self._directory)
 
@@ -68,12 +71,11 @@ class Parked:
 
     def stat_inside(self, path: str) -> os.stat_result | None:
         """What the process has at an absolute path, no link followed at its end; None for nothing."""
+        above, _, name = path.rpartition("/")
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            fd = self._open_inside(path, os.O_PATH | os.O_NOFOLLOW)
-            try:
-                return os.fstat(fd)
-            finally:
-                os.close(fd)
+            if above not in self._inside:
+                self._inside[above] = self._open_inside(above or "/", os.O_PATH | os.O_DIRECTORY)
+            return os.stat(name or ".", dir_fd=self._inside[above], follow_symlinks=False)
         return None
 
     def list_inside(self, path: str) -> list[str]:

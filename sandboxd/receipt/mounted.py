@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sandboxd.engine.base import Slot
-    from sandboxd.supervisor.parked import Parked
+    from sandboxd.receipt.parked import Parked
 
 __all__ = ["mount_controls"]
 

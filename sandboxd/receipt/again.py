@@ -1,0 +1,164 @@
+"""A slot that waited, read in full when it was made and compared at hand-over.
+
+Theory of operation.  ``take_reading`` keeps the bytes of the sources of a receipt, and then judges every
+control. At hand-over the sources are read again, and as long as they are the same, byte for byte, so are
+the controls. What differs is never explained away: but for the limits that the request narrowed, a
+difference means that every control is read in full once more.
+
+Read again: ``status`` (ids, groups, capabilities, no_new_privs, the number of filters, the parent, umask),
+``oom_score_adj``, ``limits``, ``mountinfo``, ``net/dev``, ``net/route``, the change times of ``/dev``, the
+cgroups of both processes, who else is in the slot's, and its limits. The process is the same one: its files
+in ``/proc`` are read through descriptors that were opened when it was first read, and those of a process
+that is gone say ESRCH for ever, whoever has its number.
+
+Not read again, since nothing can have changed it while that process lives:
+
+- The content of its filter. A filter is never taken back or replaced, only added to (seccomp(2)), and
+  ``status`` counts them.
+- Its namespaces. A process changes them itself or not at all (setns(2), unshare(2)), and it is parked in
+  our code, or is a warm interpreter under the filter and without a capability. Their owner and the id maps
+  are written once (user_namespaces(7)).
+- What PID 1 executes. Its filter, which it has taken before it says that it is parked, has no execve.
+- Which file system is behind a mount, and the numbers of device nodes. Neither can be changed in place; one
+  that is put in its stead has another line of ``mountinfo``, or changes ``/dev``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Self
+
+from sandboxd import errors
+from sandboxd.models import Receipt
+from sandboxd.receipt.reading import check, limit_controls, read_receipt
+
+if TYPE_CHECKING:
+    from sandboxd.engine.base import Slot
+    from sandboxd.models import Control
+    from sandboxd.plan import Limits
+
+__all__ = ["Reading", "receipt_of", "take_reading"]
+
+READ_MAX = 1 << 20
+STEADY = (  # the lines of ``status`` that a receipt speaks of; others count what the process does
+    b"Umask", b"PPid", b"Uid", b"Gid", b"Groups", b"CapInh", b"CapPrm", b"CapEff", b"CapBnd", b"CapAmb",
+    b"NoNewPrivs", b"Seccomp", b"Seccomp_filters",
+)  # fmt: skip
+NAMESPACED = ("mountinfo", "net/dev", "net/route")
+"""Opened for each reading: an open one would keep its namespace alive after the container's end."""
+Sources = tuple[bytes | int, ...]
+
+
+class Reading:
+    """What was read of one slot. Holds descriptors until ``close``; a context manager."""
+
+    def __init__(self, slot: Slot) -> None:
+        """Open the sources and read them. Raises OSError."""
+        self._slot = slot
+        self._stack = ExitStack()
+        with ExitStack() as stack:
+            flags = os.O_RDONLY | os.O_CLOEXEC
+            self._directory = os.open(f"/proc/{slot.tool_pid}", flags | os.O_DIRECTORY)
+            stack.callback(os.close, self._directory)
+            init = os.open(f"/proc/{slot.init_pid}", flags | os.O_DIRECTORY)
+            stack.callback(os.close, init)
+            self._files = []
+            for directory, name in (
+                (self._directory, "oom_score_adj"),
+                (self._directory, "limits"),
+                (self._directory, "cgroup"),
+                (init, "cgroup"),
+            ):
+                self._files.append(os.open(name, flags, dir_fd=directory))
+                stack.callback(os.close, self._files[-1])
+            self._status = os.open("status", flags, dir_fd=self._directory)
+            stack.callback(os.close, self._status)
+            lines = os.pread(self._status, READ_MAX, 0).splitlines()
+            self._steady = [b"\n%b\n" % line for line in lines if line.partition(b":")[0] in STEADY]
+            self._sources = self._read()
+            self._limits = slot.cgroup.read_limits()
+            self.receipt = read_receipt(slot, slot.shape.limits)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the descriptors. Safe to call twice."""
+        self._stack.close()
+
+    def again(self, limits: Limits) -> Receipt:
+        """The receipt of now, of a slot whose cgroup has ``limits`` in it. Raises ControlNotEnforced."""
+        slot, asked = self._slot, self._slot.shape.limits
+        try:
+            status = os.pread(self._status, READ_MAX, 0)
+            same = all(line in status for line in self._steady) and self._read() == self._sources
+        except OSError as error:
+            raise errors.ControlNotEnforced(
+                f"the parked tool process cannot be read: {error}", control="process"
+            ) from error
+        if not same or (limits.open_files, limits.file_size) != (asked.open_files, asked.file_size):
+            return read_receipt(slot, limits)
+        controls, found = self.receipt.controls, slot.cgroup.read_limits()
+        if found != self._limits or limits != asked:
+            judged: dict[str, Control] = {control.name: control for control in limit_controls(found, limits)}
+            controls = [judged.get(control.name, control) for control in controls]
+        # Not validated: each control was, when it was made.
+        return Receipt.model_construct(
+            engine=slot.engine,
+            runtime=slot.runtime,
+            controls=controls,
+            read_at=self.receipt.read_at,
+            checked_at=time.time_ns() // 1000,
+        )
+
+    def _read(self) -> Sources:
+        dev = os.stat("root/dev", dir_fd=self._directory)
+        return (
+            *(os.pread(file, READ_MAX, 0) for file in self._files),
+            *(_whole(name, self._directory) for name in NAMESPACED),
+            dev.st_ino,
+            dev.st_mtime_ns,
+            dev.st_ctime_ns,
+            *(_whole(path) for path in self._slot.cgroup.procs_files),
+        )
+
+
+def _whole(path: str, directory: int | None = None) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        data = os.read(fd, READ_MAX)
+        while more := os.read(fd, READ_MAX):  # mountinfo comes by pages
+            data += more
+        return data
+    finally:
+        os.close(fd)
+
+
+def take_reading(slot: Slot) -> Reading:
+    """Read a slot in full, to compare with later. Raises ControlNotEnforced for what is not as asked."""
+    try:
+        reading = Reading(slot)
+    except OSError as error:
+        raise errors.ControlNotEnforced(
+            f"the parked tool process cannot be read: {error}", control="process"
+        ) from error
+    try:
+        check(reading.receipt)
+    except BaseException:
+        reading.close()
+        raise
+    return reading
+
+
+def receipt_of(slot: Slot, limits: Limits) -> Receipt:
+    """What is in force now: by comparison where the slot has waited, else in full.
+
+    Raises ControlNotEnforced when the tool process cannot be read; see ``check`` for all else.
+    """
+    return read_receipt(slot, limits) if slot.reading is None else slot.reading.again(limits)
