@@ -1,5 +1,6 @@
-"""``docker run`` on a Docker Engine of this run's own: its own data, socket and containers, no network.
+"""``docker run`` and ``docker exec`` on a Docker Engine of this run's own.
 
+It has its own data, socket and containers, and no network.
 The engine is given no bridge and no firewall, so it touches nothing of the host's network and needs no
 iptables; ``docker run --network none`` is the peer of what the others do.
 """
@@ -14,16 +15,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from processes import execute
+from processes import execute, perform
 from runtimes import CPUS, MEMORY, PIDS, Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from contextlib import ExitStack
 
     from measure import Workload
 
-__all__ = ["DockerRun", "start"]
+__all__ = ["DockerExec", "DockerRun", "start"]
 
 READY_SECONDS = 30.0
 
@@ -42,27 +43,62 @@ class DockerRun:
         """A command of the client for this engine."""
         return ["docker", "-H", self._host, *arguments]
 
-    def run(self, workload: Workload) -> None:
-        """Run it."""
-        options = ["--rm", "--network", "none", "--read-only", "--cap-drop", "ALL", "--user", "1000:1000"]
+    def takes(self, workload: Workload) -> bool:
+        """All that is a command."""
+        return bool(workload.argv)
+
+    def options(self) -> list[str]:
+        """What every container gets."""
+        options = ["--network", "none", "--read-only", "--cap-drop", "ALL", "--user", "1000:1000"]
         options += ["--security-opt", "no-new-privileges", "--tmpfs", "/tmp", "--tmpfs", "/workspace"]  # noqa: S108
         options += ["--memory", str(MEMORY), "--memory-swap", str(MEMORY)]
-        options += ["--pids-limit", str(PIDS), "--cpus", str(CPUS)]
-        execute(self.command("run", *options, f"bench-{workload.image}", *workload.argv))
+        return [*options, "--pids-limit", str(PIDS), "--cpus", str(CPUS)]
+
+    def run(self, workload: Workload) -> None:
+        """Run it."""
+        options = ["--rm", *(["-i"] if workload.stdin else []), *self.options()]
+        perform(self.command("run", *options, f"bench-{workload.image}", *workload.argv), workload)
 
 
-def start(stage: Stage, stack: ExitStack) -> DockerRun | str:
+class DockerExec:
+    """``docker exec`` into a container that runs all the time: nothing is fresh but the process."""
+
+    name = "docker exec"
+    note = "into a running container, which all calls share"
+
+    def __init__(self, engine: DockerRun, images: Iterable[str]) -> None:
+        """Start a container of each image; they end with the engine. Raises RuntimeError."""
+        self._engine = engine
+        for name in images:
+            options = ["-d", "--name", f"bench-{name}", *engine.options()]
+            execute(engine.command("run", *options, f"bench-{name}", "sleep", "infinity"))
+
+    def takes(self, workload: Workload) -> bool:
+        """All that is a command."""
+        return bool(workload.argv)
+
+    def run(self, workload: Workload) -> None:
+        """Run it."""
+        options = ["-i"] if workload.stdin else []
+        perform(self._engine.command("exec", *options, f"bench-{workload.image}", *workload.argv), workload)
+
+
+def start(stage: Stage, stack: ExitStack) -> tuple[DockerRun | str, DockerExec | str]:
     """Start an engine that ``stack`` stops, import the images; or say why there is none."""
     missing = [name for name in ("dockerd", "docker", "tar") if shutil.which(name) is None]
     if missing:
-        return f"docker run is left out: no {' and no '.join(missing)} on PATH (Debian package docker.io)."
+        why = f"are left out: no {' and no '.join(missing)} on PATH (Debian package docker.io)."
+        return f"docker run and docker exec {why}", ""
     try:
         engine = stack.enter_context(_engine())
         for name, rootfs in stage.rootfs.items():
             _import(engine, rootfs, f"bench-{name}")
     except (OSError, RuntimeError) as error:
-        return f"docker run is left out: {error}"
-    return engine
+        return f"docker run and docker exec are left out: {error}", ""
+    try:
+        return engine, DockerExec(engine, stage.rootfs)
+    except RuntimeError as error:
+        return engine, f"docker exec is left out: {error}"
 
 
 @contextlib.contextmanager
@@ -82,6 +118,11 @@ def _engine() -> Iterator[DockerRun]:
         _wait(engine, process, log)
         yield engine
     finally:
+        running = subprocess.run(engine.command("ps", "-q"), capture_output=True, text=True, check=False)
+        if running.stdout.split():
+            subprocess.run(
+                engine.command("rm", "-f", *running.stdout.split()), capture_output=True, check=False
+            )
         process.terminate()  # it takes its containerd and its mounts with it
         process.wait()
         shutil.rmtree(directory, ignore_errors=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Contestant", "Samples", "Workload", "run"]
+__all__ = ["Contestant", "Rounds", "Workload", "percentile", "run", "summary"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,10 @@ class Workload:
     name: str
     argv: tuple[str, ...]
     image: str
+    stdin: int = 0
+    """Bytes that go in and have to come out again."""
+    every: int = 1
+    """It is run in each so-manieth round, since it takes long."""
 
 
 class Contestant(Protocol):
@@ -27,13 +31,33 @@ class Contestant(Protocol):
     name: str
     note: str
 
+    def takes(self, workload: Workload) -> bool:
+        """Whether it means to run this at all."""
+        ...
+
     def run(self, workload: Workload) -> None:
         """Run it to its end, its output read. Raises RuntimeError if it did not succeed."""
         ...
 
 
-Samples = dict[str, dict[str, list[float]]]
-"""Workload to contestant to the seconds of each round."""
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The smallest value that so many percent of all do not exceed (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median and tails of seconds, in milliseconds, and how many there were."""
+    found = {f"p{percent}": round(percentile(values, percent) * 1000, 3) for percent in (50, 95, 99)}
+    return {**found, "n": len(values)}
+
+
+@dataclass
+class Rounds:
+    """What the rounds gave: workload to contestant to seconds, and a sentence for each that failed."""
+
+    samples: dict[str, dict[str, list[float]]]
+    failed: list[str] = field(default_factory=list)
 
 
 def run(
@@ -42,19 +66,37 @@ def run(
     *,
     rounds: int,
     warm_up: int,
+    until: float,
     tell: Callable[[str], None],
-) -> Samples:
-    """Measure everybody once in each round, a different one first in each, after unmeasured rounds."""
-    samples: Samples = {load.name: {one.name: [] for one in contestants} for load in workloads}
-    for number in range(warm_up + rounds):
-        first = number % len(contestants)
+    settle: float = 0.03,
+) -> Rounds:
+    """Measure everybody once in each round, a different one first in each, after unmeasured rounds.
+
+    Whoever fails at a workload is left out of it from then on. Between two of them is a pause, so that
+    what one does after its answer does not meet the next. No round begins after ``until`` (monotonic).
+    """
+    pairs = {load: [one for one in contestants if one.takes(load)] for load in workloads}
+    found = Rounds({load.name: {one.name: [] for one in pairs[load]} for load in workloads})
+    for number in range(-warm_up, rounds):
+        if time.monotonic() > until and number > 0:
+            break
         for load in workloads:
-            for one in (*contestants[first:], *contestants[:first]):
+            if number % load.every:
+                continue
+            first = number % max(1, len(pairs[load]))
+            for one in (*pairs[load][first:], *pairs[load][:first]):
+                time.sleep(settle)
                 began = time.perf_counter()
-                one.run(load)
+                try:
+                    one.run(load)
+                except RuntimeError as error:
+                    pairs[load].remove(one)
+                    del found.samples[load.name][one.name]
+                    found.failed.append(f"{one.name} is left out of `{load.name}`: {error}")
+                    continue
                 took = time.perf_counter() - began
-                if number >= warm_up:
-                    samples[load.name][one.name].append(took)
-        tell(f"\rround {number + 1} of {warm_up + rounds}")
+                if number >= 0:
+                    found.samples[load.name][one.name].append(took)
+        tell(f"\rround {number + 1} of {rounds}")
     tell("\n")
-    return samples
+    return found

@@ -6,6 +6,7 @@ systems presented read-only.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from processes import execute
+from processes import perform
 
 from sandboxd.engine.bundle import MASKED, READ_ONLY
 from sandboxd.kernel import mounts
@@ -76,7 +77,13 @@ class Stage:
         self._stack.callback(mounts.detach, target)
 
 
-class Bubblewrap:
+class _Any:
+    def takes(self, workload: Workload) -> bool:
+        """All that is a command."""
+        return bool(workload.argv)
+
+
+class Bubblewrap(_Any):
     """bwrap with every namespace and no limit, since it has none."""
 
     name = "bwrap"
@@ -93,10 +100,10 @@ class Bubblewrap:
         options += ["--die-with-parent", "--new-session", "--hostname", "sandbox"]
         options += ["--ro-bind", root, "/", "--proc", "/proc", "--dev", "/dev"]
         options += ["--tmpfs", "/tmp", "--tmpfs", "/workspace", "--chdir", "/workspace"]  # noqa: S108
-        execute(["bwrap", *options, "--", *workload.argv])
+        perform(["bwrap", *options, "--", *workload.argv], workload)
 
 
-class Runtime:
+class Runtime(_Any):
     """An OCI runtime without a daemon: one bundle for each workload, a new container each time."""
 
     note = "all namespaces, user namespace and memory, pids and CPU limits; no filter"
@@ -107,20 +114,19 @@ class Runtime:
         self._stage = stage
         self._directory = stage.directory / f"{name}-bundles"
         self._directory.mkdir(mode=0o711)
-        self._made: set[Workload] = set()
-        self._count = 0
+        self._made: dict[Workload, Path] = {}
+        self._numbers = itertools.count()
 
     def run(self, workload: Workload) -> None:
         """Run it."""
-        bundle = self._directory / workload.name.replace("/", "-")
-        if workload not in self._made:
+        bundle = self._made.get(workload)
+        if bundle is None:
+            bundle = self._made[workload] = self._directory / str(len(self._made))
             bundle.mkdir(mode=0o711)
             (bundle / "config.json").write_text(json.dumps(self._config(workload)))
-            self._made.add(workload)
-        self._count += 1
-        container = f"sandboxd-bench-{os.getpid()}-{self._count}"
+        container = f"sandboxd-bench-{os.getpid()}-{next(self._numbers)}"
         root = str(self._directory / "state")
-        execute([self.name, "--root", root, "run", "--bundle", str(bundle), container])
+        perform([self.name, "--root", root, "run", "--bundle", str(bundle), container], workload)
 
     def _config(self, workload: Workload) -> dict[str, Any]:
         mapping = [{"containerID": 0, "hostID": FIRST_ID, "size": IDS}]

@@ -1,7 +1,8 @@
-"""sandboxd itself: a daemon of this run's own, asked in this process and by ``run-in-sandbox``.
+"""sandboxd itself: daemons of this run's own, asked in this process and by ``run-in-sandbox``.
 
-Every call gets a container that is made when the call arrives (the cold path), under a shipped policy,
-with its receipt read and its journal synced.
+Everything is as shipped: every control in force and read back, the journal synced. What differs between
+the rows is configuration: ``cold`` makes each container when its call arrives (``pool: {min: 0, max: 0}``),
+``warm`` has some waiting, and the policy ``interpreter`` has an interpreter waiting in them.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from processes import execute
+from processes import chunks, execute, perform
 
 from sandboxd import Client, errors
 
@@ -24,14 +26,25 @@ if TYPE_CHECKING:
 
     from measure import Workload
 
-__all__ = ["Command", "CommandStart", "Cpu", "Daemon", "InProcess", "start"]
+__all__ = ["COLD", "WARM", "Command", "CommandStart", "Cpu", "Daemon", "InProcess", "prepare", "start"]
 
-POLICIES = {"base": "default", "python": "python"}
-READY_SECONDS = 30.0
+POLICIES = {"base": "default", "python": "plain"}
+INTERPRETERS = {True: "numeric", False: "python"}  # by whether the workload imports numpy
+COLD, WARM = "pool: {min: 0, max: 0}\n", "pool: {min: 4, max: 16}\n"
+EXTRA = {
+    "loud": "extends: default\nlimits:\n  stdout: 2GiB\n",
+    "small": (
+        "extends: default\nlimits:\n  wall: 10m\n  memory: 32MiB\n  workspace: {size: 8MiB, inodes: 1k}\n"
+        "  tmp: {size: 8MiB, inodes: 1k}\n"
+    ),
+    "plain": "extends: python\nwarm: !remove\n",
+    "numeric": "extends: python\nwarm: {command: python3, preload: [numpy]}\n",
+}
+READY_SECONDS = 60.0
 BIN = Path(sys.executable).parent
 TICKS = os.sysconf("SC_CLK_TCK")
 Cpu = tuple[float, float]
-"""Seconds of CPU of the daemon itself, and of the processes that it has waited for: the runtimes."""
+"""Seconds of CPU of the daemon itself, and of the processes that it has waited for."""
 
 
 class Daemon:
@@ -42,6 +55,8 @@ class Daemon:
         self.pid = pid
         self.socket = socket
         self.calls = 0
+        self.ready = 0.0
+        """Seconds from its start to its first answer."""
         self._before = self._cpu()
 
     def _cpu(self) -> Cpu:
@@ -60,31 +75,67 @@ class Daemon:
         """The runtime that it picked."""
         return Client(self.socket).health().runtime
 
+    def refusal(self, policy: str) -> str:
+        """Why it does not have a policy, or nothing."""
+        try:
+            Client(self.socket).policy(policy)
+        except errors.Refused as error:
+            return str(error)
+        return ""
+
+    def memory(self, name: str = "VmRSS") -> int:
+        """Bytes that its own process holds, or held at most (``VmHWM``), by proc_pid_status(5)."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+        return 0
+
+    def forget_peak(self) -> None:
+        """Count ``VmHWM`` from now: proc_pid_clear_refs(5)."""
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+
+    def descriptors(self) -> int:
+        """How many it has open."""
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+
 
 @contextlib.contextmanager
-def start(images: Path) -> Iterator[Daemon]:
-    """A daemon with an empty state directory, on disk since its journal is. Raises RuntimeError."""
-    with tempfile.TemporaryDirectory(prefix="sandboxd-bench-", dir="/var/tmp") as name:
-        directory = Path(name)
-        (directory / "state").mkdir()
-        (directory / "state" / "images").symlink_to(images)
+def start(images: Path, config: str = "", *, directory: Path | None = None) -> Iterator[Daemon]:
+    """A daemon on a state directory of its own, on disk since its journal is. Raises RuntimeError.
+
+    ``directory`` is one that an earlier daemon had, or one prepared; else a new one that is removed.
+    """
+    with contextlib.ExitStack() as stack:
+        if directory is None:
+            made = tempfile.TemporaryDirectory(prefix="sandboxd-bench-", dir="/var/tmp")
+            directory = Path(stack.enter_context(made))
+        prepare(directory, images, config)
         socket, log = directory / "s", directory / "log"
-        command = [
-            str(BIN / "sandboxd"),
-            "serve",
-            "--socket",
-            str(socket),
-            "--state",
-            str(directory / "state"),
-        ]
+        command = [str(BIN / "sandboxd"), "serve", "--config", str(directory / "sandboxd.yaml")]
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
+            began = time.monotonic()
             _wait(process, socket, log)
-            yield Daemon(process.pid, socket)
+            daemon = Daemon(process.pid, socket)
+            daemon.ready = time.monotonic() - began
+            yield daemon
         finally:
             process.terminate()
             process.wait()
+
+
+def prepare(directory: Path, images: Path, config: str = "") -> None:
+    """A state directory, policies and a configuration."""
+    state, policies = directory / "state", directory / "policies"
+    state.mkdir(exist_ok=True)
+    policies.mkdir(exist_ok=True)
+    if not (state / "images").exists():
+        (state / "images").symlink_to(images)
+    for name, text in EXTRA.items():
+        (policies / f"{name}.yaml").write_text(f"version: 1\nname: {name}\n{text}")
+    where = f"state: {state}\nsocket: {{path: {directory}/s}}\npolicies: [{policies}]\n"
+    (directory / "sandboxd.yaml").write_text(where + config)
 
 
 def _wait(process: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
@@ -95,7 +146,7 @@ def _wait(process: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
         except errors.Unavailable:
             if process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"the daemon does not start:\n{log.read_text()}") from None
-            time.sleep(0.05)
+            time.sleep(0.005)
         else:
             return
 
@@ -103,37 +154,67 @@ def _wait(process: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
 class InProcess:
     """The Python client, in the process that measures."""
 
-    name = "sandboxd, Python client"
-    note = "everything of the shipped policies, receipt and journal included"
-
-    def __init__(self, daemon: Daemon) -> None:
-        """Asks ``daemon``."""
+    def __init__(self, daemon: Daemon, kind: str, note: str, *, interpreter: bool = False) -> None:
+        """Asks ``daemon``, under policies with an ``interpreter`` or none; ``kind`` is part of its name."""
+        self.name = f"sandboxd, {kind}"
+        self.note = note
         self._daemon = daemon
-        self._client = Client(daemon.socket)
+        self._client = Client(daemon.socket, timeout=120.0)
+        self._interpreter = interpreter
+
+    def takes(self, workload: Workload) -> bool:
+        """All that is a command; with an interpreter what starts Python."""
+        return bool(workload.argv) and (not self._interpreter or workload.argv[0] == "python3")
 
     def run(self, workload: Workload) -> None:
         """Run it."""
         self._daemon.calls += 1
-        done = self._client.run(list(workload.argv), policy=POLICIES[workload.image])
+        try:
+            if workload.stdin:
+                self._pour(workload)
+                return
+            policy = POLICIES[workload.image]
+            if self._interpreter:
+                policy = INTERPRETERS["numpy" in workload.argv[-1]]
+            done = self._client.run(list(workload.argv), policy=policy)
+        except errors.SandboxdError as error:
+            raise RuntimeError(str(error)) from error
         if done.outcome is None or done.outcome.exit_code != 0:
-            raise RuntimeError(f"sandboxd: {done.outcome}")
+            raise RuntimeError(f"{done.outcome}")
+
+    def _pour(self, workload: Workload) -> None:
+        call = self._client.start(list(workload.argv), policy="loud", stdin="stream")
+        send = self._client.write_stdin
+        feeder = threading.Thread(target=lambda: send(call.id, chunks(workload.stdin)))
+        feeder.start()
+        with self._client.stdout(call.id, follow=True) as stream:
+            size = sum(len(data) for data in stream)
+        feeder.join()
+        if size != workload.stdin:
+            raise RuntimeError(f"{size} of {workload.stdin} bytes came back")
 
 
 class Command:
     """``run-in-sandbox``, as agents start it."""
 
     name = "sandboxd, run-in-sandbox"
-    note = "the same, with the start of the command"
+    note = "the warm one, with the start of the command"
 
     def __init__(self, daemon: Daemon) -> None:
         """Asks ``daemon``."""
         self._daemon = daemon
 
+    def takes(self, workload: Workload) -> bool:
+        """All that is a command."""
+        return bool(workload.argv)
+
     def run(self, workload: Workload) -> None:
         """Run it."""
         self._daemon.calls += 1
-        options = ["--socket", str(self._daemon.socket), "--policy", POLICIES[workload.image]]
-        execute([str(BIN / "run-in-sandbox"), *options, "--", *workload.argv])
+        policy = "loud" if workload.stdin else POLICIES[workload.image]
+        options = ["--socket", str(self._daemon.socket), "--policy", policy]
+        options += ["-i"] if workload.stdin else []
+        perform([str(BIN / "run-in-sandbox"), *options, "--", *workload.argv], workload)
 
 
 class CommandStart:
@@ -141,6 +222,10 @@ class CommandStart:
 
     name = "run-in-sandbox"
     note = "all that it does before it connects, and its end"
+
+    def takes(self, workload: Workload) -> bool:
+        """Starts alone."""
+        return not workload.argv
 
     def run(self, workload: Workload) -> None:
         """Start it."""

@@ -1,0 +1,88 @@
+"""What is to be reached, beside what was measured. A row whose mode was not run is left out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["rows"]
+
+WARM, COLD, INTERPRETER = "sandboxd, warm", "sandboxd, cold", "sandboxd, warm interpreter"
+PYTHON = "python3 -c 'print(1)'"
+Figures = dict[str, Any]
+Goal = tuple[str, str, str, bool]
+
+
+def rows(found: Figures) -> list[list[str]]:
+    """What, reach, measured, met."""
+    good = {name: one for name, one in found.items() if "error" not in one}
+    made = [*_latency(good), *_load(good), *_growth(good)]
+    return [[what, reach, measured, "yes" if met else "**no**"] for what, reach, measured, met in made]
+
+
+def _latency(found: Figures) -> Iterator[Goal]:
+    tables = found.get("sequential", {}).get("tables", {})
+    true, python = tables.get("true", {}), tables.get(PYTHON, {})
+    if WARM in true:
+        ours = true[WARM]["p50"]
+        for name in ("bwrap", "sandlock"):
+            if name in true:
+                peer = true[name]["p50"]
+                yield f"`true`, p50, faster than {name}", f"< {peer:.1f} ms", f"{ours:.1f} ms", ours < peer
+        yield "`true`, client to outcome, p50", "4 ms (aim 3)", f"{ours:.1f} ms", ours <= 4
+        if "docker run" in true:
+            times = true["docker run"]["p50"] / ours
+            yield "the same against `docker run`", "75 times (aim 120)", f"{times:.0f} times", times >= 75
+    if COLD in true and "crun" in true:
+        more = true[COLD]["p50"] - true["crun"]["p50"]
+        yield "`true`, cold, more than bare crun, p50", "6 ms", f"{more:.1f} ms", more <= 6
+    if INTERPRETER in python:
+        ours = python[INTERPRETER]["p50"]
+        yield f"`{PYTHON}`, warm interpreter, p50", "6 ms (aim 4)", f"{ours:.1f} ms", ours <= 6
+    if "run-in-sandbox" in found.get("command", {}):
+        ours = found["command"]["run-in-sandbox"]["p50"]
+        yield "start of `run-in-sandbox`, p50", "80 ms", f"{ours:.0f} ms", ours <= 80
+
+
+def _load(found: Figures) -> Iterator[Goal]:
+    if "p99" in (half := found.get("half", {}).get(WARM, {})):
+        yield "p99 at half of capacity", "15 ms (aim 8)", f"{half['p99']:.1f} ms", half["p99"] <= 15
+    rates = found.get("throughput", {}).get("rates", {})
+    ours = [one["rate"] for name in (WARM, COLD) for one in rates.get(name, {}).values()]
+    if ours:
+        what = "fresh containers a second, sustained"
+        yield what, "100 (aim 200)", f"{max(ours):.0f}", max(ours) >= 100
+
+
+def _growth(found: Figures) -> Iterator[Goal]:
+    alive = found.get("alive", {})
+    if alive.get("levels"):
+        last = alive["levels"][-1]
+        number, times = last["alive"], last["p50"] / alive["idle"]["p50"]
+        said = f"{alive['answered']} of {alive['asked']}"
+        yield f"{number} alive: all answer", str(number), said, alive["answered"] == alive["asked"] == number
+        each = last["mib_each"]
+        yield f"{number} alive: each, beyond the tool", "3 MiB", f"{each:.2f} MiB", each <= 3
+        yield f"{number} alive: p50 of a call among them", "at most 2 times", f"{times:.1f} times", times <= 2
+    steps = found.get("row", {}).get("steps", [])
+    if len(steps) > 1:
+        sizes = [one["rss_mib"] for one in steps]
+        flat = max(abs(size / sizes[0] - 1) for size in sizes)
+        what = f"{steps[-1]['calls']:,} calls in a row: daemon RSS after the first {steps[0]['calls']:,}"
+        yield (
+            what,
+            "flat within 5 %, under 150 MiB",
+            f"{flat:.1%}, {max(sizes):.0f} MiB",
+            (flat <= 0.05 and max(sizes) < 150),
+        )
+    output = found.get("output", {})
+    if "mb_per_s" in output:
+        rate = output["mb_per_s"]
+        yield "output through the raw stream", "400 MB/s (aim 1000)", f"{rate:.0f} MB/s", rate >= 400
+        grown = output["rss_peak_mib"] - output["rss_before_mib"]
+        yield "daemon RSS meanwhile", "bounded", f"{grown:+.0f} MiB", grown <= 64
+    if "first" in (start := found.get("start", {})):
+        seconds = start["first"]["p50"] / 1000
+        yield "daemon from start to ready", "1.5 s (aim 0.7)", f"{seconds:.2f} s", seconds <= 1.5
