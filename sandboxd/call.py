@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sandboxd.models import Invocation, Request
     from sandboxd.room import Held
     from sandboxd.supervisor.attempt import Attempt
+    from sandboxd.supervisor.ending import Deadline
 
 __all__ = ["Call", "off_the_loop", "payload_of", "request_digest"]
 
@@ -41,7 +42,7 @@ class Call:
     plan: plan.Plan
     payload: Payload
     spool: Spool
-    deadline: float | None
+    deadline: Deadline | None
     held: Held
     cancelled: bool = False
     attempt: Attempt | None = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import anyio.to_thread
@@ -21,11 +21,25 @@ import structlog
 from sandboxd import errors, plan, units
 from sandboxd.call import Call, off_the_loop, payload_of, request_digest
 from sandboxd.journal import records
-from sandboxd.journal.spool import Spool, Stream
-from sandboxd.ledger import Ledger, streams_of
-from sandboxd.models import Cause, Content, DigestRef, Event, Failure, Invocation, Outcome, State, Times
+from sandboxd.journal.spool import Spool
+from sandboxd.kernel.tar import Limits as TarLimits
+from sandboxd.kernel.tar import check_tar
+from sandboxd.ledger import Ledger, finish, recovered, streams_of
+from sandboxd.models import (
+    Cause,
+    Content,
+    DigestRef,
+    Event,
+    Failure,
+    Invocation,
+    LimitReached,
+    Outcome,
+    State,
+    Times,
+)
 from sandboxd.room import Held
 from sandboxd.supervisor.attempt import Attempt, Payload, Result
+from sandboxd.supervisor.ending import Deadline
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -96,12 +110,13 @@ class Calls(Ledger):
         image = self._images.resolve(policy.image)
         shape = plan.make_shape(policy, plan.ImageRef(image.name, image.digest))
         made = plan.make_plan(policy, shape, request)
-        if made.limits.memory > self._scheduler.memory:
+        if made.holds > self._scheduler.memory:
+            inputs = "" if made.holds == made.limits.memory else " and the inputs"
             raise errors.RequestTooWide(
-                f"limits.memory is {made.limits.memory} bytes, more than the daemon's budget of "
+                f"limits.memory{inputs} need {made.holds} bytes, more than the daemon's budget of "
                 f"{self._scheduler.memory}",
                 field="limits.memory",
-                asked=made.limits.memory,
+                asked=made.holds,
                 allowed=self._scheduler.memory,
             )
         return policy, made
@@ -134,6 +149,8 @@ class Calls(Ledger):
         held = Held(self._inputs, caller.uid)
         held.grow(payload.size)
         try:
+            if payload.tar is not None:
+                await anyio.to_thread.run_sync(check_tar, payload.tar, TarLimits(made.limits.workspace_size))
             return await self._accept(caller, request, made, digest=digest, payload=payload, held=held)
         except BaseException:
             held.release()
@@ -159,7 +176,8 @@ class Calls(Ledger):
         if existing is not None:
             held.release()
             return await self.get(caller, existing.id)
-        deadline = None if request.deadline is None else time.monotonic() + request.deadline / 1e6
+        asked = request.deadline
+        deadline = None if asked is None else Deadline(time.monotonic() + asked / 1e6, asked)
         limits = made.limits
         spool = Spool.create(self._spools / invocation.id, {"stdout": limits.stdout, "stderr": limits.stderr})
         spool.add(Event(seq=0, at=accepted, type="accepted", id=invocation.id))
@@ -167,19 +185,6 @@ class Calls(Ledger):
         self._flying[invocation.id] = call
         self._tasks.start_soon(self._run, call)
         return invocation
-
-    async def _stillborn(self, invocation: Invocation, outcome: Outcome, **streams: Content) -> Invocation:
-        """Record the outcome of a call that no task of this daemon runs."""
-        done = invocation.model_copy(
-            update={
-                "state": State.ENDED,
-                "outcome": outcome,
-                **streams,
-                "times": invocation.times.model_copy(update={"ended": _now()}),
-            }
-        )
-        await self._journal.ended(done, records.outcome_header(done))
-        return done
 
     async def _run(self, call: Call) -> None:
         try:
@@ -204,17 +209,17 @@ class Calls(Ledger):
         invocation, caller = call.invocation, call.caller
         invocation.state = State.QUEUED
         if call.deadline is not None:
-            call.queue_scope.deadline = anyio.current_time() + call.deadline - time.monotonic()
+            call.queue_scope.deadline = anyio.current_time() + call.deadline.at - time.monotonic()
         with call.queue_scope:
             turn = self._scheduler.admitted(
-                caller.uid, call.plan.limits.memory, concurrent=caller.concurrent, weight=caller.weight
+                caller.uid, call.plan.holds, concurrent=caller.concurrent, weight=caller.weight
             )
             async with turn:
                 call.queue_scope.deadline = float("inf")
                 if not call.cancelled:
                     await self._attempt(call)
         if not call.ended.is_set():
-            await self._end(call, Result(_cancelled() if call.cancelled else _too_late()))
+            await self._end(call, Result(_cancelled()) if call.cancelled else _too_late(call.deadline))
 
     async def _attempt(self, call: Call) -> None:
         """Run the one attempt; the outcome is told while what is left of the container is cleared away."""
@@ -260,16 +265,13 @@ class Calls(Ledger):
                 "times": invocation.times.model_copy(update={"ended": _now()}),
             }
         )
-        header = records.outcome_header(
-            done, inputs=[item.digest for item in call.plan.inputs], tar=call.plan.tar
-        )
         try:
-            await self._journal.ended(done, header)
+            await self._journal.ended(done, _header(done, call.plan))
         except errors.SandboxdError as error:
             log.exception("the outcome could not be written", id=done.id)
             done.outcome = _ours("host", f"the outcome could not be recorded: {error}")
             self._unrecorded[done.id] = done
-            self._tasks.start_soon(self._record_later, done)
+            self._tasks.start_soon(self._record_later, done, call.plan)
         call.invocation = done
         try:
             try:
@@ -286,12 +288,12 @@ class Calls(Ledger):
             self.ended[done.outcome.cause] += 1
         log.info("ended", id=done.id, cause=done.outcome.cause if done.outcome else None)
 
-    async def _record_later(self, done: Invocation) -> None:
+    async def _record_later(self, done: Invocation, made: plan.Plan) -> None:
         """Try again until the outcome that was told is written too, before a later daemon gives another."""
         while done.id in self._unrecorded:
             await anyio.sleep(RECORD_AGAIN)
             try:
-                await self._journal.ended(done, records.outcome_header(done))
+                await self._journal.ended(done, _header(done, made))
             except errors.HostFailed:
                 continue
             except errors.SandboxdError:
@@ -302,14 +304,21 @@ class Calls(Ledger):
         """Give every call that an earlier daemon left in flight its outcome; returns how many."""
         found = await self._journal.in_flight()
         for invocation in found:
-            caps: dict[Stream, int] = {"stdout": units.MAX, "stderr": units.MAX}
             directory = self._spools / invocation.id
-            spool = Spool.recover(directory, caps) if directory.is_dir() else Spool.held([])
-            streams = streams_of(spool)
+            spool = await anyio.to_thread.run_sync(recovered, directory)
             outcome = _ours(
                 "interrupted", "the daemon ended while the call was in flight; what it did is unknown"
             )
-            await self._stillborn(invocation, outcome, **streams)
+            done = invocation.model_copy(
+                update={
+                    "state": State.ENDED,
+                    "outcome": outcome,
+                    **streams_of(spool),
+                    "times": invocation.times.model_copy(update={"ended": _now()}),
+                }
+            )
+            await self._journal.ended(done, records.outcome_header(done))
+            finish(spool, done)
         return len(found)
 
     async def _live(self, caller: Caller, id: str) -> Call:
@@ -329,7 +338,8 @@ class Calls(Ledger):
         if call.plan.command.stdin != "stream":
             raise errors.StateConflict("the request did not ask for `stdin: stream`")
         async for chunk in chunks:
-            offset = await call.stdin.write(offset, chunk)
+            await call.stdin.write(offset, chunk)
+            offset += len(chunk)  # not where the stream stands: what was sent before may be sent again
         if eof:
             await call.stdin.finish()
         return call.stdin.offset
@@ -370,6 +380,10 @@ def _streams(spool: Spool, id: str) -> dict[str, Content]:
         return {}
 
 
+def _header(done: Invocation, made: plan.Plan) -> dict[str, Any]:
+    return records.outcome_header(done, inputs=[item.digest for item in made.inputs], tar=made.tar)
+
+
 def _ours(code: str, message: str) -> Outcome:
     return Outcome(cause=Cause.FAILED, message=message, error=Failure(code=code, message=message))
 
@@ -378,5 +392,10 @@ def _cancelled() -> Outcome:
     return Outcome(cause=Cause.CANCELLED, message="The call was cancelled before it started.")
 
 
-def _too_late() -> Outcome:
-    return Outcome(cause=Cause.WALL_TIME, message="The call's deadline passed while it waited in the queue.")
+def _too_late(deadline: Deadline | None) -> Result:
+    asked = 0 if deadline is None else deadline.asked
+    message = f"The call's deadline of {units.format_duration(asked)} passed while it waited in the queue."
+    return Result(
+        Outcome(cause=Cause.WALL_TIME, message=message, evidence={"deadline": asked}),
+        limits_reached=[LimitReached(limit="deadline", value=asked, ended=True)],
+    )

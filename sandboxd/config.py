@@ -210,6 +210,8 @@ class HttpLimits(Section):
     """From the first byte of a request, or from connecting, to the end of its header."""
     body_timeout: Duration = 60 * 10**6
     """The longest pause between two pieces of a body."""
+    body_time: Duration = 300 * 10**6
+    """For the whole of a body that is read before anything is done: all but a stream of stdin."""
     keep_alive: Duration = 60 * 10**6
     """The longest pause between two requests of a connection."""
     connections: Annotated[Count, Field(ge=1, le=65_536)] = 512

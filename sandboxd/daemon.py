@@ -58,7 +58,7 @@ log = structlog.get_logger("sandboxd")
 
 def policy_directories(config: Config) -> list[Path]:
     """The shipped policies and then the operator's, of which a later one of the same name wins."""
-    return [shipped_policies(), *(path for path in config.policies if path.is_dir())]
+    return [shipped_policies(), *config.policies]
 
 
 def serve(config: Config, *, socket: Path | None = None, state: Path | None = None) -> None:
@@ -127,6 +127,7 @@ async def _serve(config: Config, run: Path, name: str) -> None:
         for problem in policies.problems:
             log.warning("policy not in force", problem=str(problem))
         blobs = BlobStore(config.state / "blobs")
+        blobs.clean()
         scheduler = Scheduler(
             memory=config.budget.bytes_of(psutil.virtual_memory().total),
             slots=config.budget.slots,

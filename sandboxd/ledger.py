@@ -13,11 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import anyio
+import anyio.to_thread
 
-from sandboxd import errors
+from sandboxd import errors, units
 from sandboxd.call import Call
-from sandboxd.journal.spool import Spool
-from sandboxd.models import Event, InvocationList
+from sandboxd.journal.spool import Spool, Stream
+from sandboxd.models import Event, InvocationList, State
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     from sandboxd.api.identity import Caller
     from sandboxd.blobs import BlobStore
     from sandboxd.journal import Journal
-    from sandboxd.models import Artifact, Cause, Content, Invocation, State
+    from sandboxd.models import Artifact, Cause, Content, Invocation
 
-__all__ = ["Ledger", "streams_of"]
+__all__ = ["Ledger", "finish", "recovered", "streams_of"]
 
 LIST_LIMIT = 500
 CHUNK = 256 * 1024  # bytes of an artifact that are read at once
@@ -44,6 +45,7 @@ class Ledger:
         self._blobs = blobs
         self._flying: dict[str, Call] = {}
         self._unrecorded: dict[str, Invocation] = {}
+        self._closing = anyio.Lock()
 
     @property
     def in_flight(self) -> tuple[str, ...]:
@@ -62,19 +64,29 @@ class Ledger:
         found = await self._find(caller, id)
         if isinstance(found, Call):
             return found.spool
-        directory = self._spools / found.id
-        if _was_silent(found) and not directory.is_dir():
+        if _was_silent(found) and not (self._spools / found.id).is_dir():
             return Spool.held(_events_of(found))
-        return Spool.open(directory)
+        return await self._closed_spool(found)
+
+    async def _closed_spool(self, done: Invocation) -> Spool:
+        """The spool of an ended call, closed here if the daemon that ran it died before it could."""
+        directory = self._spools / done.id
+        spool = Spool.open(directory)
+        if spool.complete:
+            return spool
+        async with self._closing:
+            try:
+                return await anyio.to_thread.run_sync(_finished, directory, done)
+            except errors.HostFailed:  # the disk is full: what is there can be read all the same
+                return spool
 
     async def get(self, caller: Caller, id: str) -> Invocation:
         """One call, its streams' heads included. Raises NotFound."""
         found = await self._find(caller, id)
         if isinstance(found, Call):
             return found.invocation.model_copy(update=streams_of(found.spool))
-        directory = self._spools / found.id
-        if directory.is_dir():
-            return found.model_copy(update=streams_of(Spool.open(directory)))
+        if (self._spools / found.id).is_dir():
+            return found.model_copy(update=streams_of(await self._closed_spool(found)))
         return found
 
     async def wait(self, caller: Caller, id: str) -> Invocation:
@@ -97,6 +109,22 @@ class Ledger:
         limit: int,
     ) -> InvocationList:
         """A page of calls, newest first, without their output."""
+        if state is not None and state is not State.ENDED:
+            # what has not ended is in memory, and the journal does not follow each of its steps
+            flying = (call.invocation for call in self._flying.values())
+            fits = [
+                one
+                for one in flying
+                if one.state is state
+                and (caller.sees_all or one.caller.uid == caller.uid)
+                and policy in {None, one.policy.name}
+                and cause is None
+                and label.items() <= one.labels.items()
+                and (before is None or one.id < before)
+            ]
+            fits.sort(key=lambda one: one.id, reverse=True)
+            page = fits[: min(limit, LIST_LIMIT)]
+            return InvocationList(invocations=page, next=page[-1].id if len(page) < len(fits) else None)
         fitting = partial(
             self._journal.list,
             uid=None if caller.sees_all else caller.uid,
@@ -143,6 +171,25 @@ class Ledger:
 def streams_of(spool: Spool) -> dict[str, Content]:
     """The fields of an invocation that its spool has."""
     return {"stdout": spool.content("stdout"), "stderr": spool.content("stderr")}
+
+
+def recovered(directory: Path) -> Spool:
+    """The spool that an earlier daemon left of a call; without a directory it had no output. Blocks."""
+    caps: dict[Stream, int] = {"stdout": units.MAX, "stderr": units.MAX}
+    return Spool.recover(directory, caps) if directory.is_dir() else Spool.held([])
+
+
+def finish(spool: Spool, done: Invocation) -> None:
+    """Say ``ended`` and close, unless that was done. Blocks."""
+    if not spool.closed:
+        spool.add(Event(seq=0, at=done.times.ended or 0, type="ended", invocation=done))
+        spool.close(durable=True)
+
+
+def _finished(directory: Path, done: Invocation) -> Spool:
+    spool = recovered(directory)
+    finish(spool, done)
+    return spool
 
 
 def _was_silent(invocation: Invocation) -> bool:

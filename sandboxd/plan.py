@@ -202,6 +202,16 @@ class Plan(Data):
     """Patterns that the policy releases, each with its largest file size."""
     narrowed_artifacts: tuple[str, ...] | None
 
+    @property
+    def holds(self) -> int:
+        """Bytes of the host's memory that an attempt may hold: its limit, and what is put into its workspace.
+
+        The kernel charges a page to whoever writes it first, and that is the daemon. How much a tar unpacks
+        to is not known before.
+        """
+        put_in = sum(item.size for item in self.inputs)
+        return self.limits.memory + (put_in if self.tar is None else self.limits.workspace_size)
+
     @cached_property
     def encoded(self) -> bytes:
         """The canonical JSON. The shape's is its own: it is nearly all of it, and serves many plans."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import anyio.to_thread
 
 from sandboxd import errors, models
+from sandboxd.call import off_the_loop
 from sandboxd.calls import Calls
 from sandboxd.journal.records import Refusal
 from sandboxd.metrics import Numbers, exposition
@@ -73,7 +74,7 @@ class DaemonService(Calls):
 
     async def plan(self, caller: Caller, request: models.Request) -> models.PlanDocument:
         """What would run, exactly, and where each value came from; nothing runs."""
-        policy, made = self.plan_for(caller, request)
+        policy, made = await off_the_loop(request, self.plan_for, caller, request)
         return models.PlanDocument(digest=made.digest, plan=made.to_json(), explain=explain(policy, made))
 
     async def images(self, caller: Caller) -> list[models.ImageInfo]:

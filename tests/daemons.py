@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -110,7 +111,9 @@ def start_daemon(directory: Path, *, config: str = "", state: Path | None = None
     socket = f"{{path: {directory}/s, mode: '0660', group: nogroup}}"
     if "pool:" not in config:
         config += POOL
-    file.write_text(f"state: {state}\nsocket: {socket}\npolicies: [{policies}]\n{config}")
+    if not re.search("^policies:", config, re.MULTILINE):
+        config += f"policies: [{policies}]\n"
+    file.write_text(f"state: {state}\nsocket: {socket}\n{config}")
     log = directory / "log"
     with log.open("ab") as output:
         process = subprocess.Popen(

@@ -89,6 +89,10 @@ def test_a_queue_is_fair_bounded_and_can_be_left(narrow: Daemon) -> None:
         [client.start(["true"], policy="tiny") for _ in range(3)]
     assert caught.value.details["retry_after"] >= 1
     late = client.list(state="queued").invocations
+    assert second.id in {waiting.id for waiting in late}
+    assert client.list(state="queued", limit=1).next == late[0].id
+    assert [call.id for call in client.list(state="running").invocations] == [first.id]
+    assert client.list(state="running", policy="default").invocations == []
     assert cause(client.cancel(second.id)) == "cancelled"
     assert client.get(second.id).times.started is None
     client.cancel(first.id)
@@ -104,7 +108,11 @@ def test_a_deadline_passes_in_the_queue_too(narrow: Daemon) -> None:
     found = client.run(["true"], policy="tiny", deadline="300ms")
     assert cause(found) == "wall_time"
     assert found.outcome is not None
+    assert "deadline of 300ms" in found.outcome.message
     assert "queue" in found.outcome.message
+    assert [(one.limit, one.value, one.ended) for one in found.limits_reached] == [
+        ("deadline", 300_000, True)
+    ]
     assert 0.25 < time.monotonic() - began < 5
     client.cancel(first.id)
 
@@ -220,7 +228,7 @@ def test_stdin_counts_from_the_start_of_the_stream(daemon: Daemon) -> None:
     with pytest.raises(errors.StateConflict) as caught:
         client.write_stdin(call.id, b"z", offset=9, eof=False)
     assert caught.value.details["offset"] == 6
-    assert client.write_stdin(call.id, b"gh", offset=6) == 8
+    assert client.write_stdin(call.id, [b"bc", b"de", b"fgh"], offset=1) == 8  # and in other pieces
     found = client.wait(call.id, timeout=20)
     assert text(found) == "abcdefgh"
     with pytest.raises(errors.StateConflict):

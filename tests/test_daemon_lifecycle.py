@@ -66,6 +66,9 @@ def test_kill_9_leaves_no_container_and_every_call_with_an_outcome(
         assert found.outcome.error.code == "interrupted"
         assert found.stdout is not None
         assert found.stdout.text == "before\n"
+        assert [event.type for event in client.events(call.id)] == ["accepted", "started", "output", "ended"]
+    opened = [file.path for file in psutil.Process(second.process.pid).open_files()]
+    assert not [path for path in opened if "/calls/" in path]
     assert client.get(queued.id).state == "ended"
     again = client.run(["true"], key="repeated")  # the same key and request: the same outcome
     assert again.id == queued.id
@@ -280,3 +283,20 @@ def test_two_hundred_calls_leave_nothing_in_the_daemon(daemon_factory: Callable[
     until(lambda: len(process.children()) == len(berths_of(daemon)), "only those that wait are left")
     health = daemon.client().health()
     assert (health.running, health.queued) == (0, 0)
+
+
+def test_what_a_killed_daemon_left_half_written_goes(daemon_factory: Callable[..., Daemon]) -> None:
+    first = daemon_factory()
+    first.stop(signal.SIGKILL)
+    left = first.state / "blobs" / "tmp" / "half"
+    left.write_bytes(b"half")
+    daemon_factory(state=first.state, name="second")
+    assert not left.exists()
+
+
+def test_a_policy_directory_may_come_later(daemon_factory: Callable[..., Daemon], tmp_path: Path) -> None:
+    late = tmp_path / "late"
+    daemon = daemon_factory(config=f"policies: [{late}]\n")
+    late.mkdir()
+    (late / "mine.yaml").write_text("version: 1\nname: mine\nextends: default\n")
+    until(lambda: "mine" in {policy.name for policy in daemon.client().policies()}, "it is seen")

@@ -202,3 +202,11 @@ def test_plans_differ_by_what_they_would_do_only() -> None:
     assert plan(stdin="stream").digest != plan().digest
     assert plan(stdin=Bytes(text="a")).digest != plan(stdin=Bytes(text="b")).digest
     assert plan(limits={"wall": "60s"}).digest == plan().digest
+
+
+def test_what_a_call_holds_counts_what_is_put_into_its_workspace() -> None:
+    memory = SHAPE.limits.memory
+    assert plan().holds == memory
+    assert plan(limits={"memory": "64MiB"}).holds == 64 * 2**20
+    assert plan(inputs=[given_input("a", "xyz"), given_input("b", "x")]).holds == memory + 4
+    assert plan(tar=Bytes(text="tar")).holds == memory + SHAPE.limits.workspace_size

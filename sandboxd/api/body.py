@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl
 
+import anyio
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
+from sandboxd import units
 from sandboxd.api import problem
 from sandboxd.errors import InvalidRequest, RequestTimeout, TooLarge
 
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 
     from sandboxd.room import Held
 
-__all__ = ["chunks", "decode", "parse_json", "query", "read"]
+__all__ = ["Bounds", "chunks", "decode", "parse_json", "query", "read"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -40,23 +43,35 @@ def media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-async def read(request: Request, limit: int, held: Held | None = None) -> bytes:
-    """The whole body. Raises TooLarge as soon as it is known to be, RequestTimeout if it is cut off.
+@dataclass(frozen=True)
+class Bounds:
+    """Of a body that is read whole: bytes, and microseconds from its header to its end."""
+
+    size: int
+    time: int
+
+
+async def read(request: Request, bounds: Bounds, held: Held | None = None) -> bytes:
+    """The whole body. Raises TooLarge as soon as it is known to be, RequestTimeout if it is cut off or late.
 
     ``held`` counts what is held meanwhile; its QueueFull is raised too.
     """
+    limit = bounds.size
     declared = request.headers.get("content-length")
     if declared is not None and int(declared) > limit:  # h11 has seen to it that it is a number
         raise _too_large(limit)
     parts: list[bytes] = []
     size = 0
-    async for part in chunks(request):
-        size += len(part)
-        if size > limit:
-            raise _too_large(limit)
-        if held is not None:
-            held.grow(len(part))
-        parts.append(part)
+    with anyio.move_on_after(bounds.time / 1e6) as late:
+        async for part in chunks(request):
+            size += len(part)
+            if size > limit:
+                raise _too_large(limit)
+            if held is not None:
+                held.grow(len(part))
+            parts.append(part)
+    if late.cancelled_caught:
+        raise RequestTimeout(f"the body did not arrive within {units.format_duration(bounds.time)}")
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
@@ -79,11 +94,11 @@ def _too_large(limit: int) -> TooLarge:
     return TooLarge(f"the body is larger than {limit} bytes", limit=limit)
 
 
-async def decode(request: Request, model: type[Model], limit: int, held: Held | None = None) -> Model:
+async def decode(request: Request, model: type[Model], bounds: Bounds, held: Held | None = None) -> Model:
     """The JSON body as a model. Raises InvalidRequest, or 415, or what ``read`` does."""
     if media_type(request) not in {"application/json", ""}:
         raise HTTPException(415, "the body must be JSON: send Content-Type: application/json")
-    data = parse_json(await read(request, limit, held))
+    data = parse_json(await read(request, bounds, held))
     try:
         return model.model_validate(data)
     except ValidationError as error:

@@ -31,7 +31,9 @@ class Catalogue:
     def __init__(self, service: Service, bodies: Room) -> None:
         self.service = service
         self.bodies = bodies
-        self.limit = service.config.http.body
+        http = service.config.http
+        self.bounds = body.Bounds(http.body, http.body_time)
+        self.policy_text = body.Bounds(MAX_POLICY_BODY, http.body_time)
 
     async def policies(self, request: Request) -> Response:
         """The policies that the caller may use."""
@@ -49,7 +51,7 @@ class Catalogue:
     async def check(self, request: Request) -> Response:
         """All that is wrong with the text of a policy file."""
         body.query(request, queries.NoQuery)
-        asked = await body.decode(request, queries.CheckBody, MAX_POLICY_BODY)
+        asked = await body.decode(request, queries.CheckBody, self.policy_text)
         found = await self.service.check_policy(caller_of(request), asked.text, asked.name)
         return json_response({"problems": found})
 
@@ -58,7 +60,7 @@ class Catalogue:
         body.query(request, queries.NoQuery)
         caller = caller_of(request)
         with self.bodies.held(caller.uid) as held:
-            asked = await body.decode(request, models.Request, self.limit, held)
+            asked = await body.decode(request, models.Request, self.bounds, held)
             return json_response(await self.service.plan(caller, asked))
 
     async def images(self, request: Request) -> Response:

@@ -74,7 +74,9 @@ class Invocations:
     def __init__(self, service: Service, bodies: Room) -> None:
         self.service = service
         self.bodies = bodies
-        self.limit = service.config.http.body
+        http = service.config.http
+        self.bounds = body.Bounds(http.body, http.body_time)
+        self.small = body.Bounds(SMALL, http.body_time)
 
     async def create(self, request: Request) -> Response:
         """Run a call: wait for its outcome, stream its events, or only accept it."""
@@ -85,7 +87,7 @@ class Invocations:
         try:
             body.query(request, queries.NoQuery)
             with self.bodies.held(caller.uid) as held:
-                asked = await body.decode(request, models.Request, self.limit, held)
+                asked = await body.decode(request, models.Request, self.bounds, held)
                 summary = _summary(asked)
                 tied = not asynchronous and asked.key is None
                 found = await self.service.submit(caller, asked, tied=tied)
@@ -164,14 +166,14 @@ class Invocations:
     async def signal(self, request: Request) -> Response:
         """Send a signal to the tool."""
         body.query(request, queries.NoQuery)
-        asked = await body.decode(request, queries.SignalBody, SMALL)
+        asked = await body.decode(request, queries.SignalBody, self.small)
         await self.service.signal(caller_of(request), _id(request), int(asked.signal))
         return Response(status_code=204)
 
     async def cancel(self, request: Request) -> Response:
         """End the call, whatever its state; a body is read and means nothing."""
         body.query(request, queries.NoQuery)
-        await body.read(request, SMALL)
+        await body.read(request, self.small)
         return json_response(await self.service.cancel(caller_of(request), _id(request)))
 
     async def artifacts(self, request: Request) -> Response:

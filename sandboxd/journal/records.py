@@ -89,11 +89,12 @@ def _exact(value: Any) -> Any:
 
 
 def outcome_header(
-    invocation: models.Invocation, *, inputs: Sequence[str] = (), tar: str | None = None
+    invocation: models.Invocation, *, inputs: Sequence[str] | None = None, tar: str | None = None
 ) -> dict[str, Any]:
     """The header of an ended invocation's record; the chain adds ``n``, ``prev`` and ``body``.
 
-    ``inputs`` are the digests of its inputs in order, ``tar`` that of its tar. Raises ValueError for an
+    ``inputs`` are the digests of its inputs in order, ``tar`` that of its tar; None for inputs that only an
+    earlier daemon knew, which the digest of the plan still covers. Raises ValueError for an
     invocation without an outcome.
     """
     if invocation.outcome is None:
@@ -109,7 +110,7 @@ def outcome_header(
         "policy": invocation.policy.digest,
         "image": invocation.image.digest,
         "plan": invocation.plan,
-        "inputs": list(inputs),
+        "inputs": None if inputs is None else list(inputs),
         "tar": tar,
         "stdout": _stream(invocation.stdout),
         "stderr": _stream(invocation.stderr),

@@ -118,6 +118,11 @@ class Spool:
         """Whether nothing more can be written."""
         return self._closed
 
+    @property
+    def complete(self) -> bool:
+        """Whether it was closed, and not just left by a daemon that died."""
+        return self._summaries is not None
+
     def _load(self) -> None:
         self._count = self._index.count()
         self._summaries = self._index.summaries()

@@ -24,7 +24,7 @@ from sandboxd.kernel import files
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Limits", "unpack_tar"]
+__all__ = ["Limits", "check_tar", "unpack_tar"]
 
 _BLOCK = 512
 _CHUNK = 256 * 1024
@@ -199,44 +199,59 @@ def unpack_tar(root: int, data: bytes, uid: int, gid: int, limits: Limits) -> in
     Raises InvalidRequest for what is damaged, hostile or of another kind, TooLarge over ``limits`` or
     when the workspace is full, HostFailed.
     """
-    archive = _Archive(data, limits.size + limits.entries * _OVERHEAD)
-    count = total = 0
+    count = 0
     with files.Writer(root, uid, gid, replace=True) as writer:
-        for member, name, link in archive.members():
+        for member, parts, link, content in _members(data, limits):
             count += 1
-            total += member.size
-            if count > limits.entries:
-                most = units.format_count(limits.entries)
-                raise errors.TooLarge(f"the tar has more than {most} members", limit=limits.entries)
-            if total > limits.size:
-                most = units.format_size(limits.size)
-                raise errors.TooLarge(f"the tar unpacks to more than {most}", limit=limits.size)
-            _write(writer, archive, member, _parts(name), link)
+            if not parts:
+                continue  # "./": the workspace itself, whose mode is not the tar's to say
+            if member.type in _REGULAR:
+                mtime = int(member.mtime) if 0 <= member.mtime < _MAX_MTIME else None
+                writer.file(parts, content, member.mode, mtime)
+            elif member.isdir():
+                writer.directory(parts, member.mode)
+            elif member.issym():
+                writer.symlink(parts, link)
+            else:
+                writer.hard_link(parts, _parts(link))
     return count
 
 
-def _write(
-    writer: files.Writer, archive: _Archive, member: tarfile.TarInfo, parts: list[bytes], link: bytes
-) -> None:
-    if not parts:
-        if member.isdir() and not member.size:
-            return  # "./": the workspace itself, whose mode is not the tar's to say
-        raise errors.InvalidRequest("the tar has a member with an empty name")
-    if member.type in _REGULAR:
-        mtime = int(member.mtime) if 0 <= member.mtime < _MAX_MTIME else None
-        writer.file(parts, archive.content(member.size), member.mode, mtime)
-        return
-    shown = ascii(b"/".join(parts))[:200]
-    if member.size:
-        raise errors.InvalidRequest(f"the tar has content where none belongs: {shown}")
-    if member.isdir():
-        writer.directory(parts, member.mode)
-    elif member.issym():
-        writer.symlink(parts, link)
-    elif member.islnk():
-        target = _parts(link)
-        if not target:
-            raise errors.InvalidRequest(f"the tar has a hard link to nothing: {shown}")
-        writer.hard_link(parts, target)
-    else:
-        raise errors.InvalidRequest(f"the tar has a member that is no file, directory or link: {shown}")
+def check_tar(data: bytes, limits: Limits) -> None:
+    """Read a tar to its end and write nothing. Blocks. Raises what ``unpack_tar`` does for the tar alone."""
+    for _, _, _, content in _members(data, limits):
+        for _ in content:
+            pass
+
+
+_Member = tuple[tarfile.TarInfo, list[bytes], bytes, "Iterator[bytes]"]
+"""A member, the parts of its name, its link name, and its content, which must be taken before the next."""
+
+
+def _members(data: bytes, limits: Limits) -> Iterator[_Member]:
+    """Every member that is to be written, judged as far as it can be before it is."""
+    archive = _Archive(data, limits.size + limits.entries * _OVERHEAD)
+    count = total = 0
+    for member, name, link in archive.members():
+        count += 1
+        total += member.size
+        if count > limits.entries:
+            most = units.format_count(limits.entries)
+            raise errors.TooLarge(f"the tar has more than {most} members", limit=limits.entries)
+        if total > limits.size:
+            most = units.format_size(limits.size)
+            raise errors.TooLarge(f"the tar unpacks to more than {most}", limit=limits.size)
+        parts = _parts(name)
+        if not parts and not (member.isdir() and not member.size):
+            raise errors.InvalidRequest("the tar has a member with an empty name")
+        shown = ascii(b"/".join(parts))[:200]
+        if member.type not in _REGULAR:
+            if member.size:
+                raise errors.InvalidRequest(f"the tar has content where none belongs: {shown}")
+            if not (member.isdir() or member.issym() or member.islnk()):
+                raise errors.InvalidRequest(
+                    f"the tar has a member that is no file, directory or link: {shown}"
+                )
+            if member.islnk() and not _parts(link):
+                raise errors.InvalidRequest(f"the tar has a hard link to nothing: {shown}")
+        yield member, parts, link, archive.content(member.size)

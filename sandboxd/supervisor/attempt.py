@@ -33,7 +33,7 @@ from sandboxd.kernel import files, tar
 from sandboxd.kernel.cgroup import CgroupUsage
 from sandboxd.models import Cause, Denial, Event, Failure, Outcome, Usage
 from sandboxd.policy import seccomp
-from sandboxd.supervisor.ending import CommandFailed, Ended, Ending, Evidence, Lost, Stopped, classify
+from sandboxd.supervisor.ending import CommandFailed, Ended, Evidence, Lost, Stopped, classify
 from sandboxd.supervisor.ending import limits_reached as reached
 from sandboxd.supervisor.streams import OutputPipe, Stdin
 
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from sandboxd.journal.spool import Spool
     from sandboxd.models import Artifact, LimitReached, Receipt, Withheld
     from sandboxd.plan import Plan
+    from sandboxd.supervisor.ending import Deadline, Ending
 
 __all__ = ["Attempt", "Payload", "Result"]
 
@@ -91,10 +92,10 @@ class Attempt:
         engine: Engine,
         spool: Spool,
         blobs: BlobStore,
-        deadline: float | None,
+        deadline: Deadline | None,
         on_state: Callable[[Literal["running", "collecting"]], None],
     ) -> None:
-        """``deadline`` is a time of ``time.monotonic()``, for the call as a whole."""
+        """``deadline`` is that of the call as a whole."""
         self._plan = plan
         self._payload = payload
         self._engine = engine
@@ -199,7 +200,7 @@ class Attempt:
             self._stack.callback(pipes[name].close)
         slot.cgroup.reset_peak()
         self._before = slot.cgroup.usage()  # of the runtime and PID 1, which are not the call's
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        if self._deadline is not None and time.monotonic() >= self._deadline.at:
             self._end(Stopped("deadline"))
         command, limits = self._plan.command, self._plan.limits
         stdin = self._open_stdin(ids)
@@ -308,8 +309,8 @@ class Attempt:
         """End the call when its time is over; a timer and not a task, since every call has one."""
         wall = self._handed_over + self._plan.limits.wall / 1e6
         first, why = wall, Stopped("wall")
-        if self._deadline is not None and self._deadline < wall:
-            first, why = self._deadline, Stopped("deadline")
+        if self._deadline is not None and self._deadline.at < wall:
+            first, why = self._deadline.at, Stopped("deadline")
         left = max(0.0, first - time.monotonic())
         return asyncio.get_running_loop().call_later(left, self._end, why)
 
@@ -334,10 +335,9 @@ class Attempt:
         )
 
     def _report(self, slot: Slot, ending: Ending, evidence: Evidence, wall: int, result: Result) -> None:
-        deadline = None if self._deadline is None else int((self._deadline - self._handed_over) * 1e6)
         argv0 = _decode(self._plan.command.argv[0]).decode(errors="backslashreplace")
-        outcome = classify(ending, evidence, self._plan.limits, argv0, deadline)
-        result.limits_reached = reached(ending, evidence, self._plan.limits)
+        outcome = classify(ending, evidence, self._plan.limits, argv0, self._deadline)
+        result.limits_reached = reached(ending, evidence, self._plan.limits, self._deadline)
         result.denials = _denials(slot)
         for denial in result.denials:
             self._spool.add(Event(seq=0, at=0, type="denied", denial=denial))

@@ -18,7 +18,25 @@ from sandboxd.models import Cause, LimitReached, Outcome, signal_name
 if TYPE_CHECKING:
     from sandboxd.plan import Limits
 
-__all__ = ["CommandFailed", "Ended", "Ending", "Evidence", "Lost", "Stopped", "classify", "limits_reached"]
+__all__ = [
+    "CommandFailed",
+    "Deadline",
+    "Ended",
+    "Ending",
+    "Evidence",
+    "Lost",
+    "Stopped",
+    "classify",
+    "limits_reached",
+]
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When a call as a whole has to be over: a time of ``time.monotonic()``, and the microseconds asked."""
+
+    at: float
+    asked: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +86,7 @@ class Evidence:
 
 
 def classify(
-    ending: Ending, evidence: Evidence, limits: Limits, argv0: str, deadline: int | None
+    ending: Ending, evidence: Evidence, limits: Limits, argv0: str, deadline: Deadline | None
 ) -> Outcome | None:
     """The outcome; None when PID 1 was lost and no counter says why, which is a failure of ours."""
     facts: dict[str, Any] = {
@@ -112,7 +130,7 @@ def classify(
             return None
 
 
-def _stopped(why: str, limits: Limits, deadline: int | None, facts: dict[str, Any]) -> Outcome:
+def _stopped(why: str, limits: Limits, deadline: Deadline | None, facts: dict[str, Any]) -> Outcome:
     match why:
         case "wall":
             return Outcome(
@@ -122,11 +140,11 @@ def _stopped(why: str, limits: Limits, deadline: int | None, facts: dict[str, An
                 f"{units.format_duration(limits.wall)} and was ended.",
             )
         case "deadline":
+            asked = 0 if deadline is None else deadline.asked
             return Outcome(
                 cause=Cause.WALL_TIME,
-                evidence={**facts, "deadline": deadline},
-                message=f"The call's deadline of {units.format_duration(deadline or 0)} passed "
-                "and the command was ended.",
+                evidence={**facts, "deadline": asked},
+                message=f"The call's deadline of {units.format_duration(asked)} passed and it was ended.",
             )
         case "cpu_time":
             return Outcome(
@@ -171,7 +189,9 @@ def _hint(number: int) -> str:
     return ": it wrote a file larger than limits.file_size" if number == signal.SIGXFSZ else ""
 
 
-def limits_reached(ending: Ending, evidence: Evidence, limits: Limits) -> list[LimitReached]:
+def limits_reached(
+    ending: Ending, evidence: Evidence, limits: Limits, deadline: Deadline | None
+) -> list[LimitReached]:
     """Every limit that was reached, whether or not it ended the call."""
     why = ending.why if isinstance(ending, Stopped) else None
     signalled = isinstance(ending, Ended) and os.WIFSIGNALED(ending.status)
@@ -179,7 +199,7 @@ def limits_reached(ending: Ending, evidence: Evidence, limits: Limits) -> list[L
     bad_end = isinstance(ending, Lost) or (isinstance(ending, Ended) and ending.status != 0)
     found: list[tuple[bool, str, int | None, bool, int | None]] = [
         (why == "wall", "wall", limits.wall, True, None),
-        (why == "deadline", "deadline", limits.wall, True, None),
+        (why == "deadline", "deadline", None if deadline is None else deadline.asked, True, None),
         (
             limits.cpu_time is not None and (why == "cpu_time" or evidence.cpu_total >= limits.cpu_time),
             "cpu_time",

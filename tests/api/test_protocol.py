@@ -73,6 +73,19 @@ def test_a_body_that_is_slow_but_moves(serve: Any) -> None:
         assert sock.recv(100).startswith(b"HTTP/1.1 200")
 
 
+def test_a_body_that_moves_and_does_not_end(serve: Any, everything: Any) -> None:
+    server = serve(**SHORT, body_time=600_000)
+    with server.raw() as sock:
+        begun = time.monotonic()
+        sock.sendall(POST + b"Content-Length: 1000\r\n\r\n")
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while time.monotonic() - begun < 2:
+                sock.sendall(b" ")
+                time.sleep(0.05)
+        assert problem_of(everything(sock)) == (408, "request_timeout")
+    assert server.ask("GET", "/v1/health")[0] == 200
+
+
 def test_a_call_may_take_longer_than_any_timeout_of_a_request(serve: Any) -> None:
     server = serve(**SHORT)
     with server.raw() as sock:

@@ -91,7 +91,8 @@ def test_every_key_of_the_configuration_is_documented_with_its_default() -> None
         f"http.{name}": units.format_size for name in ("headers", "body")
     }
     formats |= {
-        f"http.{name}": units.format_duration for name in ("header_timeout", "body_timeout", "keep_alive")
+        f"http.{name}": units.format_duration
+        for name in ("header_timeout", "body_timeout", "body_time", "keep_alive")
     }
     formats |= {"budget.inputs": units.format_size, "pool.age": units.format_duration}
     formats |= {"socket.mode": lambda value: f'"{value:04o}"', "budget.memory": lambda value: f"{value:.0%}"}
@@ -232,7 +233,7 @@ def test_every_limit_that_can_be_reached_is_documented() -> None:
     limits = make_shape(SHIPPED.get("strict"), ImageRef("base", "sha256:")).limits
     all_of_it = Evidence(1, 1, 2**53, 1, 1, workspace_full=True, workspace_inodes_gone=True, tmp_full=True)
     endings: list[Ending] = [Stopped("wall"), Stopped("deadline"), Ended(signal.SIGXFSZ)]
-    reached = {found.limit for ending in endings for found in limits_reached(ending, all_of_it, limits)}
+    reached = {found.limit for ending in endings for found in limits_reached(ending, all_of_it, limits, None)}
     assert {code(row[0])[0] for row in CALLS.rows("in `limits_reached`")} == reached
 
 

@@ -16,6 +16,7 @@ from sandboxd.engine.probe import probe_shape
 from sandboxd.models import Cause
 from sandboxd.supervisor.ending import (
     CommandFailed,
+    Deadline,
     Ended,
     Ending,
     Evidence,
@@ -65,8 +66,13 @@ def test_every_way_to_be_stopped_is_known() -> None:
     assert set(get_args(get_type_hints(Stopped)["why"])) == set(WHY)
 
 
-@given(ending=endings, evidence=evidences, deadline=st.none() | st.integers(0, 10**12))
-def test_each_combination_has_one_outcome(ending: Ending, evidence: Evidence, deadline: int | None) -> None:
+deadlines = st.none() | st.builds(Deadline, at=st.floats(0, 1e9), asked=st.integers(1, 10**12))
+
+
+@given(ending=endings, evidence=evidences, deadline=deadlines)
+def test_each_combination_has_one_outcome(
+    ending: Ending, evidence: Evidence, deadline: Deadline | None
+) -> None:
     outcome = classify(ending, evidence, LIMITS, "tool", deadline)
     if outcome is None:
         assert isinstance(ending, Lost)
@@ -93,7 +99,7 @@ def test_memory_is_what_the_kernel_counted_and_nothing_else(ending: Ending, evid
 @given(ending=endings, evidence=evidences)
 def test_what_ended_a_call_is_among_the_limits_that_were_reached(ending: Ending, evidence: Evidence) -> None:
     outcome = classify(ending, evidence, LIMITS, "tool", None)
-    reached = limits_reached(ending, evidence, LIMITS)
+    reached = limits_reached(ending, evidence, LIMITS, None)
     names = [limit.limit for limit in reached]
     assert len(names) == len(set(names))
     ended = {limit.limit for limit in reached if limit.ended}
@@ -103,6 +109,16 @@ def test_what_ended_a_call_is_among_the_limits_that_were_reached(ending: Ending,
         assert ended == {ending.why}
     for limit, count in (("pids", evidence.pids_denied), ("memory", evidence.oom_kills)):
         assert (limit in names) == (count > 0)
+
+
+def test_a_deadline_is_told_as_it_was_asked() -> None:
+    deadline = Deadline(at=0.0, asked=1_500_000)
+    outcome = classify(Stopped("deadline"), NOTHING, LIMITS, "tool", deadline)
+    assert outcome is not None
+    assert outcome.evidence["deadline"] == 1_500_000
+    assert "1500ms" in outcome.message
+    [limit] = limits_reached(Stopped("deadline"), NOTHING, LIMITS, deadline)
+    assert (limit.limit, limit.value, limit.ended) == ("deadline", 1_500_000, True)
 
 
 def test_a_status_of_137_without_an_oom_kill_is_no_memory_limit() -> None:
@@ -119,7 +135,7 @@ def test_an_oom_kill_that_the_command_survived_is_a_limit_reached_and_not_its_en
     outcome = classify(Ended(0), evidence, LIMITS, "tool", None)
     assert outcome is not None
     assert outcome.exit_code == 0
-    [limit] = limits_reached(Ended(0), evidence, LIMITS)
+    [limit] = limits_reached(Ended(0), evidence, LIMITS, None)
     assert (limit.limit, limit.ended, limit.count) == ("memory", False, 1)
 
 
