@@ -11,7 +11,8 @@
  *
  * On EXEC it passes the command and its descriptors to the parked process, which executes it; the
  * errno of a failed execve comes back on the pair, a successful one closes it.  After that PID 1
- * reaps, forwards signals, and reports how the tool ended.
+ * reaps and forwards signals.  When the tool has ended it kills whatever else there is, reports how the
+ * tool ended, and, then or later, that it is alone.
  *
  * On WARM, which may come before EXEC, the parked process becomes an interpreter (runner.py) that says
  * on the pair that it is ready (WARMED) and waits there for the command in its stead. Code of the image
@@ -70,6 +71,7 @@ enum { /* frame types; below 64 from the daemon, from 64 on to it */
     EXITED = 68,
     FAILED = 69,
     WARMED = 70, /* what the interpreter said, or nothing when it has ended */
+    ALONE = 71,  /* the tool's whole tree is dead, where EXITED did not say so */
 };
 
 struct header {
@@ -96,7 +98,7 @@ struct exec { /* followed by cwd, argv and env, each string ended by NUL; stdin,
 
 struct exited {
     int32_t status; /* as wait(2) gives it */
-    uint32_t reserved;
+    uint32_t alone; /* no other process is left */
     uint64_t user, system, max_rss; /* microseconds, microseconds, KiB */
 };
 
@@ -418,10 +420,11 @@ static pid_t park(uint32_t length, int *pair)
     parked(up);
 }
 
-static void report_exit(int status, const struct rusage *used)
+static void report_exit(int status, const struct rusage *used, int alone)
 {
     struct exited exited = {
         .status = status,
+        .alone = (uint32_t)alone,
         .user = (uint64_t)used->ru_utime.tv_sec * 1000000u + (uint64_t)used->ru_utime.tv_usec,
         .system = (uint64_t)used->ru_stime.tv_sec * 1000000u + (uint64_t)used->ru_stime.tv_usec,
         .max_rss = (uint64_t)used->ru_maxrss,
@@ -498,16 +501,27 @@ static void hear(void)
     }
 }
 
+/* Reaps what is there; at the end of the tool everything else is killed, none of which can fork any more. */
 static void reap(pid_t tool)
 {
-    int status;
-    struct rusage used;
+    static int ended, told;
+    int status, tool_status = 0, now = 0;
+    struct rusage used, tool_used = {0};
     pid_t pid;
     while ((pid = wait4(-1, &status, WNOHANG, &used)) > 0)
         if (pid == tool) {
             hear(); /* what it said, it said before it ended */
-            report_exit(status, &used);
+            kill(-1, SIGKILL);
+            tool_status = status;
+            tool_used = used;
+            ended = now = 1;
         }
+    int alone = ended && pid < 0; /* no child is left: orphans become children of PID 1 */
+    if (now)
+        report_exit(tool_status, &tool_used, alone);
+    else if (alone && !told)
+        send_frame(CONTROL, ALONE, 0, NULL, 0, NULL, 0);
+    told = told || alone;
 }
 
 /* Passes a command on; the parked process answers with an errno, or closes the pair by execve. */

@@ -11,7 +11,8 @@ both ends are on one host. Descriptors travel with a frame's first byte.
     init -> daemon   HELLO    PID 1 runs
                      PARKED   the tool process waits; the listener of its filter as a descriptor
                      STARTED | EXEC_FAILED (errno)
-                     EXITED   wait status and rusage
+                     EXITED   wait status and rusage; whether any other process is left
+                     ALONE    none is any more
                      FAILED   errno and stage; PID 1 ends
                      WARMED   what the interpreter said of its start; nothing when it has ended
 """
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
-__all__ = ["Control", "ExecFailed", "Exited", "Gone", "Rlimit", "Setup", "Started"]
+__all__ = ["Alone", "Control", "ExecFailed", "Exited", "Gone", "Rlimit", "Setup", "Started"]
 
 VERSION = 1
 HEADER = struct.Struct("=IHHI")
@@ -58,6 +59,7 @@ class Type(IntEnum):
     EXITED = 68
     FAILED = 69
     WARMED = 70
+    ALONE = 71
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,13 @@ class Exited:
     user: int
     system: int
     max_rss: int
+    alone: bool
+    """Whether PID 1 is all that is left; else it has killed the others and will say ``Alone``."""
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Everything that the tool made is dead, and nothing can make more."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ class Gone:
     reason: str
 
 
-Report = Started | ExecFailed | Exited | Gone
+Report = Started | ExecFailed | Exited | Alone | Gone
 
 
 class Control:
@@ -280,8 +289,10 @@ class Control:
             case Type.EXEC_FAILED:
                 return ExecFailed(struct.unpack("=i", payload)[0])
             case Type.EXITED:
-                status, _, user, system, max_rss = EXITED.unpack(payload)
-                return Exited(status, user, system, max_rss * 1024)
+                status, alone, user, system, max_rss = EXITED.unpack(payload)
+                return Exited(status, user, system, max_rss * 1024, bool(alone))
+            case Type.ALONE:
+                return Alone()
             case Type.FAILED:
                 number, _, stage = payload.decode(errors="replace").partition(" ")
                 return Gone(f"{stage}: {os.strerror(int(number))}")

@@ -231,9 +231,8 @@ _Member = tuple[tarfile.TarInfo, list[bytes], bytes, "Iterator[bytes]"]
 def _members(data: bytes, limits: Limits) -> Iterator[_Member]:
     """Every member that is to be written, judged as far as it can be before it is."""
     archive = _Archive(data, limits.size + limits.entries * _OVERHEAD)
-    count = total = 0
-    for member, name, link in archive.members():
-        count += 1
+    total = 0
+    for count, (member, name, link) in enumerate(archive.members(), 1):
         total += member.size
         if count > limits.entries:
             most = units.format_count(limits.entries)

@@ -3,9 +3,10 @@
 Theory of operation.  The slot is made or given, the inputs are put into its workspace, the request's
 narrowing into its cgroup, and the receipt is read; only then is the command handed over. From there
 five things watch at once, and the first that speaks decides how the call ended: PID 1 (exit, exec
-failure), the wall clock, the CPU clock, an output cap that kills, and whoever cancels. Then the whole
-container is killed, whatever forked; that ends the pipes, so the streams can be read to their end;
-then the counters are read, the outcome classified, artifacts collected, and the slot destroyed.
+failure), the wall clock, the CPU clock, an output cap that kills, and whoever cancels. Then everything
+that the tool made is killed, by PID 1 when the command has ended, else with PID 1; that ends the pipes, so
+the streams can be read to their end; then the counters are read, the outcome classified, artifacts
+collected, and the slot destroyed.
 
 A fault of ours is an ``AttemptFailed`` and becomes the outcome ``failed``; it never escapes ``run``.
 """
@@ -27,7 +28,7 @@ import anyio.to_thread
 from sandboxd import artifacts, errors
 from sandboxd import receipt as receipts
 from sandboxd.engine.oci import cgroup_limits
-from sandboxd.init.protocol import ExecFailed, Exited, Gone, Started
+from sandboxd.init.protocol import Alone, ExecFailed, Exited, Gone, Started
 from sandboxd.init.warm import serves
 from sandboxd.kernel import files, tar
 from sandboxd.kernel.cgroup import CgroupUsage
@@ -51,6 +52,7 @@ __all__ = ["Attempt", "Payload", "Result"]
 
 GRACE = 30_000_000  # microseconds after the wall limit until PID 1 ends by itself
 CPU_POLL_MIN = 0.01  # seconds
+SOON = 2.0  # seconds that PID 1 gets to end what the command left behind, before it is ended with it
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class Attempt:
         self._fault: errors.AttemptFailed | None = None
         self._handed_over = 0.0
         self._running = False
+        self._alone = False
         self._before = CgroupUsage(0, 0, 0, 0, None, 0, 0)
         self._written = {"stdout": 0, "stderr": 0}
         self._dropped = {"stdout": 0, "stderr": 0}
@@ -119,7 +122,7 @@ class Attempt:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        """Destroy the slot, whose processes are all dead when ``run`` has returned."""
+        """Destroy the slot, whose processes but PID 1 are all dead when ``run`` has returned."""
         await self._stack.aclose()
 
     def cancel(self) -> None:
@@ -133,7 +136,7 @@ class Attempt:
         await self._slot.control.signal(number)
 
     async def run(self) -> Result:
-        """Run to the end, when everything in the container is dead; raises only if its task is cancelled."""
+        """Run to the end, when all that the tool made is dead; raises only if its task is cancelled."""
         result = Result(_failed(errors.Interrupted("the daemon stopped")))
         try:
             await self._run(result)
@@ -236,7 +239,8 @@ class Attempt:
             watchers.cancel_scope.cancel()
         wall.cancel()
         ended = time.monotonic()
-        await self._engine.kill(slot)
+        if not self._alone and not await self._left_alone(slot):
+            await self._engine.kill(slot)
         for pipe in pipes.values():
             await pipe.finished()
         if self._fault is not None:
@@ -300,10 +304,22 @@ class Attempt:
                 case ExecFailed(number):
                     self._end(CommandFailed(number))
                 case Exited(status):
+                    self._alone = report.alone
                     self._end(Ended(status))
+                case Alone():
+                    self._end(Lost("PID 1 says that all is over, and not how"))
                 case Gone(reason):
                     self._end(Lost(reason))
             return
+
+    async def _left_alone(self, slot: Slot) -> bool:
+        """Wait for PID 1's word that the rest is dead, where it kills it; False: that is for us to do."""
+        if self._fault is not None or not isinstance(self._ending, Ended):
+            return False
+        slot.cgroup.thaw_and_unthrottle()
+        with anyio.move_on_after(SOON):
+            return isinstance(await slot.control.report(), Alone)
+        return False
 
     def _watch_wall(self) -> asyncio.TimerHandle:
         """End the call when its time is over; a timer and not a task, since every call has one."""
