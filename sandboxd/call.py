@@ -49,6 +49,15 @@ class Call:
     stdin: Stdin = field(default_factory=Stdin)
     queue_scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     ended: anyio.Event = field(default_factory=anyio.Event)
+    decided: anyio.Event = field(default_factory=anyio.Event)
+    """Set when the acceptance is on disk, or ``refused``: until then all is made ready, and nothing runs."""
+    refused: bool = False
+
+    def refuse(self) -> None:
+        """The acceptance was not written: there is no such call, and what was made ready for it goes."""
+        self.refused = True
+        self.cancel()
+        self.decided.set()
 
     def cancel(self) -> None:
         """Ask for the outcome ``cancelled``, in whatever state the call is."""

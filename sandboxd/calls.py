@@ -172,18 +172,24 @@ class Calls(Ledger):
             key=request.key,
             times=Times(accepted=accepted),
         )
-        existing = await self._journal.accept(records.Accepted(invocation, digest))
-        if existing is not None:
-            held.release()
-            return await self.get(caller, existing.id)
         asked = request.deadline
         deadline = None if asked is None else Deadline(time.monotonic() + asked / 1e6, asked)
         limits = made.limits
         spool = Spool.create(self._spools / invocation.id, {"stdout": limits.stdout, "stderr": limits.stderr})
         spool.add(Event(seq=0, at=accepted, type="accepted", id=invocation.id))
         call = Call(invocation, caller, made, payload, spool, deadline, held)
+        self._tasks.start_soon(self._run, call)  # makes ready while the disk writes
+        try:
+            existing = await self._journal.accept(records.Accepted(invocation, digest))
+        except BaseException:
+            call.refuse()
+            raise
+        if existing is not None:
+            call.refuse()
+            held.release()
+            return await self.get(caller, existing.id)
         self._flying[invocation.id] = call
-        self._tasks.start_soon(self._run, call)
+        call.decided.set()
         return invocation
 
     async def _run(self, call: Call) -> None:
@@ -242,6 +248,7 @@ class Calls(Ledger):
             spool=call.spool,
             blobs=self._blobs,
             deadline=call.deadline,
+            accepted=call.decided,
             on_state=on_state,
         ) as call.attempt:
             result = await call.attempt.run()
@@ -250,6 +257,10 @@ class Calls(Ledger):
 
     async def _end(self, call: Call, result: Result) -> None:
         """Give a call its outcome. Raises nothing: whatever cannot be written, the call ends."""
+        await call.decided.wait()
+        if call.refused:
+            call.ended.set()
+            return
         invocation = call.invocation
         done = invocation.model_copy(
             update={

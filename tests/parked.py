@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from sandboxd.init.protocol import Report
 
-__all__ = ["ENV", "LONG", "SETUP", "UID", "Parked", "init", "parked"]
+__all__ = ["ENV", "LONG", "SETUP", "UID", "Parked", "heard", "init", "parked"]
 
 UID = 54_321
 LONG = 60_000_000
@@ -49,6 +50,14 @@ def init() -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
             assert process.wait(10) is not None  # PID 1 ends when its connection does
 
 
+@contextmanager
+def heard(control: Control) -> Iterator[asyncio.Queue[Report]]:
+    """What PID 1 says within the block."""
+    reports: asyncio.Queue[Report] = asyncio.Queue()
+    with control.heard(reports.put_nowait):
+        yield reports
+
+
 class Parked:
     """A parked tool process, to be given one command."""
 
@@ -68,9 +77,9 @@ class Parked:
             await self.control.execute(argv, ENV, cwd, deadline, [stdin, write, write])
             os.close(stdin)
             os.close(write)
-            with anyio.fail_after(20):
+            with anyio.fail_after(20), heard(self.control) as reports:
                 while not said or isinstance(said[-1], Started):
-                    said.append(await self.control.report())
+                    said.append(await reports.get())
                     if isinstance(said[-1], Started) and signals:
                         await anyio.sleep(0.2)
                         for number in signals:

@@ -23,6 +23,7 @@ import asyncio
 import os
 import socket
 import struct
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Self
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Self
 from sandboxd import errors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
 __all__ = ["Alone", "Control", "ExecFailed", "Exited", "Gone", "Rlimit", "Setup", "Started"]
@@ -224,20 +225,33 @@ class Control:
         except OSError:
             return
 
-    async def report(self) -> Report:
-        """The next thing that PID 1 says; ``Gone`` at the end, and ever after."""
+    @contextmanager
+    def heard(self, told: Callable[[Report], None]) -> Iterator[None]:
+        """Call ``told``, from the event loop, with what PID 1 says within the block; at its end ``Gone``."""
         loop = asyncio.get_running_loop()
-        while True:
-            frame = self._parse()
-            if frame is not None:
-                return self._decode(*frame)
+
+        def hear() -> None:
             try:
-                data = await loop.sock_recv(self._sock, 4096)
-            except OSError as error:
-                return Gone(str(error))
+                data = self._sock.recv(4096)
+                self._buffer += data
+                while (frame := self._parse()) is not None:
+                    told(self._decode(*frame))
+            except BlockingIOError:
+                return
+            except (OSError, errors.EngineFailed) as error:
+                data = b""
+                told(Gone(str(error)))
+            else:
+                if not data:
+                    told(Gone("PID 1 ended"))
             if not data:
-                return Gone("PID 1 ended")
-            self._buffer += data
+                loop.remove_reader(self._sock)
+
+        loop.add_reader(self._sock, hear)
+        try:
+            yield
+        finally:
+            loop.remove_reader(self._sock)
 
     @classmethod
     def _command(

@@ -1,14 +1,17 @@
 """Reading back the seccomp filter of another process, ptrace(2): ``PTRACE_SECCOMP_GET_FILTER``.
 
 The process is seized and interrupted for some tens of microseconds and goes on where it was; it sees
-nothing of it. Not every host can: the kernel needs ``CONFIG_CHECKPOINT_RESTORE``, and the reader
-``CAP_SYS_ADMIN``, ``CAP_SYS_PTRACE`` and no seccomp filter of its own.
+nothing of it. That is done by a thread which then ends: the kernel lets go of a process that cannot be
+detached from, because it does not stop, only when its tracer ends, and until then it could not be reaped.
+Not every host can: the kernel needs ``CONFIG_CHECKPOINT_RESTORE``, and the reader ``CAP_SYS_ADMIN``,
+``CAP_SYS_PTRACE`` and no seccomp filter of its own.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import time
 
 __all__ = ["read_filter"]
@@ -16,7 +19,7 @@ __all__ = ["read_filter"]
 PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_SECCOMP_GET_FILTER = 17, 0x4206, 0x4207, 0x420C
 WALL = 0x40000000  # __WALL: also a process that is no child of ours
 INSTRUCTION = 8  # bytes of a struct sock_filter
-STOP_SECONDS = 2.0  # a sleeping process stops at once; a frozen one never does
+STOP_SECONDS = 0.2  # a sleeping process stops at once; a frozen one, or one that waits in vfork(2), never
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.restype = ctypes.c_long
@@ -38,16 +41,27 @@ def read_filter(pid: int) -> bytes:
     (EPERM also while somebody else traces it), ENOENT when there is no filter, ESRCH when there is no
     process, ETIMEDOUT when it does not stop.
     """
-    _ptrace(PTRACE_SEIZE, pid, None, None)
+    found: list[bytes | OSError] = []
+    tracer = threading.Thread(target=lambda: found.append(_read(pid)))
+    tracer.start()
+    tracer.join()
+    if isinstance(found[0], OSError):
+        raise found[0]
+    return found[0]
+
+
+def _read(pid: int) -> bytes | OSError:
     try:
+        _ptrace(PTRACE_SEIZE, pid, None, None)
         _ptrace(PTRACE_INTERRUPT, pid, None, None)
         _until_stopped(pid)
         length = _ptrace(PTRACE_SECCOMP_GET_FILTER, pid, 0, None)
         program = ctypes.create_string_buffer(length * INSTRUCTION)
         _ptrace(PTRACE_SECCOMP_GET_FILTER, pid, 0, program)
-        return program.raw
-    finally:
-        _libc.ptrace(PTRACE_DETACH, pid, None, None)  # fails only for a process that is dead
+        _ptrace(PTRACE_DETACH, pid, None, None)
+    except OSError as error:
+        return error
+    return program.raw
 
 
 def _until_stopped(pid: int) -> None:

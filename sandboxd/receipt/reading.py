@@ -69,7 +69,7 @@ def check(receipt: Receipt) -> None:
 def read_receipt(slot: Slot, limits: Limits) -> Receipt:
     """Read back every control of a slot whose cgroup has ``limits`` (those of the plan) in it.
 
-    Raises ControlNotEnforced when the tool process cannot be read, which means that it is not there.
+    Blocks for some ms. Raises ControlNotEnforced when the tool process cannot be read: it is not there.
     """
     try:
         with Parked(slot.tool_pid) as process:
@@ -80,9 +80,9 @@ def read_receipt(slot: Slot, limits: Limits) -> Receipt:
                 *_rlimit_controls(limits, process),
                 *_cgroup_controls(slot, limits),
             ]
-    except OSError as error:
+    except (OSError, KeyError, ValueError) as error:  # lines are missing of a process that is about to end
         raise errors.ControlNotEnforced(
-            f"the parked tool process cannot be read: {error}", control="process"
+            f"the parked tool process cannot be read: {error!r}", control="process"
         ) from error
     return Receipt(
         engine=slot.engine, runtime=slot.runtime, controls=controls, read_at=time.time_ns() // 1000

@@ -31,11 +31,11 @@ from sandboxd.engine.oci import cgroup_limits
 from sandboxd.init.protocol import Alone, ExecFailed, Exited, Gone, Started
 from sandboxd.init.warm import serves
 from sandboxd.kernel import files, tar
-from sandboxd.kernel.cgroup import CgroupUsage
-from sandboxd.models import Cause, Denial, Event, Failure, Outcome, Usage
+from sandboxd.models import Cause, Denial, Event, Failure, Outcome
 from sandboxd.policy import seccomp
 from sandboxd.supervisor.ending import CommandFailed, Ended, Evidence, Lost, Stopped, classify
 from sandboxd.supervisor.ending import limits_reached as reached
+from sandboxd.supervisor.meter import Meter
 from sandboxd.supervisor.streams import OutputPipe, Stdin
 
 if TYPE_CHECKING:
@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 
     from sandboxd.blobs import BlobStore
     from sandboxd.engine.base import Engine, Slot
+    from sandboxd.init.protocol import Report
     from sandboxd.journal.spool import Spool
-    from sandboxd.models import Artifact, LimitReached, Receipt, Withheld
+    from sandboxd.models import Artifact, LimitReached, Receipt, Usage, Withheld
     from sandboxd.plan import Plan
     from sandboxd.supervisor.ending import Deadline, Ending
 
@@ -95,15 +96,17 @@ class Attempt:
         spool: Spool,
         blobs: BlobStore,
         deadline: Deadline | None,
+        accepted: anyio.Event,
         on_state: Callable[[Literal["running", "collecting"]], None],
     ) -> None:
-        """``deadline`` is that of the call as a whole."""
+        """``deadline`` is that of the call as a whole. Nothing is handed over before ``accepted`` is set."""
         self._plan = plan
         self._payload = payload
         self._engine = engine
         self._spool = spool
         self._blobs = blobs
         self._deadline = deadline
+        self._accepted = accepted
         self._on_state = on_state
         self._over = anyio.Event()
         self._ending: Ending | None = None
@@ -111,8 +114,8 @@ class Attempt:
         self._fault: errors.AttemptFailed | None = None
         self._handed_over = 0.0
         self._running = False
-        self._alone = False
-        self._before = CgroupUsage(0, 0, 0, 0, None, 0, 0)
+        self._started = False
+        self._alone = anyio.Event()
         self._written = {"stdout": 0, "stderr": 0}
         self._dropped = {"stdout": 0, "stderr": 0}
         self._stdin = stdin
@@ -179,10 +182,11 @@ class Attempt:
     async def _use(self, slot: Slot, result: Result) -> None:
         tmp = os.open(f"/proc/{slot.tool_pid}/root/tmp", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._stack.callback(os.close, tmp)
-        ending, wall = await self._supervise(slot)
+        meter, ending, wall = await self._supervise(slot)
         self._on_state("collecting")
-        evidence = self._evidence(slot, tmp)
-        self._report(slot, ending, evidence, wall, result)
+        evidence = self._evidence(slot, meter, tmp)
+        result.usage = meter.usage(wall=wall, **self._written)
+        self._report(slot, ending, evidence, result)
         if not isinstance(ending, CommandFailed):
             await self._collect(slot, result)
 
@@ -194,59 +198,69 @@ class Attempt:
             limits = tar.Limits(size=slot.shape.limits.workspace_size)
             tar.unpack_tar(slot.workspace_fd, self._payload.tar, uid, gid, limits)
 
-    async def _supervise(self, slot: Slot) -> tuple[Ending, int]:
+    async def _supervise(self, slot: Slot) -> tuple[Meter, Ending, int]:
         owner = slot.shape.process
         ids = slot.id_base + owner.uid, slot.id_base + owner.gid
         pipes = {}
         for name in ("stdout", "stderr"):
             pipes[name] = OutputPipe(*ids, self._sink(name))
             self._stack.callback(pipes[name].close)
-        slot.cgroup.reset_peak()
-        self._before = slot.cgroup.usage()  # of the runtime and PID 1, which are not the call's
-        if self._deadline is not None and time.monotonic() >= self._deadline.at:
-            self._end(Stopped("deadline"))
-        command, limits = self._plan.command, self._plan.limits
+        meter = Meter(slot)
         stdin = self._open_stdin(ids)
-        try:
-            if self._ending is None:
-                argv = [_decode(item) for item in command.argv]
-                waiting = slot.shape.warm if slot.warm else None
-                slot.listener.reset()  # what was denied before was not the command's
-                self._handed_over = time.monotonic()
-                await slot.control.execute(
-                    argv,
-                    [f"{key}={value}".encode() for key, value in command.env.items()],
-                    command.cwd.encode(),
-                    limits.wall + GRACE,
-                    [stdin, pipes["stdout"].inner, pipes["stderr"].inner],
-                    warm=waiting is not None and serves(waiting, argv, command.env),
-                )
-                self._running = True  # not before: a signal's frame must not come amid the command's
-                self._on_state("running")
-        finally:
-            os.close(stdin)
-            for pipe in pipes.values():
-                pipe.handed_over()
-        wall = self._watch_wall()
-        self._stack.callback(wall.cancel)
-        async with anyio.create_task_group() as watchers:
-            watchers.start_soon(self._guarded, self._watch_init, slot)
-            if limits.cpu_time is not None:
-                watchers.start_soon(self._guarded, self._watch_cpu, slot, limits.cpu_time, limits.cpus)
-            if self._payload.stdin is not None:
-                watchers.start_soon(self._guarded, self._feed, self._payload.stdin)
-            await self._over.wait()
-            watchers.cancel_scope.cancel()
-        wall.cancel()
-        ended = time.monotonic()
-        if not self._alone and not await self._left_alone(slot):
-            await self._engine.kill(slot)
+        with slot.control.heard(self._hear):
+            try:
+                await self._accepted.wait()
+                if self._deadline is not None and time.monotonic() >= self._deadline.at:
+                    self._end(Stopped("deadline"))
+                if self._ending is None:
+                    await self._hand_over(slot, [stdin, pipes["stdout"].inner, pipes["stderr"].inner])
+            finally:
+                os.close(stdin)
+                for pipe in pipes.values():
+                    pipe.handed_over()
+            wall = self._watch_wall()
+            self._stack.callback(wall.cancel)
+            await self._until_over(meter)
+            wall.cancel()
+            ended = time.monotonic()
+            if not self._alone.is_set() and not await self._left_alone(slot):
+                await self._engine.kill(slot)
         for pipe in pipes.values():
             await pipe.finished()
         if self._fault is not None:
             raise self._fault
         assert self._ending is not None  # noqa: S101  (that is what over means)
-        return self._ending, int((ended - self._handed_over) * 1e6) if self._handed_over else 0
+        return meter, self._ending, int((ended - self._handed_over) * 1e6) if self._handed_over else 0
+
+    async def _hand_over(self, slot: Slot, stdio: list[int]) -> None:
+        command = self._plan.command
+        argv = [_decode(item) for item in command.argv]
+        waiting = slot.shape.warm if slot.warm else None
+        slot.listener.reset()  # what was denied before was not the command's
+        self._handed_over = time.monotonic()
+        await slot.control.execute(
+            argv,
+            [f"{key}={value}".encode() for key, value in command.env.items()],
+            command.cwd.encode(),
+            self._plan.limits.wall + GRACE,
+            stdio,
+            warm=waiting is not None and serves(waiting, argv, command.env),
+        )
+        self._running = True  # not before: a signal's frame must not come amid the command's
+        self._on_state("running")
+
+    async def _until_over(self, meter: Meter) -> None:
+        limits = self._plan.limits
+        if limits.cpu_time is None and self._payload.stdin is None:
+            await self._over.wait()
+            return
+        async with anyio.create_task_group() as watchers:
+            if limits.cpu_time is not None:
+                watchers.start_soon(self._guarded, self._watch_cpu, meter, limits.cpu_time, limits.cpus)
+            if self._payload.stdin is not None:
+                watchers.start_soon(self._guarded, self._feed, self._payload.stdin)
+            await self._over.wait()
+            watchers.cancel_scope.cancel()
 
     def _open_stdin(self, ids: tuple[int, int]) -> int:
         if self._plan.command.stdin == "none":
@@ -295,22 +309,21 @@ class Attempt:
         except OSError as error:
             self._break(errors.HostFailed(f"the host refused what the call needs: {error}"))
 
-    async def _watch_init(self, slot: Slot) -> None:
-        while True:
-            report = await slot.control.report()
-            match report:
-                case Started():
-                    continue
-                case ExecFailed(number):
-                    self._end(CommandFailed(number))
-                case Exited(status):
-                    self._alone = report.alone
-                    self._end(Ended(status))
-                case Alone():
-                    self._end(Lost("PID 1 says that all is over, and not how"))
-                case Gone(reason):
-                    self._end(Lost(reason))
-            return
+    def _hear(self, report: Report) -> None:
+        """What PID 1 says."""
+        match report:
+            case Started():
+                self._started = True
+            case ExecFailed(number):
+                self._end(CommandFailed(number))
+            case Exited(status):
+                if report.alone:
+                    self._alone.set()
+                self._end(Ended(status) if self._started else Lost("the parked process ended"))
+            case Alone():
+                self._alone.set()
+            case Gone(reason):
+                self._end(Lost(reason))
 
     async def _left_alone(self, slot: Slot) -> bool:
         """Wait for PID 1's word that the rest is dead, where it kills it; False: that is for us to do."""
@@ -318,8 +331,8 @@ class Attempt:
             return False
         slot.cgroup.thaw_and_unthrottle()
         with anyio.move_on_after(SOON):
-            return isinstance(await slot.control.report(), Alone)
-        return False
+            await self._alone.wait()
+        return self._alone.is_set()
 
     def _watch_wall(self) -> asyncio.TimerHandle:
         """End the call when its time is over; a timer and not a task, since every call has one."""
@@ -330,19 +343,18 @@ class Attempt:
         left = max(0.0, first - time.monotonic())
         return asyncio.get_running_loop().call_later(left, self._end, why)
 
-    async def _watch_cpu(self, slot: Slot, limit: int, cpus: int) -> None:
+    async def _watch_cpu(self, meter: Meter, limit: int, cpus: int) -> None:
         fastest = min(cpus / 1000, os.cpu_count() or 1)  # CPU seconds that can be used in a second
-        before = self._before.cpu_total_us
-        while (left := limit - (slot.cgroup.cpu_total() - before)) > 0:  # noqa: ASYNC110  (no event tells)
+        while (left := limit - meter.cpu()) > 0:  # noqa: ASYNC110  (no event tells)
             await anyio.sleep(max(CPU_POLL_MIN, left / 1e6 / fastest))
         self._end(Stopped("cpu_time"))
 
-    def _evidence(self, slot: Slot, tmp: int) -> Evidence:
+    def _evidence(self, slot: Slot, meter: Meter, tmp: int) -> Evidence:
         workspace, temporary = os.fstatvfs(slot.workspace_fd), os.fstatvfs(tmp)
         return Evidence(
-            oom_kills=slot.cgroup.oom_kills(),
-            pids_denied=slot.cgroup.pids_denied(),
-            cpu_total=slot.cgroup.cpu_total() - self._before.cpu_total_us,
+            oom_kills=meter.oom_kills(),
+            pids_denied=meter.pids_denied(),
+            cpu_total=meter.cpu(),
             stdout_dropped=self._dropped["stdout"],
             stderr_dropped=self._dropped["stderr"],
             workspace_full=workspace.f_bfree == 0,
@@ -350,7 +362,7 @@ class Attempt:
             tmp_full=temporary.f_bfree == 0 or temporary.f_ffree == 0,
         )
 
-    def _report(self, slot: Slot, ending: Ending, evidence: Evidence, wall: int, result: Result) -> None:
+    def _report(self, slot: Slot, ending: Ending, evidence: Evidence, result: Result) -> None:
         argv0 = _decode(self._plan.command.argv[0]).decode(errors="backslashreplace")
         outcome = classify(ending, evidence, self._plan.limits, argv0, self._deadline)
         result.limits_reached = reached(ending, evidence, self._plan.limits, self._deadline)
@@ -359,18 +371,6 @@ class Attempt:
             self._spool.add(Event(seq=0, at=0, type="denied", denial=denial))
         for limit in result.limits_reached:
             self._spool.add(Event(seq=0, at=0, type="limit", limit=limit))
-        used, before = slot.cgroup.usage(), self._before
-        result.usage = Usage(
-            wall=wall,
-            cpu_user=used.cpu_user_us - before.cpu_user_us,
-            cpu_system=used.cpu_system_us - before.cpu_system_us,
-            memory_peak=used.memory_peak,
-            pids_peak=used.pids_peak,
-            io_read=used.io_read - before.io_read,
-            io_written=used.io_written - before.io_written,
-            stdout=self._written["stdout"],
-            stderr=self._written["stderr"],
-        )
         if outcome is None:
             reason = ending.reason if isinstance(ending, Lost) else "no report"
             raise errors.EngineFailed(f"the container's PID 1 was lost: {reason}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 from daemons import needs_containers
-from parked import ENV, LONG, Parked, parked
+from parked import ENV, LONG, Parked, heard, parked
 
 from sandboxd import errors
 from sandboxd.init.protocol import ExecFailed, Exited, Gone, Started
@@ -78,12 +78,12 @@ async def reports(slot: Parked, command: list[bytes], deadline: int, number: int
     null = os.open(os.devnull, os.O_RDWR)
     said: list[Report] = []
     try:
-        with anyio.fail_after(10):
+        with anyio.fail_after(10), heard(slot.control) as reports:
             await slot.control.execute(command, ENV, b"/", deadline, [null] * 3, warm=True)
             if number is not None:
                 await slot.control.signal(number)
             while not said or isinstance(said[-1], (Started, ExecFailed)):
-                said.append(await slot.control.report())
+                said.append(await reports.get())
     finally:
         os.close(null)
     return said

@@ -15,7 +15,7 @@ import pytest
 from daemons import needs_containers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from parked import ENV, LONG, SETUP, UID, init, parked
+from parked import ENV, LONG, SETUP, UID, heard, init, parked
 
 from sandboxd import errors
 from sandboxd.init.protocol import HEADER, Control, ExecFailed, Exited, Gone, Setup, Started, Type
@@ -158,8 +158,8 @@ def test_a_command_without_its_descriptors_ends_it() -> None:
         slot.control._sock.sendall(frame(Type.EXEC, struct.pack("=IIQ", 1, 0, 0) + b"/\0true\0"))
 
         async def said() -> Report:
-            with anyio.fail_after(10):
-                return await slot.control.report()
+            with anyio.fail_after(10), heard(slot.control) as reports:
+                return await reports.get()
 
         found = anyio.run(said)
         assert isinstance(found, Gone)

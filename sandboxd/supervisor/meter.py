@@ -1,0 +1,55 @@
+"""What a slot's cgroup counts from hand-over on: the call's own share of its counters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sandboxd.models import Usage
+
+if TYPE_CHECKING:
+    from sandboxd.engine.base import Slot
+
+__all__ = ["Meter"]
+
+
+class Meter:
+    """Takes the counters when it is made; every method reads the cgroup, and raises HostFailed."""
+
+    def __init__(self, slot: Slot) -> None:
+        """To be made when nothing but the hand-over is left to do."""
+        self._slot = slot
+        cgroup = slot.cgroup
+        cgroup.reset_peak()
+        self._before = cgroup.usage()  # of the runtime and PID 1, which are not the call's
+        self._killed = self._denied = 0
+        if slot.warm:  # nor is what the interpreter met while it started
+            self._killed, self._denied = cgroup.oom_kills(), cgroup.pids_denied()
+
+    def cpu(self) -> int:
+        """Microseconds of CPU."""
+        return self._slot.cgroup.cpu_total() - self._before.cpu_total_us
+
+    def oom_kills(self) -> int:
+        """Processes that the kernel killed for memory."""
+        return self._slot.cgroup.oom_kills() - self._killed
+
+    def pids_denied(self) -> int:
+        """Forks that failed at the pids limit."""
+        return self._slot.cgroup.pids_denied() - self._denied
+
+    def usage(self, *, wall: int, stdout: int, stderr: int) -> Usage:
+        """All that was used; what no cgroup counts is given."""
+        used, before = self._slot.cgroup.usage(), self._before
+        # of a warm slot the kernel's peak may be that of its start, and nothing takes it back
+        peak_is_own = not self._slot.warm or used.pids_peak != before.pids_peak
+        return Usage(
+            wall=wall,
+            cpu_user=used.cpu_user_us - before.cpu_user_us,
+            cpu_system=used.cpu_system_us - before.cpu_system_us,
+            memory_peak=used.memory_peak,
+            pids_peak=used.pids_peak if peak_is_own else None,
+            io_read=used.io_read - before.io_read,
+            io_written=used.io_written - before.io_written,
+            stdout=stdout,
+            stderr=stderr,
+        )
