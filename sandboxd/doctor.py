@@ -33,7 +33,6 @@ RANGES = 16  # of ids: for one container and those that the engine prepares
 TOOLS = {
     "mmdebstrap": "build images (`sandboxd image build`)",
     "skopeo": "pull and import images",
-    "umoci": "unpack OCI images",
 }
 
 

@@ -134,7 +134,10 @@ class ImageInUse(Refused):
 
 
 class TooLarge(Refused):
-    """Raised when a body, a header or a field is over its limit; ``details["limit"]`` is in bytes."""
+    """Raised when a body, a header or a field is over its limit, ``details["limit"]``.
+
+    It counts bytes; of the field that ``details["field"]`` names, if any, characters, items or members.
+    """
 
     code = "too_large"
     status = 413

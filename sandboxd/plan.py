@@ -17,6 +17,7 @@ from sandboxd.errors import ControlNotSupported, InvalidRequest, RequestTooWide,
 from sandboxd.models import Bytes
 from sandboxd.policy import paths, seccomp
 from sandboxd.policy.explain import on_output
+from sandboxd.policy.fixed import DEFAULT_ENV
 from sandboxd.policy.quantities import MIN_MEMORY
 
 if TYPE_CHECKING:
@@ -47,14 +48,6 @@ less is its own to say, as E2BIG. Every record of a call repeats its argv."""
 
 MAX_PATTERNS = 8192
 """Characters of all artifact patterns of a request."""
-
-DEFAULT_ENV = {
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    "HOME": "/tmp",  # noqa: S108, the one directory beside the workspace that any tool can write
-    "TMPDIR": "/tmp",  # noqa: S108, the container's own tmpfs
-    "LANG": "C.UTF-8",
-}
-"""What every command gets unless its policy or its request says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -421,7 +414,8 @@ def _fit(limit: str, asked: int, allowed: int, show: Callable[[int], str]) -> No
 
 def _patterns(patterns: list[str] | None) -> tuple[str, ...] | None:
     if sum(map(len, patterns or ())) > MAX_PATTERNS:  # compiling them takes the event loop's time
-        raise InvalidRequest(f"artifacts: more than {MAX_PATTERNS} characters in all", field="artifacts")
+        said = f"artifacts: more than {MAX_PATTERNS} characters in all"
+        raise TooLarge(said, field="artifacts", limit=MAX_PATTERNS)
     for number, pattern in enumerate(patterns or ()):
         try:
             paths.artifact_pattern(pattern)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from sandboxd import doctor
 from sandboxd.config import SYSTEM_SOCKET, Config, load_config
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +61,7 @@ def test_the_wheel_holds_static_binaries_and_names_its_platform(checkout: Path) 
             program = archive.read(info)
             assert program.startswith(b"\x7fELF")
             assert b"/ld-linux" not in program  # no interpreter: static
+        assert "sandboxd/py.typed" in archive.namelist()  # as its classifier says
         assert "sandboxd/_shipped/policies/default.yaml" in archive.namelist()
         assert "sandboxd/_shipped/images/base.yaml" in archive.namelist()
         assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
@@ -140,6 +143,12 @@ def test_scripts_are_clean() -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed here")
     subprocess.run(["shellcheck", "-x", *map(str, SCRIPTS), ".ci/run"], cwd=ROOT, check=True, timeout=60)
+
+
+def test_setup_installs_for_everybody_only_what_sandboxd_runs() -> None:
+    always, tests = re.findall(r"for name in (.+); do", (ROOT / "scripts/setup").read_text())[:2]
+    assert set(always.split()) == {"crun", "runc", "gcc", *doctor.TOOLS}
+    assert "umoci" in tests.split()
 
 
 def test_run_refuses_what_it_does_not_know() -> None:

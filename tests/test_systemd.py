@@ -1,11 +1,8 @@
-"""The protocols of a service manager, with real sockets."""
+"""The protocol of a service manager, with real sockets."""
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 import uuid
 from typing import TYPE_CHECKING
 
@@ -51,66 +48,3 @@ def test_a_manager_that_does_not_read_holds_nobody_up(
 def test_a_state_has_no_nul(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="NUL"):
         systemd.notify("READY=1\0")
-
-
-def receive(*passed: int, pid: str = "$", count: str | None = None) -> subprocess.CompletedProcess[str]:
-    """``listen_fds`` in a process that got descriptors from 3 on, as systemd would pass them."""
-    code = (
-        "import os, sys\n"
-        "from sandboxd import systemd\n"
-        "if sys.argv[1] == '$': os.environ['LISTEN_PID'] = str(os.getpid())\n"
-        "got = systemd.listen_fds()\n"
-        "print([(s.fileno(), s.getsockname(), s.get_inheritable()) for s in got],"
-        " systemd.listen_fds(), [k for k in os.environ if k.startswith('LISTEN')])\n"
-    )
-
-    def place() -> None:
-        high = [os.dup2(fd, 100 + number) for number, fd in enumerate(passed)]
-        for number, fd in enumerate(high):
-            os.dup2(fd, 3 + number)
-
-    environment = {
-        **os.environ,
-        "LISTEN_PID": pid,
-        "LISTEN_FDS": count or str(len(passed)),
-        "LISTEN_FDNAMES": "x",
-    }
-    return subprocess.run(
-        [sys.executable, "-c", code, pid],
-        env=environment,
-        preexec_fn=place,
-        close_fds=False,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-    )
-
-
-def test_passed_sockets_are_taken_once(tmp_path: Path) -> None:
-    path = str(tmp_path / "s")
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen()
-        result = receive(listener.fileno())
-    assert result.stdout == f"[(3, {path!r}, False)] [] []\n", result.stderr
-
-
-def test_sockets_of_another_process_are_left_alone(tmp_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "s"))
-        listener.listen()
-        for pid, count in (("1", "1"), ("$", "0"), ("$", "x"), ("$", "100000"), ("$", "-1")):
-            assert receive(listener.fileno(), pid=pid, count=count).stdout == "[] [] []\n"
-
-
-def test_what_is_no_listening_unix_socket_is_refused(tmp_path: Path) -> None:
-    left, right = socket.socketpair()
-    with left, right, (tmp_path / "f").open("w") as file, socket.socket() as tcp:
-        tcp.bind(("127.0.0.1", 0))
-        tcp.listen()
-        for fd in (left.fileno(), file.fileno(), tcp.fileno()):
-            result = receive(fd)
-            assert result.returncode == 1
-            assert "descriptor 3, which is no listening Unix stream socket" in result.stderr
-    assert "which is not open" in receive(count="3").stderr

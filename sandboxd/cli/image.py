@@ -25,7 +25,7 @@ __all__ = ["build", "import_image", "ls", "pull", "rm", "verify"]
 
 FlatFormat = Annotated[Format, Parameter(name="*")]
 State = Annotated[Path | None, Parameter(help="The state directory, before the configuration's.")]
-Name = Annotated[str, Parameter(help="The image's name.")]
+Name = Annotated[str, Parameter(help="The image's name, or its digest (sha256:…).")]
 _ARCHIVE = re.compile(r"(\.(tar|tgz|txz|oci|gz|xz|bz2|zst))+$")
 
 
@@ -115,7 +115,8 @@ def ls(*, config: ConfigFile = None, state: State = None, output: FlatFormat = F
     """List the images in the store, with the policies that use them."""
     users = _users(config)
     images = [
-        one.model_copy(update={"used_by": users.get(one.name, [])}) for one in _store(config, state).list()
+        one.model_copy(update={"used_by": sorted({*users.get(one.name, []), *users.get(one.digest, [])})})
+        for one in _store(config, state).list()
     ]
     if output.json:
         terminal.print_json({"images": [terminal.wire(image) for image in images]})
@@ -158,14 +159,14 @@ def verify(
 
 
 def rm(name: Name, *, config: ConfigFile = None, state: State = None, output: FlatFormat = FORMAT) -> None:
-    """Remove an image; one that a policy or a running call uses is kept."""
-    _store(config, state).remove(name, used_by=_users(config).get(name, []))
+    """Remove an image by its name or digest; one that a policy or a running call uses is kept."""
+    _store(config, state).remove(name, users=_users(config))
     if output.json:
         terminal.print_json({"removed": name})
 
 
 def _users(config: Path | None) -> dict[str, list[str]]:
-    """The names of the policies that use each image."""
+    """The names of the policies that use each image, by the name or digest that they write."""
     policies = load(config)
     users: dict[str, list[str]] = {}
     for name in policies.names():

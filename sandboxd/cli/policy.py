@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sandboxd.models import PolicyInfo, PolicyProblem
-    from sandboxd.policy import PolicySet
+    from sandboxd.policy import Policy, PolicySet
 
 __all__ = ["check", "explain", "list_policies", "load", "schema", "show"]
 
+BUILT_IN = "(built-in default)"  # the file of an origin that nobody wrote
 Name = Annotated[str, Parameter(help="The policy's name.")]
 Local = Annotated[
     bool,
@@ -129,13 +130,16 @@ def explain(
     config: ConfigFile = None,
     remote: FlatRemote = REMOTE,
 ) -> None:
-    """Print every control of a policy with the file and the line that set it; nothing runs."""
-    if local:
-        from sandboxd import policy as policies  # noqa: PLC0415 - only when files are read here
+    """Print every control of a policy with the file and the line that set it; nothing runs.
 
-        document: dict[str, Any] = {"explain": policies.explain(load(config).get(name), None)}
+    With a command, also the command and its environment as they would be.
+    """
+    if local:
+        document: dict[str, Any] = {"explain": _explained(load(config).get(name), argv)}
     else:
         document = terminal.wire(remote.client().plan(list(argv) or ["true"], policy=name))
+    if not argv:  # a plan needs a command, and nobody gave one
+        document["explain"] = [one for one in document["explain"] if one.get("control") != "command"]
     if remote.json:
         terminal.print_json(document)
         return
@@ -146,8 +150,22 @@ def explain(
     terminal.print_rows(("CONTROL", "VALUE", "SET AT", ""), rows, empty="the policy sets nothing")
 
 
+def _explained(policy: Policy, argv: Sequence[str]) -> list[dict[str, Any]]:
+    from sandboxd.models import Request  # noqa: PLC0415 - only when files are read here
+    from sandboxd.plan import ImageRef, make_plan, make_shape  # noqa: PLC0415 - same
+    from sandboxd.policy import explain  # noqa: PLC0415 - same
+
+    if not argv:
+        return explain(policy)
+    # which image the name stands for is the daemon's to say, and no row is about it
+    shape = make_shape(policy, ImageRef(policy.image, ""))
+    return explain(policy, make_plan(policy, shape, Request(argv=list(argv))))
+
+
 def _place(line: dict[str, Any]) -> str:
-    return f"{line.get('file')}:{line['line']}" if line.get("line") else "built in"
+    if line.get("line"):
+        return f"{line.get('file')}:{line['line']}"
+    return "built in" if line.get("file") == BUILT_IN else str(line.get("file"))
 
 
 def schema() -> None:

@@ -31,7 +31,7 @@ from sandboxd.images.tree import differences, tree_document
 
 if TYPE_CHECKING:
     import builtins
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -154,18 +154,17 @@ class ImageStore:
             found.insert(0, "(tree)")
         return found
 
-    def remove(self, name: str, *, used_by: Sequence[str] = ()) -> None:
+    def remove(self, name: str, *, users: Mapping[str, Sequence[str]] | None = None) -> None:
         """Remove a name, and its image if no other name has it; or an image by digest, with its names.
 
-        ``used_by`` are the policies that need it. Raises ImageInUse where there are any, or where a
-        container of the image exists; NotFound; InvalidRequest for ``host``.
+        ``users`` are the policies by the name or digest of the image that they need. Raises ImageInUse
+        where one of them would lose it, or where a container of the image exists; NotFound;
+        InvalidRequest for ``host``.
         """
         if name == "host":
             raise InvalidRequest(
                 "the host is no image in the store; there is nothing to remove", field="name"
             )
-        if used_by:
-            raise ImageInUse(f"{name} is used by {', '.join(used_by)}", image=name, used_by=list(used_by))
         image = self.resolve(name)
         directory = self._directory(image.digest)
         with self._shelf.table():
@@ -173,6 +172,12 @@ class ImageStore:
             left = {key: value for key, value in names.items() if key != name}
             if name == image.digest:
                 left = {key: value for key, value in names.items() if value != name}
+            lost = names.keys() - left.keys()
+            if image.digest not in left.values():
+                lost |= {image.digest}
+            used_by = sorted({user for each in lost for user in (users or {}).get(each, ())})
+            if used_by:
+                raise ImageInUse(f"{name} is used by {', '.join(used_by)}", image=name, used_by=used_by)
             if image.digest in left.values():
                 self._shelf.write_names(left)
                 return

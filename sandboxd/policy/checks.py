@@ -28,15 +28,30 @@ UNSUPPORTED = "control_not_supported"
 MAX_NAME = 256  # characters of what claims to be the name of a system call
 
 
-def check(spec: PolicyFile, places: Places) -> list[PolicyProblem]:
-    """Every problem of a resolved policy but those of its examples and of the floor."""
-    found = [*_sizes(spec, places), *_process(spec, places), *_mounts(spec, places)]
-    found += [*_network(spec, places), *_repeated(spec, places), *_unsupported(spec, places)]
-    return found + check_syscalls(spec.syscalls.allow, spec.syscalls.deny, places)
+def check(spec: PolicyFile, places: Places) -> dict[str, list[PolicyProblem]]:
+    """Every problem of a resolved policy but those of its examples and of the floor, by section.
+
+    What depends on a doubtful value is not judged.
+    """
+    syscalls = check_syscalls(spec.syscalls.allow, spec.syscalls.deny, places)
+    return {
+        "limits": [*_sizes(spec, places), *_streams(spec, places)],
+        "process": [*_process(spec, places)],
+        "mounts": [*_mounts(spec, places)],
+        "network": [*_network(spec, places)],
+        "syscalls": [*_contradicted(spec, places), *syscalls],
+        "others": [*_repeated(spec, places), *_unsupported(spec, places)],
+    }
 
 
 def _sizes(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
     limits, root = spec.limits, spec.filesystem
+    for key in ("size", "inodes"):
+        path = f"filesystem.{key}"
+        if root.root == "read-only" and places.tree.find(path) and places.sure("filesystem.root"):
+            yield places.problem(path, IMPOSSIBLE, f"{path} needs root: overlay")
+    if not places.sure("limits.memory", "limits.workspace.size", "limits.tmp.size", "filesystem"):
+        return
     parts = {"limits.workspace.size": limits.workspace.size, "limits.tmp.size": limits.tmp.size}
     if root.root == "overlay":
         parts["filesystem.size"] = root.size
@@ -50,18 +65,18 @@ def _sizes(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
             f"{summed} = {units.format_size(total)} is more than limits.memory "
             f"{units.format_size(limits.memory)}: pages of a tmpfs count against memory",
         )
-    for key in ("size", "inodes"):
-        if root.root == "read-only" and places.tree.find(f"filesystem.{key}"):
-            yield places.problem(f"filesystem.{key}", IMPOSSIBLE, f"filesystem.{key} needs root: overlay")
-    out, err = limits.stdout.on_limit, limits.stderr.on_limit
-    if out and err and out != err:
+
+
+def _streams(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
+    out, err = spec.limits.stdout.on_limit, spec.limits.stderr.on_limit
+    if out and err and out != err and places.sure("limits.stdout", "limits.stderr"):
         said = f"stdout has on_limit: {out} and stderr {err}; this release enforces one for both"
         yield places.problem("limits.stderr.on_limit", UNSUPPORTED, said)
 
 
 def _process(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
     process = spec.process
-    if process.user_namespace == "none":
+    if process.user_namespace == "none" and places.sure("process"):
         for key, number in (("user", process.user), ("group", process.group)):
             if number == 0:
                 said = f"{key} 0 with user_namespace: none is the host's own root"
@@ -70,23 +85,29 @@ def _process(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
 
 def _mounts(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
     for number, mount in enumerate(spec.mounts):
-        for other in spec.mounts[:number]:
-            if paths.within(mount.target, other.target) or paths.within(other.target, mount.target):
+        for before, other in enumerate(spec.mounts[:number]):
+            over = paths.within(mount.target, other.target) or paths.within(other.target, mount.target)
+            if over and places.stand("mounts", f"mounts.{number}", f"mounts.{before}"):
                 said = f"{mount.target!r} and {other.target!r} lie over each other"
                 yield places.problem(f"mounts.{number}", IMPOSSIBLE, said)
+        if mount.mode == "read-write":
+            said = "mode: read-write is not enforced by this release"
+            yield places.problem(f"mounts.{number}.mode", UNSUPPORTED, said)
 
 
 def _network(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
     network = spec.network
-    if network is None:
+    if network is None or not places.sure("network"):
         return
+    if not network.reaches_nothing:
+        yield unsupported_network(places)
     if network.mode != "rules" and (network.allow or network.deny or network.budget):
         said = f"mode: {network.mode} leaves nothing for allow, deny and budget"
         yield places.problem("network.mode", IMPOSSIBLE, said)
     proxied = {secret.name for secret in spec.secrets if secret.as_ == "proxy"}
     for number, rule in enumerate(network.allow):
         for name in rule.inject.secrets() if rule.inject else ():
-            if name not in proxied:
+            if name not in proxied and places.sure("secrets"):
                 said = f"the secret {name} is not listed under secrets with as: proxy"
                 yield places.problem(f"network.allow.{number}.inject", IMPOSSIBLE, said)
 
@@ -99,14 +120,20 @@ def _repeated(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
     }
     for section, listed in names.items():
         for number, name in enumerate(listed):
-            if name in listed[:number]:
+            items = (f"{section}.{number}", f"{section}.{listed.index(name)}")
+            if name in listed[:number] and places.stand(section, *items):
                 said = f"{name} is listed before; `!remove` an inherited item to replace it"
                 yield places.problem(f"{section}.{number}", IMPOSSIBLE, said)
+
+
+def _contradicted(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
     for number, name in enumerate(spec.syscalls.allow):
-        if name in spec.syscalls.deny:
-            denied = places.origin(f"syscalls.deny.{spec.syscalls.deny.index(name)}")
-            said = f"{name} is allowed here and denied at {denied}; deny wins"
-            yield places.problem(f"syscalls.allow.{number}", IMPOSSIBLE, said)
+        if name not in spec.syscalls.deny:
+            continue
+        allowed, denied = f"syscalls.allow.{number}", f"syscalls.deny.{spec.syscalls.deny.index(name)}"
+        if places.stand("syscalls", allowed, denied):
+            said = f"{name} is allowed here and denied at {places.origin(denied)}; deny wins"
+            yield places.problem(allowed, IMPOSSIBLE, said)
 
 
 def unsupported_network(places: Places) -> PolicyProblem:
@@ -115,11 +142,6 @@ def unsupported_network(places: Places) -> PolicyProblem:
 
 
 def _unsupported(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
-    def problem(path: str, what: str) -> PolicyProblem:
-        return places.problem(path, UNSUPPORTED, f"{what} not enforced by this release")
-
-    if spec.network is not None and not spec.network.reaches_nothing:
-        yield unsupported_network(places)
     declared = {
         "secrets": (bool(spec.secrets), "secrets are"),
         "retry": (spec.retry is not None, "retries are"),
@@ -132,10 +154,7 @@ def _unsupported(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
     }
     for path, (asked, what) in declared.items():
         if asked:
-            yield problem(path, what)
-    for number, mount in enumerate(spec.mounts):
-        if mount.mode == "read-write":
-            yield problem(f"mounts.{number}.mode", "mode: read-write is")
+            yield places.problem(path, UNSUPPORTED, f"{what} not enforced by this release")
 
 
 @lru_cache(maxsize=4096)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from sandboxd.models import PolicyProblem
 
-__all__ = ["validate"]
+__all__ = ["keys_at", "refusals", "validate"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -70,7 +70,7 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+def keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """The keys that the mapping at a location may have."""
     here: type[BaseModel] | None = model
     for step in loc:
@@ -89,7 +89,7 @@ def _explain(model: type[BaseModel], tree: MappingNode, error: ErrorDetails) -> 
         where = ".".join(str(step) for step in loc[:-1])
         word = str(loc[-1])
         inside = f" in {where}" if where else ""
-        said = f"unknown key {word!r}{inside}{nearest(word, _keys(model, loc[:-1]))}"
+        said = f"unknown key {word!r}{inside}{nearest(word, keys_at(model, loc[:-1]))}"
         return at.problem("unknown_key", said)
     if kind == "missing":
         return at.problem("missing_key", f"{prefix}the key {str(loc[-1])!r} is missing")
@@ -110,13 +110,25 @@ def _explain(model: type[BaseModel], tree: MappingNode, error: ErrorDetails) -> 
     return at.problem("bad_value", prefix + said)
 
 
+def _refused(error: ValidationError) -> list[ErrorDetails]:
+    details = error.errors(include_url=False, include_input=False)
+    # pydantic also counts a list as too short when an item of it is wrong
+    inner = {detail["loc"][:-1] for detail in details}
+    return [one for one in details if one["type"] != "too_short" or one["loc"] not in inner]
+
+
+def refusals(model: type[BaseModel], tree: MappingNode) -> list[ErrorDetails]:
+    """Everything of a tree that the model refuses, in pydantic's terms."""
+    try:
+        model.model_validate(tree.plain())
+    except ValidationError as error:
+        return _refused(error)
+    return []
+
+
 def validate(model: type[Model], tree: MappingNode) -> tuple[Model | None, list[PolicyProblem]]:
     """The model's value of a tree, or everything that is wrong with it."""
     try:
         return model.model_validate(tree.plain()), []
     except ValidationError as error:
-        details = error.errors(include_url=False, include_input=False)
-        # pydantic also counts a list as too short when an item of it is wrong
-        inner = {detail["loc"][:-1] for detail in details}
-        wrong = [one for one in details if one["type"] != "too_short" or one["loc"] not in inner]
-        return None, [_explain(model, tree, detail) for detail in wrong[:MAX_PROBLEMS]]
+        return None, [_explain(model, tree, detail) for detail in _refused(error)[:MAX_PROBLEMS]]

@@ -16,16 +16,20 @@ from sandboxd.policy.filesystem import mount_table, mounted_at
 from sandboxd.policy.inherit import nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from sandboxd.models import PolicyProblem
     from sandboxd.policy.resolved import Places, Policy
 
+    Verdict = Callable[[Policy], tuple[bool, str]]
+
 __all__ = ["ExampleError", "check_examples", "judge"]
 
-KINDS = ["syscall", "read", "write", "connect"]
+_MOUNTS = ("filesystem", "mounts", "process.user")
+KINDS = {"syscall": ("syscalls",), "read": _MOUNTS, "write": _MOUNTS, "connect": ("network",)}
+"""The kinds of examples, and what of a policy each is judged by."""
 _NUMBER = re.compile(r"0x[0-9a-fA-F]{1,16}|[0-9]{1,20}")
-_OWN_PROC = re.compile(r"/proc/(self|thread-self|[0-9]+)(/|$)")
+_OWN = re.compile(r"(/proc/(self|thread-self|[0-9]+)|/dev/(fd|stdin|stdout|stderr))(/|$)")
 _ENDPOINT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):([0-9]{1,5})")
 MAX_ARGS = 6
 
@@ -34,7 +38,7 @@ class ExampleError(ValueError):
     """Raised when an example cannot be judged; the message says why."""
 
 
-def _syscall(policy: Policy, name: str, words: list[str]) -> tuple[bool, str]:
+def _syscall(name: str, words: list[str]) -> Verdict:
     from sandboxd.policy import seccomp  # noqa: PLC0415, its tables are large: load when first asked
 
     if name not in seccomp.known_syscalls():
@@ -44,54 +48,74 @@ def _syscall(policy: Policy, name: str, words: list[str]) -> tuple[bool, str]:
     args = tuple(int(word, 0) if word.startswith("0x") else int(word) for word in words)
     if any(arg >= 2**64 for arg in args):
         raise ExampleError("an argument of a system call has 64 bits")
-    verdict = seccomp.compile_filter(policy.syscalls).judge(name, args or None)
-    return verdict == "allow", f"the filter answers {verdict}"
+
+    def verdict(policy: Policy) -> tuple[bool, str]:
+        answer = seccomp.compile_filter(policy.syscalls).judge(name, args or None)
+        return answer == "allow", f"the filter answers {answer}"
+
+    return verdict
 
 
-def _file(policy: Policy, kind: str, path: str) -> tuple[bool, str]:
+def _file(kind: str, path: str) -> Verdict:
     try:
         paths.absolute(path)
     except ValueError as error:
         raise ExampleError(str(error)) from None
-    if kind == "write" and _OWN_PROC.match(path):
+    if kind == "write" and _OWN.match(path):
         raise ExampleError(f"{path} is about the process itself; no policy speaks of it")
-    mounted = mounted_at(mount_table(policy.spec), path)
-    answer = mounted.writable if kind == "write" else mounted.readable
-    state = "writable" if mounted.writable else "read-only" if mounted.readable else "masked"
-    return answer, f"{mounted.target} is {state}"
+
+    def verdict(policy: Policy) -> tuple[bool, str]:
+        mounted = mounted_at(mount_table(policy.spec), path)
+        answer = mounted.writable if kind == "write" else mounted.readable
+        state = "writable" if mounted.writable else "read-only" if mounted.readable else "masked"
+        return answer, f"{mounted.target} is {state}"
+
+    return verdict
 
 
-def _connect(endpoint: str) -> tuple[bool, str]:
+def _connect(endpoint: str) -> Verdict:
     found = _ENDPOINT.fullmatch(endpoint)
     if found is None or not 1 <= int(found[2]) <= 65535:
         raise ExampleError("write connect HOST:PORT, such as 'connect example.org:443'")
-    return False, "the policy has no network"
+    return lambda _: (False, "the policy has no network")
+
+
+def _read(example: str) -> tuple[str, Verdict]:
+    """The kind of an example, and what judges it. Raises ExampleError if it cannot be judged."""
+    kind, *words = example.split()[: MAX_ARGS + 3] or [""]
+    if kind not in KINDS:
+        raise ExampleError(f"{kind!r} is no kind of example{nearest(kind, list(KINDS))}")
+    if not words:
+        raise ExampleError(f"write what {kind} is about after it")
+    if kind == "syscall":
+        return kind, _syscall(words[0], words[1:])
+    subject = example.split(maxsplit=1)[1].strip()
+    return kind, _connect(subject) if kind == "connect" else _file(kind, subject)
 
 
 def judge(policy: Policy, example: str) -> tuple[bool, str]:
     """Whether the policy lets the example happen, and why. Raises ExampleError if it cannot be judged."""
-    kind, *words = example.split()[: MAX_ARGS + 3] or [""]
-    if kind not in KINDS:
-        raise ExampleError(f"{kind!r} is no kind of example{nearest(kind, KINDS)}")
-    if not words:
-        raise ExampleError(f"write what {kind} is about after it")
-    if kind == "syscall":
-        return _syscall(policy, words[0], words[1:])
-    subject = example.split(maxsplit=1)[1].strip()
-    return _connect(subject) if kind == "connect" else _file(policy, kind, subject)
+    _, verdict = _read(example)
+    return verdict(policy)
 
 
 def check_examples(policy: Policy, places: Places) -> Iterator[PolicyProblem]:
-    """A problem for every example that is wrong or cannot be judged, at its line."""
+    """A problem for every example that is wrong or cannot be judged, at its line.
+
+    One whose answer depends on a doubtful value is only read.
+    """
     for key, wanted in (("allows", True), ("denies", False)):
         for number, example in enumerate(getattr(policy.spec.examples, key)):
             path = f"examples.{key}.{number}"
             try:
-                allowed, why = judge(policy, example)
+                kind, verdict = _read(example)
             except ExampleError as error:
                 yield places.problem(path, "bad_value", f"example {example!r}: {error}")
                 continue
+            if not places.sure(*KINDS[kind]):
+                continue
+            allowed, why = verdict(policy)
             if allowed != wanted:
-                verdict = "allowed" if allowed else "denied"
-                said = f"example {example!r} is {verdict}, and stands under {key}: {why}"
+                answer = "allowed" if allowed else "denied"
+                said = f"example {example!r} is {answer}, and stands under {key}: {why}"
                 yield places.problem(path, "wrong_example", said)

@@ -1,25 +1,28 @@
-"""Every control of a policy as a person reads it, with the file and line that set it."""
+"""Every control of a policy as a person reads it, with the file and line that set it.
+
+A test compares the rows with the controls of a receipt.
+"""
 
 from __future__ import annotations
 
+import base64
+import shlex
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from sandboxd import units
+from sandboxd.policy.fixed import ALWAYS, DEFAULT_ENV, shm_size
 from sandboxd.policy.floor import FORMATS, limit
 from sandboxd.policy.source import BUILT_IN, Origin
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from sandboxd.policy.resolved import Policy
 
 __all__ = ["explain"]
 
-ALWAYS = (
-    ("isolation.namespaces", "mount, pid, net, ipc, uts, cgroup", "part of every policy"),
-    ("isolation.capabilities", "none", "part of every policy"),
-    ("isolation.no_new_privs", "yes", "part of every policy"),
-)
+REQUEST = Origin("(the request)", 0, 0)
+MAX_COMMAND = 1000  # characters of a command: it is in the plan as a whole
 
 
 class Narrowed(Protocol):
@@ -41,9 +44,20 @@ class Narrowed(Protocol):
     def stderr(self) -> int: ...
 
 
+class Commanded(Protocol):
+    """The command of a plan. Arguments are ``{"text"}`` or ``{"base64"}``."""
+
+    @property
+    def argv(self) -> Sequence[Mapping[str, str]]: ...
+    @property
+    def env(self) -> Mapping[str, str]: ...
+
+
 class Planned(Protocol):
     """What is read of a ``plan.Plan``, which this package is below of."""
 
+    @property
+    def command(self) -> Commanded: ...
     @property
     def limits(self) -> Narrowed: ...
     @property
@@ -51,8 +65,8 @@ class Planned(Protocol):
 
 
 def _line(control: str, value: str, at: Origin, note: str = "") -> dict[str, Any]:
-    if not note and at is BUILT_IN:
-        note = "default"
+    if not note and at.line == 0:
+        note = "default" if at is BUILT_IN else "set by the request"
     return {"control": control, "value": value, "file": at.file, "line": at.line, "note": note}
 
 
@@ -97,28 +111,52 @@ def on_output(policy: Policy) -> Literal["truncate", "kill"]:
     return limits.stdout.on_limit or limits.stderr.on_limit or "truncate"
 
 
+def _command(plan: Planned) -> dict[str, Any]:
+    words = [
+        arg["text"] if "text" in arg else base64.b64decode(arg["base64"]).decode(errors="backslashreplace")
+        for arg in plan.command.argv
+    ]
+    text = shlex.join(words)
+    return _line("command", text if len(text) <= MAX_COMMAND else text[:MAX_COMMAND] + "…", REQUEST)
+
+
+def _env(policy: Policy, plan: Planned | None) -> Iterator[dict[str, Any]]:
+    own = policy.spec.process.env
+    asked = {} if plan is None else plan.command.env
+    for name, value in {**DEFAULT_ENV, **own, **asked}.items():
+        path = f"process.env.{name}"
+        if value != {**DEFAULT_ENV, **own}.get(name):
+            yield _line(path, value, REQUEST)
+        else:
+            yield _line(path, value, policy.origin(path))
+
+
 def _process(policy: Policy) -> Iterator[dict[str, Any]]:
     process = policy.spec.process
-    group = process.user if process.group is None else process.group
+    yield _line("process.user", str(process.user), policy.origin("process.user"))
+    if process.group is None:
+        yield _line("process.group", str(process.user), policy.origin("process.user"), "as process.user")
+    else:
+        yield _line("process.group", str(process.group), policy.origin("process.group"))
     values = {
-        "user": str(process.user),
-        "group": str(group),
         "user_namespace": process.user_namespace,
         "umask": f"{process.umask:04o}",
         "hostname": process.hostname,
     }
     for key, value in values.items():
         yield _line(f"process.{key}", value, policy.origin(f"process.{key}"))
-    for name, value in process.env.items():
-        yield _line(f"process.env.{name}", value, policy.origin(f"process.env.{name}"))
 
 
 def _files(policy: Policy) -> Iterator[dict[str, Any]]:
     root = policy.spec.filesystem
-    text = str(root.root)
+    yield _line("filesystem.root", root.root, policy.origin("filesystem.root"))
     if root.root == "overlay":
-        text += f", {units.format_size(root.size)}, {units.format_count(root.inodes)} inodes"
-    yield _line("filesystem.root", text, policy.origin("filesystem.root"))
+        yield _line("filesystem.size", units.format_size(root.size), policy.origin("filesystem.size"))
+        yield _line("filesystem.inodes", units.format_count(root.inodes), policy.origin("filesystem.inodes"))
+    tmp = policy.spec.limits.tmp
+    yield _line("filesystem.shm", shm_size(tmp), policy.origin("limits.tmp"), "as limits.tmp, at most 64MiB")
+    if not policy.spec.mounts:
+        yield _line("mounts", "none", policy.origin("mounts"))
     for number, mount in enumerate(policy.spec.mounts):
         value = f"{mount.source} at {mount.target}, {mount.mode}"
         yield _line(f"mounts.{number}", value, policy.origin(f"mounts.{number}"))
@@ -160,13 +198,15 @@ def _warm(policy: Policy) -> Iterator[dict[str, Any]]:
 def explain(policy: Policy, plan: Planned | None = None) -> list[dict[str, Any]]:
     """Every control: ``control``, ``value`` for a person, ``file`` and ``line`` of its origin, ``note``.
 
-    With a plan, limits are those of the plan and the note says what the policy would have allowed.
-    Line 0 is a built-in default.
+    With a plan, limits are those of the plan and the note says what the policy would have allowed; its
+    command comes first. Line 0 is a built-in default, or what the request says itself.
     """
     return [
+        *([_command(plan)] if plan is not None else []),
         _line("image", policy.image, policy.origin("image")),
         *_limits(policy, plan),
         *_process(policy),
+        *_env(policy, plan),
         *_files(policy),
         *_syscalls(policy),
         _line("network", "none", policy.origin("network")),
@@ -174,5 +214,8 @@ def explain(policy: Policy, plan: Planned | None = None) -> list[dict[str, Any]]
         _line("commit", policy.commit, policy.origin("commit")),
         _line("isolation", policy.spec.isolation, policy.origin("isolation")),
         *_warm(policy),
-        *(_line(control, value, BUILT_IN, note) for control, value, note in ALWAYS),
+        *(
+            _line(f"isolation.{name}", value, BUILT_IN, "part of every policy")
+            for name, value in ALWAYS.items()
+        ),
     ]

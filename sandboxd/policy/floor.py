@@ -97,24 +97,23 @@ class Floor:
         return Places(self.file, self.tree).origin(path)
 
     def exceeded(self, spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
-        """A problem for everything in which a resolved policy is wider than this floor."""
+        """A problem for everything in which a resolved policy is surely wider than this floor."""
 
         def wider(path: str, has: str, may: str, floor_path: str | None = None) -> PolicyProblem:
             origin = self.origin(floor_path or path)
             said = f"{path}: {has} is wider than the floor's {may} ({origin})"
             return places.problem(path, "wider_than_floor", said)
 
-        for path, show in FORMATS.items():
-            ceiling = limit(self.spec.limits, path) if _written(self.spec.limits, path) else None
-            if ceiling is None:
-                continue
-            value = limit(spec.limits, path)
-            if value is None or value > ceiling:
+        for path, value, ceiling in self._limits(spec):
+            if (value is None or value > ceiling) and places.sure(f"limits.{path}"):
+                show = FORMATS[path]
                 yield wider(f"limits.{path}", "no limit" if value is None else show(value), show(ceiling))
         weakest = self.spec.process.user_namespace
-        if _STRENGTH[spec.process.user_namespace] > _STRENGTH[weakest]:
+        weaker = _STRENGTH[spec.process.user_namespace] > _STRENGTH[weakest]
+        if weaker and places.sure("process.user_namespace"):
             yield wider("process.user_namespace", spec.process.user_namespace, weakest)
-        if spec.filesystem.root == "overlay" and self.spec.filesystem.root == "read-only":
+        writable = spec.filesystem.root == "overlay" and self.spec.filesystem.root == "read-only"
+        if writable and places.sure("filesystem.root"):
             yield wider("filesystem.root", "overlay", "read-only")
         for number, mount in enumerate(spec.mounts):
             allowed = self.spec.mounts
@@ -122,8 +121,16 @@ class Floor:
                 may = "mounts beneath " + ", ".join(allowed) if allowed else "none"
                 yield wider(f"mounts.{number}", mount.source, may, "mounts")
         network, most = spec.network, self.spec.network
-        if network is not None and not network.reaches_nothing and (most is None or most.reaches_nothing):
+        reaches = network is not None and not network.reaches_nothing and places.sure("network")
+        if reaches and (most is None or most.reaches_nothing):
             yield wider("network", "a network", "none")
+
+    def _limits(self, spec: PolicyFile) -> Iterator[tuple[str, int | None, int]]:
+        """Every limit that the floor sets: its path, the policy's value, the floor's."""
+        for path in FORMATS:
+            ceiling = limit(self.spec.limits, path) if _written(self.spec.limits, path) else None
+            if ceiling is not None:
+                yield path, limit(spec.limits, path), ceiling
 
 
 def make_floor(tree: MappingNode, file: str) -> tuple[Floor | None, list[PolicyProblem]]:

@@ -17,7 +17,7 @@ from sandboxd.policy.source import Entry, MappingNode, Node, ScalarNode, Sequenc
 if TYPE_CHECKING:
     from sandboxd.models import PolicyProblem
 
-__all__ = ["combine", "item_name", "nearest"]
+__all__ = ["closest", "combine", "item_name", "nearest"]
 
 OWN = frozenset({"name", "description", "extends", "examples"})
 NAMES = ("target", "path", "name", "host", "cidr")
@@ -25,11 +25,16 @@ NAMES = ("target", "path", "name", "host", "cidr")
 STREAMS = frozenset({("limits", "stdout"), ("limits", "stderr")})
 
 
+def closest(word: str, known: list[str]) -> str | None:
+    """The known word that was probably meant."""
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.6)), None)
+
+
 def nearest(word: str, known: list[str]) -> str:
     """A phrase that offers the nearest known word, else a few of them; empty if none are known."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    close = closest(word, known)
     if close:
-        return f"; did you mean {close[0]!r}?"
+        return f"; did you mean {close!r}?"
     if not known:
         return ""
     shown = ", ".join(known[:12])

@@ -4,28 +4,31 @@ and its problems say why, all of them at once.
 Theory of operation. Each file is read on its own: text to tree (``source``), tree against the schema
 (``diagnosis``). Then, parents first: the tree is merged with its parent's (``inherit``), what the
 floors deny is added, the merged tree is validated again, and the result is checked for what makes no
-sense (``checks``), against the floors (``floor``), and by its own examples (``examples``). A file that
-is wrong anywhere makes no policy, and neither do those that extend it. A file in a later directory
+sense (``checks``), against the floors (``floor``), and by its own examples (``examples``). What is left
+of a tree that the schema refuses goes the same way (``salvage``). A file that is wrong anywhere makes no
+policy, and neither do those that extend it; but one that is only wider than a floor can be extended by
+one that is not, since floors judge what would be in force. A file in a later directory
 replaces one of the same name in an earlier one even when it is wrong: falling back to the other would
 run calls under a policy that the operator had replaced.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from sandboxd import errors
-from sandboxd.policy.checks import UNSUPPORTED, check, check_syscalls
+from sandboxd.policy.checks import UNSUPPORTED, check
 from sandboxd.policy.diagnosis import validate
 from sandboxd.policy.examples import check_examples
 from sandboxd.policy.floor import Floor, make_floor
 from sandboxd.policy.inherit import combine, nearest
 from sandboxd.policy.resolved import Places, Policy
+from sandboxd.policy.salvage import ALL, salvage, section_at
 from sandboxd.policy.schema import PolicyFile
-from sandboxd.policy.source import MappingNode, Origin, ScalarNode, SequenceNode, is_removal, parse, read
+from sandboxd.policy.source import MAX_PROBLEMS, MappingNode, Origin, ScalarNode, parse, read
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,7 +41,6 @@ FLOOR = "floor"
 ENDINGS = (".yaml", ".yml")  # the second only to be told from a file that is no policy
 MAX_FILES = 10_000
 MAX_PARENTS = 16
-MAX_NAMES = 1024  # of system calls, as in the schema
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class PolicySet:
     floors: tuple[Floor, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     """The file of every name, also of those that are no policy because of their problems."""
+    parents: Mapping[str, MappingNode] = field(default_factory=dict)
+    """The merged tree of every file that can be extended, also of those that are wider than a floor."""
+    causes: Mapping[str, PolicyProblem] = field(default_factory=dict)
+    """Why each other file cannot be extended."""
     floor_failed: bool = False
     """A floor has errors: there are no policies, because nobody can say what it would have forbidden."""
 
@@ -93,6 +99,10 @@ class _File:
     file: str
     tree: MappingNode | None
     problems: tuple[PolicyProblem, ...]
+    part: MappingNode | None = None
+    """What of the tree can be merged and checked: all of it, or what is left without its errors."""
+    doubtful: frozenset[str] = frozenset()
+    """Paths of that part whose values are not what was meant."""
 
     @property
     def parent(self) -> str | None:
@@ -130,10 +140,13 @@ def _read_file(text: str, file: str, name: str | None) -> _File:
     tree, problems = parse(text, file)
     if tree is None:
         return _File(name or "", file, None, tuple(problems))
+    part: MappingNode | None = tree
+    doubtful = frozenset(section_at(tree, problem) for problem in problems)
     spec, wrong = validate(PolicyFile, tree)
     problems += wrong
     if spec is None:
-        problems += _named_syscalls(tree, Places(file, tree))
+        part, more = salvage(tree)
+        doubtful |= more
     written = tree.get("name")
     if spec is not None and name is not None and spec.name != name:
         at = written.at if written else tree.at
@@ -141,26 +154,7 @@ def _read_file(text: str, file: str, name: str | None) -> _File:
     if spec is not None and spec.name == FLOOR:
         problems.append((written or tree).at.problem("bad_value", "floor is not a policy's name"))
     own = name if name is not None else (spec.name if spec else "")
-    return _File(own, file, tree, tuple(problems))
-
-
-def _named_syscalls(tree: MappingNode, places: Places) -> list[PolicyProblem]:
-    """What is wrong with the system calls that a file names, whatever else is wrong in it.
-
-    They need no whole policy, and all errors of a file come at once.
-    """
-    section = tree.get("syscalls")
-    names: dict[str, list[str]] = {"allow": [], "deny": []}
-    for key, found in names.items():
-        node = section.get(key) if isinstance(section, MappingNode) else None
-        items = node.items if isinstance(node, SequenceNode) else ()
-        found += [
-            item.value for item in items if isinstance(item, ScalarNode) and isinstance(item.value, str)
-        ]
-        # the schema says what is wrong with anything else; what is removed would shift the places
-        if len(found) != len(items) or len(items) > MAX_NAMES or any(map(is_removal, items)):
-            return []
-    return check_syscalls(names["allow"], names["deny"], places)
+    return _File(own, file, tree, tuple(problems), part, doubtful)
 
 
 def _load_file(path: Path) -> _File:
@@ -178,20 +172,20 @@ def _load_file(path: Path) -> _File:
 def _build(
     file: _File, tree: MappingNode, floors: Sequence[Floor]
 ) -> tuple[Policy | None, list[PolicyProblem]]:
-    """A policy of a merged tree, or everything that is wrong with it."""
+    """A policy of a merged tree, or everything that is wrong with it but what the file's reading found."""
     for floor in floors:
         tree = floor.apply(tree)
-    places = Places(file.file, tree)
+    places = Places(file.file, tree, file.doubtful)
     spec, problems = validate(PolicyFile, tree)
     if spec is None:
         return None, [_here(problem, places) for problem in problems]
-    problems = check(spec, places)
+    found = check(spec, places)
+    problems = [*chain.from_iterable(found.values())]
     problems += chain.from_iterable(floor.exceeded(spec, places) for floor in floors)
-    if problems:
-        # the examples would be judged by rules that nobody can have
-        return None, problems
     policy = Policy(spec.name, file.file, spec, tree)
-    problems = list(check_examples(policy, places))
+    # examples are not judged by rules that nobody can have
+    refused = {section for section, wrong in found.items() if wrong}
+    problems += check_examples(policy, replace(places, doubtful=places.doubtful | refused))
     return (None if problems else policy), problems
 
 
@@ -214,17 +208,21 @@ class _Resolution:
     def __init__(self, files: Mapping[str, _File], floors: Sequence[Floor]) -> None:
         self.files = files
         self.floors = floors
-        self.done: dict[str, Policy | None] = {}
+        self.policies: dict[str, Policy] = {}
+        self.parents: dict[str, MappingNode] = {}
+        self.causes: dict[str, PolicyProblem] = {}
+        """Why a file is no parent: its own first problem, or that of the ancestor that has one."""
         self.problems: list[PolicyProblem] = []
 
-    def run(self) -> dict[str, Policy]:
+    def run(self) -> None:
+        done: set[str] = set()
         for name in self.files:
-            if name in self.done:
+            if name in done:
                 continue
             for step in (*reversed(self.ancestors(name)), name):
-                if step not in self.done:
-                    self.done[step] = self.resolve(self.files[step])
-        return {name: policy for name, policy in self.done.items() if policy is not None}
+                if step not in done:
+                    done.add(step)
+                    self.resolve(self.files[step])
 
     def ancestors(self, name: str) -> list[str]:
         """The parents of a file that exist, nearest first, each once; ends where they come back."""
@@ -248,24 +246,45 @@ class _Resolution:
             )
         if len(line) > MAX_PARENTS:
             return at.problem("too_large", f"a policy has at most {MAX_PARENTS} ancestors")
-        if self.done.get(parent) is None:
-            return at.problem("bad_parent", f"{parent!r} has errors of its own ({self.files[parent].file})")
+        if parent not in self.parents:
+            return at.problem("bad_parent", f"{parent!r} cannot be extended: {self.causes[parent]}")
         return None
 
-    def resolve(self, file: _File) -> Policy | None:
-        problems = list(file.problems)
+    def resolve(self, file: _File) -> None:
+        """The policy of a file, and the tree that others may extend, or what is wrong with it."""
         parent = file.parent
-        if parent is not None:
-            wrong = self.parent_problem(file, parent)
-            problems += [wrong] if wrong else []
-        policy = None
-        if file.tree is not None and not problems:
-            inherited = self.done[parent] if parent is not None else None
-            tree, problems = combine(file.tree, inherited.tree if inherited else None)
-            if not problems:
-                policy, problems = _build(file, tree, self.floors)
-        self.problems += sorted(problems, key=lambda problem: (problem.line, problem.column))
-        return policy
+        wrong = self.parent_problem(file, parent) if parent is not None else None
+        problems = [*file.problems, *([wrong] if wrong else [])]
+        if file.tree is not None and file.part is not None:
+            inherited = self.parents[parent] if parent is not None and wrong is None else None
+            tree, removals = combine(file.part, inherited)
+            doubtful = file.doubtful
+            if wrong or "extends" in doubtful:
+                doubtful |= ALL  # nobody knows what it would inherit
+            else:
+                problems += removals
+                doubtful |= {section_at(file.tree, problem) for problem in removals}
+            problems = self.judge(replace(file, doubtful=doubtful), tree, problems)
+        if file.name not in self.parents and file.name not in self.causes:
+            above = self.causes.get(parent or "") if wrong else None
+            self.causes[file.name] = above or problems[0]
+        problems.sort(key=lambda problem: (problem.line, problem.column))
+        self.problems += problems[:MAX_PROBLEMS]
+
+    def judge(self, file: _File, tree: MappingNode, problems: list[PolicyProblem]) -> list[PolicyProblem]:
+        """Take in what a merged tree is good for; ``problems`` and what is wrong with the tree."""
+        policy, found = _build(file, tree, self.floors)
+        if problems:
+            return problems + found
+        # what is wider than a floor can still be the parent of what is not
+        own = _build(file, tree, ())[1] if policy is None and self.floors else found
+        if own:
+            self.causes[file.name] = own[0]
+        else:
+            self.parents[file.name] = tree
+        if policy is not None:
+            self.policies[file.name] = policy
+        return found
 
 
 def _load_floors(paths: Sequence[Path]) -> tuple[list[Floor], list[PolicyProblem]]:
@@ -302,8 +321,15 @@ def load_policies(dirs: Sequence[Path], floor: Path | None = None) -> PolicySet:
     if problems:
         return PolicySet({}, tuple(problems), (), names, floor_failed=True)
     resolution = _Resolution({name: _load_file(path) for name, path in chosen.items()}, floors)
-    policies = resolution.run()
-    return PolicySet(policies, tuple(resolution.problems), tuple(floors), names)
+    resolution.run()
+    return PolicySet(
+        resolution.policies,
+        tuple(resolution.problems),
+        tuple(floors),
+        names,
+        resolution.parents,
+        resolution.causes,
+    )
 
 
 def check_text(text: str, file: str, base: PolicySet) -> list[PolicyProblem]:
@@ -316,8 +342,14 @@ def check_text(text: str, file: str, base: PolicySet) -> list[PolicyProblem]:
         tree, problems = parse(text, file)
         return problems + (make_floor(tree, file)[1] if tree else [])
     read_as = _read_file(text, file, path.stem if path.suffix == ".yaml" else None)
-    files = {name: _File(name, policy.file, policy.tree, ()) for name, policy in base.policies.items()}
-    resolution = _Resolution({**files, read_as.name: read_as}, base.floors)
-    resolution.done = {name: policy for name, policy in base.policies.items() if name != read_as.name}
-    resolution.done[read_as.name] = resolution.resolve(read_as)
+    beside = {name: _File(name, where, base.parents.get(name), ()) for name, where in base.files.items()}
+    resolution = _Resolution({**beside, read_as.name: read_as}, base.floors)
+    resolution.parents = {name: tree for name, tree in base.parents.items() if name != read_as.name}
+    resolution.causes = {
+        # with a floor that has errors nothing was resolved, and it is the reason
+        name: base.causes.get(name) or base.problems[0]
+        for name in base.files
+        if name not in base.parents and name != read_as.name
+    }
+    resolution.resolve(read_as)
     return resolution.problems

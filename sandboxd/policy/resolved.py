@@ -31,6 +31,20 @@ class Places:
 
     file: str
     tree: MappingNode
+    doubtful: frozenset[str] = frozenset()
+    """Paths whose values are not what was meant, because something there is wrong; see ``salvage``."""
+
+    def sure(self, *paths: str) -> bool:
+        """Whether nothing about these values, or within these sections, is doubtful."""
+        return not any(
+            not doubt or f"{path}.".startswith(f"{doubt}.") or doubt.startswith(f"{path}.")
+            for doubt in self.doubtful
+            for path in paths
+        )
+
+    def stand(self, section: str, *paths: str) -> bool:
+        """Whether items of a section's lists are there whatever is doubtful: the file itself has them."""
+        return self.sure(section) or all(self.is_own(path) for path in paths)
 
     def origin(self, path: str) -> Origin:
         """The place of a value or of the nearest section around it that somebody wrote."""

@@ -86,6 +86,14 @@ sys.path.insert(0, sys.argv[1])
 kind = sys.argv[2]
 if kind == "file":
     fd = os.open("/dev/null", os.O_RDONLY)
+elif kind == "closed":
+    fd = 3
+    os.closerange(3, 64)
+elif kind == "tcp":
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    sock.listen()
+    fd = sock.detach()
 else:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM if kind == "datagram" else socket.SOCK_STREAM)
     sock.bind("\\0sandboxd-test-" + str(os.getpid()))
@@ -94,7 +102,8 @@ else:
 if fd != 3: os.dup2(fd, 3)
 from sandboxd.api import listener
 from sandboxd.errors import ConfigInvalid
-environ = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "2" if kind == "two" else "1", "LISTEN_FDNAMES": "x"}
+count = {"two": "2", "garbage": "x" * 100}.get(kind, "1")
+environ = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": count, "LISTEN_FDNAMES": "x"}
 try:
     with listener.listening(None, environ) as found:
         print("good", found.fileno(), os.get_inheritable(3), environ)
@@ -103,7 +112,7 @@ except ConfigInvalid as error:
 """
 
 
-@pytest.mark.parametrize("kind", ["good", "file", "datagram", "deaf", "two"])
+@pytest.mark.parametrize("kind", ["good", "file", "closed", "tcp", "datagram", "deaf", "two", "garbage"])
 def test_activation(kind: str) -> None:
     root = os.fspath(Path(__file__).parents[2])
     done = subprocess.run(

@@ -265,6 +265,31 @@ def test_wrong_requests_name_their_field(server: Any, body: object, field: str) 
 
 
 @pytest.mark.parametrize(
+    ("change", "field", "limit", "counted"),
+    [
+        ({"argv": ["a"] * 5000}, "argv", 4096, "items"),
+        ({"argv": ["a" * 200_000]}, "argv.0", 131_071, "characters"),
+        ({"env": {f"A{number}": "" for number in range(1025)}}, "env", 1024, "members"),
+        ({"env": {"A": "x" * 200_000}}, "env.A", 131_071, "characters"),
+        ({"inputs": [{"path": "x" * 4096, "content": {"text": ""}}]}, "inputs.0.path", 4095, "characters"),
+        ({"artifacts": ["x"] * 65}, "artifacts", 64, "items"),
+        ({"labels": {"a": "b" * 1025}}, "labels.a", 1024, "characters"),
+        ({"key": "k" * 257, "wat": 1}, "key", 256, "characters"),
+        ({"policy": "p" * 129}, "policy", 128, "characters"),
+    ],
+    ids=range(9),
+)
+def test_a_field_over_its_bound_is_413_and_named(
+    server: Any, change: dict[str, object], field: str, limit: int, counted: str
+) -> None:
+    status, found, _ = server.ask("POST", "/v1/invocations", TRUE | change)
+    assert (status, found["code"]) == (413, "too_large")
+    assert (found["details"]["field"], found["details"]["limit"]) == (field, limit)
+    assert found["detail"] == f"{field}: has more than {limit} {counted}"
+    assert len(json.dumps(found)) < 4000
+
+
+@pytest.mark.parametrize(
     "body",
     [
         b"", b"{", b"\xff\xfe{}", b'{"argv": ["a"], "argv": ["b"]}', b'{"argv": ["a"], "deadline": NaN}',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from api_server import HEX, ID, event, invocation, output
+from archives import directory, member, tar
 
 from sandboxd.cli import main as command_line
 from sandboxd.cli import terminal
@@ -211,6 +213,9 @@ def test_policies_can_be_read_here(tmp_path: Path) -> None:
     wall = next(line for line in explained if line["control"] == "limits.wall")
     assert wall["file"].endswith("strict.yaml")
     assert wall["line"] > 1
+    assert "command" not in {line["control"] for line in explained}
+    shown = run(None, "policy", "explain", "strict", "--local", "--", "python3", "a b").stdout
+    assert re.search(r"^command +python3 'a b' +\(the request\) ", shown, re.MULTILINE)
     found = run(None, "policy", "show", "strikt", "--local")
     assert (found.returncode, "strict" in found.stderr) == (1, True)
     assert json.loads(run(None, "policy", "schema").stdout)["type"] == "object"
@@ -223,9 +228,12 @@ def test_policies_can_be_read_here(tmp_path: Path) -> None:
 
 def test_policy_explain_asks_the_daemon_for_the_plan(api: ApiServer) -> None:
     line = {"control": "limits.wall", "value": "5s", "file": "f.yaml", "line": 3, "note": "narrowed"}
-    api.json("POST", "plans", {"digest": HEX, "plan": {}, "explain": [line]})
+    command = {"control": "command", "value": "python3 -V", "file": "(the request)", "line": 0, "note": "n"}
+    api.json("POST", "plans", {"digest": HEX, "plan": {}, "explain": [command, line]})
     found = run(api, "policy", "explain", "p", "--", "python3", "--version")
     assert "f.yaml:3" in found.stdout
+    assert "python3 -V" in found.stdout
+    assert "python3 -V" not in run(api, "policy", "explain", "p").stdout  # nobody gave a command
     assert api.requests[0].json() == {"argv": ["python3", "--version"], "policy": "p"}
 
 
@@ -245,6 +253,26 @@ def test_images_and_journal_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "journal.sqlite3").write_bytes(b"garbage" * 1000)
     found = run(None, "journal", "head", "--state", str(tmp_path))
     assert (found.returncode, "damaged" in found.stderr) == (1, True)
+
+
+def test_an_image_that_a_policy_names_by_digest_is_not_removed_by_name(tmp_path: Path) -> None:
+    archive, state = tmp_path / "small.tar", tmp_path / "state"
+    archive.write_bytes(tar(directory("etc"), member("etc/x", b"x")))
+    done = run(None, "image", "import", str(archive), "--state", str(state), "--json")
+    digest = json.loads(done.stdout)["digest"]
+    own = tmp_path / "policies"
+    own.mkdir()
+    (tmp_path / "c.yaml").write_text(f"policies: [{own}]\n")
+    where = ["--state", str(state), "--config", str(tmp_path / "c.yaml")]
+    for image in (digest, "small"):
+        (own / "p.yaml").write_text(f"version: 1\nname: p\nimage: {image}\n")
+        for name in (digest, "small"):
+            found = run(None, "image", "rm", name, *where)
+            assert (found.returncode, "is used by p" in found.stderr) == (1, True), found.stderr
+        listed = json.loads(run(None, "image", "ls", "--json", *where).stdout)["images"]
+        assert {one["name"]: one["used_by"] for one in listed}["small"] == ["p"]
+    (own / "p.yaml").unlink()
+    assert run(None, "image", "rm", digest, *where).returncode == 0
 
 
 @pytest.mark.parametrize(

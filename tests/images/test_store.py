@@ -121,7 +121,7 @@ def test_verify_names_what_changed(store: ImageStore, small: Image) -> None:
 
 def test_an_image_in_use_stays(store: ImageStore, small: Image, tmp_path: Path) -> None:
     with pytest.raises(ImageInUse, match="default, python"):
-        store.remove("small", used_by=["default", "python"])
+        store.remove("small", users={"small": ["python", "default"]})
     with store.hold(small.digest), store.hold(small.digest), pytest.raises(ImageInUse, match="running"):
         store.remove("small")
     process, line = start(HELD, str(tmp_path / "images"), small.digest)
@@ -136,6 +136,21 @@ def test_an_image_in_use_stays(store: ImageStore, small: Image, tmp_path: Path) 
         pass
     with pytest.raises(NotFound):
         store.remove("small")
+
+
+def test_a_policy_keeps_its_image_under_whatever_name_it_is_removed(
+    store: ImageStore, small: Image, archive: Path
+) -> None:
+    for users in ({"small": ["named"]}, {small.digest: ["pinned"]}):
+        for name in ("small", small.digest):
+            with pytest.raises(ImageInUse, match="used by"):
+                store.remove(name, users=users)
+    store.import_(archive, name="again")
+    for name in ("again", small.digest):
+        with pytest.raises(ImageInUse, match="used by one"):
+            store.remove(name, users={"again": ["one"], "other": ["two"]})
+    store.remove("again", users={"small": ["named"], small.digest: ["pinned"]})  # both still have it
+    assert store.resolve("small").digest == store.resolve(small.digest).digest
 
 
 def test_what_cannot_be_removed_or_held(store: ImageStore) -> None:

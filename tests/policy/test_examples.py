@@ -30,7 +30,13 @@ SHIPPED = load_policies([shipped_policies()])
         ("default", "write /usr/bin/python3", False),
         ("build", "write /usr/bin/python3", True),
         ("build", "write /proc/sys/kernel/core_pattern", False),
-        ("build", "write /sys/fs/cgroup/x", False),
+        ("build", "write /sys/fs/cgroup/x", True),  # there is no /sys: it would be a file of the overlay
+        ("default", "write /sys/fs/cgroup/x", False),
+        ("build", "write /dev/mine", True),
+        ("build", "write /dev/pts/mine", False),
+        ("build", "write /dev/.sandboxd", False),
+        ("default", "write /dev/mine", False),
+        ("default", "write /dev/ptmx", True),
         ("default", "read /etc/passwd", True),
         ("default", "read /proc/kcore", False),
         ("default", "connect example.org:443", False),
@@ -54,6 +60,7 @@ def test_judge(policy: str, example: str, allowed: bool) -> None:  # noqa: FBT00
         ("write usr", "not absolute"),
         ("write /usr/../etc", "not normalised"),
         ("write /proc/self/comm", "about the process itself"),
+        ("write /dev/stdout", "about the process itself"),
         ("connect example.org", "HOST:PORT"),
         ("connect example.org:0", "HOST:PORT"),
         ("connect example.org:99999", "HOST:PORT"),
@@ -85,8 +92,45 @@ def test_a_filter_that_changes_makes_the_example_wrong(folder: Any) -> None:
     assert folder.codes() == [("wrong_example", 3)]
 
 
-def test_what_is_judged_as_masked_is_masked_by_the_engine() -> None:
+def test_what_is_judged_as_closed_is_closed_by_the_engine() -> None:
     assert set(filesystem.MASKED) == set(bundle.MASKED)
+    assert set(filesystem.READ_ONLY) == set(bundle.READ_ONLY)
+
+
+LOOK = """
+cut -d' ' -f5 /proc/self/mountinfo
+echo --
+for path; do
+    if [ -d "$path" ]; then
+        (: > "$path/.probe") 2>/dev/null && echo "writable $path"
+        [ -n "$(ls -A "$path")" ] || echo "empty $path"
+    else
+        [ -w "$path" ] && echo "writable $path"
+        case $path in
+            /proc/*) [ "$(head -c1 "$path" | wc -c)" != 0 ] || echo "empty $path" ;;
+        esac
+    fi
+done
+"""
+
+
+@pytest.mark.parametrize("name", ["default", "build"])
+def test_the_table_is_what_a_container_has(daemon: Any, name: str) -> None:
+    table = filesystem.mount_table(SHIPPED.get(name).spec)
+    found = daemon.run("sh", "-c", LOOK, "sh", *(row.target for row in table), policy=name).stdout.text
+    mounts, _, lines = found.partition("--\n")
+    seen = dict.fromkeys(lines.splitlines())
+    there = set(mounts.splitlines())
+    ptmx = {"/dev/ptmx", "/dev/pts/ptmx"}  # files of other mounts, which differ from those
+    optional = {*filesystem.MASKED, *filesystem.READ_ONLY}  # a kernel may not have them
+    targets = {row.target for row in table} - ptmx
+    assert there <= targets
+    assert targets - there <= optional
+    for row in table:
+        if row.target in there | ptmx:
+            # a masked file is the null device, which takes anything and keeps nothing
+            assert (f"writable {row.target}" in seen) is row.writable or not row.readable, row
+            assert row.readable or f"empty {row.target}" in seen, row
 
 
 def test_examples_are_not_inherited(folder: Any) -> None:

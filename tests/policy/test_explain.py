@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sandboxd.models import Narrowing, Request
+from pages import code, page
+
+from sandboxd.engine import bundle, oci
+from sandboxd.models import Bytes, Narrowing, Request
 from sandboxd.plan import ImageRef, make_plan, make_shape
-from sandboxd.policy import explain, load_policies, shipped_policies
+from sandboxd.policy import explain, fixed, load_policies, shipped_policies
+from sandboxd.policy.filesystem import DEVICES
 from sandboxd.policy.floor import FORMATS
+from sandboxd.receipt import mounted
+from sandboxd.receipt.reading import RLIMIT_LINES
+from sandboxd.units import format_size
 
-PYTHON = load_policies([shipped_policies()]).get("python")
+if TYPE_CHECKING:
+    from sandboxd.policy import Policy
+
+SHIPPED = load_policies([shipped_policies()])
+PYTHON, BUILD = SHIPPED.get("python"), SHIPPED.get("build")
+
+
+def rows(policy: Policy) -> dict[str, dict[str, Any]]:
+    return {line["control"]: line for line in explain(policy)}
 
 
 def test_every_control_has_its_line() -> None:
@@ -19,6 +35,9 @@ def test_every_control_has_its_line() -> None:
         assert set(line) == {"control", "value", "file", "line", "note"}
         if line["line"] == 0:
             assert line["note"]
+            continue
+        if line["control"] in {"process.group", "filesystem.shm"}:
+            assert line["note"].startswith("as ")
             continue
         written = Path(line["file"]).read_text().splitlines()[line["line"] - 1]
         key = line["control"].removesuffix(".size").split(".")[-1]
@@ -48,8 +67,95 @@ def test_a_plan_shows_what_the_request_narrowed() -> None:
     assert lines["artifacts.0"]["note"] == "narrowed by the request to out/a"
 
 
+def test_a_plan_shows_its_command_and_the_environment_of_the_request() -> None:
+    shape = make_shape(PYTHON, ImageRef("python", "sha256:0"))
+    request = Request(
+        argv=["echo", "a b", Bytes(base64="/w==")], env={"HOME": "/workspace", "LANG": "C.UTF-8"}
+    )
+    first, *lines = explain(PYTHON, make_plan(PYTHON, shape, request))
+    assert (first["control"], first["value"]) == ("command", r"echo 'a b' '\xff'")
+    assert (first["file"], first["line"], first["note"]) == ("(the request)", 0, "set by the request")
+    env = {line["control"]: line for line in lines if line["control"].startswith("process.env.")}
+    assert (env["process.env.HOME"]["value"], env["process.env.HOME"]["file"]) == (
+        "/workspace",
+        "(the request)",
+    )
+    assert env["process.env.LANG"]["note"] == "default"
+    long = make_plan(PYTHON, shape, Request(argv=["x" * 100_000]))
+    assert len(explain(PYTHON, long)[0]["value"]) < 2000
+
+
 def test_every_list_item_has_a_line_of_its_own() -> None:
-    build = load_policies([shipped_policies()]).get("build")
-    controls = [line["control"] for line in explain(build)]
+    controls = [line["control"] for line in explain(BUILD)]
     assert controls.count("artifacts.0") == controls.count("artifacts.1") == 1
     assert len(controls) == len(set(controls))
+
+
+def test_what_follows_another_value_has_the_line_of_that(folder: Any) -> None:
+    found = rows(BUILD)
+    assert found["process.group"]["line"] == found["process.user"]["line"] != 0
+    assert len({found[f"filesystem.{key}"]["line"] for key in ("root", "size", "inodes")}) == 3
+    assert "filesystem.size" not in rows(PYTHON)
+    folder.write("p", "process:\n  user: 7\n  group: 8\nmounts: [{source: /srv, target: /x}]\n")
+    found = rows(folder.load().get("p"))
+    assert (found["process.user"]["line"], found["process.group"]["line"]) == (4, 5)
+    assert (found["process.group"]["value"], found["process.group"]["note"]) == ("8", "")
+    assert found["mounts.0"]["line"] == 6
+    assert "mounts" not in found
+
+
+ELSEWHERE = {
+    "seccomp": "syscalls.base",
+    "user": "process.user",
+    "group": "process.group",
+    "umask": "process.umask",
+    "parent": "isolation.init",
+    "user_namespace": "process.user_namespace",
+    "user_namespace_uids": "process.user_namespace",
+    "user_namespace_gids": "process.user_namespace",
+    **dict.fromkeys([f"{kind}_namespace" for kind in ("mnt", "pid", "net", "ipc", "uts", "cgroup")],
+                    "isolation.namespaces"),
+    "network": "network",
+    "network_routes": "network",
+    "root": "filesystem.root",
+    "root_overlay": "filesystem.size",
+    "workspace": "limits.workspace.size",
+    "tmp": "limits.tmp.size",
+    "shm": "filesystem.shm",
+    "mount TARGET": "mounts.0",
+    "mounts_read_only": "mounts.0",
+    "mounts": "mounts.0",
+    "masked_paths": "isolation.masked_paths.0",
+    "rlimit_open_files": "limits.open_files",
+    "rlimit_file_size": "limits.file_size",
+    "processes": "isolation.cgroup",
+    "memory": "limits.memory",
+    "pids": "limits.pids",
+    "cpu": "limits.cpus",
+    "io": "limits.io.read",
+}  # fmt: skip
+"""The row that tells of a control of the receipt, where that is not ``isolation.`` and its name."""
+
+
+def test_every_control_of_a_receipt_has_a_row(folder: Any) -> None:
+    controls = [name for row in page("docs/calls.md").rows("control") for name in code(row[0])]
+    folder.write("all", "filesystem: {root: overlay, size: 1MiB}\nmounts: [{source: /srv, target: /x}]\n")
+    found = rows(folder.load().get("all"))
+    without = [name for name in controls if ELSEWHERE.get(name, f"isolation.{name}") not in found]
+    assert controls
+    assert not without
+    assert ELSEWHERE.keys() <= set(controls)
+
+
+def test_what_every_container_has_is_what_the_engine_gives_it() -> None:
+    for policy in (SHIPPED.get("strict"), BUILD):
+        shape = make_shape(policy, ImageRef("base", "sha256:0"))
+        found = rows(policy)
+        assert found["filesystem.shm"]["value"].startswith(format_size(bundle.shm_size(shape)) + ",")
+        own = {"open_files", "file_size"}
+        given = {
+            RLIMIT_LINES[one.resource][4:].replace(" ", "_"): one.hard for one in oci.rlimits(shape.limits)
+        }
+        assert {name: value for name, value in given.items() if name not in own} == fixed.RLIMITS
+    assert fixed.OOM_SCORE_ADJ == oci.OOM_SCORE_ADJ
+    assert {path.removeprefix("/dev/") for path in DEVICES} == mounted.DEVICES.keys()

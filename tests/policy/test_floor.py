@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sandboxd.policy import load_policies, seccomp, shipped_policies
+from sandboxd.policy import check_text, load_policies, seccomp, shipped_policies
 from sandboxd.policy.floor import FORMATS
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.mark.parametrize(
@@ -67,16 +65,57 @@ def test_what_the_floor_denies_is_denied_everywhere(folder: Any) -> None:
         policy = loaded.get(name)
         assert "socket" in policy.spec.syscalls.deny
         assert seccomp.compile_filter(policy.syscalls).judge("socket") == "denied"
-    assert loaded.get("q").origin("syscalls.deny.0").file == str(where)
+    assert loaded.get("q").spec.syscalls.deny == ("symlink", "socket")
+    assert loaded.get("q").origin("syscalls.deny.1").file == str(where)
     folder.write("r", "syscalls: {allow: [socket]}\n")
     assert folder.codes() == [("impossible", 3)]
 
 
 def test_a_child_cannot_get_around_the_floor_by_removing(folder: Any) -> None:
     folder.write("floor", "syscalls: {deny: [socket]}\n")
-    folder.write("p")
+    folder.write("p", "syscalls: {deny: [socket]}\n")
     folder.write("q", "extends: p\nsyscalls: {deny: [!remove socket]}\n")
     assert "socket" in folder.load().get("q").spec.syscalls.deny
+    folder.write("p")
+    assert folder.codes() == [("bad_remove", 4)]
+
+
+def test_a_child_within_the_floor_may_extend_a_parent_that_is_not(folder: Any) -> None:
+    where = folder.write("floor", "limits: {wall: 30s}\nsyscalls: {deny: [clone]}\n")
+    folder.write("wide", "limits: {wall: 60s}\nexamples: {allows: [syscall clone]}\n")
+    folder.write("narrow", "extends: wide\nlimits: {wall: 10s}\n")
+    folder.write("same", "extends: wide\n")
+    folder.write("below", "extends: same\nlimits: {wall: 5s}\n")
+    loaded = folder.load()
+    assert loaded.names() == ["below", "narrow"]
+    assert {Path(problem.file).stem for problem in loaded.problems} == {"wide", "same"}
+    assert "clone" in loaded.get("below").spec.syscalls.deny
+    text = "version: 1\nname: mine\nextends: wide\nlimits: {wall: 10s}\n"
+    assert check_text(text, "mine.yaml", loaded) == []
+    (problem,) = check_text(text.replace("10s", "31s"), "mine.yaml", loaded)
+    assert problem.code == "wider_than_floor"
+    assert f"({where}:2)" in problem.message
+    (problem,) = check_text("version: 1\nname: wide\nextends: narrow\n", "wide.yaml", loaded)
+    assert problem.code == "extends_cycle"
+
+
+def test_a_broken_parent_is_named_with_its_reason(folder: Any) -> None:
+    folder.write("floor", "limits: {wall: 1h}\n")
+    where = folder.write("broken", "limits: {wal: 1s}\n")
+    folder.write("child", "extends: broken\nlimits: {wall: 10s}\n")
+    folder.write("grandchild", "extends: child\n")
+    loaded = folder.load()
+    reason = f"{where}:3:10: unknown key 'wal' in limits"
+    found = {Path(problem.file).stem: problem for problem in loaded.problems}
+    for name, parent in {"child": "broken", "grandchild": "child"}.items():
+        assert found[name].code == "bad_parent"
+        said = f"{parent!r} cannot be extended: {reason}; did you mean 'wall'?"
+        assert found[name].message == said
+        (problem,) = check_text(f"version: 1\nname: x\nextends: {name}\n", "x.yaml", loaded)
+        assert reason in problem.message
+    folder.write("floor", "limits: {wal: 1h}\n")
+    (problem,) = check_text("version: 1\nname: x\nextends: child\n", "x.yaml", folder.load())
+    assert (problem.code, "floor.yaml:2:10: unknown key" in problem.message) == ("bad_parent", True)
 
 
 @pytest.mark.parametrize(

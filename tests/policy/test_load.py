@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sandboxd import errors
 from sandboxd.policy import PolicySet, check_text, load_policies, shipped_policies
-from sandboxd.policy.schema import Limits
+from sandboxd.policy.schema import Io, Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +30,7 @@ def test_shipped_policies_have_no_problem() -> None:
         assert policy.spec.examples.allows
         assert policy.spec.examples.denies
         assert policy.spec.network is None
+        assert policy.spec.limits.io == Io()  # SECURITY.md says that it needs a disk that can be throttled
     assert SHIPPED.get("strict").spec.extends is None
 
 
@@ -119,7 +120,6 @@ def test_all_problems_of_a_file_are_reported_at_once(folder: Any) -> None:
         ("network: {allow: [{host: a.b, ports: [0]}]}\n", "bad_value", 3, "greater than or equal to 1"),
         ("extends: nobody\n", "unknown_policy", 3, "no policy 'nobody'"),
         ("extends: p\n", "extends_cycle", 3, "p -> p"),
-        ("retry: {failed: 1, backoff: soon}\n", "bad_value", 3, "1s..30s"),
         ("commit: maybe\n", "bad_value", 3, "known: exited"),
         ("version: 1\nname: q\n", "bad_value", 2, "must be that of the file"),
         ("version: 2\nname: p\n", "bad_value", 1, "known: 1"),
@@ -133,6 +133,11 @@ def test_what_is_wrong_has_its_line(problem_of: Found, text: str, code: str, lin
     assert found[0] == code
     assert found[1] == line
     assert said in found[2]
+
+
+def test_what_is_not_enforced_may_be_wrong_too(folder: Any) -> None:
+    folder.write("p", "retry: {failed: 1, backoff: soon}\n")
+    assert folder.codes() == [("control_not_supported", 3), ("bad_value", 3)]
 
 
 @pytest.mark.parametrize(
