@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 __all__ = ["Calls"]
 
 log = structlog.get_logger("sandboxd.calls")
+ANSWERING = 0.002  # seconds that an answer has the CPU before the container's remains are cleared away
 RECORD_AGAIN = 5.0  # seconds between attempts to write an outcome that could not be written
 
 
@@ -254,6 +255,7 @@ class Calls(Ledger):
             result = await call.attempt.run()
             with anyio.CancelScope(shield=True):
                 await self._end(call, result)
+            await anyio.sleep(ANSWERING)
 
     async def _end(self, call: Call, result: Result) -> None:
         """Give a call its outcome. Raises nothing: whatever cannot be written, the call ends."""

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from sandboxd import units
+from sandboxd import canonical, units
 
 __all__ = [
     "Artifact",
@@ -353,6 +353,13 @@ class Receipt(Wire):
     """When every control was read."""
     checked_at: int | None = None
     """When a slot that had waited was read again, at hand-over, and found to be as it was at ``read_at``."""
+    _digest: str | None = PrivateAttr(None)
+
+    def digest(self) -> str:
+        """``sha256:…`` of its canonical JSON; made once, since it has hundreds of values."""
+        if self._digest is None:
+            self._digest = canonical.digest(self.model_dump(mode="json"))
+        return self._digest
 
 
 class Artifact(Wire):

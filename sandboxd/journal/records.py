@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import uuid6
 
-from sandboxd import canonical, units
+from sandboxd import units
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,7 +115,7 @@ def outcome_header(
         "stdout": _stream(invocation.stdout),
         "stderr": _stream(invocation.stderr),
         "artifacts": [artifact.digest for artifact in invocation.artifacts],
-        "receipt": None if receipt is None else canonical.digest(receipt.model_dump(mode="json")),
+        "receipt": None if receipt is None else receipt.digest(),
         "usage": None if usage is None else _exact(usage.model_dump()),
         "outcome": _exact(invocation.outcome.model_dump(mode="json", exclude_none=True)),
         "checkpoint_before": None,

@@ -91,6 +91,7 @@ def connect_writer(path: Path) -> sqlite3.Connection:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA wal_autocheckpoint = 0")  # the writer does it
             connection.execute("PRAGMA temp_store = MEMORY")
             _migrate(connection, path)
         except BaseException:

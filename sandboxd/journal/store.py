@@ -150,7 +150,8 @@ class Journal:
                 )
             return None
 
-        return await self._writer.run(operation, durable=True)
+        single = invocation.key is None and not invocation.labels
+        return await self._writer.run(operation, durable=True, single=single)
 
     async def find_key(self, uid: int, key: str) -> records.Existing | None:
         """The call that a caller's key stands for, if any."""

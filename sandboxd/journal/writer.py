@@ -5,13 +5,15 @@ batch, runs each in a savepoint of one transaction, commits once (``synchronous=
 has to be durable, else ``NORMAL``, which in WAL mode does not wait for the disk), and only then tells
 the waiting tasks. So a hundred calls that are accepted at once cost one sync. What nobody waits for
 waits itself for something to be committed with, for a moment. An operation that fails undoes its
-savepoint and nothing else; a commit that fails fails all of its batch.
+savepoint and nothing else; a commit that fails fails all of its batch. The log is moved into the database
+between commits (``_checkpoint``).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import queue
 import sqlite3
 import threading
@@ -30,6 +32,8 @@ __all__ = ["Operation", "Transaction", "Writer"]
 
 T = TypeVar("T")
 _BATCH = 512
+EVERY = 128  # commits between two moves of the log into the database, when nobody waits
+GROWTH = 64 << 20  # bytes that the log grows until it is moved whoever waits; then its file is used again
 _PATIENCE = 0.05  # seconds that operations wait for a batch when nobody waits for them
 
 
@@ -48,6 +52,7 @@ Operation = Callable[[Transaction], Any]
 class _Job:
     operation: Operation
     durable: bool
+    single: bool
     loop: asyncio.AbstractEventLoop | None
     future: asyncio.Future[Any] | None
 
@@ -57,6 +62,8 @@ class Writer:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._log = f"{path}-wal"
+        self._since = self._size = 0
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="journal-writer", daemon=True)
         self._opened: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
@@ -70,21 +77,22 @@ class Writer:
             self._thread.join()
             raise error
 
-    async def run(self, operation: Callable[[Transaction], T], *, durable: bool) -> T:
+    async def run(self, operation: Callable[[Transaction], T], *, durable: bool, single: bool = False) -> T:
         """Run an operation and wait until its batch is committed.
 
-        A task that is cancelled here does not take its operation back.
+        ``single``: it is one statement, which alone needs no transaction around it. A task that is cancelled
+        here does not take its operation back.
         """
         if self._closed:
             raise errors.HostFailed("the journal is closed")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._jobs.put(_Job(operation, durable, loop, future))
+        self._jobs.put(_Job(operation, durable, single, loop, future))
         return await future
 
     def post(self, operation: Operation) -> None:
         """Run an operation in its turn; nobody waits for it, and its failure concerns nobody."""
-        self._jobs.put(_Job(operation, durable=False, loop=None, future=None))
+        self._jobs.put(_Job(operation, durable=False, single=False, loop=None, future=None))
 
     def stop(self) -> None:
         """Commit what waits, close the database and end the thread; blocks."""
@@ -128,9 +136,12 @@ class Writer:
                 if wanted != durable:
                     connection.execute(f"PRAGMA synchronous = {'FULL' if wanted else 'NORMAL'}")
                     durable = wanted
-                connection.execute("BEGIN IMMEDIATE")
-                results = [self._apply(job, transaction) for job in jobs]
-                connection.execute("COMMIT")
+                if len(jobs) == 1:
+                    results = [self._apply_alone(jobs[0], transaction)]
+                else:
+                    connection.execute("BEGIN IMMEDIATE")
+                    results = [self._apply(job, transaction) for job in jobs]
+                    connection.execute("COMMIT")
             except sqlite3.Error as error:
                 transaction.head = before
                 if connection.in_transaction:
@@ -138,6 +149,18 @@ class Writer:
                 failure = schema.error_of(error)
                 results = [(job, None, failure) for job in jobs]
             self._tell(results)
+            self._checkpoint(connection)
+
+    def _checkpoint(self, connection: sqlite3.Connection) -> None:
+        """Move the log into the database: not in a commit, for which somebody waits."""
+        self._since += 1
+        try:
+            size = os.stat(self._log).st_size  # noqa: PTH116  (after each commit)
+            if (self._since >= EVERY and self._jobs.empty()) or size > self._size + GROWTH:
+                connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+                self._since, self._size = 0, size
+        except (OSError, sqlite3.Error):
+            return  # it is tried again after the next commit, which says what is wrong
 
     def _abandon(self) -> None:
         """Nobody waits for ever for a thread that has ended."""
@@ -164,6 +187,27 @@ class Writer:
             except queue.Empty:
                 return jobs, False
         return jobs, True
+
+    @staticmethod
+    def _apply_alone(job: _Job, transaction: Transaction) -> tuple[_Job, Any, BaseException | None]:
+        """A batch of one: each statement less is a turn less at the interpreter's lock."""
+        before, connection = transaction.head, transaction.connection
+        try:
+            if not job.single:
+                connection.execute("BEGIN IMMEDIATE")
+            result = job.operation(transaction)
+            if not job.single:
+                connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            failure: BaseException = schema.error_of(error)
+        except Exception as error:  # noqa: BLE001 - it is given to the task that asked for the operation
+            failure = error
+        else:
+            return job, result, None
+        transaction.head = before
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        return job, None, failure
 
     @staticmethod
     def _apply(job: _Job, transaction: Transaction) -> tuple[_Job, Any, BaseException | None]:

@@ -178,6 +178,7 @@ class Attempt:
             slot.cgroup.set(cgroup_limits(narrowed, None))
         result.receipt = receipts.receipt_of(slot, self._plan.limits)
         receipts.check(result.receipt)
+        result.receipt.digest()  # for its record, and there is time while the acceptance is written
 
     async def _use(self, slot: Slot, result: Result) -> None:
         tmp = os.open(f"/proc/{slot.tool_pid}/root/tmp", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
