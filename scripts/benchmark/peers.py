@@ -52,7 +52,8 @@ class Nsjail:
 
     def run(self, workload: Workload) -> None:
         """Run it."""
-        root = str(self._stage.rootfs[workload.image])
+        # its user namespace may not remount a mount of ours: the kernel locks its flags
+        root = str(self._stage.sources[workload.image])
         options = [
             "-Mo",
             "-Q",

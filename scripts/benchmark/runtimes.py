@@ -45,6 +45,8 @@ class Stage:
         self._stack = ExitStack()
         self.directory = Path()
         self.rootfs: dict[str, Path] = {}
+        self.sources: dict[str, Path] = {}
+        """The same where the store has them, through no mount of ours."""
 
     def __enter__(self) -> Self:
         self.directory = Path(tempfile.mkdtemp(prefix="sandboxd-bench-", dir="/run"))
@@ -61,7 +63,7 @@ class Stage:
             tree = mounts.clone_tree(image.rootfs)
             mounts.set_attributes(tree, read_only=True, userns=None)
             self._mount(tree, target)
-            self.rootfs[name] = target
+            self.rootfs[name], self.sources[name] = target, image.rootfs
         return self
 
     def __exit__(
