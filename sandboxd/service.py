@@ -85,7 +85,10 @@ class DaemonService(Calls):
         users: dict[str, list[str]] = {}
         for name in current.names():
             users.setdefault(current.get(name).image, []).append(f"policy {name}")
-        return [info.model_copy(update={"used_by": users.get(info.name, [])}) for info in found]
+        return [
+            info.model_copy(update={"used_by": users.get(info.name, []) + users.get(info.digest, [])})
+            for info in found
+        ]
 
     def slots(self, caller: Caller) -> list[models.SlotInfo]:
         """The containers that the daemon holds, of all callers. Raises NotPermitted."""

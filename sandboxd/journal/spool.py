@@ -57,6 +57,10 @@ _NEAR = 64  # events at the end that are in the page cache, and read without a t
 _HEAD = 1 << 20
 
 
+NOTHING = Output(Path(), 0).summary()
+SILENCE = models.Content(text="", size=0, digest=NOTHING.digest)  # most calls write nothing to stderr
+
+
 def _now() -> int:
     return time.time_ns() // 1000
 
@@ -89,7 +93,7 @@ class Spool:
         """The closed spool of a call without output, of which these are all events."""
         spool = cls(Path())
         spool._held, spool._count = list(events), len(events)
-        spool._summaries = dict.fromkeys(STREAMS, Output(Path(), 0).summary())
+        spool._summaries = dict.fromkeys(STREAMS, NOTHING)
         return spool
 
     @classmethod
@@ -319,6 +323,8 @@ class Spool:
         The head is cut back to a whole UTF-8 character. Blocks on the disk. Raises NotFound.
         """
         summary = self._summary(stream)
+        if summary == NOTHING:
+            return SILENCE
         data = self._index.read(stream, min(head, summary.size), 0) if summary.size else b""
         if len(data) < summary.size:
             data = data[: boundary(data)]
