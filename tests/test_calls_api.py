@@ -422,7 +422,7 @@ def test_a_call_is_cancelled_in_whatever_state(daemon: Daemon) -> None:
         time.sleep(delay)
         assert cause(client.cancel(call.id)) == "cancelled"
         assert cause(client.cancel(call.id)) == "cancelled"
-    assert client.health().running == 0
+    until(lambda: client.health().running == 0, "their containers are cleared away")
 
 
 def test_a_call_without_output_tells_the_same_events_later(daemon: Daemon) -> None:
