@@ -1,6 +1,6 @@
 """The leak check: what a test session made, it has to have taken away when it ends.
 
-Theory of operation. Before and after, the check lists mounts, cgroups, network namespaces, processes,
+Theory of operation. Before and after, the check lists mounts, cgroups, namespaces, processes,
 temporary files and its own descriptors, and fails on what is new. The machine is shared: a colleague's
 session or daemon may be at work beside this one. So a thing counts when it carries one of the session's
 *claims* (a random token, the session's temporary directory, whatever a fixture adds), or descends from
@@ -9,6 +9,8 @@ end, everything that names sandboxd counts, claimed or not.
 
 A fixture that gives something a name with neither the token nor a path below ``tmp_path`` in it adds
 that name to ``claims``.
+
+What the session's daemon holds is compared while it lives: ``held.py``.
 """
 
 from __future__ import annotations
@@ -24,15 +26,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import pytest
+from held import Held, check_held, namespaces_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from daemons import Daemon
 
 RUN = "SANDBOXD_TEST_RUN"  # in the environment of everything that the session starts
 NAME = "sandboxd"
 PREFIXES = ("sandboxd", "run-in-sandbox")
 GRACE_SECONDS = 5.0  # a killed process needs a moment
 SESSIONS = Path("/tmp/sandboxd-test-sessions")
+
+
+FOREIGN = ("net", "user")  # what a container has and a service of the host mostly has not
 
 
 @dataclass(frozen=True)
@@ -138,13 +146,15 @@ class Watch:
     def _namespaces(
         self, processes: dict[int, str], names: tuple[str, ...], *, everything: bool
     ) -> Iterator[str]:
-        pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]  # noqa: PTH208
-        ours = Path("/proc/self/ns/net").readlink()
-        for pid in pids if everything else processes:
-            with contextlib.suppress(OSError):
-                namespace = Path(f"/proc/{pid}/ns/net").readlink()
-                if namespace != ours:
-                    yield str(namespace)
+        ours = namespaces_of(os.getpid())
+        for pid in processes:
+            yield from namespaces_of(pid) - ours
+        for entry in os.listdir("/proc") if everything else ():  # noqa: PTH208
+            # Of somebody who names sandboxd nowhere: services of the host have mount namespaces too.
+            if entry.isdigit():
+                found = namespaces_of(int(entry)) - ours
+                if any(name.startswith(FOREIGN) for name in found):
+                    yield from found
         with contextlib.suppress(OSError):
             for path in Path("/run/netns").iterdir():
                 if _any(names, path.name):
@@ -254,6 +264,18 @@ def leak_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     session.sessions.close()
     if found:
         pytest.fail(f"the test session left behind:\n{found}", pytrace=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Daemon]) -> Iterator[None]:
+    """Has the session's daemon looked at when it has started, and before it is stopped."""
+    result = yield
+    if fixturedef.argname == "daemon" and fixturedef.scope == "session" and fixturedef.cached_result:
+        daemon = fixturedef.cached_result[0]
+        if daemon is not None:  # None: it did not start
+            before = Held.by(daemon.process.pid, ())
+            fixturedef.addfinalizer(lambda: check_held(daemon, before))
+    return result
 
 
 @pytest.fixture

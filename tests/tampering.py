@@ -1,8 +1,8 @@
 """A process of its own that makes a slot, tampers with it after that, and prints what its receipt then says.
 
 An engine needs a mount namespace of its own, which only a process without threads can enter.
-Arguments: the runtime, the state directory. Output: JSON, the name of each tampering to the controls
-that the receipt denies.
+Arguments: the runtime, the state directory, and ``waiting`` for slots that are read when they are made and
+compared later. Output: JSON, the name of each tampering to the controls that the receipt denies.
 """
 
 from __future__ import annotations
@@ -17,24 +17,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
+from meddling import LIVE, RLIMITS, ZERO, may_raise_rlimits
 
+from sandboxd import errors
 from sandboxd.config import Config
 from sandboxd.engine.host import EngineHost, enter_private_mounts, instance_name
 from sandboxd.engine.probe import probe_shape
+from sandboxd.plan import Root
 from sandboxd.policy import seccomp
-from sandboxd.receipt import read_receipt
+from sandboxd.receipt import read_receipt, reading, take_reading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sandboxd.engine.base import Slot
+    from sandboxd.engine.oci import OciEngine
+    from sandboxd.models import Receipt
 
 SHAPE = probe_shape()
+WHOLE = replace(  # with every control that a shape may lack
+    SHAPE,
+    root=Root("overlay", 2**20, 64),
+    limits=replace(SHAPE.limits, file_size=2**20, io_read=50 * 2**20, io_write=50 * 2**20),
+)
 
 
 def denied(slot: Slot) -> list[str]:
     """The controls that are not in force."""
-    return [control.name for control in read_receipt(slot, SHAPE.limits).controls if not control.enforced]
+    return denied_by(read_receipt(slot, SHAPE.limits))
+
+
+def denied_by(receipt: Receipt) -> list[str]:
+    """The controls that this one denies."""
+    return [control.name for control in receipt.controls if not control.enforced]
 
 
 @contextmanager
@@ -93,11 +108,49 @@ def other_filter(slot: Slot) -> list[str]:
     return denied(replace(slot, shape=wider))
 
 
+def other_rlimit(slot: Slot, number: int) -> list[str]:
+    """What the receipt says when another rlimit than the process has was asked for."""
+    asked = reading.__dict__["rlimits"]
+    changed = tuple(
+        replace(limit, soft=limit.soft + (limit.resource == number)) for limit in asked(WHOLE.limits)
+    )
+    reading.__dict__["rlimits"] = lambda _: changed
+    try:
+        return denied_by(read_receipt(slot, WHOLE.limits))
+    finally:
+        reading.__dict__["rlimits"] = asked
+
+
+async def waiting(engine: OciEngine) -> dict[str, list[str]]:
+    """Meddle with slots that were read before."""
+    found: dict[str, list[str]] = {}
+    for name, (meddle, control) in LIVE.items():
+        slot = await engine.create(WHOLE)
+        try:
+            with take_reading(slot) as before:
+                found["nothing"] = denied_by(before.again(WHOLE.limits))
+                if control not in {line.name for line in before.receipt.controls} | {"process"}:
+                    found[name] = ["absent"]
+                elif control in ZERO and not may_raise_rlimits():
+                    found[name] = other_rlimit(slot, RLIMITS[control][1])
+                else:
+                    meddle(slot)
+                    try:
+                        found[name] = denied_by(before.again(WHOLE.limits))
+                    except errors.ControlNotEnforced as error:
+                        found[name] = [error.details["control"]]
+        finally:
+            await engine.destroy(slot)
+    return found
+
+
 async def main(config: Config, run: Path, name: str) -> dict[str, list[str]]:
     """Make a slot, tamper, and take it away."""
     found: dict[str, list[str]] = {}
     with EngineHost(config, run, name) as host:
         [engine] = host.engines()
+        if sys.argv[3:] == ["waiting"]:
+            return await waiting(engine)
         slot = await engine.create(SHAPE)
         try:
             found["nothing"] = denied(slot)

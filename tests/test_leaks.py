@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from held import NAMESPACES, Held, descriptors_of, namespaces_of, waiting_in
 from leaks import Sessions
 
 from sandboxd.kernel.cgroup import CgroupLimits, CgroupTree
 
 if TYPE_CHECKING:
+    from daemons import Daemon
     from leaks import Session
 
 
@@ -86,6 +89,62 @@ def test_a_cgroup_with_a_claim_is_seen(leak_session: Session, run_token: str, cl
         claims.discard(theirs.name)
         ours.close()
         theirs.close()
+
+
+def test_every_kind_of_namespace_is_seen(leak_session: Session, need: object) -> None:
+    assert callable(need)
+    need(os.geteuid() == 0, "root")
+    before = leak_session.watch.snapshot()
+    kinds = ("--mount", "--pid", "--net", "--ipc", "--uts", "--cgroup", "--user")
+    with subprocess.Popen(["unshare", *kinds, "--fork", "sleep", "60"]) as process:
+        child = _sleeper(process)
+        found = new(leak_session, before)
+        assert {line.partition(":")[2].strip().partition(":")[0] for line in found.splitlines()} >= {
+            *NAMESPACES
+        }
+        os.kill(child, 9)
+    assert leak_session.watch.leaks_since(before, everything=lambda: False) == ""
+
+
+def _sleeper(process: subprocess.Popen[bytes]) -> int:
+    """The child of ``unshare``, once it has become ``sleep``."""
+    end = time.monotonic() + 10
+    while True:
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            if Path(f"/proc/{child}/comm").read_text() == "sleep\n":
+                return int(child)
+        assert time.monotonic() < end
+
+
+def test_what_the_daemon_forgot_in_its_own_mount_namespace_is_seen(daemon: Daemon, tmp_path: Path) -> None:
+    pid = daemon.process.pid
+    before = Held.by(pid, waiting_in(daemon))
+    enter = ["nsenter", f"--mount=/proc/{pid}/ns/mnt"]
+    subprocess.run([*enter, "mount", "-t", "tmpfs", "none", str(tmp_path)], check=True)
+    try:
+        found = Held.by(pid, waiting_in(daemon)).new_since(before)
+    finally:
+        subprocess.run([*enter, "umount", str(tmp_path)], check=True)
+    assert found.startswith(f"  mount: {tmp_path} ")
+    assert f"{tmp_path} " not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_a_process_that_is_no_berth_and_a_descriptor_are_seen(tmp_path: Path, need: object) -> None:
+    assert callable(need)
+    need(os.geteuid() == 0, "root")
+    before, open_before = Held.by(os.getpid(), ()), descriptors_of(os.getpid())
+    with subprocess.Popen(["unshare", "--net", "--fork", "sleep", "60"]) as process:
+        child = _sleeper(process)
+        namespace = os.open(f"/proc/{child}/ns/net", os.O_RDONLY)
+        try:
+            found = Held.by(os.getpid(), ()).new_since(before)
+            name = next(one for one in namespaces_of(child) if one.startswith("net:"))
+            assert f"  {name} of process {child}, sleep" in found.splitlines()
+            assert f"  {name} as a descriptor of the daemon" in found.splitlines()
+            assert descriptors_of(os.getpid()) - open_before == {"net:[N]": 1}
+        finally:
+            os.close(namespace)
+            os.kill(child, 9)
 
 
 def test_a_session_knows_whether_it_is_alone(tmp_path: Path) -> None:

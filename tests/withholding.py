@@ -11,8 +11,11 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from withheld_init import VARIANTS
 
 from sandboxd.engine.bundle import INIT_PATH
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Config = dict[str, Any]
+OTHER_IDS = 4_000_000_000  # the first of a range that no daemon of the tests gives to a container
+ROOT_DIRECTORIES = ("dev", "proc", "tmp", "workspace", "usr", "etc", "data")
 
 
 def main(real: str, directory: Path) -> None:
@@ -65,13 +70,17 @@ def _without_namespace(kind: str) -> Callable[[Config, Path], None]:
     return edit
 
 
-def _other_map(config: Config, _: Path) -> None:
+def _other_map(*which: str) -> Callable[[Config, Path], None]:
     """A user namespace of the runtime's own, over other host ids."""
-    for entry in config["linux"]["namespaces"]:
-        if entry["type"] == "user":
-            entry.pop("path")
-    mapping = [{"containerID": 0, "hostID": 4_000_000_000, "size": 65_536}]
-    config["linux"]["uidMappings"] = config["linux"]["gidMappings"] = mapping
+
+    def edit(config: Config, _: Path) -> None:
+        for entry in config["linux"]["namespaces"]:
+            if entry["type"] == "user":
+                entry.pop("path")
+        for kind in which:
+            config["linux"][kind] = [{"containerID": 0, "hostID": OTHER_IDS, "size": 65_536}]
+
+    return edit
 
 
 def _shared_namespace(kind: str) -> Callable[[Config, Path], None]:
@@ -85,11 +94,19 @@ def _shared_namespace(kind: str) -> Callable[[Config, Path], None]:
     return edit
 
 
-def _other_root(config: Config, directory: Path) -> None:
+def other_root(directory: Path) -> Path:
+    """A root with every mount point and no program."""
     root = directory / "root"
-    for name in ("dev", "proc", "tmp", "workspace", "usr", "etc"):
+    for name in ROOT_DIRECTORIES:
         (root / name).mkdir(parents=True, exist_ok=True)
-    config["root"] = {"path": str(root), "readonly": True}
+    return root
+
+
+def _other_root(*, read_only: bool) -> Callable[[Config, Path], None]:
+    def edit(config: Config, directory: Path) -> None:
+        config["root"] = {"path": str(other_root(directory)), "readonly": read_only}
+
+    return edit
 
 
 def _option(target: str, old: str, new: str | None) -> Callable[[Config, Path], None]:
@@ -155,6 +172,11 @@ def _other_lent(config: Config, directory: Path) -> None:
     _mount(config, "/data")["source"] = str(directory / "other")
 
 
+def _writable_lent(config: Config, directory: Path) -> None:
+    _other_lent(config, directory)
+    _option("/data", "ro", "rw")(config, directory)
+
+
 def _all_capabilities(config: Config, _: Path) -> None:
     every = ["CAP_SYS_ADMIN", "CAP_NET_ADMIN", "CAP_SETPCAP", "CAP_SETUID", "CAP_SETGID", "CAP_KILL"]
     sets = ("bounding", "effective", "permitted", "inheritable", "ambient")
@@ -173,8 +195,7 @@ def _init(variant: str) -> Callable[[Config, Path], None]:
     """PID 1 replaced by one that speaks the protocol and leaves something out."""
 
     def edit(config: Config, directory: Path) -> None:
-        _mount(config, INIT_PATH)["source"] = str(directory / "init-without")
-        config["process"]["args"] = [INIT_PATH, variant]
+        _mount(config, INIT_PATH)["source"] = str(directory / f"init-without-{variant}")
         if variant in {"no_new_privs", "capabilities"}:
             _all_capabilities(config, directory)
             _no_new_privs(config, directory)
@@ -192,16 +213,25 @@ def _cgroups(name: str) -> list[Path]:
     return [Path(path) for path, _, _ in os.walk("/sys/fs/cgroup") if path.endswith(f"/{name}")]
 
 
+def leave(cgroup: Path, pid: int) -> None:
+    """To the nearest cgroup above that takes it: of version 2, one that passes controllers down does not."""
+    for above in cgroup.parents:
+        with suppress(OSError):
+            (above / "cgroup.procs").write_text(str(pid))
+            return
+    raise AssertionError(f"{pid} stays in {cgroup}")
+
+
 def _leave_every_cgroup(pid: int, name: str) -> None:
     for path in _cgroups(name):
-        (path.parent / "cgroup.procs").write_text(str(pid))
+        leave(path, pid)
 
 
 def _leave_one_cgroup(pid: int, name: str) -> None:
     """Only the one that limits processes, where hierarchies are many."""
     paths = [path for path in _cgroups(name) if (path / "pids.max").exists()]
     assert len(paths) == 1
-    (paths[0].parent / "cgroup.procs").write_text(str(pid))
+    leave(paths[0], pid)
 
 
 def _interface(pid: int, _: str) -> None:
@@ -220,14 +250,39 @@ def _extra_process(_: int, name: str) -> None:
         time.sleep(0.001)
 
 
+def _hidden_parent(pid: int, name: str) -> None:
+    """The tool process has another parent than PID 1, and that is kept out of sight, in another cgroup."""
+    parents: dict[int, int] = {}
+    until = time.monotonic() + 10
+    while not (hidden := [one for one, above in parents.items() if above == pid and one in parents.values()]):
+        assert time.monotonic() < until, parents
+        parents = {one: _parent(one) for one in _processes(name)}
+        time.sleep(0.001)
+    for path in _cgroups(name):
+        leave(path, hidden[0])
+
+
+def _processes(name: str) -> set[int]:
+    return {int(one) for path in _cgroups(name) for one in (path / "cgroup.procs").read_text().split()}
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except FileNotFoundError:  # of those that a runtime needs for a moment
+        return 0
+
+
 BEFORE: dict[str, Callable[[Config, Path], None]] = {
     **{f"{kind}_namespace": _without_namespace(kind) for kind in ("user", "pid", "ipc", "uts", "cgroup")},
     "net_namespace": _without_namespace("network"),
     "mnt_namespace": _without_namespace("mount"),
     "shared_net": _shared_namespace("network"),
     "shared_ipc": _shared_namespace("ipc"),
-    "other_map": _other_map,
-    "other_root": _other_root,
+    "other_map": _other_map("uidMappings", "gidMappings"),
+    "other_gid_map": _other_map("gidMappings"),
+    "other_root": _other_root(read_only=True),
+    "other_writable_root": _other_root(read_only=False),
     "writable_root": _writable_root,
     "config_capabilities": _all_capabilities,
     "config_no_new_privs": _no_new_privs,
@@ -241,6 +296,7 @@ BEFORE: dict[str, Callable[[Config, Path], None]] = {
     "workspace_other": _other_workspace,
     "workspace_same_looks": _same_workspace,
     "lent_other": _other_lent,
+    "lent_writable": _writable_lent,
     "host_root": _bound("/mnt", "/", "rbind", "ro", "nosuid", "nodev"),
     "host_over_tmp": _bound("/tmp", "/etc", "ro", "nosuid", "nodev"),
     "host_device": _bound("/dev/kmsg", "/dev/kmsg", "nosuid"),
@@ -250,20 +306,7 @@ BEFORE: dict[str, Callable[[Config, Path], None]] = {
     "read_only_paths": _no_read_only_paths,
     "false_mask": _false_mask,
     "init_other": _other_program,
-    **{
-        f"init_{variant}": _init(variant)
-        for variant in (
-            "seccomp",
-            "no_new_privs",
-            "capabilities",
-            "rlimits",
-            "user",
-            "group",
-            "groups",
-            "umask",
-            "oom_score_adj",
-        )
-    },
+    **{f"init_{variant}": _init(variant) for variant in VARIANTS},
 }
 
 AFTER: dict[str, Callable[[int, str], None]] = {
@@ -271,4 +314,5 @@ AFTER: dict[str, Callable[[int, str], None]] = {
     "one_cgroup": _leave_one_cgroup,
     "interface": _interface,
     "extra_process": _extra_process,
+    "init_parent": _hidden_parent,
 }

@@ -1,209 +1,192 @@
 """Each control taken away under the daemon's feet: the call is refused, names it, and the tool never runs.
 
-The daemon's runtime is a script that edits the bundle, or the container that was made of it, and is
-the real runtime otherwise. Limits are written by the daemon after the runtime has gone; those are
-withheld in ``tests/engine/test_oci.py``.
+Either the runtime does it, while it makes the container: a script that edits the bundle of an OCI runtime
+(``withholding.py``) or the plan of the built-in one (``withheld_container.py``). Or it is done to the
+container that is up, before it is used (``meddling.py``).
 """
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from daemons import berths_of, needs_containers, start_daemon, until
-from withheld_init import build_init
+from daemons import until
+from meddling import LIVE, ZERO, may_raise_rlimits
+from pages import code, page
+from robbed_daemon import PREFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from robbed_daemon import Robbed
 
-    from daemons import Daemon
-
-TESTS = Path(__file__).parent.parent
-DATA = "version: 1\nname: lent\nextends: tiny\nmounts:\n  - {source: %s, target: /data, mode: read-only}\n"
+    from sandboxd.models import Invocation
 
 
-@pytest.fixture(scope="module", params=["crun", "runc"])
-def robbed(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    need: Callable[[object, str], None],
-) -> Iterator[tuple[Daemon, Path]]:
-    """A daemon whose runtime takes away what the file ``withhold`` names, and that file's directory."""
-    needs_containers()
-    real = shutil.which(request.param)
-    need(real, request.param)
-    directory = tmp_path_factory.mktemp(f"robbed-{request.param}")
-    (directory / "withhold").write_text("nothing")
-    runtime = directory / f"{request.param}-without"
-    runtime.write_text(
-        f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\nsys.path.insert(0, {str(TESTS)!r})\n"
-        f"import withholding\nwithholding.main({real!r}, Path({str(directory)!r}))\n"
-    )
-    runtime.chmod(0o755)
-    build_init(directory / "init-without")
-    (directory / "lent").mkdir()
-    for path in (directory, *directory.parents):  # a container's root is nobody here
-        if path.stat().st_mode & 0o001 == 0 and path != Path("/"):
-            path.chmod(path.stat().st_mode | 0o011)
-    with start_daemon(directory, config=f"runtime: {runtime}\n") as daemon:
-        (daemon.policies / "lent.yaml").write_text(DATA % (directory / "lent"))
-        yield daemon, directory
-
-
-@contextmanager
-def withheld(directory: Path, what: str) -> Iterator[None]:
-    (directory / "withhold").write_text(what)
-    try:
-        yield
-    finally:
-        (directory / "withhold").write_text("nothing")
-
-
-def children(daemon: Daemon) -> set[str]:
-    """The daemon's children, those that wait for a container to make aside."""
-    found: set[str] = set()
-    for task in Path(f"/proc/{daemon.process.pid}/task").iterdir():
-        found |= set((task / "children").read_text().split())
-    return found - {str(pid) for pid in berths_of(daemon)}
+def refused_for(call: Invocation) -> list[str]:
+    """The controls that a call was refused for; its tool has not run."""
+    assert call.outcome is not None
+    assert call.outcome.cause == "failed", call.outcome
+    assert call.outcome.error is not None
+    assert call.times.started is None
+    assert call.stdout is not None
+    assert call.stdout.size == 0
+    if call.outcome.error.code != "control_not_enforced":
+        assert call.outcome.error.code == "engine", call.outcome
+        return []
+    details = call.outcome.error.details
+    names: list[str] = details.get("controls", [details["control"]])
+    return names
 
 
 # what is withheld, and the control that has to say so
-CONTROLS = {
-    "user_namespace": "user_namespace",
-    "other_map": "user_namespace_uids",
-    "net_namespace": "net_namespace",
-    "ipc_namespace": "ipc_namespace",
-    "uts_namespace": "uts_namespace",
-    "cgroup_namespace": "cgroup_namespace",
-    "other_root": "mount /",
-    "tmp_size": "tmp",
-    "tmp_inodes": "tmp",
-    "tmp_absent": "tmp",
-    "tmp_nosuid": "nosuid_nodev",
-    "tmp_nodev": "nosuid_nodev",
-    "shm_size": "shm",
-    "shm_inodes": "shm",
-    "workspace_other": "mount /workspace",
-    "workspace_same_looks": "mount /workspace",
-    "host_root": "mounts",
-    "host_over_tmp": "mounts",
-    "host_device": "devices",
-    "proc_shows_all": "proc",
-    "masked_paths": "masked_paths",
-    "read_only_paths": "masked_paths",
-    "false_mask": "masked_paths",
-    "init_seccomp": "seccomp",
-    "init_no_new_privs": "no_new_privs",
-    "init_capabilities": "capabilities",
-    "init_rlimits": "rlimit_open_files",
-    "init_user": "user",
-    "init_group": "group",
-    "init_groups": "supplementary_groups",
-    "init_umask": "umask",
-    "init_oom_score_adj": "oom_score_adj",
-    "every_cgroup": "cgroup",
-    "one_cgroup": "cgroup",
-    "interface": "network",
-    "extra_process": "cgroup",
+CONTROLS: dict[str, set[str]] = {
+    "user_namespace": {"user_namespace"},
+    # of a namespace of the right kind, but another's, the receipt says so too
+    "other_map": {
+        "user_namespace",
+        "user_namespace_uids",
+        "user_namespace_gids",
+        "mnt_namespace",
+        "pid_namespace",
+    },
+    "other_gid_map": {"user_namespace_gids"},
+    "net_namespace": {"net_namespace"},
+    "ipc_namespace": {"ipc_namespace"},
+    "uts_namespace": {"uts_namespace"},
+    "cgroup_namespace": {"cgroup_namespace"},
+    "other_root": {"mount TARGET"},
+    "other_writable_root": {"root", "mount TARGET"},
+    "tmp_size": {"tmp"},
+    "tmp_inodes": {"tmp"},
+    "tmp_absent": {"tmp"},
+    "tmp_nosuid": {"nosuid_nodev"},
+    "tmp_nodev": {"nosuid_nodev"},
+    "shm_size": {"shm"},
+    "shm_inodes": {"shm"},
+    "workspace_other": {"workspace", "mount TARGET"},
+    "workspace_same_looks": {"mount TARGET"},
+    "lent_other": {"mount TARGET"},
+    "lent_writable": {"mount TARGET", "mounts_read_only"},
+    "host_root": {"mounts"},
+    "host_over_tmp": {"mounts"},
+    "host_device": {"devices"},
+    "masked_paths": {"masked_paths"},
+    "read_only_paths": {"masked_paths"},
+    "false_mask": {"masked_paths"},
+    "init_seccomp": {"init", "seccomp"},
+    "init_no_new_privs": {"init", "no_new_privs"},
+    "init_capabilities": {"init", "capabilities"},
+    "init_rlimits": {"init", "rlimit_open_files"},
+    "init_user": {"init", "user"},
+    "init_group": {"init", "group"},
+    "init_groups": {"init", "supplementary_groups"},
+    "init_umask": {"init", "umask"},
+    "init_oom_score_adj": {"init", "oom_score_adj"},
+    "init_parent": {"init", "parent"},
+    "every_cgroup": {"cgroup"},
+    "one_cgroup": {"cgroup"},
+    "interface": {"network"},
+    "extra_process": {"cgroup"},
 }
+# by the place that the mount is for
+TARGETS = {"other_root": "/", "workspace_other": "/workspace", "workspace_same_looks": "/workspace"}
+TARGETS |= {"other_writable_root": "/", "lent_other": "/data", "lent_writable": "/data"}
+POLICY = {"lent_other": "lent", "lent_writable": "lent"}
 
-REFUSED = {"false_mask": "runc"}  # what a runtime itself will not do
+REFUSED = {("false_mask", "runc")}  # what a runtime itself will not do
+ABSENT = {
+    "sockets": "cgroup v2 counts the buffers of sockets as memory",
+    "swap": "a kernel without swap accounting has no limit of it",
+}
+NOT_A_LINE = {"process"}  # a tool process that is gone: there is no receipt
 
 
 @pytest.mark.parametrize("what", CONTROLS)
-def test_a_call_without_a_control_does_not_start(robbed: tuple[Daemon, Path], what: str) -> None:
-    daemon, directory = robbed
-    with withheld(directory, what):
-        found = daemon.run("echo", "ran", policy="tiny")
-    assert found.outcome is not None
-    assert found.outcome.error is not None, found.outcome
-    assert found.times.started is None
-    assert found.stdout is not None
-    assert found.stdout.size == 0
-    until(lambda: not children(daemon), "the container is cleared away")
-    if what in REFUSED and REFUSED[what] in directory.name:
-        assert found.outcome.error.code == "engine", found.outcome
+def test_a_call_without_a_control_does_not_start(robbed: Robbed, what: str) -> None:
+    found = refused_for(robbed.run(what, policy=POLICY.get(what, "tiny")))
+    until(lambda: not robbed.children(), "the container is cleared away")
+    if (what, robbed.runtime) in REFUSED:
+        assert found == []
         return
-    assert found.outcome.error.code == "control_not_enforced", found.outcome
-    details = found.outcome.error.details
-    names = details.get("controls", [details["control"]])
-    assert CONTROLS[what] in names, details
-    if what.startswith("init_"):
-        assert "init" in names
+    assert {name.replace("TARGET", TARGETS.get(what, "")) for name in CONTROLS[what]} <= set(found), found
+
+
+@pytest.fixture(scope="module")
+def there(robbed: Robbed) -> dict[str, str]:
+    """The lines of the receipt of a container that nothing was taken from, and where each was read."""
+    whole = robbed.daemon.run("true", policy="whole")
+    assert whole.receipt is not None, whole.outcome
+    return {control.name: control.read_from for control in whole.receipt.controls}
+
+
+@pytest.mark.parametrize("what", LIVE)
+def test_a_control_that_is_taken_from_a_container_is_missed(
+    robbed: Robbed, there: dict[str, str], what: str
+) -> None:
+    control = LIVE[what][1]
+    if control in ABSENT and (control not in there or there[control] == "/proc/swaps"):
+        return
+    if control in ZERO and not may_raise_rlimits():
+        return  # nobody on this host can; that a receipt compares them is seen in test_waiting.py
+    call = robbed.run(PREFIX + what, policy="whole")
+    found = refused_for(call)
+    assert control in found, (found, call.outcome)
+
+
+def test_every_control_that_a_receipt_can_have_is_taken_away() -> None:
+    documented = {name for row in page("docs/calls.md").rows("control") for name in code(row[0])}
+    taken = set().union(*CONTROLS.values(), {control for _, control in LIVE.values()})
+    assert taken - NOT_A_LINE == documented
 
 
 @pytest.mark.parametrize("what", ["mnt_namespace", "pid_namespace", "host_proc", "init_other"])
-def test_what_cannot_even_be_made_is_a_failure_of_the_engine(robbed: tuple[Daemon, Path], what: str) -> None:
+def test_what_cannot_even_be_made_is_a_failure_of_the_engine(robbed: Robbed, what: str) -> None:
     """These leave no container, or none that speaks: there is nothing to read a receipt from."""
-    daemon, directory = robbed
-    with withheld(directory, what):
-        found = daemon.run("echo", "ran", policy="tiny", deadline=60_000_000)
-    assert found.outcome is not None
-    assert found.outcome.error is not None, found.outcome
-    assert found.outcome.error.code in {"engine", "control_not_enforced"}
-    assert found.times.started is None
-    assert found.stdout is not None
-    assert found.stdout.size == 0
-    until(lambda: not children(daemon), "the container is cleared away")
+    refused_for(robbed.run(what, policy="tiny"))
+    if robbed.runtime == "builtin":  # its process, which ended by itself, is reaped with the next call's
+        assert robbed.daemon.run("true", policy="tiny").outcome is not None
+    until(lambda: not robbed.children(), "the container is cleared away")
 
 
+@pytest.mark.parametrize("robbed", ["crun", "runc"], indirect=True)
+@pytest.mark.parametrize("what", ["proc_shows_all"])
+def test_what_only_an_oci_runtime_can_leave_out(robbed: Robbed, what: str) -> None:
+    """To the ``/proc`` of the built-in runtime it is done when that is up: its program takes no options."""
+    assert "proc" in refused_for(robbed.run(what, policy="tiny"))
+
+
+@pytest.mark.parametrize("robbed", ["crun", "runc"], indirect=True)
 @pytest.mark.parametrize("kind", ["network", "ipc"])
-def test_a_namespace_of_somebody_else_is_told_from_a_fresh_one(
-    robbed: tuple[Daemon, Path], kind: str
-) -> None:
-    daemon, directory = robbed
+def test_a_namespace_of_somebody_else_is_told_from_a_fresh_one(robbed: Robbed, kind: str) -> None:
     name = {"network": "net", "ipc": "ipc"}[kind]
     holder = subprocess.Popen(["unshare", f"--{name}", "sleep", "60"])
     try:
         ours = Path(f"/proc/self/ns/{name}").readlink()
         while Path(f"/proc/{holder.pid}/ns/{name}").readlink() == ours:
             assert holder.poll() is None
-        (directory / kind).write_text(f"/proc/{holder.pid}/ns/{name}")
-        with withheld(directory, f"shared_{name}"):
-            found = daemon.run("echo", "ran", policy="tiny")
+        (robbed.directory / kind).write_text(f"/proc/{holder.pid}/ns/{name}")
+        found = refused_for(robbed.run(f"shared_{name}", policy="tiny"))
     finally:
         holder.kill()
         holder.wait()
-    assert found.outcome is not None
-    assert found.outcome.cause == "failed"
-    assert found.stdout is not None
-    assert found.stdout.size == 0
-    if found.outcome.error is not None and found.outcome.error.code == "control_not_enforced":
-        assert f"{name}_namespace" in found.outcome.error.details["controls"]
-    else:  # the runtime could not enter it from its user namespace
-        assert found.outcome.error is not None
-        assert found.outcome.error.code == "engine"
+    # nothing: the runtime could not enter it from its user namespace
+    assert not found or f"{name}_namespace" in found
 
 
-def test_a_lent_directory_is_the_one_that_the_policy_names(robbed: tuple[Daemon, Path]) -> None:
-    daemon, directory = robbed
-    (directory / "lent/name").write_text("lent")
-    whole = daemon.run("cat", "/data/name", policy="lent")
+def test_a_lent_directory_is_the_one_that_the_policy_names(robbed: Robbed) -> None:
+    (robbed.directory / "lent/name").write_text("lent")
+    whole = robbed.daemon.run("cat", "/data/name", policy="lent")
     assert whole.stdout is not None
     assert whole.stdout.text == "lent", whole.outcome
-    with withheld(directory, "lent_other"):
-        found = daemon.run("echo", "ran", policy="lent")
-    assert found.outcome is not None
-    assert found.outcome.error is not None, found.outcome
-    assert found.outcome.error.details["controls"] == ["mount /data"]
-    assert found.stdout is not None
-    assert found.stdout.size == 0
+    assert refused_for(robbed.run("lent_other", policy="lent")) == ["mount /data"]
 
 
 @pytest.mark.parametrize("what", ["nothing", "config_capabilities", "config_no_new_privs", "writable_root"])
-def test_what_init_and_the_engine_do_themselves_needs_no_runtime(
-    robbed: tuple[Daemon, Path], what: str
-) -> None:
+def test_what_init_and_the_engine_do_themselves_needs_no_runtime(robbed: Robbed, what: str) -> None:
     """Capabilities and no_new_privs are PID 1's, the read-only root is the engine's mount."""
-    daemon, directory = robbed
-    with withheld(directory, what):
-        found = daemon.run("grep", "-E", "NoNewPrivs|CapBnd|CapEff", "/proc/self/status", policy="tiny")
+    found = robbed.run(what, "grep", "-E", "NoNewPrivs|CapBnd|CapEff", "/proc/self/status", policy="tiny")
     assert found.outcome is not None
     assert found.outcome.exit_code == 0, found.outcome
     assert found.receipt is not None
@@ -214,10 +197,9 @@ def test_what_init_and_the_engine_do_themselves_needs_no_runtime(
     assert values == {"NoNewPrivs": "1", "CapBnd": "0" * 16, "CapEff": "0" * 16}
 
 
-def test_the_daemon_is_whole_after_all_that(robbed: tuple[Daemon, Path]) -> None:
-    daemon, _ = robbed
-    found = daemon.run("echo", "whole", policy="tiny")
+def test_the_daemon_is_whole_after_all_that(robbed: Robbed) -> None:
+    found = robbed.daemon.run("echo", "whole", policy="tiny")
     assert found.stdout is not None
     assert found.stdout.text == "whole\n"
-    until(lambda: not children(daemon), "every container is cleared away")
-    assert daemon.stop(signal.SIGTERM) == 0
+    until(lambda: not robbed.children(), "every container is cleared away")
+    assert robbed.daemon.stop(signal.SIGTERM) == 0
