@@ -26,7 +26,10 @@ print(sys.stdin is sys.__stdin__, sys.stdout is sys.__stdout__, sys.stderr is sy
 print(repr(sys.stdin), repr(sys.stdout), sys.stdin.read())
 """
 STATE = """
-import sys, os, signal, threading, atexit, gc, warnings, resource, locale
+import sys, os, signal, threading, atexit, gc, warnings, resource, locale, faulthandler, tracemalloc
+print(open('/etc/passwd').fileno(), os.pipe(), os.dup(1), faulthandler.is_enabled(), tracemalloc.is_tracing())
+print(threading.main_thread().ident == threading.get_ident(), threading.main_thread().native_id == os.getpid(), os.getsid(0))
+print(os.umask(0), os.nice(0), os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0) != set(), signal.getitimer(0))
 print([(s, str(signal.getsignal(s))) for s in sorted(signal.valid_signals())], signal.pthread_sigmask(0, []))
 print(threading.active_count(), threading.current_thread() is threading.main_thread(), atexit._ncallbacks())
 print(gc.isenabled(), gc.get_threshold(), warnings.filters, sys.excepthook is sys.__excepthook__)
@@ -63,7 +66,34 @@ if __name__ == '__main__':
         capture_output=True))
     print(subprocess.run(['sh', '-c', 'ls /proc/self/fd; trap; env'], capture_output=True))
 """
+SETS = """
+print({16, 8, 0}, [n for n in {9, 1}], 17 in {17, 9}, {'a', 'b', 'c'} == {'c', 'b', 'a'})
+def f():
+    for n in {32, 16, 24, 0, 1 << 70, -1}: print(n)
+    return {(9, 'x'), (1, 'y'), None, 2.5, b'z'}
+f()
+"""
+ALIKE = """
+def f(): return 1000, 'not a name', -0.0, 1e999, 3j, b'bytes', ..., ((1, 2), 'x')
+def g(): return 1000, 'not a name', 0.0, (1, 2)
+print([[a is b for b in g.__code__.co_consts] for a in f.__code__.co_consts], f(), f.__code__.co_consts[-1] is f())
+print(f.__code__.co_flags, f.__code__.co_linetable, f.__code__.co_filename is g.__code__.co_filename, list(f.__code__.co_lines()))
+"""
 FILES = {
+    "sets.py": SETS,
+    "alike.py": ALIKE,
+    "nested.py": "print('ran')\nf = " + "lambda: " * 1100 + "0\n",
+    "flat.py": "print(" + " + ".join(["1"] * 400) + ")\nx = " + "[" * 90 + "]" * 90 + "\n",
+    "long.py": "print('ran')\n" + "x = 'a line of a program that is longer than what may be written'\n" * 100,
+    "shadow/random.py": "print('own random')\ndef random(): return 4\n",
+    "shadow/tool/__init__.py": "print('own tool')\n",
+    "shadow/json/data.txt": "no module",
+    "shadow/uses.py": "import random, json; print(random.random(), random.__file__, json.__file__)",
+    "package/random/__init__.py": "print('own package')\n",
+    "package/uses.py": "import random; print(random.__file__)",
+    "typed/types.py": "print('own types')\n",
+    "typed/x.py": "print('x')\n",
+    ".local/lib/python3.11/site-packages/of_the_user.py": "print('of the user')\n",
     "look.py": LOOK,
     "streams.py": STREAMS,
     "state.py": STATE,
@@ -244,4 +274,116 @@ OTHERS = [
     _call("kill.py", "9"),
     _call("kill.py", "2"),
 ]
+OTHERS += [
+    _call("-m", "sets"),
+    _call("-m", "nested"),
+    _call("-c", FILES["nested.py"]),
+    _call("-", stdin=FILES["nested.py"].encode()),
+    _call("-", stdin=FILES["nested.py"].encode() + b"# " + b"x" * (2 << 20)),
+    _call("-c", SETS),
+    _call("-", stdin=SETS.encode()),
+    _call("-m", "x", cwd="/workspace/typed"),
+    _call("x.py", cwd="/workspace/typed"),
+]
 CALLS = [*SCRIPTS, *KINDS, *OTHERS]
+
+BUFFERED = "process: {env: {PYTHONUNBUFFERED: !remove }}\n"
+PRELOADED = "warm: {command: python3, preload: [random, json.tool]}\n"
+
+
+def _env(**env: str) -> str:
+    return "process: {env: {" + ", ".join(f"{name}: {value!r}" for name, value in env.items()) + "}}\n"
+
+
+EVERYWHERE = [
+    *(
+        _call(*argv, stdin=stdin)
+        for argv, stdin in (
+            (("-c", LOOK + STREAMS + STATE), b"in"),
+            (("-", "a"), (LOOK + STREAMS + STATE).encode()),
+            (("look.py", "a"), None),
+            (("-m", "pack", "a"), None),
+            (("-m", "tree.sub"), None),
+        )
+    ),
+    _call("names.py"),
+    _call("-c", "import sys; print('half', end=''); assert not 1, 'asserted'; sys.exit('bye')"),
+]
+POLICIES = {
+    # what extends the policy, and the calls
+    "plain": ("", CALLS),
+    "bare": (
+        "warm: {command: python3, preload: [!remove json]}\n",
+        [_call("-c", "import sys; print(sorted(sys.modules.keys() - {'_socket'}))")],
+    ),
+    "safe path": (_env(PYTHONSAFEPATH="1"), EVERYWHERE),
+    "lang c": (_env(LANG="C"), [*EVERYWHERE, _call("-c", "import os; os.execvp('env', ['env'])")]),
+    "lang c warned": (_env(LANG="C", PYTHONCOERCECLOCALE="warn"), EVERYWHERE[:1]),
+    "lc ctype c": (_env(LC_CTYPE="C"), EVERYWHERE[:1]),
+    "lc all c": (_env(LC_ALL="C"), EVERYWHERE),
+    "ascii": (
+        _env(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"),
+        [*EVERYWHERE, _call("-c", "print('\u00e9')", "\u00e9")],
+    ),
+    "latin": (_env(PYTHONIOENCODING="latin-1:replace"), EVERYWHERE),
+    "development": (_env(PYTHONDEVMODE="1"), EVERYWHERE),
+    "faults": (_env(PYTHONFAULTHANDLER="1"), EVERYWHERE),
+    "traced": (_env(PYTHONTRACEMALLOC="3"), EVERYWHERE),
+    "errors": (_env(PYTHONWARNINGS="error"), [*EVERYWHERE, _call("warned.py")]),
+    "wrong warnings": (_env(PYTHONWARNINGS="nonsense"), EVERYWHERE[:2]),
+    "encoding warned": (_env(PYTHONWARNDEFAULTENCODING="1"), EVERYWHERE),
+    "optimized": (_env(PYTHONOPTIMIZE="2"), EVERYWHERE),
+    "inspected": (_env(PYTHONINSPECT="1"), EVERYWHERE),
+    "not of the user": (_env(PYTHONNOUSERSITE="1"), EVERYWHERE),
+    "no random": (
+        _env(PYTHONHASHSEED="0"),
+        [*EVERYWHERE, _call("sets.py"), _call("-c", "print({*'abcdefg'}, {'a', 'b', 'c'})")],
+    ),
+    "verbose": (_env(PYTHONVERBOSE="1"), []),
+    "buffered": (BUFFERED, EVERYWHERE),
+    "printing": (
+        BUFFERED + "warm: {command: python3, preload: [this]}\n",
+        [
+            _call("-c", "print('mine')"),
+            _call("-m", "this"),
+            _call("-u", "-c", "print('mine')"),
+            _call("kill.py", "9"),
+        ],
+    ),
+    "preloaded": (
+        PRELOADED,
+        [
+            *EVERYWHERE,
+            _call("uses.py", cwd="/workspace/shadow"),
+            _call("shadow/uses.py"),
+            _call("-m", "uses", cwd="/workspace/shadow"),
+            _call("-m", "random", cwd="/workspace/shadow"),
+            _call("-c", "import random", cwd="/workspace/shadow"),
+            _call("-", stdin=b"import random; print(random.random())", cwd="/workspace/shadow"),
+            _call("uses.py", cwd="/workspace/package"),
+            _call("-m", "json.tool", stdin=b"[1]"),
+            _call("-m", "json"),
+            _call("-m", "site", "--user-site"),
+        ],
+    ),
+    "packages": ("warm: {command: python3, preload: [unittest]}\n", [_call("-m", "unittest", "-q", "none")]),
+    "packages and main": (
+        "warm: {command: python3, preload: [asyncio.__main__]}\n",
+        [_call("-m", "asyncio", stdin=b"1 + 1")],
+    ),
+    "home": (_env(HOME="/workspace"), [*EVERYWHERE, _call("-c", "import of_the_user")]),
+    "small files": (
+        "limits: {file_size: 1KiB}\n",
+        [
+            *EVERYWHERE,
+            _call("long.py"),
+            _call("-m", "long"),
+            _call("-c", FILES["long.py"]),
+            _call("-", stdin=FILES["long.py"].encode()),
+            _call("-", stdin=b"x = = 1\n" * 200_000),
+            _call(
+                "-", stdin=FILES["long.py"].encode() + FILES["nested.py"].encode() + b"# " + b"x" * (2 << 20)
+            ),
+        ],
+    ),
+}

@@ -8,10 +8,9 @@ CPython's own main runs that code as ``__main__``, with no frame of ours above i
 and its own exit. Three things of main would differ (the first entry of ``sys.path``, ``__file__`` and
 ``__loader__``); each is set right by an object that main asks for on its way and that takes itself away.
 
-Whatever it is not sure of becomes an ``execve`` of the command, as if nothing had been warm.
+Whatever it is not sure of becomes an ``execve`` of the command, as if nothing had been warm; so does whatever
+goes wrong. ``wait`` returns only when main will run the command: else main would run the empty descriptor 5.
 """
-
-from __future__ import annotations
 
 import os
 import sys
@@ -19,8 +18,12 @@ import sys
 PAIR, OWN, CODE = 3, 4, 5
 EXEC_WARM = 4  # a frame of init.c: the daemon thinks that this can be served warm
 OWN_PATH, CODE_PATH = f"/proc/self/fd/{OWN}", f"/proc/self/fd/{CODE}"
-PRELOAD: tuple[str, ...] = ()
+PRELOAD = ()
+STARTED = b"\0"  # on standard output: what comes after it is the modules' own
 VERSIONS = {(3, 11)}  # whose main was compared, call by call
+LARGEST = 16 << 20  # bytes of a script; above, it is hardly one, and need not be read to find that out
+BARE = set()  # the modules of an interpreter that has just started
+LC_CTYPE = os.environb.get(b"LC_CTYPE")  # set by Python itself where the locale is C (PEP 538)
 
 
 def _answer(number: int) -> None:
@@ -39,22 +42,42 @@ def _prepare() -> str:
     os.environ.pop("PYTHONPATH")
     if sys.implementation.name != "cpython" or sys.version_info[:2] not in VERSIONS:
         return "no interpreter that can be kept warm: it has to be CPython 3.11"
+    if sys.getfilesystemencoding() != "utf-8":
+        return "its file system encoding is not UTF-8"
     sys.modules.pop("sitecustomize")
     try:
         import sitecustomize  # the image's own, which ours stood before
     except ImportError as error:
         if error.name != "sitecustomize":
             raise
+    if sys.modules["site"].ENABLE_USER_SITE and sys.modules["_frozen_importlib"]._find_spec(
+        "usercustomize", None
+    ):
+        return "the image has a usercustomize, which runs after this"
+    BARE.update(sys.modules)
+    _flush()
+    os.write(1, STARTED)
     mask = os.umask(0o77)
     os.umask(mask)
+    ours = [os.fstat(fd)[1:3] for fd in (0, 1, 2, PAIR, CODE)]
     failed = []
     for name in PRELOAD:
         try:
             __import__(name)
-        except Exception as error:
+        except BaseException as error:
             failed.append(f"{name}: {type(error).__name__}: {error}")
     os.umask(mask)  # the policy's, whatever they did
+    _flush()
+    if ours != [os.fstat(fd)[1:3] for fd in (0, 1, 2, PAIR, CODE)]:
+        failed.append("one of its modules replaced a descriptor of the interpreter")
     return "; ".join(failed)
+
+
+def _flush() -> None:
+    """What was printed so far is none of the call's."""
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        if stream is not None:
+            stream.flush()
 
 
 def _receive():
@@ -93,6 +116,8 @@ def _execute(argv, env) -> None:
     os.closerange(PAIR + 1, 1 << 20)
     variables = dict(item.split(b"=", 1) for item in env)
     found = 2  # ENOENT
+    if not argv[0]:
+        _answer(found)
     names = [argv[0]]
     if b"/" not in argv[0] and argv[0]:
         places = variables.get(b"PATH", b"/usr/local/bin:/usr/bin:/bin").split(b":")
@@ -108,22 +133,28 @@ def _execute(argv, env) -> None:
     _answer(found)
 
 
-def _source(argv):
-    """What main would compile, and under which name; None where main would do something else."""
+def _source(argv, taken):
+    """What main would compile, and under which name; None where main would do something else.
+
+    What is read of standard input is appended to ``taken`` at once.
+    """
     import stat
 
     what = argv[1] if len(argv) > 1 else b"-"
     if what == b"-c":
         return argv[2].decode(), "<string>", "-c"
     if what == b"-":
-        parts = []
+        # EFBIG where the limit on files (RLIMIT_FSIZE) might be below what has to be given back
+        os.ftruncate(CODE, 1 << 40)
+        _fill(b"")
         while part := os.read(0, 1 << 16):
-            parts.append(part)
-        return b"".join(parts), "<stdin>", os.fsdecode(what) if len(argv) > 1 else ""
+            taken.append(part)
+        return b"".join(taken), "<stdin>", os.fsdecode(what) if len(argv) > 1 else ""
     path = os.fsdecode(what)
     full = path if path.startswith("/") else f"{os.getcwd()}/{path}"
     with open(path, "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) or path.endswith(".pyc"):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST or path.endswith(".pyc"):
             return None
         return file.read(), full, path
 
@@ -143,13 +174,45 @@ def _compile(source, name):
         return None
     finally:
         sys.stderr = stderr
-    return None if heard else code
+    return None if heard or _reordered(code) else code
 
 
-def _give_back(data) -> None:
+def _reordered(code) -> bool:
+    """Whether main would see a set in another order: marshal, through which main gets the code, sorts them."""
+    import marshal
+
+    # LOAD_CONST before GET_ITER or SET_UPDATE; a set that is only looked into has no order
+    operations = code.co_code[::2]
+    ordered = b"\x64\x44" in operations or b"\x64\xa3" in operations
+    for value in code.co_consts:
+        if isinstance(value, type(code)):
+            if _reordered(value):
+                return True
+        elif ordered and isinstance(value, frozenset):
+            if sys.flags.hash_randomization and all(isinstance(each, (str, bytes)) for each in value):
+                continue  # they come in another order each time
+            if list(marshal.loads(marshal.dumps(value))) != list(value):
+                return True
+    return False
+
+
+def _fill(data) -> None:
+    """Have the file of descriptor 5 contain this alone."""
+    os.ftruncate(CODE, 0)
+    os.lseek(CODE, 0, os.SEEK_SET)
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(CODE, rest) :]
+    os.lseek(CODE, 0, os.SEEK_SET)
+
+
+def _give_back(taken) -> None:
     """Put what was read of standard input where the command finds it: in a pipe, or a file if it is large."""
     import fcntl
 
+    while part := os.read(0, 1 << 16):  # there is more only if reading it is what failed
+        taken.append(part)
+    data = b"".join(taken)
     read, write = os.pipe()
     try:
         fcntl.fcntl(write, 1031, 1 << 20)  # F_SETPIPE_SZ
@@ -157,13 +220,12 @@ def _give_back(data) -> None:
         pass
     os.set_blocking(write, False)
     try:
-        whole = not data or os.write(write, data) == len(data)
+        whole = os.write(write, data) == len(data)
     except BlockingIOError:
         whole = False
     os.close(write)
     if not whole:
-        os.write(CODE, data)
-        os.lseek(CODE, 0, os.SEEK_SET)
+        _fill(data)
     os.dup2(read if whole else CODE, 0)
 
 
@@ -184,17 +246,15 @@ def _run_code(code, first: str, name: str) -> None:
     import marshal
 
     external = sys.modules["_frozen_importlib_external"]
-    header = external.MAGIC_NUMBER + bytes(12)
-    data = memoryview(header + marshal.dumps(code))
-    while data:
-        data = data[os.write(CODE, data) :]
+    _fill(external.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
     ours, system, close, path = external.SourcelessFileLoader, sys, os.close, CODE_PATH
 
     # the names of this module are gone when it is called
     def loader(main: str, _path: str):
         external.SourcelessFileLoader = ours
         close(5)
-        system.path[0] = first
+        if not system.flags.safe_path:
+            system.path[0] = first
         system.path_importer_cache.pop(path, None)
         module = system.modules["__main__"].__dict__
         module["__file__"] = name
@@ -209,10 +269,8 @@ def _run_code(code, first: str, name: str) -> None:
     external.SourcelessFileLoader = loader
 
 
-def _run_module(module: str) -> None:
+def _run_module(module: str, runpy, here: str) -> None:
     """Have main run ``-m module``: it takes descriptor 5 for a directory, and asks runpy to run that."""
-    import runpy
-
     os.close(CODE)
     sys.path_importer_cache[CODE_PATH] = object()
     real = runpy._run_module_as_main
@@ -222,12 +280,15 @@ def _run_module(module: str) -> None:
     run = type(real)(code, real.__globals__, real.__name__)
     run.__kwdefaults__ = {"mod_name": module, "alter_argv": True}
 
-    system, path, here = sys, CODE_PATH, os.getcwd()
+    system, path = sys, CODE_PATH
 
     def once(_name: str):  # of the first attribute that main asks of runpy
         system.modules["runpy"] = runpy
         system.path_importer_cache.pop(path, None)
-        system.path[0] = here
+        if system.flags.safe_path:
+            del system.path[0]
+        else:
+            system.path[0] = here
         return run
 
     stand_in = type(sys)("runpy")
@@ -235,7 +296,27 @@ def _run_module(module: str) -> None:
     sys.modules["runpy"] = stand_in
 
 
-def _serve(argv, env) -> bool:
+def _shadowed(directory: str) -> bool:
+    """Whether a fresh start would import a module from there that is loaded already from somewhere else."""
+    import _imp
+
+    if sys.flags.safe_path:
+        return False
+    loaded = sys.modules.keys() - BARE - set(sys.builtin_module_names)
+    loaded = {name for name in loaded if "." not in name and not _imp.is_frozen(name)}
+    for entry in os.listdir(directory or ".") if loaded else ():
+        name, dot, suffix = entry.partition(".")
+        if name not in loaded:
+            continue
+        if suffix.endswith(("py", "pyc", "so")):
+            return True
+        # a directory without __init__ gives way to a module further down sys.path
+        if not dot and any(each.startswith("__init__.") for each in os.listdir(f"{directory or '.'}/{name}")):
+            return True
+    return False
+
+
+def _serve(argv, env, taken) -> bool:
     """Arrange everything so that main, when this returns, runs the command; False where it could not."""
     import stat
 
@@ -244,15 +325,28 @@ def _serve(argv, env) -> bool:
         return False
     if not (stat.S_ISFIFO(kinds[0]) or stat.S_ISCHR(kinds[0])):
         return False
-    module = argv[2] if len(argv) > 2 and argv[1] == b"-m" else None
-    compiled = None
-    if module is None:
+    site = sys.modules["site"]
+    if site.ENABLE_USER_SITE and site.USER_SITE not in sys.path and os.path.isdir(site.USER_SITE):
+        return False  # it came with the call
+    module = os.fsdecode(argv[2]) if len(argv) > 2 and argv[1] == b"-m" else None
+    if module is not None:
+        import runpy
+
+        here = os.getcwd()
+        loaded = sys.modules.get(module)
+        if loaded is not None and not hasattr(loaded, "__path__"):
+            return False  # runpy may have to warn that it is there already
+        if f"{module}.__main__" in sys.modules or _shadowed(here):
+            return False
+    else:
+        script = len(argv) > 1 and argv[1] not in {b"-c", b"-"}
+        first = os.path.dirname(os.path.realpath(os.fsdecode(argv[1]))) if script else ""
+        if _shadowed(first):
+            return False
         # "-" reads its program away, so nothing may stand in the way of it any more
-        found = _source(argv)
+        found = _source(argv, taken)
         compiled = _compile(found[0], found[1]) if found else None
         if compiled is None:
-            if found and found[1] == "<stdin>":
-                _give_back(found[0])
             return False
         name, argv0 = found[1], found[2]
     if stat.S_ISFIFO(kinds[0]):
@@ -260,6 +354,8 @@ def _serve(argv, env) -> bool:
     import posix
 
     pairs = [item.split(b"=", 1) for item in env]
+    if LC_CTYPE is not None:
+        pairs.append((b"LC_CTYPE", LC_CTYPE))
     os.environ.clear()
     posix.environ.clear()
     for key, value in pairs:
@@ -268,37 +364,66 @@ def _serve(argv, env) -> bool:
     sys.orig_argv[:] = map(os.fsdecode, argv)
     if module is not None:
         sys.argv[:] = ["-m", *map(os.fsdecode, argv[3:])]
-        _run_module(os.fsdecode(module))
+        _run_module(module, runpy, here)
         return True
     rest = argv[3:] if argv0 == "-c" else argv[2:]
     sys.argv[:] = [argv0, *map(os.fsdecode, rest)]
-    script = name not in {"<string>", "<stdin>"}
-    _run_code(compiled, os.path.dirname(os.path.realpath(argv0)) if script else "", name)
+    _run_code(compiled, first, name)
     return True
 
 
-def wait() -> None:
-    reason = _prepare()
-    said = f"not ready: {reason}" if reason else "ready"
-    os.write(PAIR, said.encode(errors="replace")[:200])
-    kind, cwd, argv, env, fds = _receive()
-    for number, fd in enumerate(fds):
-        os.dup2(fd, number)
-        os.close(fd)
+def wait():
+    """Wait for the command; returns what handled SIGINT once main is going to run it, and never otherwise."""
+    import _signal
+
     try:
-        os.chdir(cwd)
-    except OSError as error:
-        _answer(error.errno)
+        reason = _prepare()
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"
     try:
-        warm = kind == EXEC_WARM and not reason and _serve(argv, env)
-    except OSError:
-        warm = False
-    if not warm:
-        _execute(argv, env)
-    os.close(PAIR)
+        # until the command runs, a signal ends it as it would end a program that is being started
+        interrupt = _signal.getsignal(_signal.SIGINT)
+        if callable(interrupt):
+            _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+        said = f"not ready: {reason}" if reason else "ready"
+        os.write(PAIR, said.encode(errors="replace")[:200])
+        kind, cwd, argv, env, fds = _receive()
+    except BaseException:
+        os._exit(125)
+    try:
+        for number, fd in enumerate(fds):
+            if fd == number:
+                os.set_inheritable(fd, True)
+            else:
+                os.dup2(fd, number)
+                os.close(fd)
+        try:
+            os.chdir(cwd)
+        except OSError as error:
+            _answer(error.errno)
+        taken = []
+        try:
+            warm = kind == EXEC_WARM and not reason and _serve(argv, env, taken)
+        except BaseException:
+            warm = False  # if it is the command's own fault, a fresh interpreter says so
+        if not warm:
+            if taken:
+                _give_back(taken)
+            _execute(argv, env)
+        os.close(PAIR)
+    except BaseException:
+        try:
+            _answer(5)  # EIO
+        finally:
+            os._exit(125)
+    return interrupt
 
 
-wait()
+interrupt = wait()
+if callable(interrupt):
+    import _signal
+
+    _signal.signal(_signal.SIGINT, interrupt)
 absent = "sitecustomize" not in sys.modules
 for each in [name for name in globals() if not name.startswith("__") and name != "absent"]:
     del globals()[each]

@@ -26,10 +26,14 @@ __all__ = ["READY", "serves", "start"]
 READY = "ready"
 NOT_READY = "not ready: "
 RUNNER = Path(__file__).with_name("runner.py")
-PRELOAD = "PRELOAD: tuple[str, ...] = ()"
+PRELOAD = "PRELOAD = ()"
+STARTED = b"\0"  # what runner.py prints before it imports the modules
 SAYING = 512  # bytes of what an interpreter printed that are told
 
-ACTING = frozenset({"LANG", "LANGUAGE", "TZ", "TZDIR", "HOME", "PATH", "PYTHONPATH", "DISPLAY"})
+REPORTING = ("PYTHONVERBOSE", "PYTHONPROFILEIMPORTTIME")
+"""Variables that make the interpreter report on its own start, which each call would then have to print."""
+
+ACTING = frozenset({"LANG", "LANGUAGE", "TZ", "TZDIR", "LOCPATH", "HOME", "PATH", "PYTHONPATH", "DISPLAY"})
 """Variables that were read when the interpreter started, or when a library was loaded."""
 ACTING_PREFIXES = (
     "PYTHON",  # the interpreter itself
@@ -99,9 +103,10 @@ def start(control: Control, warm: Warm, timeout: float) -> str:
     it ended, does not answer or says anything else: the slot is of no use.
     """
     env = dict(warm.env)
-    above = env.pop("PYTHONPATH", None)
-    if above is not None:
-        return "the policy sets PYTHONPATH"
+    for name in ("PYTHONPATH", *REPORTING):
+        if env.get(name):
+            return f"the policy sets {name}"
+    env.pop("PYTHONPATH", None)
     with ExitStack() as stack:
 
         def kept(fd: int) -> int:
@@ -118,12 +123,15 @@ def start(control: Control, warm: Warm, timeout: float) -> str:
         variables.append(b"PYTHONPATH=/proc/self/fd/4")
         argv = [warm.command.encode(), b"/proc/self/fd/5"]
         said = control.warm(argv, variables, [stdin, printed, printed, runner, code], timeout)
+        try:
+            first, _, then = os.read(heard, SAYING).partition(STARTED)
+        except BlockingIOError:
+            first, then = b"", b""
         if not said:
-            try:
-                last = os.read(heard, SAYING).decode(errors="replace").strip()
-            except BlockingIOError:
-                last = ""
+            last = (first + then).decode(errors="replace").strip()
             raise errors.EngineFailed(f"the interpreter ended before it was ready{last and ': ' + last}")
     if said != READY and not said.startswith(NOT_READY):
         raise errors.EngineFailed(f"one of its modules spoke in the interpreter's stead: {said!r}")
+    if said == READY and first:
+        return f"each start prints something: {first.decode(errors='replace')}"
     return said.removeprefix(NOT_READY)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from daemons import needs_containers, start_daemon
-from programs_of_warm import CALLS, FILES, Call
+from programs_of_warm import FILES, POLICIES, Call
 
 from sandboxd.models import Bytes, Input
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sandboxd.models import Invocation
 
 WARM = "version: 1\nname: warm\nextends: python\nwarm: {command: python3, preload: [json]}\n"
-COLD = "version: 1\nname: cold\nextends: python\nwarm: !remove\n"
+PAIR = "version: 1\nname: {name}\nextends: {parent}\n{text}"
 INPUTS = [
     Input(path=name, content=Bytes.of(text.encode("latin-1" if "latin" in name else "utf-8")))
     for name, text in FILES.items()
@@ -32,9 +32,20 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     directory = tmp_path_factory.mktemp("warm")
     (directory / "policies").mkdir()
     (directory / "policies" / "warm.yaml").write_text(WARM)
-    (directory / "policies" / "cold.yaml").write_text(COLD)
+    for title, (text, _) in POLICIES.items():
+        warm, cold = names(title)
+        for name, parent, lines in ((warm, "warm", text), (cold, warm, "warm: !remove\n")):
+            (directory / "policies" / f"{name}.yaml").write_text(
+                PAIR.format(name=name, parent=parent, text=lines)
+            )
     with start_daemon(directory) as running:
         yield running
+
+
+def names(title: str) -> tuple[str, str]:
+    """Of the policy whose interpreter waits, and of the one that starts it for the call."""
+    name = title.replace(" ", "-")
+    return f"warm-{name}", f"cold-{name}"
 
 
 def run(daemon: Daemon, call: Call, policy: str) -> Invocation:
@@ -56,22 +67,57 @@ def seen(found: Invocation) -> dict[str, object]:
     }
 
 
+def printed(daemon: Daemon, call: Call, policy: str) -> list[str]:
+    found = run(daemon, call, policy)
+    assert found.stdout is not None
+    return (found.stdout.text or "").split()
+
+
 def difference(warm: object, cold: object) -> object:
     if not isinstance(warm, list) or not isinstance(cold, list):
         return warm, cold
     return [line for line in difflib.ndiff(warm, cold) if line[:1] in "+-?"]
 
 
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: f"{' '.join(call.argv)[:50]!r}")
-def test_a_warm_interpreter_is_as_a_fresh_one(daemon: Daemon, call: Call) -> None:
-    warm, cold = seen(run(daemon, call, "warm")), seen(run(daemon, call, "cold"))
+@pytest.mark.parametrize(
+    ("title", "call"),
+    [(title, call) for title, (_, calls) in POLICIES.items() for call in calls],
+    ids=lambda each: repr(" ".join(each.argv)[:50]) if isinstance(each, Call) else each,
+)
+def test_a_warm_interpreter_is_as_a_fresh_one(daemon: Daemon, title: str, call: Call) -> None:
+    warm, cold = (seen(run(daemon, call, policy)) for policy in names(title))
     different = {name: difference(warm[name], value) for name, value in cold.items() if warm[name] != value}
     assert not different
 
 
-def test_only_one_of_the_two_has_waited(daemon: Daemon) -> None:
-    code = "import sys; print('_socket' in sys.modules)"
-    words = [
-        seen(run(daemon, Call(("python3", "-c", code)), policy))["stdout"] for policy in ("warm", "cold")
-    ]
-    assert words == [["True", ""], ["False", ""]]
+WAITED = "import sys; print('_socket' in sys.modules)"  # it is not in those of a fresh interpreter
+COLD = {  # those whose interpreter cannot wait, or whose user has modules that came with the call
+    "lang c warned",
+    "ascii",
+    "wrong warnings",
+    "verbose",
+    "home",
+}
+
+
+@pytest.mark.parametrize("title", POLICIES)
+def test_one_of_the_two_has_waited_where_it_can(daemon: Daemon, title: str) -> None:
+    words = [printed(daemon, Call(("python3", "-c", WAITED)), policy) for policy in names(title)]
+    assert [each[-1] for each in words] == [str(title not in COLD), "False"]
+
+
+@pytest.mark.parametrize(
+    ("waited", "call"),
+    [
+        ("False", Call(("python3", "-c", WAITED), cwd="/workspace/shadow")),
+        ("False", Call(("python3", "-c", WAITED), cwd="/workspace/package")),
+        ("True", Call(("python3", "-c", WAITED), cwd="/workspace/deep")),
+        ("True", Call(("python3", "-"), WAITED.encode(), cwd="/workspace/deep")),
+        ("True", Call(("python3", "-c", WAITED + "; assert 1 in {9, 1}"))),
+        ("True", Call(("python3", "-c", WAITED + "; {'a', 'b', 'c'}"))),
+        ("False", Call(("python3", "-c", WAITED + "; {9, 1, 17}"))),
+    ],
+    ids=lambda each: repr(each.argv[1:]) + each.cwd if isinstance(each, Call) else each,
+)
+def test_only_what_could_differ_starts_another(daemon: Daemon, waited: str, call: Call) -> None:
+    assert printed(daemon, call, names("preloaded")[0]) == [waited]

@@ -21,6 +21,9 @@ MODULES = {
     "ends": "import os; print('it said this'); os._exit(3)",
     "killed": "import os; os.kill(os.getpid(), 9)",
     "raises": "raise RuntimeError('no')",
+    "exits": "raise SystemExit(0)",
+    "deaf": "import os\nfor fd in range(3): os.close(fd)\n",
+    "handles": "import signal\nsignal.signal(signal.SIGINT, lambda *a: None)\n",
     "writes": "import os\nfor fd in range(64):\n    try: os.write(fd, b'x' * 4)\n    except OSError: pass\n",
     "closes": "import os\nos.closerange(3, 64)\n",
     "forks": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\nelse: os._exit(0)\n",
@@ -29,6 +32,9 @@ MODULES = {
     "threads": "import threading, time\n"
     "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n",
 }
+
+STARTS = {"greets.pth": "import sys; print('hello')\n", "usercustomize.py": "print('hello')\n"}
+"""What the image has every interpreter do before its program."""
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +50,14 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
             f"version: 1\nname: {name}\nextends: python\nlimits: {{wall: 5s}}\n"
             f"mounts: [{{source: {modules}, target: /usr/local/lib/python3.11/dist-packages}}]\n"
             f"warm: {{command: python3, preload: [own_{name}]}}\n"
+        )
+    for file, text in STARTS.items():
+        name = file.partition(".")[0]
+        (directory / name).mkdir(mode=0o755)
+        (directory / name / file).write_text(text)
+        (directory / "policies" / f"{name}.yaml").write_text(
+            f"version: 1\nname: {name}\nextends: python\nprocess: {{env: {{PYTHONUNBUFFERED: !remove }}}}\n"
+            f"mounts: [{{source: {directory / name}, target: /usr/local/lib/python3.11/dist-packages}}]\n"
         )
     (directory / "policies" / "nowhere.yaml").write_text(
         "version: 1\nname: nowhere\nextends: python\nwarm: {command: no-such-python, preload: [json]}\n"
@@ -68,7 +82,20 @@ def test_a_call_is_served_whatever_the_modules_do(daemon: Daemon, policy: str) -
     assert found.denials == []
 
 
-UNKEPT = ["nowhere", "missing", "ends", "killed", "children", "forks", "raises", "other", "writes", "closes"]
+UNKEPT = [
+    "nowhere",
+    "missing",
+    "ends",
+    "killed",
+    "children",
+    "forks",
+    "raises",
+    "other",
+    "writes",
+    "closes",
+    "exits",
+    "deaf",
+]
 
 
 @pytest.mark.parametrize("policy", UNKEPT)
@@ -84,6 +111,21 @@ def test_what_they_may_do_is_kept(daemon: Daemon, policy: str) -> None:
     assert found.stdout is not None
     assert found.stdout.text == "True 0o22\n"
     assert f"policy {policy}: no warm interpreter" not in daemon.log.read_text()
+
+
+@pytest.mark.parametrize("policy", [name.partition(".")[0] for name in STARTS])
+def test_what_each_start_prints_is_printed_by_each_call(daemon: Daemon, policy: str) -> None:
+    found = daemon.run("python3", "-c", "print(6 * 7)", policy=policy)
+    assert found.stdout is not None
+    assert found.stdout.text == "hello\n42\n"
+    assert f"policy {policy}: no warm interpreter" in daemon.log.read_text()
+
+
+def test_what_handles_an_interrupt_is_theirs(daemon: Daemon) -> None:
+    code = "import signal; signal.raise_signal(signal.SIGINT); print('handled')"
+    found = daemon.run("python3", "-c", code, policy="handles")
+    assert found.stdout is not None
+    assert found.stdout.text == "handled\n"
 
 
 def test_it_is_the_interpreter_that_waited_that_runs_the_call(daemon: Daemon) -> None:
