@@ -71,9 +71,9 @@ def _cover(target: str, *rest: str) -> None:
 
 
 def _entered(*command: str) -> Callable[[Slot], None]:
-    """A command of the host's in the container's network namespace."""
+    """A command of the host's in the container's network and UTS namespaces."""
     return lambda slot: subprocess.run(
-        ["nsenter", "-t", str(slot.init_pid), "--net", *command], check=True
+        ["nsenter", "-t", str(slot.init_pid), "--net", "--uts", *command], check=True
     ).check_returncode()
 
 
@@ -191,6 +191,8 @@ LIVE: dict[str, tuple[Callable[[Slot], None], str]] = {
     "left": (_left, "cgroup"),
     "interface": (_entered("ip", "link", "add", "veth0", "type", "veth", "peer", "name", "veth1"), "network"),
     "route": (_entered("ip", "route", "add", "192.0.2.0/24", "dev", "lo"), "network_routes"),
+    "route6": (_entered("ip", "-6", "route", "add", "2001:db8::/32", "dev", "lo"), "network_routes"),
+    "hostname": (_entered("hostname", "other"), "hostname"),
     "tmp_size": (_remounted("/tmp", "size", "1g"), "tmp"),
     "tmp_inodes": (_remounted("/tmp", "nr_inodes", "1000000"), "tmp"),
     "shm_size": (_remounted("/dev/shm", "size", "1g"), "shm"),

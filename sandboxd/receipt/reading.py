@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from sandboxd import canonical, errors
 from sandboxd.engine.oci import OOM_SCORE_ADJ, rlimits
 from sandboxd.init import INIT
-from sandboxd.kernel import filters
+from sandboxd.kernel import filters, uts
 from sandboxd.kernel.cgroup_v1 import socket_limit
 from sandboxd.models import Control, Receipt
 from sandboxd.receipt.mounted import mount_controls
@@ -45,6 +45,8 @@ RLIMIT_LINES = {  # names of /proc/PID/limits
     13: "Max nice priority",
     14: "Max realtime priority",
 }
+LOOPBACK = ("0" * 31 + "1", "80")  # ::1/128 in /proc/net/ipv6_route
+RTF_REJECT = 0x0200  # linux/route.h
 NS_GET_USERNS = 0xB701  # linux/nsfs.h
 GONE = {errno.ESRCH, errno.ECHILD, errno.ETIMEDOUT, errno.ENOENT}
 """What ``read_filter`` says of the process, and not of the host."""
@@ -185,8 +187,22 @@ def _namespace_controls(slot: Slot, process: Parked) -> Iterator[Control]:
         )
     interfaces = sorted(line.partition(":")[0].strip() for line in process.read("net/dev").splitlines()[2:])
     yield _equal("network", "lo", " ".join(interfaces) or "lo", "net/dev")
-    routes = len(process.read("net/route").splitlines()) - 1
-    yield _equal("network_routes", "0", str(max(routes, 0)), "net/route")
+    yield _equal("network_routes", "0", str(_routes(process)), "net/route, net/ipv6_route")
+    yield _equal("hostname", slot.shape.process.hostname, uts.hostname_of(process.open("ns/uts")), "ns/uts")
+
+
+def _routes(process: Parked) -> int:
+    """How many routes there are but those that the kernel gives ``lo``: to itself, and to nowhere."""
+    found = len(process.read("net/route").splitlines()) - 1
+    try:
+        lines = process.read("net/ipv6_route").splitlines()
+    except FileNotFoundError:  # a kernel without IPv6
+        lines = []
+    for line in lines:
+        target, length, *_, flags, device = line.split()
+        own = device == "lo" and (target, length) == LOOPBACK
+        found += not (own or int(flags, 16) & RTF_REJECT)
+    return max(found, 0)
 
 
 def _owner(process: Parked, kind: str) -> int | None:

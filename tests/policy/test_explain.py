@@ -117,6 +117,7 @@ ELSEWHERE = {
                     "isolation.namespaces"),
     "network": "network",
     "network_routes": "network",
+    "hostname": "process.hostname",
     "root": "filesystem.root",
     "root_overlay": "filesystem.size",
     "workspace": "limits.workspace.size",
