@@ -49,11 +49,11 @@ if TYPE_CHECKING:
 
     from sandboxd.api.identity import Caller
     from sandboxd.blobs import BlobStore
-    from sandboxd.engine.base import Engine
     from sandboxd.images import ImageStore
     from sandboxd.journal import Journal
     from sandboxd.models import Request
     from sandboxd.policy import Policy
+    from sandboxd.pool import Pool
     from sandboxd.reload import PolicyStore
     from sandboxd.room import Room
     from sandboxd.scheduler import Scheduler
@@ -78,7 +78,7 @@ class Calls(Ledger):
         state: Path,
         policies: PolicyStore,
         images: ImageStore,
-        engine: Engine,
+        pool: Pool,
         journal: Journal,
         scheduler: Scheduler,
         blobs: BlobStore,
@@ -88,7 +88,7 @@ class Calls(Ledger):
         super().__init__(spools=state / "calls", journal=journal, blobs=blobs)
         self._policies = policies
         self._images = images
-        self._engine = engine
+        self._pool = pool
         self._scheduler = scheduler
         self._tasks = tasks
         self._inputs = inputs
@@ -233,19 +233,19 @@ class Calls(Ledger):
         invocation = call.invocation
         invocation.state = State.STARTING
         invocation.attempts += 1
-        self._journal.attempt_started(invocation)
 
         def on_state(state: Literal["running", "collecting"]) -> None:
             invocation.state = State(state)
             if state == "running":
                 invocation.times.started = _now()
                 call.spool.add(Event(seq=0, at=invocation.times.started, type="started"))
+                self._journal.attempt_started(invocation)
 
         async with Attempt(
             call.plan,
             call.payload,
             stdin=call.stdin,
-            engine=self._engine,
+            pool=self._pool,
             spool=call.spool,
             blobs=self._blobs,
             deadline=call.deadline,

@@ -36,9 +36,8 @@ class DaemonService(Calls):
         self, config: Config, *, version: str, engine_name: str, runtime: str, pool: Pool, **parts: Any
     ) -> None:
         """``parts`` are those of ``Calls``."""
-        super().__init__(state=config.state, engine=pool, **parts)
+        super().__init__(state=config.state, pool=pool, **parts)
         self.config = config
-        self._pool = pool
         self._version = version
         self._engine_name = engine_name
         self._runtime = runtime

@@ -128,7 +128,7 @@ async def waiting(engine: OciEngine) -> dict[str, list[str]]:
         slot = await engine.create(WHOLE)
         try:
             with take_reading(slot) as before:
-                found["nothing"] = denied_by(before.again(WHOLE.limits))
+                found["nothing"] = denied_by(before.again(WHOLE.limits) or read_receipt(slot, WHOLE.limits))
                 if control not in {line.name for line in before.receipt.controls} | {"process"}:
                     found[name] = ["absent"]
                 elif control in ZERO and not may_raise_rlimits():
@@ -136,7 +136,7 @@ async def waiting(engine: OciEngine) -> dict[str, list[str]]:
                 else:
                     meddle(slot)
                     try:
-                        found[name] = denied_by(before.again(WHOLE.limits))
+                        found[name] = denied_by(before.again(WHOLE.limits) or read_receipt(slot, WHOLE.limits))
                     except errors.ControlNotEnforced as error:
                         found[name] = [error.details["control"]]
         finally:

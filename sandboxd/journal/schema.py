@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["connect_reader", "connect_writer", "mapped"]
+__all__ = ["connect_mover", "connect_reader", "connect_writer", "mapped"]
 
 APPLICATION_ID = 0x73626F78  # "sbox", so that file(1) and we know whose file it is
 
@@ -82,22 +82,28 @@ def error_of(error: sqlite3.Error) -> errors.SandboxdError:
 
 
 def connect_writer(path: Path) -> sqlite3.Connection:
-    """Open the database for its one writer, creating or migrating it; for use in the calling thread.
+    """Open the database for its one writer, which syncs its log itself, creating or migrating it.
 
     Raises ConfigInvalid when a newer version wrote it, JournalCorrupt, HostFailed.
     """
     with mapped():
-        connection = sqlite3.connect(path, isolation_level=None, timeout=5.0)
+        connection = sqlite3.connect(path, isolation_level=None, timeout=1.0, check_same_thread=False)
         try:
             connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA wal_autocheckpoint = 0")  # the writer does it
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute("PRAGMA wal_autocheckpoint = 0")  # that is the mover's
             connection.execute("PRAGMA temp_store = MEMORY")
             _migrate(connection, path)
         except BaseException:
             connection.close()
             raise
     return connection
+
+
+def connect_mover(path: Path) -> sqlite3.Connection:
+    """Open the database for whoever moves its log into it, in whatever thread. Raises HostFailed."""
+    with mapped():
+        return sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
 
 
 def connect_reader(path: Path) -> sqlite3.Connection:

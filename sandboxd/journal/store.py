@@ -1,10 +1,10 @@
 """The journal: what was accepted, how it ended, and what was refused.
 
 Theory of operation: one SQLite database in WAL mode in the state directory, which a lock holds for one
-daemon. All writes go through one thread (``writer``), reads through two others with connections of
-their own, so the event loop never waits for a disk. An invocation has a row that follows its state;
-when it ends, the row takes its final form and a record joins the chain (``chain``), in one transaction,
-once. Whatever this returns from has happened: acceptance and outcome are on disk.
+daemon. Writes go to the log from the event loop and are synced beside it (``writer``), reads go through two
+threads with connections of their own, so the event loop never waits for a disk. An invocation has a row that
+follows its state; when it ends, the row takes its final form and a record joins the chain (``chain``), in one
+transaction, once. Whatever this returns from has happened: acceptance and outcome are on disk.
 """
 
 from __future__ import annotations
@@ -88,9 +88,11 @@ class Journal:
 
     async def __aenter__(self) -> Self:
         await asyncio.to_thread(self._start)
+        self._writer.serve()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self._writer.rest()
         await asyncio.to_thread(self._stop)
 
     def _start(self) -> None:
@@ -150,15 +152,14 @@ class Journal:
                 )
             return None
 
-        single = invocation.key is None and not invocation.labels
-        return await self._writer.run(operation, durable=True, single=single)
+        return await self._writer.run(operation, durable=True)
 
     async def find_key(self, uid: int, key: str) -> records.Existing | None:
         """The call that a caller's key stands for, if any."""
         return await self._read(lambda connection: _find_key(connection, uid, key))
 
     def attempt_started(self, invocation: models.Invocation) -> None:
-        """Keep the state of a call that has not ended, in its turn; waits for nothing and is not durable.
+        """Keep the state of a call that has not ended; waits for nothing and is not durable.
 
         If the daemon dies at once the call is still there, as an earlier state of it.
         """

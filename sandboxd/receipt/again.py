@@ -6,7 +6,8 @@ the controls. What differs is never explained away: but for the limits that the 
 difference means that every control is read in full once more.
 
 Read again: ``status`` (ids, groups, capabilities, no_new_privs, the number of filters, the parent, umask),
-``oom_score_adj``, ``limits``, ``mountinfo``, ``net/dev``, ``net/route``, the change times of ``/dev``, the
+``oom_score_adj``, ``limits``, ``mountinfo``, ``net/dev``, the routes, the host name, the size of the upper
+layer of an overlay, the change times of ``/dev``, the
 cgroups of both processes, who else is in the slot's, and its limits. The process is the same one: its files
 in ``/proc`` are read through descriptors that were opened when it was first read, and those of a process
 that is gone say ESRCH for ever, whoever has its number.
@@ -31,6 +32,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
 from sandboxd import errors
+from sandboxd.kernel import uts
 from sandboxd.models import Receipt
 from sandboxd.receipt.reading import check, limit_controls, read_receipt
 
@@ -39,16 +41,16 @@ if TYPE_CHECKING:
     from sandboxd.models import Control
     from sandboxd.plan import Limits
 
-__all__ = ["Reading", "receipt_of", "take_reading"]
+__all__ = ["Reading", "take_reading"]
 
 READ_MAX = 1 << 20
 STEADY = (  # the lines of ``status`` that a receipt speaks of; others count what the process does
     b"Umask", b"PPid", b"Uid", b"Gid", b"Groups", b"CapInh", b"CapPrm", b"CapEff", b"CapBnd", b"CapAmb",
     b"NoNewPrivs", b"Seccomp", b"Seccomp_filters",
 )  # fmt: skip
-NAMESPACED = ("mountinfo", "net/dev", "net/route")
+NAMESPACED = ("mountinfo", "net/dev", "net/route", "net/ipv6_route")
 """Opened for each reading: an open one would keep its namespace alive after the container's end."""
-Sources = tuple[bytes | int, ...]
+Sources = tuple[bytes | int | str, ...]
 
 
 class Reading:
@@ -92,8 +94,11 @@ class Reading:
         """Let go of the descriptors. Safe to call twice."""
         self._stack.close()
 
-    def again(self, limits: Limits) -> Receipt:
-        """The receipt of now, of a slot whose cgroup has ``limits`` in it. Raises ControlNotEnforced."""
+    def again(self, limits: Limits) -> Receipt | None:
+        """The receipt of now, of a slot whose cgroup has ``limits`` in it; None: read it in full once more.
+
+        Raises ControlNotEnforced when the process is gone.
+        """
         slot, asked = self._slot, self._slot.shape.limits
         try:
             status = os.pread(self._status, READ_MAX, 0)
@@ -103,7 +108,7 @@ class Reading:
                 f"the parked tool process cannot be read: {error}", control="process"
             ) from error
         if not same or (limits.open_files, limits.file_size) != (asked.open_files, asked.file_size):
-            return read_receipt(slot, limits)
+            return None
         controls, found = self.receipt.controls, slot.cgroup.read_limits()
         if found != self._limits or limits != asked:
             judged: dict[str, Control] = {control.name: control for control in limit_controls(found, limits)}
@@ -119,7 +124,11 @@ class Reading:
 
     def _read(self) -> Sources:
         dev = os.stat("root/dev", dir_fd=self._directory)
+        upper = None if self._slot.upper_fd is None else os.fstatvfs(self._slot.upper_fd)
+        uts_namespace = os.open("ns/uts", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
         return (
+            uts.hostname_of(uts_namespace),
+            *(() if upper is None else (upper.f_blocks, upper.f_files)),
             *(os.pread(file, READ_MAX, 0) for file in self._files),
             *(_whole(name, self._directory) for name in NAMESPACED),
             dev.st_ino,
@@ -130,7 +139,10 @@ class Reading:
 
 
 def _whole(path: str, directory: int | None = None) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:  # a kernel without IPv6; of a process that is gone it is ESRCH
+        return b""
     try:
         data = os.read(fd, READ_MAX)
         while more := os.read(fd, READ_MAX):  # mountinfo comes by pages
@@ -154,11 +166,3 @@ def take_reading(slot: Slot) -> Reading:
         reading.close()
         raise
     return reading
-
-
-def receipt_of(slot: Slot, limits: Limits) -> Receipt:
-    """What is in force now: by comparison where the slot has waited, else in full.
-
-    Raises ControlNotEnforced when the tool process cannot be read; see ``check`` for all else.
-    """
-    return read_receipt(slot, limits) if slot.reading is None else slot.reading.again(limits)

@@ -42,11 +42,12 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from sandboxd.blobs import BlobStore
-    from sandboxd.engine.base import Engine, Slot
+    from sandboxd.engine.base import Slot
     from sandboxd.init.protocol import Report
     from sandboxd.journal.spool import Spool
     from sandboxd.models import Artifact, LimitReached, Receipt, Usage, Withheld
     from sandboxd.plan import Plan
+    from sandboxd.pool import Pool
     from sandboxd.supervisor.ending import Deadline, Ending
 
 __all__ = ["Attempt", "Payload", "Result"]
@@ -92,7 +93,7 @@ class Attempt:
         payload: Payload,
         *,
         stdin: Stdin,
-        engine: Engine,
+        pool: Pool,
         spool: Spool,
         blobs: BlobStore,
         deadline: Deadline | None,
@@ -102,7 +103,7 @@ class Attempt:
         """``deadline`` is that of the call as a whole. Nothing is handed over before ``accepted`` is set."""
         self._plan = plan
         self._payload = payload
-        self._engine = engine
+        self._pool = pool
         self._spool = spool
         self._blobs = blobs
         self._deadline = deadline
@@ -120,6 +121,7 @@ class Attempt:
         self._dropped = {"stdout": 0, "stderr": 0}
         self._stdin = stdin
         self._stack = AsyncExitStack()
+        self._result = Result(_failed(errors.Interrupted("the daemon stopped")))
 
     async def __aenter__(self) -> Self:
         return self
@@ -140,11 +142,12 @@ class Attempt:
 
     async def run(self) -> Result:
         """Run to the end, when all that the tool made is dead; raises only if its task is cancelled."""
-        result = Result(_failed(errors.Interrupted("the daemon stopped")))
+        result = self._result
         try:
-            await self._run(result)
+            if not await self._try(waiting=True):
+                await self._try(waiting=False)
         except (errors.AttemptFailed, errors.TooLarge, errors.InvalidRequest) as error:
-            # the latter two: the workspace cannot hold the inputs, or the tar is none
+            # the latter two: the workspace cannot hold the inputs, or members of the tar are in their own way
             result.outcome = _failed(error)
         except OSError as error:
             result.outcome = _failed(errors.HostFailed(f"the host refused what the call needs: {error}"))
@@ -152,44 +155,47 @@ class Attempt:
             self._stdin.close()
         return result
 
-    async def _run(self, result: Result) -> None:
-        while True:
-            slot = self._slot = await self._engine.create(self._plan.shape)
-            self._stack.push_async_callback(self._engine.destroy, slot)
-            try:
-                await self._prepare(slot, result)
-                await self._use(slot, result)
-            except BaseException as error:
-                with anyio.CancelScope(shield=True):
-                    await self._engine.kill(slot)
-                # One that waited and is no longer as it was; the call has not begun, so another may have it.
-                if isinstance(error, errors.ControlNotEnforced) and slot.reading and not self._handed_over:
-                    await self._engine.destroy(slot)
-                    continue
-                raise
-            return
+    async def _try(self, *, waiting: bool) -> bool:
+        """Run in one slot; False when it had waited and is no longer as it was: another may have the call."""
+        plan = self._plan
+        slot = self._slot = await self._pool.create(plan.shape, waiting=waiting, memory=plan.limits.memory)
+        self._stack.push_async_callback(self._pool.destroy, slot)
+        try:
+            self._result.receipt = receipt = await self._prepare(slot)
+            await self._use(slot, receipt)
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                await self._pool.kill(slot)
+            untouched = isinstance(error, errors.ControlNotEnforced) and not self._handed_over
+            if waiting and untouched and slot.reading is not None:
+                await self._pool.destroy(slot)
+                return False
+            raise
+        return True
 
-    async def _prepare(self, slot: Slot, result: Result) -> None:
+    async def _prepare(self, slot: Slot) -> Receipt:
         if self._payload.inputs or self._payload.tar is not None:
             await anyio.to_thread.run_sync(self._fill_workspace, slot)
-        if self._plan.limits != self._plan.shape.limits:
+        limits = self._plan.limits
+        if limits != self._plan.shape.limits:
             # io is in force already, and cannot be narrowed
-            narrowed = replace(self._plan.limits, io_read=None, io_write=None)
-            slot.cgroup.set(cgroup_limits(narrowed, None))
-        result.receipt = receipts.receipt_of(slot, self._plan.limits)
-        receipts.check(result.receipt)
-        result.receipt.digest()  # for its record, and there is time while the acceptance is written
+            slot.cgroup.set(cgroup_limits(replace(limits, io_read=None, io_write=None), None))
+        receipt = None if slot.reading is None else slot.reading.again(limits)
+        if receipt is None:  # in full, which may take long: the parked process may be anybody's
+            receipt = await anyio.to_thread.run_sync(receipts.read_receipt, slot, limits)
+        receipts.check(receipt)
+        return receipt
 
-    async def _use(self, slot: Slot, result: Result) -> None:
+    async def _use(self, slot: Slot, receipt: Receipt) -> None:
         tmp = os.open(f"/proc/{slot.tool_pid}/root/tmp", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._stack.callback(os.close, tmp)
-        meter, ending, wall = await self._supervise(slot)
+        meter, ending, wall = await self._supervise(slot, receipt)
         self._on_state("collecting")
         evidence = self._evidence(slot, meter, tmp)
-        result.usage = meter.usage(wall=wall, **self._written)
-        self._report(slot, ending, evidence, result)
+        self._result.usage = meter.usage(wall=wall, **self._written)
+        self._report(slot, ending, evidence, self._result)
         if not isinstance(ending, CommandFailed):
-            await self._collect(slot, result)
+            await self._collect(slot, self._result)
 
     def _fill_workspace(self, slot: Slot) -> None:
         owner = slot.shape.process
@@ -199,7 +205,7 @@ class Attempt:
             limits = tar.Limits(size=slot.shape.limits.workspace_size)
             tar.unpack_tar(slot.workspace_fd, self._payload.tar, uid, gid, limits)
 
-    async def _supervise(self, slot: Slot) -> tuple[Meter, Ending, int]:
+    async def _supervise(self, slot: Slot, receipt: Receipt) -> tuple[Meter, Ending, int]:
         owner = slot.shape.process
         ids = slot.id_base + owner.uid, slot.id_base + owner.gid
         pipes = {}
@@ -215,6 +221,7 @@ class Attempt:
                     self._end(Stopped("deadline"))
                 if self._ending is None:
                     await self._hand_over(slot, [stdin, pipes["stdout"].inner, pipes["stderr"].inner])
+                    receipt.digest()  # its record needs it, and the command has only begun
             finally:
                 os.close(stdin)
                 for pipe in pipes.values():
@@ -225,7 +232,7 @@ class Attempt:
             wall.cancel()
             ended = time.monotonic()
             if not self._alone.is_set() and not await self._left_alone(slot):
-                await self._engine.kill(slot)
+                await self._pool.kill(slot)
         for pipe in pipes.values():
             await pipe.finished()
         if self._fault is not None:

@@ -34,13 +34,7 @@ def test_a_slot_that_nobody_touched_is_as_it_was(found: Found) -> None:
     assert found["nothing"] == []
 
 
-# strict, as every xfail here: who makes ``receipt/again.py`` read it takes this away
-UNSEEN = pytest.mark.xfail(reason="receipt/again.py does not read the upper layer's size again")
-
-
-@pytest.mark.parametrize(
-    "what", [pytest.param(what, marks=[UNSEEN] if what == "overlay_size" else []) for what in LIVE]
-)
+@pytest.mark.parametrize("what", LIVE)
 def test_a_control_that_is_taken_from_a_slot_that_waits_is_missed(found: Found, what: str) -> None:
     control = LIVE[what][1]
     if control in ABSENT and found[what] == ["absent"]:
