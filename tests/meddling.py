@@ -191,7 +191,7 @@ LIVE: dict[str, tuple[Callable[[Slot], None], str]] = {
     "left": (_left, "cgroup"),
     "interface": (_entered("ip", "link", "add", "veth0", "type", "veth", "peer", "name", "veth1"), "network"),
     "route": (_entered("ip", "route", "add", "192.0.2.0/24", "dev", "lo"), "network_routes"),
-    "route6": (_entered("ip", "-6", "route", "add", "2001:db8::/32", "dev", "lo"), "network_routes"),
+    "route6": (_entered("ip", "-6", "route", "add", "local", "2001:db8::/32", "dev", "lo"), "network_routes"),
     "hostname": (_entered("hostname", "other"), "hostname"),
     "tmp_size": (_remounted("/tmp", "size", "1g"), "tmp"),
     "tmp_inodes": (_remounted("/tmp", "nr_inodes", "1000000"), "tmp"),

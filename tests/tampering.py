@@ -136,7 +136,9 @@ async def waiting(engine: OciEngine) -> dict[str, list[str]]:
                 else:
                     meddle(slot)
                     try:
-                        found[name] = denied_by(before.again(WHOLE.limits) or read_receipt(slot, WHOLE.limits))
+                        found[name] = denied_by(
+                            before.again(WHOLE.limits) or read_receipt(slot, WHOLE.limits)
+                        )
                     except errors.ControlNotEnforced as error:
                         found[name] = [error.details["control"]]
         finally:

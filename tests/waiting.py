@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,3 +44,23 @@ def filled(daemon: Daemon, policy: str = "tiny", number: int = 2) -> dict[str, s
     until(lambda: len(found()) >= number, "slots wait")
     there = processes(daemon)
     return {slot: there[slot] for slot in found() & there.keys()}
+
+
+def held_memory(slot: str) -> int:
+    """Bytes that a slot's cgroup holds; 0 when it is gone."""
+    for path, _, files in os.walk("/sys/fs/cgroup"):
+        for file in ("memory.usage_in_bytes", "memory.current"):
+            if path.endswith(f"/{slot}") and file in files:
+                try:
+                    return int((Path(path) / file).read_text())
+                except OSError:
+                    return 0
+    return 0
+
+
+def metrics(daemon: Daemon) -> dict[str, float]:
+    """What the daemon counts."""
+    argv = ["curl", "-sf", "--unix-socket", str(daemon.socket), "http://sandboxd/metrics"]
+    text = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout
+    lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in lines}

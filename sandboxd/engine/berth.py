@@ -93,9 +93,10 @@ class Berths:
             self._closed = True
             self._change.notify_all()
         self._thread.join()
-        for berth in self._ready:
-            berth.stack.close()
-        self._ready.clear()
+        with ExitStack() as stack:  # one that cannot be cleared away does not keep the others
+            for berth in self._ready:
+                stack.push(berth.stack)
+            self._ready.clear()
 
     def take(self) -> Berth:
         """A berth whose process lives: one that waits, else a new one. Raises OSError, HostFailed."""
@@ -106,7 +107,10 @@ class Berths:
                 return self._make()
             if berth.container.alive():
                 return berth
-            berth.stack.close()
+            try:
+                berth.stack.close()
+            except (OSError, errors.SandboxdError):
+                log.exception("what was prepared for a container was not cleared away", id=berth.name)
 
     def refill(self) -> None:
         """Let the thread make up for what was taken. Not done by ``take``: it would be in the slot's way."""
@@ -121,7 +125,7 @@ class Berths:
                     return
             try:
                 berth = self._make()
-            except (OSError, errors.SandboxdError):
+            except Exception:  # whatever it is, the thread goes on
                 log.exception("no container could be prepared")
                 with self._change:
                     self._change.wait_for(lambda: self._closed, timeout=AGAIN)

@@ -7,6 +7,7 @@ import select
 import socket
 import struct
 import subprocess
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
 from sandboxd import errors
@@ -46,12 +47,14 @@ class BuiltInContainer:
 
     def __init__(self, directory: Path, ids: IdRange, cgroup: Cgroup, control: int) -> None:
         """``directory`` is an empty one that the container's root can reach. Raises OSError, EngineFailed."""
-        self._said = os.memfd_create("container", os.MFD_CLOEXEC)
-        self._pidfd = -1
-        self._plan, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            self._plan.settimeout(PREPARED)
+        with ExitStack() as stack:
+            self._said = os.memfd_create("container", os.MFD_CLOEXEC)
+            stack.callback(os.close, self._said)
+            self._plan, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            # a process that has not become the container ends with its connection
+            stack.callback(self._plan.close)
             with theirs:
+                self._plan.settimeout(PREPARED)
                 passed = [theirs.fileno(), control, ids.namespace]
                 command = [str(CONTAINER), *map(str, passed), str(directory), *cgroup.procs_files]
                 parent = subprocess.Popen(
@@ -69,10 +72,9 @@ class BuiltInContainer:
             if len(fds) != 1:
                 raise self._failed()
             [self._pidfd] = fds
+            stack.callback(os.close, self._pidfd)
             (self._pid,) = struct.unpack("=i", data)
-        except BaseException:
-            self._close()
-            raise
+            self._stack = stack.pop_all()
 
     def alive(self) -> bool:
         """Whether the process is there."""
@@ -103,11 +105,4 @@ class BuiltInContainer:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        """A process that has not become the container ends with its connection."""
-        self._plan.close()
-        os.close(self._said)
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
+        self._stack.close()

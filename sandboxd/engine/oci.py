@@ -138,7 +138,10 @@ class OciEngine:
     async def create(self, shape: Shape, *, warm: bool = True) -> Slot:
         """A container of this shape, its tool process parked. Raises EngineFailed, HostFailed."""
         try:
-            return await anyio.to_thread.run_sync(self._create, shape, warm)
+            slot = await anyio.to_thread.run_sync(self._create, shape)
+            if shape.warm is None or not warm or not self._warming.due(shape):
+                return slot
+            return await self._warmed(slot, shape.warm)
         finally:
             reap_orphans()  # crun leaves one behind each time, whoever started it
 
@@ -166,22 +169,57 @@ class OciEngine:
                 reap_orphans()
                 self._berths.refill()
 
-    def _create(self, shape: Shape, warm: bool) -> Slot:  # noqa: FBT001  (by a thread's call)
+    async def _warmed(self, slot: Slot, warm: Warm) -> Slot:
+        """The slot with its interpreter ready, else another that has none."""
+        try:
+            wrong = await self._start_interpreter(slot, warm)
+        except BaseException:
+            await self.destroy(slot)
+            raise
+        if wrong is None:
+            return replace(slot, warm=True)
+        self._warming.failed(slot.shape, wrong)
+        await self.destroy(slot)
+        return await anyio.to_thread.run_sync(self._create, slot.shape)
+
+    async def _start_interpreter(self, slot: Slot, warm: Warm) -> str | None:
+        """What is wrong with it, if anything. A thread waits for its word; cancelled, it ends with PID 1."""
+        heard = anyio.Event()
+
+        async def end_if_cancelled() -> None:
+            try:
+                await heard.wait()
+            except anyio.get_cancelled_exc_class():
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(slot.init_pidfd, signal.SIGKILL)
+                raise
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(end_if_cancelled)
+            try:
+                wrong = await anyio.to_thread.run_sync(self._warm, slot, warm)
+            finally:
+                heard.set()
+        return wrong
+
+    def _warm(self, slot: Slot, warm: Warm) -> str | None:
+        try:
+            said = warming.start(slot.control, warm, WARM_TIMEOUT)
+            if said != warming.READY:
+                return said
+            if self._tool_of(slot.cgroup, slot.init_pid) != slot.tool_pid:
+                return "the interpreter is another process than the one that was parked"
+        except (errors.AttemptFailed, OSError) as error:
+            return str(error)
+        return None
+
+    def _create(self, shape: Shape) -> Slot:
         if shape.process.user_namespace != "slot":
             raise errors.ControlNotEnforced(
                 "this engine gives each container a user namespace of its own", control="user_namespace"
             )
         try:
-            slot = self._make(shape)
-            if shape.warm is None or not warm or not self._warming.due(shape):
-                return slot
-            try:
-                return self._warm(slot, shape.warm)
-            except (errors.AttemptFailed, OSError) as error:
-                self._warming.failed(shape, str(error))
-                with self._resources.pop(slot.id):
-                    slot.cgroup.thaw_and_unthrottle()
-                return self._make(shape)
+            return self._make(shape)
         except OSError as error:
             raise errors.HostFailed(f"the host refused a part of a container: {error}") from error
 
@@ -191,15 +229,6 @@ class OciEngine:
             slot = self._assemble(berth, shape, stack)
             self._resources[slot.id] = stack.pop_all()
         return slot
-
-    def _warm(self, slot: Slot, warm: Warm) -> Slot:
-        said = warming.start(slot.control, warm, WARM_TIMEOUT)
-        if said != warming.READY:
-            self._warming.failed(slot.shape, said)
-            return slot
-        if self._tool_of(slot.cgroup, slot.init_pid) != slot.tool_pid:
-            raise errors.EngineFailed("the interpreter is another process than the one that was parked")
-        return replace(slot, warm=True)
 
     def _assemble(self, berth: Berth, shape: Shape, stack: ExitStack) -> Slot:
         ids, cgroup = berth.ids, berth.cgroup

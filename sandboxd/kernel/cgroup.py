@@ -122,6 +122,10 @@ class Cgroup:
         """Microseconds of CPU used so far, in one read."""
         return self._files.cpu_total()
 
+    def memory(self) -> int:
+        """Bytes that it holds now, in one read. Raises HostFailed when the cgroup is gone."""
+        return self._files.memory()
+
     def oom_kills(self) -> int:
         """How many processes the kernel killed for memory."""
         return self._files.oom_kills()

@@ -147,6 +147,10 @@ class FilesV1:
         """Microseconds of CPU, in one read."""
         return int(read(f"{self._cpuacct}/cpuacct.usage")) // NANO_PER_MICRO
 
+    def memory(self) -> int:
+        """Bytes that it holds now, in one read."""
+        return int(read(f"{self._memory}/memory.usage_in_bytes"))
+
     def oom_kills(self) -> int:
         """Processes that the kernel killed for memory (counted since Linux 4.13)."""
         return cgroupfs.keyed(read(f"{self._memory}/memory.oom_control")).get("oom_kill", 0)

@@ -108,6 +108,10 @@ class FilesV2:
         """Microseconds of CPU, in one read."""
         return keyed(read(f"{self._dir}/cpu.stat")).get("usage_usec", 0)
 
+    def memory(self) -> int:
+        """Bytes that it holds now, in one read."""
+        return int(read(f"{self._dir}/memory.current"))
+
     def oom_kills(self) -> int:
         """Processes that the kernel killed for memory, in the cgroup or below it."""
         return keyed(read(f"{self._dir}/memory.events")).get("oom_kill", 0)

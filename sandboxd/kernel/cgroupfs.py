@@ -106,6 +106,10 @@ class Interface(Protocol):
         """Microseconds of CPU, in one read."""
         ...
 
+    def memory(self) -> int:
+        """Bytes that it holds now, in one read."""
+        ...
+
     def oom_kills(self) -> int:
         """Processes that the kernel killed for memory."""
         ...

@@ -7,10 +7,10 @@ difference means that every control is read in full once more.
 
 Read again: ``status`` (ids, groups, capabilities, no_new_privs, the number of filters, the parent, umask),
 ``oom_score_adj``, ``limits``, ``mountinfo``, ``net/dev``, the routes, the host name, the size of the upper
-layer of an overlay, the change times of ``/dev``, the
-cgroups of both processes, who else is in the slot's, and its limits. The process is the same one: its files
-in ``/proc`` are read through descriptors that were opened when it was first read, and those of a process
-that is gone say ESRCH for ever, whoever has its number.
+layer of an overlay, the change times of ``/dev``, the cgroups of both processes, who else is in the slot's,
+and its limits; and whether a path of ``/proc`` that is to be masked has come into being, with a kernel module
+say. The process is the same one: its files in ``/proc`` are read through descriptors that were opened when it
+was first read, and those of a process that is gone say ESRCH for ever, whoever has its number.
 
 Not read again, since nothing can have changed it while that process lives:
 
@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Self
 from sandboxd import errors
 from sandboxd.kernel import uts
 from sandboxd.models import Receipt
+from sandboxd.receipt.mounted import absent_masks
 from sandboxd.receipt.reading import check, limit_controls, read_receipt
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Reading:
             stack.callback(os.close, self._status)
             lines = os.pread(self._status, READ_MAX, 0).splitlines()
             self._steady = [b"\n%b\n" % line for line in lines if line.partition(b":")[0] in STEADY]
+            self._absent = absent_masks()  # before they are judged: what comes meanwhile is seen then
             self._sources = self._read()
             self._limits = slot.cgroup.read_limits()
             self.receipt = read_receipt(slot, slot.shape.limits)
@@ -103,6 +105,7 @@ class Reading:
         try:
             status = os.pread(self._status, READ_MAX, 0)
             same = all(line in status for line in self._steady) and self._read() == self._sources
+            same = same and not any(map(os.path.exists, self._absent))
         except OSError as error:
             raise errors.ControlNotEnforced(
                 f"the parked tool process cannot be read: {error}", control="process"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sandboxd.engine.base import Slot
     from sandboxd.receipt.parked import Parked
 
-__all__ = ["mount_controls"]
+__all__ = ["absent_masks", "mount_controls"]
 
 OWN = {"/", "/proc", "/dev", "/dev/pts", "/dev/shm", "/tmp"}  # beside what the engine presents
 DEVICES = {  # Documentation/admin-guide/devices.txt
@@ -38,11 +38,17 @@ DEV_DIRECTORIES = {"pts", "shm"}
 HIDDEN = {"invisible", "2"}  # hidepid= by name, and by number before Linux 5.8
 
 
+def absent_masks() -> tuple[str, ...]:
+    """Paths that are masked or read-only where the kernel has them, and that it does not have now."""
+    return tuple(path for path in (*MASKED, *READ_ONLY) if not os.path.exists(path))  # noqa: PTH110
+
+
 def mount_controls(slot: Slot, process: Parked) -> Iterator[Control]:
     """Every control that speaks of a mount or of a file in ``/dev``. Raises OSError."""
     entries = parse_mountinfo(process.read("mountinfo"))
     at = {entry.target: entry for entry in entries}
-    masks = [path for path in (*MASKED, *READ_ONLY) if os.path.exists(path)]  # noqa: PTH110
+    absent = absent_masks()
+    masks = [path for path in (*MASKED, *READ_ONLY) if path not in absent]
     devices = {f"/dev/{name}" for name in DEVICES}
     yield from _root(slot, at.get("/"))
     yield from _presented(slot, process)

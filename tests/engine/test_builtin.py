@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import socket
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,3 +133,22 @@ def test_no_link_of_an_image_leads_out_of_it(waiting: Waiting, tmp_path: Path) -
         assert list((tmp_path / "outside").iterdir()) == []
     finally:
         os.close(root)
+
+
+def test_nothing_is_left_open_without_descriptors_for_it(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    with ExitStack() as stack:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+                stack.callback(os.close, taken[-1])
+        for left in range(3):  # there is room for fewer than the three that it opens first
+            spare = [os.dup2(0, number) for number in taken[-left:]] if left else []
+            for number in spare:
+                os.close(number)
+            with pytest.raises(OSError, match="Too many open files"):
+                BuiltInContainer(tmp_path, None, None, 0)  # type: ignore[arg-type]
+            assert [os.dup(0) for _ in spare] == sorted(spare)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from daemons import until
-from waiting import processes
+from waiting import metrics, processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,13 +25,6 @@ def ps(daemon: Daemon, *options: str) -> str:
     argv = [str(SANDBOXD), "ps", "--slots", "--socket", str(daemon.socket), *options]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True)
     return done.stdout
-
-
-def metrics(daemon: Daemon) -> dict[str, float]:
-    argv = ["curl", "-sf", "--unix-socket", str(daemon.socket), "http://sandboxd/metrics"]
-    text = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout
-    lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
-    return {name: float(value) for name, _, value in lines}
 
 
 def test_metrics(daemon_factory: Callable[..., Daemon]) -> None:
