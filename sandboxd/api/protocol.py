@@ -49,6 +49,37 @@ CLOSE = [(b"content-type", problem.MEDIA_TYPE.encode()), (b"connection", b"close
 log = structlog.get_logger(__name__)
 
 
+class JoinedWrites:
+    """A transport that sends together what is written within one turn of the event loop.
+
+    An answer is a head and a body, and each write wakes the peer: it would get up twice.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._pieces: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        """Have it sent at the end of this turn."""
+        if not self._pieces:
+            self._loop.call_soon(self._flush)
+        self._pieces.append(data)
+
+    def _flush(self) -> None:
+        pieces, self._pieces = self._pieces, []
+        if pieces:
+            self._transport.write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+
+    def close(self) -> None:
+        """Close once what was written is sent."""
+        self._flush()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class ServerConfig(uvicorn.Config):
     """uvicorn's configuration with what ``BoundedProtocol`` needs, shared by all connections."""
 
@@ -97,6 +128,7 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Read who connected, and turn away one too many."""
         super().connection_made(transport)
+        self.transport = JoinedWrites(transport, self.loop)  # type: ignore[assignment]  # all that is used of one
         try:
             self.caller = self.config.identity.caller(peer_of(transport.get_extra_info("socket")))
         except OSError as error:

@@ -53,6 +53,8 @@ class ImageStore:
         self._host = Host()
         self._descriptions = Remembered(lambda path: read_description(path.parent, path.parent.name))
         self._made: tuple[str, str] | None = None
+        self._places: dict[str, tuple[Path, Path]] = {}
+        """Where an image of a digest lies: this host's programs, or any other. Kept since paths are dear to make."""
 
     def list(self) -> list[models.ImageInfo]:
         """Every image by name, one that lost its name by its digest, and ``host``."""
@@ -195,9 +197,12 @@ class ImageStore:
         return held(self._directory(digest), digest)
 
     def _directory(self, digest: str) -> Path:
-        name = directory_name(digest)
-        skeleton = self._root / "host" / name
-        return skeleton if skeleton.is_dir() else self._root / name
+        places = self._places.get(digest)
+        if places is None:
+            name = directory_name(digest)
+            places = self._places[digest] = self._root / "host" / name, self._root / name
+        skeleton, plain = places
+        return skeleton if skeleton.is_dir() else plain
 
     def _keep(self, work: Path, name: str, source: str, architecture: str) -> Image:
         """Digest what stands in ``work``, publish it, and point ``name`` at it."""

@@ -84,6 +84,9 @@ class Reading:
             self._sources = self._read()
             self._limits = slot.cgroup.read_limits()
             self.receipt = read_receipt(slot, slot.shape.limits)
+            slot.cgroup.reset_peak()
+            self.counted = slot.cgroup.usage()
+            """What its cgroup had counted by then."""
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:

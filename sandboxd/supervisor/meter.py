@@ -19,9 +19,12 @@ class Meter:
         """To be made when nothing but the hand-over is left to do."""
         self._slot = slot
         cgroup = slot.cgroup
+        self._killed = self._denied = 0
+        if slot.reading is not None and not slot.warm:  # nothing but our own code has waited there
+            self._before = slot.reading.counted
+            return
         cgroup.reset_peak()
         self._before = cgroup.usage()  # of the runtime and PID 1, which are not the call's
-        self._killed = self._denied = 0
         if slot.warm:  # nor is what the interpreter met while it started
             self._killed, self._denied = cgroup.oom_kills(), cgroup.pids_denied()
 
