@@ -54,7 +54,7 @@ class ImageStore:
         self._descriptions = Remembered(lambda path: read_description(path.parent, path.parent.name))
         self._made: tuple[str, str] | None = None
         self._places: dict[str, tuple[Path, Path]] = {}
-        """Where an image of a digest lies: this host's programs, or any other. Kept since paths are dear to make."""
+        """Where an image of a digest lies: a host's, or any other. Kept: paths are dear to make."""
 
     def list(self) -> list[models.ImageInfo]:
         """Every image by name, one that lost its name by its digest, and ``host``."""

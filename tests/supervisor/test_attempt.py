@@ -23,7 +23,9 @@ def contained(daemon: Daemon) -> dict[int, int]:
         try:
             if entry.name.isdigit() and tree in (entry / "cgroup").read_text():
                 status = (entry / "status").read_text()
-                found[int(entry.name)] = int(status.partition("NSpid:")[2].splitlines()[0].split()[-1])
+                numbers = status.partition("NSpid:")[2].splitlines()[0].split()
+                if len(numbers) > 1:  # else it only makes a container
+                    found[int(entry.name)] = int(numbers[-1])
         except OSError:  # it ended meanwhile
             continue
     waiting = berths_of(daemon)
