@@ -18,6 +18,8 @@ hold for operators, or two agents could keep them out.
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,6 +46,9 @@ CALLER = "sandboxd.caller"
 STRANGERS = 16  # connections that peers without a role hold together
 DISCARD_TIME = 5.0  # seconds
 DISCARD_BYTES = 16 * 2**20
+BULK = 128 * 1024  # bytes of one write from which on a connection gets a larger buffer in the kernel
+SEND_BUFFER = 512 * 1024  # bytes; socket(7)
+SO_SNDBUFFORCE = 32  # asm-generic/socket.h: beyond net.core.wmem_max, for who has CAP_NET_ADMIN
 CLOSE = [(b"content-type", problem.MEDIA_TYPE.encode()), (b"connection", b"close")]
 
 log = structlog.get_logger(__name__)
@@ -59,6 +64,7 @@ class JoinedWrites:
         self._transport = transport
         self._loop = loop
         self._pieces: list[bytes] = []
+        self._is_wide = False
 
     def write(self, data: bytes) -> None:
         """Have it sent at the end of this turn."""
@@ -68,8 +74,15 @@ class JoinedWrites:
 
     def _flush(self) -> None:
         pieces, self._pieces = self._pieces, []
-        if pieces:
-            self._transport.write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if not pieces:
+            return
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if len(data) >= BULK and not self._is_wide:
+            self._is_wide = True
+            with contextlib.suppress(OSError):  # else it is sent in more pieces
+                sock = self._transport.get_extra_info("socket")
+                sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER)
+        self._transport.write(data)
 
     def close(self) -> None:
         """Close once what was written is sent."""

@@ -39,7 +39,7 @@ class Output:
         """Whether something is pending for long."""
         return self.pending > 0 and not 0 <= now - self.since < OLD  # the clock may be set back
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Put bytes after those that are stored; ``size`` is the caller's to move. Raises OSError."""
         if self.fd < 0:
             self.fd = opened(self.path)

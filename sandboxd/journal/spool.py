@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["Spool", "Stream"]
 
 _MAX_EVENT = 64 * 1024
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 _RECENT = 8 << 20  # bytes at the end that are in the page cache
 _FREE = 4096
 _LARGE = 4096
@@ -192,7 +192,7 @@ class Spool:
             output.size = min(size, output.sealed + _MAX_EVENT)
             self._seal(stream)
 
-    def append(self, stream: Stream, data: bytes) -> int:
+    def append(self, stream: Stream, data: bytes | memoryview) -> int:
         """Store output up to the stream's cap; returns how many bytes were stored, the rest is dropped.
 
         To be called from the event loop, with chunks of at most 256 KiB. Raises HostFailed.

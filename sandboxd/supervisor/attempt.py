@@ -279,10 +279,10 @@ class Attempt:
         await self._stdin.write(0, data)
         await self._stdin.finish()
 
-    def _sink(self, stream: Literal["stdout", "stderr"]) -> Callable[[bytes], None]:
+    def _sink(self, stream: Literal["stdout", "stderr"]) -> Callable[[memoryview], None]:
         kill = self._plan.limits.on_output == "kill"
 
-        def sink(data: bytes) -> None:
+        def sink(data: memoryview) -> None:
             if self._fault is not None:
                 return  # what is lost was lost loudly; only the end of the pipe is waited for
             try:

@@ -57,6 +57,8 @@ class _Watch:
     _of: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, _Watch]] = WeakKeyDictionary()
 
     def __init__(self) -> None:
+        self.buffer = memoryview(bytearray(CHUNK))
+        """What every pipe is read into: a buffer for each read would cost more than the read."""
         self._epoll = select.epoll()
         self._told: dict[int, Callable[[bool], None]] = {}
 
@@ -88,8 +90,8 @@ class _Watch:
 class OutputPipe:
     """One of stdout and stderr: ``inner`` goes to the tool, what it writes goes to ``sink``."""
 
-    def __init__(self, uid: int, gid: int, sink: Callable[[bytes], None]) -> None:
-        """``sink`` gets chunks of at most 256 KiB, from the event loop."""
+    def __init__(self, uid: int, gid: int, sink: Callable[[memoryview], None]) -> None:
+        """``sink`` gets chunks of at most 256 KiB, from the event loop, which are gone when it returns."""
         self._read, self.inner = _pipe(uid, gid)
         os.set_blocking(self._read, False)
         self._sink = sink
@@ -116,17 +118,17 @@ class OutputPipe:
         if self._read < 0:
             return
         try:
-            data = os.read(self._read, CHUNK)
+            size = os.readv(self._read, [self._watch.buffer])
         except BlockingIOError:
             return
-        if not data:
+        if not size:
             self.close()
             return
-        self._sink(data)
+        self._sink(self._watch.buffer[:size])
         self._at_once -= 1
-        if self._ended or len(data) == CHUNK:
+        if self._ended or size == CHUNK:
             self._loop.call_soon(self._take)
-        elif self._at_once < 0 and len(data) < ENOUGH:
+        elif self._at_once < 0 and size < ENOUGH:
             self._timer = self._loop.call_later(GATHER, self._resume)
 
     def _resume(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.lowlevel
@@ -12,7 +13,15 @@ import pytest
 from sandboxd import errors
 from sandboxd.supervisor.streams import CHUNK, PIPE_SIZE, OutputPipe, Stdin
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 IDS = os.getuid(), os.getgid()
+
+
+def kept(pieces: list[bytes]) -> Callable[[memoryview], None]:
+    """A sink that keeps what it gets."""
+    return lambda data: pieces.append(bytes(data))
 
 
 @pytest.fixture
@@ -23,7 +32,7 @@ def anyio_backend() -> str:
 @pytest.mark.anyio
 async def test_output_comes_whole_and_in_chunks() -> None:
     got: list[bytes] = []
-    pipe = OutputPipe(*IDS, got.append)
+    pipe = OutputPipe(*IDS, kept(got))
     data = os.urandom(3 * PIPE_SIZE)
     inner = os.dup(pipe.inner)
 
@@ -116,7 +125,7 @@ async def test_who_writes_before_the_start_waits_for_it() -> None:
 
 async def test_many_small_pieces_are_gathered_and_none_is_lost() -> None:
     pieces: list[bytes] = []
-    pipe = OutputPipe(os.getuid(), os.getgid(), pieces.append)
+    pipe = OutputPipe(os.getuid(), os.getgid(), kept(pieces))
     for number in range(3000):
         os.write(pipe.inner, b"%04d" % number)
         await anyio.lowlevel.checkpoint()
@@ -128,7 +137,7 @@ async def test_many_small_pieces_are_gathered_and_none_is_lost() -> None:
 
 async def test_a_pipe_that_gathers_can_be_closed() -> None:
     pieces: list[bytes] = []
-    pipe = OutputPipe(os.getuid(), os.getgid(), pieces.append)
+    pipe = OutputPipe(os.getuid(), os.getgid(), kept(pieces))
     for _ in range(200):
         os.write(pipe.inner, b"x")
         await anyio.lowlevel.checkpoint()
@@ -143,8 +152,8 @@ async def test_what_was_written_first_is_read_first(first: int) -> None:
     got: list[bytes] = []
     pipes: list[OutputPipe] = []
 
-    def sink(data: bytes) -> None:
-        got.append(data)
+    def sink(data: memoryview) -> None:
+        got.append(bytes(data))
         if data == b"a":  # while the loop is busy with this, the tool goes on
             os.write(pipes[1 - first].inner, b"b")
             os.write(pipes[first].inner, b"c")
@@ -161,7 +170,7 @@ async def test_what_was_written_first_is_read_first(first: int) -> None:
 
 async def test_what_is_left_when_the_writer_is_gone_is_read() -> None:
     pieces: list[bytes] = []
-    pipe = OutputPipe(*IDS, pieces.append)
+    pipe = OutputPipe(*IDS, kept(pieces))
     os.write(pipe.inner, bytes(2 * CHUNK + 5))
     pipe.handed_over()
     with anyio.fail_after(5):
