@@ -154,7 +154,7 @@ async def test_what_was_written_first_is_read_first(first: int) -> None:
 
     def sink(data: memoryview) -> None:
         got.append(bytes(data))
-        if data == b"a":  # while the loop is busy with this, the tool goes on
+        if bytes(data) == b"a":  # while the loop is busy with this, the tool goes on
             os.write(pipes[1 - first].inner, b"b")
             os.write(pipes[first].inner, b"c")
             for pipe in pipes:
