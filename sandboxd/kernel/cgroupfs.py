@@ -6,8 +6,7 @@ directory of our own cgroup, also in a container (with or without a cgroup names
 when the cgroup2 mount offers the controllers that no limit can do without, else v1 when those are
 mounted as hierarchies; on a hybrid host a controller is in one of them only, so the test decides.
 
-A cgroup file takes one write(2) with the whole value and gives it in one read(2); ``READ_MAX`` is
-far above any of them.
+A cgroup file takes one write(2) with the whole value and gives it in one read(2), lists of processes aside.
 
 Sources: cgroups(7), Documentation/admin-guide/cgroup-v2.rst, Documentation/admin-guide/cgroup-v1/.
 """
@@ -46,7 +45,8 @@ __all__ = [
     "write_limit",
 ]
 
-READ_MAX = 1 << 20
+READ_MAX = 32 * 1024
+SHORT = 2048  # bytes of an answer after which there is no more: the kernel gives a long list by pages
 SEARCH_DEPTH = 10
 CPU_PERIOD = 100_000  # microseconds: the kernel's default for cpu.max and cpu.cfs_period_us
 UNLIMITED = "max"
@@ -187,7 +187,9 @@ def read(path: str) -> str:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            data = os.read(fd, READ_MAX)
+            data = piece = os.read(fd, READ_MAX)
+            while len(piece) > SHORT:
+                data += (piece := os.read(fd, READ_MAX))
         finally:
             os.close(fd)
     except OSError as error:

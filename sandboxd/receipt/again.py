@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Reading", "take_reading"]
 
-READ_MAX = 1 << 20
+READ_MAX = (
+    32 * 1024
+)  # more than any but ``mountinfo`` has; a buffer for much more would take longer than its file
 STEADY = (  # the lines of ``status`` that a receipt speaks of; others count what the process does
     b"Umask", b"PPid", b"Uid", b"Gid", b"Groups", b"CapInh", b"CapPrm", b"CapEff", b"CapBnd", b"CapAmb",
     b"NoNewPrivs", b"Seccomp", b"Seccomp_filters",
