@@ -98,9 +98,13 @@ async def test_a_task_that_is_cancelled_takes_nothing_from_the_others(kind: str,
     ]  # fmt: skip
 
 
+def opened() -> set[str]:
+    return {entry.name for entry in Path("/proc/self/fd").iterdir()}
+
+
 async def test_nothing_is_left_open(kind: str, file: int) -> None:
-    before = set(Path("/proc/self/fd").iterdir())
+    before = opened()
     for _ in range(5):
         with FileSync(file) as sync:
             await sync.synced()
-    assert set(Path("/proc/self/fd").iterdir()) <= before
+    assert opened() <= before
