@@ -97,10 +97,19 @@ class Bench:
             runtimes.find_runtime(stage, "runc"),
             *docker_engine.start(stage, stack),
             sandboxes.InProcess(cold, "cold", f"{all_of_it}; the container is made when the call arrives"),
+            self._cold_by_crun(all_of_it),
             sandboxes.InProcess(warm, "warm", f"{all_of_it}; containers wait, each for one call"),
             interpreter,
             sandboxes.Command(warm),
         ]
+
+    def _cold_by_crun(self, all_of_it: str) -> measure.Contestant | str:
+        """What the daemon adds to a runtime: with the one that is also measured alone."""
+        try:
+            daemon = self._stack.enter_context(sandboxes.start(self.images, sandboxes.CRUN))
+        except RuntimeError as error:
+            return f"{sandboxes.BY_CRUN} is left out: {error}"
+        return sandboxes.InProcess(daemon, "cold by crun", f"{all_of_it}; crun makes the container")
 
     def sequential(self) -> dict[str, Any]:
         """One call at a time, everybody in turn."""

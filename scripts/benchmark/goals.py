@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 __all__ = ["rows"]
 
 WARM, COLD, INTERPRETER = "sandboxd, warm", "sandboxd, cold", "sandboxd, warm interpreter"
+BY_CRUN = "sandboxd, cold by crun"
 PYTHON = "python3 -c 'print(1)'"
 Figures = dict[str, Any]
 Goal = tuple[str, str, str, bool]
@@ -35,9 +36,10 @@ def _latency(found: Figures) -> Iterator[Goal]:
         if "docker run" in true:
             times = true["docker run"]["p50"] / ours
             yield "the same against `docker run`", "75 times (aim 120)", f"{times:.0f} times", times >= 75
-    if COLD in true and "crun" in true:
-        more = true[COLD]["p50"] - true["crun"]["p50"]
-        yield "`true`, cold, more than bare crun, p50", "6 ms", f"{more:.1f} ms", more <= 6
+    for name in (BY_CRUN, COLD):
+        if name in true and "crun" in true:
+            more = true[name]["p50"] - true["crun"]["p50"]
+            yield f"`true`, {name}, more than bare crun, p50", "6 ms", f"{more:.1f} ms", more <= 6
     if INTERPRETER in python:
         ours = python[INTERPRETER]["p50"]
         yield f"`{PYTHON}`, warm interpreter, p50", "6 ms (aim 4)", f"{ours:.1f} ms", ours <= 6

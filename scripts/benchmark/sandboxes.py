@@ -26,11 +26,25 @@ if TYPE_CHECKING:
 
     from measure import Workload
 
-__all__ = ["COLD", "WARM", "Command", "CommandStart", "Cpu", "Daemon", "InProcess", "prepare", "start"]
+__all__ = [
+    "BY_CRUN",
+    "COLD",
+    "CRUN",
+    "WARM",
+    "Command",
+    "CommandStart",
+    "Cpu",
+    "Daemon",
+    "InProcess",
+    "prepare",
+    "start",
+]
 
 POLICIES = {"base": "default", "python": "plain"}
 INTERPRETERS = {True: "numeric", False: "python"}  # by whether the workload imports numpy
 COLD, WARM = "pool: {min: 0, max: 0}\n", "pool: {min: 4, max: 16}\n"
+CRUN = f"{COLD}runtime: crun\n"
+BY_CRUN = "sandboxd, cold by crun"
 EXTRA = {
     "loud": "extends: default\nlimits:\n  stdout: 2GiB\n",
     "small": (
