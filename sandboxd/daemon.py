@@ -97,7 +97,7 @@ def _bound_the_heap() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(M_ARENA_MAX, 1)
     libc.mallopt(M_MMAP_THRESHOLD, 512 * 1024)  # fixed: glibc would raise it by what is freed
-    libc.mallopt(M_TRIM_THRESHOLD, 4 * 2**20)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**20)
 
 
 def _alone(error: BaseException) -> BaseException:

@@ -1,10 +1,10 @@
 """Reading back the seccomp filter of another process, ptrace(2): ``PTRACE_SECCOMP_GET_FILTER``.
 
 The process is seized and interrupted for some tens of microseconds and goes on where it was; it sees
-nothing of it. That is done by a thread which then ends: the kernel lets go of a process that cannot be
-detached from, because it does not stop, only when its tracer ends, and until then it could not be reaped.
-Not every host can: the kernel needs ``CONFIG_CHECKPOINT_RESTORE``, and the reader ``CAP_SYS_ADMIN``,
-``CAP_SYS_PTRACE`` and no seccomp filter of its own.
+nothing of it. One that may be anybody's is read by a thread which then ends: the kernel lets go of a process
+that cannot be detached from, because it does not stop, only when its tracer ends, and until then it could not
+be reaped. Not every host can: the kernel needs ``CONFIG_CHECKPOINT_RESTORE``, and the reader
+``CAP_SYS_ADMIN``, ``CAP_SYS_PTRACE`` and no seccomp filter of its own.
 """
 
 from __future__ import annotations
@@ -34,17 +34,22 @@ def _ptrace(request: int, pid: int, address: int | None, data: object) -> int:
     return result
 
 
-def read_filter(pid: int) -> bytes:
+def read_filter(pid: int, *, hostile: bool) -> bytes:
     """The newest filter of a process, as a ``struct sock_filter[]``. Blocks for some tens of microseconds.
+
+    ``hostile``: it may do anything to avoid it, and this may block for ``STOP_SECONDS``.
 
     Raises OSError: EPERM, EACCES, EINVAL, EIO or ENOSYS where this host or this process cannot do it
     (EPERM also while somebody else traces it), ENOENT when there is no filter, ESRCH when there is no
     process, ETIMEDOUT when it does not stop.
     """
     found: list[bytes | OSError] = []
-    tracer = threading.Thread(target=lambda: found.append(_read(pid)))
-    tracer.start()
-    tracer.join()
+    if hostile:
+        tracer = threading.Thread(target=lambda: found.append(_read(pid)))
+        tracer.start()
+        tracer.join()
+    else:
+        found.append(_read(pid))
     if isinstance(found[0], OSError):
         raise found[0]
     return found[0]

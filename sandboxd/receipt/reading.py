@@ -130,7 +130,7 @@ def _seccomp(slot: Slot, status: dict[str, str]) -> Control:
     shown = True
     if in_force == "mode 2, 1 filter":
         try:
-            found = filters.read_filter(slot.tool_pid)
+            found = filters.read_filter(slot.tool_pid, hostile=slot.warm)
         except OSError as error:
             if error.errno in GONE:
                 raise

@@ -181,8 +181,10 @@ class Attempt:
             # io is in force already, and cannot be narrowed
             slot.cgroup.set(cgroup_limits(replace(limits, io_read=None, io_write=None), None))
         receipt = None if slot.reading is None else slot.reading.again(limits)
-        if receipt is None:  # in full, which may take long: the parked process may be anybody's
+        if receipt is None and slot.warm:  # the process may be anybody's, and take long to be read in full
             receipt = await anyio.to_thread.run_sync(receipts.read_receipt, slot, limits)
+        elif receipt is None:
+            receipt = receipts.read_receipt(slot, limits)
         receipts.check(receipt)
         return receipt
 
