@@ -361,7 +361,7 @@ class Pool:
 
     async def _add(self, shelf: Shelf, entry: Entry, interprets: bool) -> None:  # noqa: FBT001  (by a task's start)
         try:
-            image = await anyio.to_thread.run_sync(self._identity, shelf.shape)
+            image = self._identity(shelf.shape)
             slot = await self._make(entry, warm=interprets)
             try:
                 slot.reading = await anyio.to_thread.run_sync(take_reading, slot)
