@@ -5,7 +5,8 @@ sync (``synchronous=NORMAL``), which is a copy to the page cache and takes a ten
 to be durable then waits for a sync of the log, which the kernel does meanwhile (``kernel/filesync``); all
 that was written before it began is durable when it ends, so a hundred calls that are accepted at once cost
 one sync. That is what ``synchronous=FULL`` does in each commit, but for the event loop, which does not wait.
-A thread moves the log into the database now and then.
+A thread moves the log into the database now and then. Only when all of it was moved is its file written from
+the start again; where operations never leave a moment for that and it grows long, they wait for the thread.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ __all__ = ["Transaction", "Writer"]
 T = TypeVar("T")
 EVERY = 128  # transactions between two moves of the log into the database
 PAUSE = 0.02  # seconds until that begins: the answer that is due now comes first
+LONG = 32 << 20  # bytes of the log's file beyond which operations wait until all of it was moved
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +58,9 @@ class Writer:
         self._sync: FileSync | None = None
         self._written = 0
         self._moving: asyncio.Future[None] | None = None
+        self._most = LONG
+        self._may_write = asyncio.Event()
+        self._may_write.set()
 
     def start(self) -> None:
         """Open the database. Raises what ``schema.connect_writer`` does."""
@@ -82,12 +87,15 @@ class Writer:
 
         What it raises undoes it. A task that is cancelled here does not take its operation back.
         """
-        if self._sync is None:
+        while not self._may_write.is_set():  # again: another that waited may have filled the log
+            await self._may_write.wait()
+        sync = self._sync
+        if sync is None:
             raise errors.HostFailed("the journal is closed")
         result = self._apply(operation)
         if durable:
             try:
-                await self._sync.synced()
+                await sync.synced()
             except OSError as error:
                 raise errors.HostFailed(f"the journal could not be synced: {error.strerror}") from error
         return result
@@ -116,26 +124,43 @@ class Writer:
                 raise schema.error_of(error) from error
             raise
         self._written += 1
-        if self._written >= EVERY and self._moving is None:
-            self._written = 0
-            loop = asyncio.get_running_loop()
-            self._moving = loop.create_future()
-            loop.call_later(PAUSE, self._move, loop)
+        if os.fstat(self._log).st_size > self._most:
+            self._may_write.clear()
+            self._move_after(0)
+        elif self._written >= EVERY:
+            self._move_after(PAUSE)
         return result
 
-    def _move(self, loop: asyncio.AbstractEventLoop) -> None:
-        thread = loop.run_in_executor(None, self._move_log)
-        thread.add_done_callback(lambda _: self._moved())
+    def _move_after(self, seconds: float) -> None:
+        if self._moving is None:
+            loop = asyncio.get_running_loop()
+            self._moving = loop.create_future()
+            loop.call_later(seconds, self._move, loop, 1)
 
-    def _move_log(self) -> None:
+    def _move(self, loop: asyncio.AbstractEventLoop, tries: int) -> None:
+        self._written = 0
+        thread = loop.run_in_executor(None, self._move_log)
+        thread.add_done_callback(lambda done: self._moved(loop, tries, whole=done.result()))
+
+    def _move_log(self) -> bool:
+        """Whether nothing is left that was written meanwhile."""
         if self._mover is None:
-            return
+            return False
         try:
-            self._mover.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            _, pages, moved = self._mover.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         except sqlite3.Error as error:  # it is tried again, and commits say what is wrong
             log.warning("the journal's log was not moved into the database", reason=str(error))
+            return False
+        return bool(pages == moved)
 
-    def _moved(self) -> None:
+    def _moved(self, loop: asyncio.AbstractEventLoop, tries: int, *, whole: bool) -> None:
+        if not self._may_write.is_set():
+            if not whole and tries:  # it had begun before operations waited
+                self._move(loop, tries - 1)
+                return
+            # its file does not shrink; and where somebody reads an old state for long it has to grow
+            self._most = max(LONG, os.fstat(self._log).st_size + (0 if whole else LONG))
+            self._may_write.set()
         moving, self._moving = self._moving, None
         if moving is not None and not moving.done():
             moving.set_result(None)

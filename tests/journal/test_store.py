@@ -422,3 +422,18 @@ async def test_many_waiting_commits_share_a_sync(tmp_path: Path) -> None:
         assert rate > 300  # some thousands on a quiet machine
         await asyncio.gather(*(finish(journal, each) for each in calls))
         assert (await journal.verify()).records == 1000
+
+
+async def test_the_log_stays_short_however_much_is_written(tmp_path: Path) -> None:
+    """Its file is written from the start again only when all of it is in the database."""
+    async with Journal.open(tmp_path) as journal:
+
+        async def one() -> None:
+            invocation = call().model_copy(update={"argv": ["x" * 50_000]})
+            await journal.accept(Accepted(invocation, DIGEST))
+            done = ended(invocation)
+            await journal.ended(done, outcome_header(done))
+
+        await asyncio.gather(*(one() for _ in range(1500)))
+        assert (tmp_path / "journal.sqlite3-wal").stat().st_size < 64 * 2**20
+        assert (await journal.verify()).ok
