@@ -28,6 +28,7 @@ import runtimes
 import sandboxes
 from installation import Installation
 
+from sandboxd import errors
 from sandboxd.images import ImageStore
 from sandboxd.kernel import mounts
 
@@ -205,6 +206,7 @@ MODES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "start": Bench.start,
 }
 LONG = {"row", "journal"}
+FIGURES = "figures.json"
 
 
 def arguments() -> argparse.Namespace:
@@ -243,25 +245,33 @@ def main() -> None:
             load, began = os.getloadavg()[0], time.strftime("%Y-%m-%d", time.gmtime())
             try:
                 result = MODES[name](bench)
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, errors.SandboxdError) as error:
                 result = {"error": str(error)}
                 tell(f"{name}: {error}\n")
             result |= {"day": began, "load": [round(load, 1), round(os.getloadavg()[0], 1)]}
             result |= {"machine": page.machine(), "versions": page.versions(), "quick": asked.quick}
             found[name] = result
+            if asked.write is not None:
+                keep(asked.write, found)  # a later mode that fails takes none of it away
     if asked.json is not None:
         asked.json.write_text(json.dumps(found, indent=1) + "\n")
     if asked.write is not None:
-        directory = asked.write.with_suffix("")
-        directory.mkdir(exist_ok=True)
-        kept = directory / "figures.json"
-        whole = (json.loads(kept.read_text()) if kept.exists() else {}) | found
-        kept.write_text(json.dumps(whole, indent=1) + "\n")
-        plot(kept, directory)
+        whole, directory = keep(asked.write, found)
+        plot(directory / FIGURES, directory)
         page.write_into(asked.write, page.markdown(whole, directory))
     print(page.markdown(found, None))
     if broken := [name for name in found if "error" in found[name]]:
         sys.exit(f"could not be measured: {', '.join(broken)}")
+
+
+def keep(written: Path, found: dict[str, Any]) -> tuple[dict[str, Any], Path]:
+    """Put what was found beside what was found before; returns all of it, and the directory of a page."""
+    directory = written.with_suffix("")
+    directory.mkdir(exist_ok=True)
+    kept = directory / FIGURES
+    whole: dict[str, Any] = (json.loads(kept.read_text()) if kept.exists() else {}) | found
+    kept.write_text(json.dumps(whole, indent=1) + "\n")
+    return whole, directory
 
 
 def plot(figures: Path, directory: Path) -> None:
