@@ -155,8 +155,11 @@ class Journal:
         return await self._writer.run(operation, durable=True)
 
     async def find_key(self, uid: int, key: str) -> records.Existing | None:
-        """The call that a caller's key stands for, if any."""
-        return await self._read(lambda connection: _find_key(connection, uid, key))
+        """The call that a caller's key stands for, if any; its acceptance is on disk."""
+        found = await self._read(lambda connection: _find_key(connection, uid, key))
+        if found is not None:
+            await self._writer.synced()  # it may have been written a moment ago
+        return found
 
     def attempt_started(self, invocation: models.Invocation) -> None:
         """Keep the state of a call that has not ended; waits for nothing and is not durable.

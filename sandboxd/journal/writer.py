@@ -89,16 +89,21 @@ class Writer:
         """
         while not self._may_write.is_set():  # again: another that waited may have filled the log
             await self._may_write.wait()
-        sync = self._sync
-        if sync is None:
+        if self._sync is None:
             raise errors.HostFailed("the journal is closed")
         result = self._apply(operation)
         if durable:
-            try:
-                await sync.synced()
-            except OSError as error:
-                raise errors.HostFailed(f"the journal could not be synced: {error.strerror}") from error
+            await self.synced()
         return result
+
+    async def synced(self) -> None:
+        """Wait until all that was written before is on disk."""
+        if self._sync is None:
+            raise errors.HostFailed("the journal is closed")
+        try:
+            await self._sync.synced()
+        except OSError as error:
+            raise errors.HostFailed(f"the journal could not be synced: {error.strerror}") from error
 
     def post(self, operation: Callable[[Transaction], object]) -> None:
         """Run an operation; it is not durable yet, and its failure concerns nobody."""
