@@ -287,10 +287,7 @@ class Calls(Ledger):
             self._tasks.start_soon(self._record_later, done, call.plan)
         call.invocation = done
         try:
-            try:
-                call.spool.add(Event(seq=0, at=done.times.ended or 0, type="ended", invocation=done))
-            finally:
-                call.spool.close(durable=False)
+            finish(call.spool, done, durable=False)
         except errors.HostFailed:
             log.exception("the end of the events could not be written", id=done.id)
         call.stdin.close()
@@ -331,7 +328,7 @@ class Calls(Ledger):
                 }
             )
             await self._journal.ended(done, records.outcome_header(done))
-            finish(spool, done)
+            finish(spool, done, durable=True)
         return len(found)
 
     async def _live(self, caller: Caller, id: str) -> Call:

@@ -179,16 +179,19 @@ def recovered(directory: Path) -> Spool:
     return Spool.recover(directory, caps) if directory.is_dir() else Spool.held([])
 
 
-def finish(spool: Spool, done: Invocation) -> None:
-    """Say ``ended`` and close, unless that was done. Blocks."""
-    if not spool.closed:
+def finish(spool: Spool, done: Invocation, *, durable: bool) -> None:
+    """Say ``ended`` and close, unless that was done. Blocks. Raises HostFailed, closed all the same."""
+    if spool.closed:
+        return
+    try:
         spool.add(Event(seq=0, at=done.times.ended or 0, type="ended", invocation=done))
-        spool.close(durable=True)
+    finally:
+        spool.close(durable=durable)
 
 
 def _finished(directory: Path, done: Invocation) -> Spool:
     spool = recovered(directory)
-    finish(spool, done)
+    finish(spool, done, durable=True)
     return spool
 
 
