@@ -14,10 +14,11 @@ from sandboxd import errors
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Channel", "failure", "raised"]
+__all__ = ["MAX_SHAPES", "Channel", "failure", "raised"]
 
 MAX_MESSAGE = 256 * 1024  # bytes; a shape with the largest filter is 40 KiB, a slot with its receipt 20
 MAX_FDS = 32
+MAX_SHAPES = 256  # that either end remembers
 SO_SNDBUFFORCE = 32  # asm-generic/socket.h
 BUFFER = 8 << 20  # bytes that wait for the other end, so that sending mostly does not
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import signal
 import socket
 from contextlib import ExitStack, suppress
@@ -16,7 +17,7 @@ import structlog
 from sandboxd import errors
 from sandboxd.engine.base import Capabilities
 from sandboxd.engine.killing import kill
-from sandboxd.maker.channel import Channel, raised
+from sandboxd.maker.channel import MAX_SHAPES, Channel, raised
 from sandboxd.maker.server import be_the_engine
 from sandboxd.maker.transfer import unpack
 
@@ -44,6 +45,7 @@ class EngineProcess:
         self._pidfd = os.pidfd_open(pid)
         self._channel = channel
         self._answers: dict[int, asyncio.Future[tuple[Any, list[int]]]] = {}
+        self._shapes: dict[str, bytes] = {}
         self._owned: dict[str, ExitStack] = {}
         self._last = 0
         self._gone = anyio.Event()
@@ -109,7 +111,7 @@ class EngineProcess:
         with ExitStack() as stack:
             held = stack.enter_context(ExitStack())
             held.enter_context(self._images.hold(shape.image.digest))
-            number, answer = await self._begin("create", shape, warm)
+            number, answer = await self._begin("create", self._pickled(shape), warm)
             try:
                 data, fds = await asyncio.shield(answer)
             except anyio.get_cancelled_exc_class():
@@ -137,6 +139,14 @@ class EngineProcess:
                 await self._ask("destroy", slot.id)
             finally:
                 owned.close()
+
+    def _pickled(self, shape: Shape) -> bytes:
+        """A shape, which is the same in thousands of requests, as the engine's process remembers it."""
+        if (found := self._shapes.get(shape.digest)) is None:
+            if len(self._shapes) >= MAX_SHAPES:
+                self._shapes.clear()
+            found = self._shapes[shape.digest] = pickle.dumps(shape, pickle.HIGHEST_PROTOCOL)
+        return found
 
     def _taken(self, shape: Shape, data: bytes, fds: list[int]) -> Slot:
         slot = unpack(data, fds, shape, self._notify)

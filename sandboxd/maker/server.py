@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import pickle
 import signal
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,7 +17,7 @@ import structlog
 from sandboxd import errors
 from sandboxd.engine.host import EngineHost
 from sandboxd.kernel.orphans import adopt_orphans
-from sandboxd.maker.channel import failure
+from sandboxd.maker.channel import MAX_SHAPES, failure
 from sandboxd.maker.transfer import pack
 from sandboxd.receipt import take_reading
 
@@ -72,6 +73,7 @@ class Server:
         self._name = name
         self._host = ExitStack()
         self._engine: Engine
+        self._shapes: dict[bytes, Shape] = {}
         self._slots: dict[str, Slot] = {}
         self._making: dict[int, anyio.CancelScope] = {}
 
@@ -131,19 +133,29 @@ class Server:
         gc.freeze()
         return engine.name, engine.runtime.name, removed
 
-    async def _create(self, number: int, shape: Shape, warm: bool) -> None:  # noqa: FBT001  (a message)
+    async def _create(self, number: int, pickled: bytes, warm: bool) -> None:  # noqa: FBT001  (a message)
         scope = self._making[number] = anyio.CancelScope()
         try:
             with scope:
-                await self._hand_over(number, await self._engine.create(shape, warm=warm))
+                await self._hand_over(number, await self._engine.create(self._shape(pickled), warm=warm))
         finally:
             del self._making[number]
         if scope.cancelled_caught:
             raise errors.EngineFailed("nobody wants this container any more")
 
+    def _shape(self, pickled: bytes) -> Shape:
+        if (shape := self._shapes.get(pickled)) is None:
+            if len(self._shapes) >= MAX_SHAPES:
+                self._shapes.clear()
+            shape = self._shapes[pickled] = pickle.loads(pickled)  # noqa: S301  (of our own process)
+        return shape
+
     async def _hand_over(self, number: int, slot: Slot) -> None:
         try:
-            reading = slot.reading = await anyio.to_thread.run_sync(take_reading, slot)
+            if slot.warm:  # the process may be anybody's, and take long to be read
+                reading = slot.reading = await anyio.to_thread.run_sync(take_reading, slot)
+            else:
+                reading = slot.reading = take_reading(slot)
             data, fds = pack(slot)
             await self._channel.send((number, True, data), fds)
         except BaseException:

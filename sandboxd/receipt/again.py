@@ -29,7 +29,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from sandboxd import errors
 from sandboxd.kernel import uts
@@ -55,8 +55,8 @@ STEADY = (  # the lines of ``status`` that a receipt speaks of; others count wha
 )  # fmt: skip
 NAMESPACED = ("mountinfo", "net/dev", "net/route", "net/ipv6_route")
 """Opened for each reading: an open one would keep its namespace alive after the container's end."""
-READ = ("_steady", "_absent", "_sources", "_limits", "receipt", "counted")
-"""What a reading knows."""
+READ = ("_steady", "_absent", "_sources", "_limits", "counted")
+"""What a reading knows beside the receipt."""
 Sources = tuple[bytes | int | str, ...]
 
 
@@ -102,7 +102,10 @@ class Reading:
 
     def __getstate__(self) -> dict[str, object]:
         """For the slot's way to another process: what was read. The rest is given by ``adopt``."""
-        return {name: self.__dict__[name] for name in READ}
+        return {**{name: self.__dict__[name] for name in READ}, "receipt": self.receipt.model_dump_json()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, receipt=Receipt.model_validate_json(state["receipt"]))
 
     def adopt(self, slot: Slot, descriptors: Sequence[int]) -> None:
         """Be the reading of this slot, after a way by pickle, and own these ``descriptors``."""
