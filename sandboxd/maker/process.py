@@ -122,6 +122,7 @@ class EngineProcess:
                 raise
             slot = self._taken(shape, data, fds)
             slot.held = held
+            self._owned[slot.id].callback(held.close)
             stack.pop_all()
         return slot
 
@@ -151,7 +152,6 @@ class EngineProcess:
     def _taken(self, shape: Shape, data: bytes, fds: list[int]) -> Slot:
         slot = unpack(data, fds, shape, self._notify)
         owned = self._owned[slot.id] = ExitStack()
-        owned.callback(slot.held.close)
         for fd in (slot.init_pidfd, slot.workspace_fd, slot.upper_fd):
             if fd is not None:
                 owned.callback(os.close, fd)
