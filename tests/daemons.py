@@ -155,6 +155,12 @@ def _until_ready(daemon: Daemon) -> None:
     pytest.fail(f"the daemon did not start:\n{daemon.log.read_text()}")
 
 
+def waited(call: Invocation) -> bool:
+    """Whether the call's container was there before the call."""
+    assert call.receipt is not None, call.outcome
+    return call.receipt.read_at < call.times.accepted
+
+
 MAKERS = {"sandboxd-launch", "sandboxd-container"}
 
 
