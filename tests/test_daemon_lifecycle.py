@@ -234,6 +234,31 @@ def _runs(daemon: Daemon) -> bool:
     return found.outcome is not None and found.outcome.exit_code == 0
 
 
+def test_a_daemon_ends_with_its_engine(daemon_factory: Callable[..., Daemon]) -> None:
+    """Its other process is killed: it says so and ends, and the next one closes what was left open."""
+    first = daemon_factory()
+    call = first.client().start(["sleep", "100"])
+    until(lambda: first.client().get(call.id).state == "running", "it runs")
+    os.kill(first.engine, signal.SIGKILL)
+    assert first.process.wait(timeout=30) not in {0, -signal.SIGKILL}
+    assert "the engine's process has ended" in first.log.read_text()
+    second = daemon_factory(state=first.state, name="second")
+    outcome = second.client().get(call.id).outcome
+    assert outcome is not None
+    assert outcome.cause == "failed"
+    assert outcome.error is not None
+    assert outcome.error.code == "interrupted"
+    assert not slots_of(second)
+    assert _runs(second)
+
+
+def test_the_engine_ends_with_its_daemon(daemon_factory: Callable[..., Daemon]) -> None:
+    daemon = daemon_factory()
+    engine = daemon.engine
+    daemon.stop(signal.SIGKILL)
+    until(lambda: not psutil.pid_exists(engine), "the engine's process is gone")
+
+
 def descriptors(daemon: Daemon) -> int:
     """Open descriptors, without the user namespaces: one is kept for each id range that was ever in use."""
     links = []
