@@ -31,8 +31,12 @@ from sandboxd.api.app import serve as serve_app
 from sandboxd.api.listener import listening
 from sandboxd.blobs import BlobStore
 from sandboxd.config import default_socket
-from sandboxd.engine.host import EngineHost, enter_private_mounts, instance_name
+from sandboxd.engine.host import enter_private_mounts, instance_name
+from sandboxd.images import ImageStore
 from sandboxd.journal import Journal
+from sandboxd.kernel.notify import NotifyServer
+from sandboxd.kernel.orphans import adopt_orphans
+from sandboxd.maker.process import EngineProcess
 from sandboxd.policy import shipped_policies
 from sandboxd.pool import Pool
 from sandboxd.pool import Room as SlotRoom
@@ -50,7 +54,6 @@ if TYPE_CHECKING:
 __all__ = ["serve"]
 
 DRAIN = 30.0  # seconds that running calls get when the daemon is stopped
-PR_SET_CHILD_SUBREAPER = 36
 M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -8, -3, -1  # malloc.h
 WORKER_THREADS = 64
 
@@ -81,9 +84,10 @@ def serve(config: Config, *, socket: Path | None = None, state: Path | None = No
     config.state.mkdir(mode=0o711, parents=True, exist_ok=True)
     name = instance_name(config.state)
     run = enter_private_mounts(name)
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()
+    engine = EngineProcess.fork(config, run, name)
     try:
-        anyio.run(_serve, config, run, name)
+        anyio.run(_serve, config, engine)
     except BaseExceptionGroup as group:
         raise _alone(group) from None
 
@@ -128,15 +132,16 @@ def _configure_logs() -> None:
     )
 
 
-async def _serve(config: Config, run: Path, name: str) -> None:
+async def _serve(config: Config, engine: EngineProcess) -> None:
     anyio.to_thread.current_default_thread_limiter().total_tokens = WORKER_THREADS
     async with AsyncExitStack() as stack:
         journal = await stack.enter_async_context(Journal.open(config.state))
-        host = stack.enter_context(EngineHost(config, run, name))
-        removed = host.clean_leftovers()
+        images = ImageStore(config.state / "images")
+        notify = stack.enter_context(NotifyServer())
+        await stack.enter_async_context(engine)
+        removed = await engine.open(images, notify)
         if removed:
             log.warning("containers of an earlier daemon were removed", count=len(removed))
-        engine = await host.open_engine()
         policies = PolicyStore(policy_directories(config), config.floor)
         for problem in policies.problems:
             log.warning("policy not in force", problem=str(problem))
@@ -151,7 +156,7 @@ async def _serve(config: Config, run: Path, name: str) -> None:
         def in_force(shape: plan.Shape) -> bool:
             try:
                 policy = policies.current.get(shape.policy)
-                image = host.images.resolve(policy.image)
+                image = images.resolve(policy.image)
             except errors.SandboxdError:
                 return False
             return plan.make_shape(policy, plan.ImageRef(image.name, image.digest)).digest == shape.digest
@@ -160,16 +165,16 @@ async def _serve(config: Config, run: Path, name: str) -> None:
             left = scheduler.memory - scheduler.memory_used
             return SlotRoom(scheduler.slots - scheduler.running, left, scheduler.running)
 
-        pool = Pool(engine, config.pool, images=host.images, room=room, in_force=in_force)
+        pool = Pool(engine, config.pool, images=images, room=room, in_force=in_force)
         scheduler.on_grant = pool.give_way
         tasks = await stack.enter_async_context(anyio.create_task_group())
         service = DaemonService(
             config,
             version=version("sandboxd"),
             engine_name=engine.name,
-            runtime=engine.runtime.name,
+            runtime=engine.runtime,
             policies=policies,
-            images=host.images,
+            images=images,
             pool=pool,
             journal=journal,
             scheduler=scheduler,
@@ -180,6 +185,7 @@ async def _serve(config: Config, run: Path, name: str) -> None:
         interrupted = await service.close_interrupted()
         if interrupted:
             log.warning("calls of an earlier daemon were closed as interrupted", count=interrupted)
+        tasks.start_soon(engine.watch)
         tasks.start_soon(policies.watch)
         tasks.start_soon(pool.run)
         sock = stack.enter_context(listening(config.socket, os.environ))
@@ -193,7 +199,7 @@ async def _serve(config: Config, run: Path, name: str) -> None:
             "ready",
             socket=str(config.socket.path or default_socket()),
             engine=engine.name,
-            runtime=engine.runtime.name,
+            runtime=engine.runtime,
         )
         systemd.notify("READY=1")
         await _until_stopped(service)

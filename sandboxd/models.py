@@ -350,9 +350,9 @@ class Receipt(Wire):
     runtime: str
     controls: list[Control]
     read_at: int
-    """When every control was read."""
+    """When every control was read: as soon as the slot was made, unless it had to be done once more."""
     checked_at: int | None = None
-    """When a slot that had waited was read again, at hand-over, and found to be as it was at ``read_at``."""
+    """When the slot was read again, at hand-over, and found to be as it was at ``read_at``."""
     _digest: str | None = PrivateAttr(None)
 
     def digest(self) -> str:

@@ -364,7 +364,8 @@ class Pool:
             image = self._identity(shelf.shape)
             slot = await self._make(entry, warm=interprets)
             try:
-                slot.reading = await anyio.to_thread.run_sync(take_reading, slot)
+                if slot.reading is None:
+                    slot.reading = await anyio.to_thread.run_sync(take_reading, slot)
                 # removed and made again since the first look: then it is not known which one is mounted
                 if image != self._identity(shelf.shape):
                     raise errors.NotFound(f"the image {shelf.shape.image.name!r} was replaced")

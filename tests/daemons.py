@@ -80,6 +80,20 @@ class Daemon:
             check=False,
         )
 
+    @property
+    def engine(self) -> int:
+        """Its other process, which has the engine and whose children the containers are."""
+        return next(
+            child.pid
+            for child in psutil.Process(self.process.pid).children()
+            if child.name() == "sandboxd-engine"
+        )
+
+    @property
+    def processes(self) -> list[int]:
+        """The one that serves callers, and the one that has the engine."""
+        return [self.process.pid, self.engine]
+
     def admit_everybody(self) -> None:
         """Let any user reach the socket; who gets in is then for the configuration alone to say."""
         for directory in self.socket.parents:
@@ -141,14 +155,20 @@ def _until_ready(daemon: Daemon) -> None:
     pytest.fail(f"the daemon did not start:\n{daemon.log.read_text()}")
 
 
+def waited(call: Invocation) -> bool:
+    """Whether the call's container was there before the call."""
+    assert call.receipt is not None, call.outcome
+    return call.receipt.read_at < call.times.accepted
+
+
 MAKERS = {"sandboxd-launch", "sandboxd-container"}
 
 
 def berths_of(daemon: Daemon) -> dict[int, str]:
     """Processes that wait for a container to make or to be, by pid, and the names of their cgroups."""
     found = {}
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(daemon.process.pid).children():
+    with contextlib.suppress(psutil.NoSuchProcess, StopIteration):
+        for child in psutil.Process(daemon.engine).children():
             with contextlib.suppress(psutil.Error):
                 if child.name() in MAKERS and child.cmdline()[1:2] != ["userns"]:
                     found[child.pid] = child.cmdline()[-1]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Self
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Sequence
 
     from daemons import Daemon
 
@@ -44,13 +44,16 @@ class Held:
     namespaces: frozenset[str]
 
     @classmethod
-    def by(cls, pid: int, waiting: Collection[str]) -> Self:
-        """What this daemon holds, but for what is there to wait for a call.
+    def by(cls, processes: Sequence[int], waiting: Collection[str]) -> Self:
+        """What a daemon holds, but for what is there to wait for a call.
+
+        ``processes`` are all of its own, the first of which has started the others.
 
         ``waiting`` names the berths and the containers that wait, as their cgroups are named: each berth is
         a process in namespaces of its own (``engine/berth.py``). A user namespace stays for as long as the
         daemon (SECURITY.md, "One user namespace, many calls"), as a descriptor; other kinds never do.
         """
+        pid = processes[0]
         own = frozenset({pid, *_below(pid)})
         ours = namespaces_of(os.getpid()) | namespaces_of(pid)
         held = {
@@ -59,7 +62,7 @@ class Held:
             if not _any(waiting, _text(f"/proc/{one}/cgroup"))
             for name in namespaces_of(one) - ours
         }
-        for link in _links(pid):
+        for link in (link for one in processes for link in _links(one)):
             if link.startswith(tuple(f"{kind}:[" for kind in NAMESPACES if kind != "user")):
                 held.add(f"{link} as a descriptor of the daemon")
         # those of the host come and go in the daemon's namespace too
@@ -109,20 +112,20 @@ def _listed(path: str) -> list[str]:
         return []
 
 
-def descriptors_of(pid: int) -> Counter[str]:
-    """How many descriptors of each kind a process has, but for those that a daemon keeps once it has them.
+def descriptors_of(processes: Sequence[int]) -> Counter[str]:
+    """How many descriptors of each kind a daemon has, but for those that it keeps once it has them.
 
     These are one user namespace for each range of ids that was ever in use at once, and the connections of
     the journal's readers, of which there are two.
     """
-    links = (re.sub(r"\d+", "N", link) for link in _links(pid))
+    links = (re.sub(r"\d+", "N", link) for pid in processes for link in _links(pid))
     return Counter(link for link in links if not link.startswith("user:[") and "/journal.sqlite" not in link)
 
 
 def check_held(daemon: Daemon, before: Held) -> None:
     """Fail when a daemon holds after some grace what it did not hold before."""
     limit = time.monotonic() + GRACE_SECONDS
-    while found := Held.by(daemon.process.pid, waiting_in(daemon)).new_since(before):
+    while found := Held.by(daemon.processes, waiting_in(daemon)).new_since(before):
         if time.monotonic() > limit:
             pytest.fail(f"the daemon holds what no call has any more:\n{found}", pytrace=False)
         time.sleep(0.05)

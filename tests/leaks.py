@@ -273,7 +273,7 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Daemon]) -> Iterator[None
     if fixturedef.argname == "daemon" and fixturedef.scope == "session" and fixturedef.cached_result:
         daemon = fixturedef.cached_result[0]
         if daemon is not None:  # None: it did not start
-            before = Held.by(daemon.process.pid, ())
+            before = Held.by(daemon.processes, ())
             fixturedef.addfinalizer(lambda: check_held(daemon, before))
     return result
 

@@ -93,8 +93,8 @@ class Robbed:
             return self.daemon.run(*(argv or ("echo", "ran")), policy=policy)
 
     def children(self) -> set[str]:
-        """The daemon's children, those that wait for a container to make aside."""
+        """The engine's children, those that wait for a container to make aside."""
         found: set[str] = set()
-        for task in Path(f"/proc/{self.daemon.process.pid}/task").iterdir():
+        for task in Path(f"/proc/{self.daemon.engine}/task").iterdir():
             found |= set((task / "children").read_text().split())
         return found - {str(pid) for pid in berths_of(self.daemon)}

@@ -234,12 +234,38 @@ def _runs(daemon: Daemon) -> bool:
     return found.outcome is not None and found.outcome.exit_code == 0
 
 
-def descriptors(pid: int) -> int:
+def test_a_daemon_ends_with_its_engine(daemon_factory: Callable[..., Daemon]) -> None:
+    """Its other process is killed: it says so and ends, and the next one closes what was left open."""
+    first = daemon_factory()
+    call = first.client().start(["sleep", "100"])
+    until(lambda: first.client().get(call.id).state == "running", "it runs")
+    os.kill(first.engine, signal.SIGKILL)
+    assert first.process.wait(timeout=30) not in {0, -signal.SIGKILL}
+    assert "the engine's process has ended" in first.log.read_text()
+    second = daemon_factory(state=first.state, name="second")
+    outcome = second.client().get(call.id).outcome
+    assert outcome is not None
+    assert outcome.cause == "failed"
+    assert outcome.error is not None
+    assert outcome.error.code == "interrupted"
+    assert not slots_of(second)
+    assert _runs(second)
+
+
+def test_the_engine_ends_with_its_daemon(daemon_factory: Callable[..., Daemon]) -> None:
+    daemon = daemon_factory()
+    engine = daemon.engine
+    daemon.stop(signal.SIGKILL)
+    until(lambda: not psutil.pid_exists(engine), "the engine's process is gone")
+
+
+def descriptors(daemon: Daemon) -> int:
     """Open descriptors, without the user namespaces: one is kept for each id range that was ever in use."""
     links = []
-    for fd in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(OSError):  # closed meanwhile
-            links.append(str(fd.readlink()))
+    for pid in daemon.processes:
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):  # closed meanwhile
+                links.append(str(fd.readlink()))
     namespaces = [link for link in links if link.startswith("user:")]
     assert len(namespaces) <= 4 + READY + 4  # at once: calls, berths, and what is being cleared away
     return len(links) - len(namespaces)
@@ -247,7 +273,7 @@ def descriptors(pid: int) -> int:
 
 def test_two_hundred_calls_leave_nothing_in_the_daemon(daemon_factory: Callable[..., Daemon]) -> None:
     daemon = daemon_factory()
-    process = psutil.Process(daemon.process.pid)
+    process, engine = psutil.Process(daemon.process.pid), psutil.Process(daemon.engine)
 
     def some(count: int) -> None:
         client = daemon.client()
@@ -271,14 +297,15 @@ def test_two_hundred_calls_leave_nothing_in_the_daemon(daemon_factory: Callable[
 
     several(40)  # what is made once is made now: readers, caches
     until(prepared, "as many berths wait as shall")  # each holds descriptors
-    before = descriptors(process.pid), process.memory_info().rss
+    before, resident = descriptors(daemon), [one.memory_info().rss for one in (process, engine)]
     several(200)
     until(prepared, "as many berths wait as shall")
-    until(lambda: descriptors(process.pid) <= before[0] + 2, f"descriptors are closed (were {before[0]})")
-    assert process.memory_info().rss - before[1] < 16 * 2**20
-    assert process.num_threads() < 64 + 16
+    until(lambda: descriptors(daemon) <= before + 2, f"descriptors are closed (were {before})")
+    for one, was in zip((process, engine), resident, strict=True):
+        assert one.memory_info().rss - was < 16 * 2**20
+        assert one.num_threads() < 64 + 16
     until(lambda: not slots_of(daemon), "no container is left")
-    until(lambda: len(process.children()) == len(berths_of(daemon)), "only those that wait are left")
+    until(lambda: len(engine.children()) == len(berths_of(daemon)), "only those that wait are left")
     health = daemon.client().health()
     assert (health.running, health.queued) == (0, 0)
 

@@ -118,11 +118,11 @@ def _sleeper(process: subprocess.Popen[bytes]) -> int:
 
 def test_what_the_daemon_forgot_in_its_own_mount_namespace_is_seen(daemon: Daemon, tmp_path: Path) -> None:
     pid = daemon.process.pid
-    before = Held.by(pid, waiting_in(daemon))
+    before = Held.by(daemon.processes, waiting_in(daemon))
     enter = ["nsenter", f"--mount=/proc/{pid}/ns/mnt"]
     subprocess.run([*enter, "mount", "-t", "tmpfs", "none", str(tmp_path)], check=True)
     try:
-        found = Held.by(pid, waiting_in(daemon)).new_since(before)
+        found = Held.by(daemon.processes, waiting_in(daemon)).new_since(before)
     finally:
         subprocess.run([*enter, "umount", str(tmp_path)], check=True)
     assert found.startswith(f"  mount: {tmp_path} ")
@@ -132,16 +132,16 @@ def test_what_the_daemon_forgot_in_its_own_mount_namespace_is_seen(daemon: Daemo
 def test_a_process_that_is_no_berth_and_a_descriptor_are_seen(tmp_path: Path, need: object) -> None:
     assert callable(need)
     need(os.geteuid() == 0, "root")
-    before, open_before = Held.by(os.getpid(), ()), descriptors_of(os.getpid())
+    before, open_before = Held.by([os.getpid()], ()), descriptors_of([os.getpid()])
     with subprocess.Popen(["unshare", "--net", "--fork", "sleep", "60"]) as process:
         child = _sleeper(process)
         namespace = os.open(f"/proc/{child}/ns/net", os.O_RDONLY)
         try:
-            found = Held.by(os.getpid(), ()).new_since(before)
+            found = Held.by([os.getpid()], ()).new_since(before)
             name = next(one for one in namespaces_of(child) if one.startswith("net:"))
             assert f"  {name} of process {child}, sleep" in found.splitlines()
             assert f"  {name} as a descriptor of the daemon" in found.splitlines()
-            assert descriptors_of(os.getpid()) - open_before == {"net:[N]": 1}
+            assert descriptors_of([os.getpid()]) - open_before == {"net:[N]": 1}
         finally:
             os.close(namespace)
             os.kill(child, 9)

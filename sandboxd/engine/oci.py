@@ -26,12 +26,13 @@ import anyio.to_thread
 from sandboxd import errors
 from sandboxd.engine.base import Capabilities, Check, Slot
 from sandboxd.engine.berth import Berth, Berths
+from sandboxd.engine.killing import DEATH_TIMEOUT, kill
 from sandboxd.engine.presented import SlotMounts
 from sandboxd.engine.warming import Warming
 from sandboxd.init import warm as warming
 from sandboxd.init.protocol import Rlimit, Setup
 from sandboxd.kernel.cgroup import CgroupLimits
-from sandboxd.kernel.orphans import end_process, reap, reap_orphans
+from sandboxd.kernel.orphans import end_process, reap_orphans
 from sandboxd.policy import seccomp
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ __all__ = ["OciEngine", "cgroup_limits", "rlimits"]
 WARM_TIMEOUT = 20.0  # seconds for an interpreter and its modules
 CREATE_TIMEOUT = 30.0  # seconds for the runtime, and for each step of PID 1
 RUNTIME_GONE = 1.0  # seconds until the runtime's own processes have left the cgroup, after its end
-DEATH_TIMEOUT = 30.0  # seconds until a killed container must be gone
 OOM_SCORE_ADJ = 500  # PID 1 keeps 0, so that the kernel picks the tool
 
 
@@ -147,14 +147,7 @@ class OciEngine:
 
     async def kill(self, slot: Slot) -> None:
         """End every process of the slot; its files stay readable until ``destroy``."""
-        slot.cgroup.thaw_and_unthrottle()
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(slot.init_pidfd, signal.SIGKILL)
-        with anyio.move_on_after(DEATH_TIMEOUT) as scope:
-            await anyio.wait_readable(slot.init_pidfd)
-        if scope.cancelled_caught:
-            raise errors.EngineFailed(f"container {slot.id} did not die within {DEATH_TIMEOUT:.0f} s")
-        reap(slot.init_pidfd)
+        await kill(slot)
 
     async def destroy(self, slot: Slot) -> None:
         """Kill, reap, clean. Safe to call twice."""

@@ -341,7 +341,7 @@ static uint16_t become(int pair)
     execute(argv, env);
     int number = errno;
     fcntl(pair, F_SETFD, FD_CLOEXEC);
-    close_range((unsigned)pair + 1, ~0U, 0);
+    syscall(SYS_close_range, (unsigned)pair + 1, ~0U, 0);
     errno = number;
     return head.type;
 }
@@ -382,7 +382,7 @@ static pid_t park(uint32_t length, int *pair)
     if (up != CONTROL && dup3(up, CONTROL, O_CLOEXEC) < 0) /* closes the control connection here */
         fail(up, "dup3");
     up = CONTROL;
-    if (close_range(CONTROL + 1, ~0U, 0) < 0)
+    if (syscall(SYS_close_range, CONTROL + 1, ~0U, 0) < 0)
         fail(up, "close_range");
     char text[16];
     snprintf(text, sizeof text, "%d", setup.oom_score_adj);
@@ -563,7 +563,7 @@ int main(void)
         fail(CONTROL, "prctl");
     pair.fd = -1;
     fcntl(CONTROL, F_SETFD, FD_CLOEXEC);
-    close_range(CONTROL + 1, ~0U, 0);
+    syscall(SYS_close_range, CONTROL + 1, ~0U, 0);
     signal(SIGPIPE, SIG_IGN);
     sigset_t children;
     sigemptyset(&children);

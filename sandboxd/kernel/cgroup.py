@@ -77,6 +77,23 @@ class Cgroup:
         """Names of those that the tree made, for as long as they are there."""
         self._denied_before_kill: int | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        """For the slot's way to another process: without the tree's list, which stays with the tree."""
+        return {**self.__dict__, "_made": set()}
+
+    @property
+    def peak_fd(self) -> int | None:
+        """What ``reset_peak`` keeps open until ``close``, if anything; to be set after a way by pickle."""
+        return self._files.peak_fd
+
+    @peak_fd.setter
+    def peak_fd(self, fd: int | None) -> None:
+        self._files.peak_fd = fd
+
+    def close(self) -> None:
+        """Let go of that. Safe to call twice."""
+        self._files.close()
+
     def set(self, limits: CgroupLimits) -> None:
         """Write every limit. Raises ControlNotEnforced with the control's name; the rest stays written."""
         self._files.set(limits)

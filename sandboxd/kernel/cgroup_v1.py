@@ -36,6 +36,7 @@ class FilesV1:
     """One cgroup by its directory in each controller's hierarchy."""
 
     def __init__(self, directories: Mapping[str, str]) -> None:
+        self.peak_fd: int | None = None  # v1 keeps nothing open
         absent = "/nonexistent"  # a leftover may lack a hierarchy; reading then says so
         self._memory = directories.get("memory", absent)
         self._pids = directories.get("pids", absent)

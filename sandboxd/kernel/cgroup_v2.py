@@ -48,7 +48,7 @@ class FilesV2:
 
     def __init__(self, directory: str) -> None:
         self._dir = directory
-        self._peak_fd: int | None = None
+        self.peak_fd: int | None = None
 
     def set(self, limits: CgroupLimits) -> None:
         """Write every limit; None lifts it."""
@@ -99,8 +99,8 @@ class FilesV2:
         )
 
     def _peak(self) -> int:
-        if self._peak_fd is not None:
-            return int(os.pread(self._peak_fd, READ_MAX, 0))
+        if self.peak_fd is not None:
+            return int(os.pread(self.peak_fd, READ_MAX, 0))
         peak = read_or_none(f"{self._dir}/memory.peak")  # Linux 5.19
         return int(read(f"{self._dir}/memory.current") if peak is None else peak)
 
@@ -131,16 +131,16 @@ class FilesV2:
         which is therefore kept until ``close``.
         """
         try:
-            if self._peak_fd is None:
+            if self.peak_fd is None:
                 fd = os.open(f"{self._dir}/memory.peak", os.O_RDWR | os.O_CLOEXEC)
                 try:
                     os.write(fd, b"reset")
                 except OSError:
                     os.close(fd)
                     raise
-                self._peak_fd = fd
+                self.peak_fd = fd
             else:
-                os.pwrite(self._peak_fd, b"reset", 0)
+                os.pwrite(self.peak_fd, b"reset", 0)
         except OSError:  # EACCES or EINVAL before 6.12
             return False
         return True
@@ -163,8 +163,8 @@ class FilesV2:
 
     def close(self) -> None:
         """Let go of the descriptor that ``reset_peak`` keeps; safe twice."""
-        if self._peak_fd is not None:
-            fd, self._peak_fd = self._peak_fd, None
+        if self.peak_fd is not None:
+            fd, self.peak_fd = self.peak_fd, None
             os.close(fd)
 
     def _write_if_there(self, name: str, value: str) -> None:

@@ -90,6 +90,9 @@ class Interface(Protocol):
     ``ControlNotEnforced`` with ``details["control"]`` when the kernel does not take the value.
     """
 
+    peak_fd: int | None
+    """A descriptor that the peak is read from, until ``close``; None where it is read from its file."""
+
     def set(self, limits: CgroupLimits) -> None:
         """Write every limit; None lifts it."""
         ...

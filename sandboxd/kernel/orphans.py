@@ -9,6 +9,7 @@ that waiting for the children of the first thread alone takes nothing away from 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -17,9 +18,15 @@ from contextlib import suppress
 
 from sandboxd import errors
 
-__all__ = ["end_process", "reap", "reap_orphans"]
+__all__ = ["adopt_orphans", "end_process", "reap", "reap_orphans"]
 
+PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 WNOTHREAD = 0x20000000  # __WNOTHREAD: children of the calling thread only, waitpid(2)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every orphan below this process."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def reap_orphans() -> int:

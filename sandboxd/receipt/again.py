@@ -29,7 +29,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from sandboxd import errors
 from sandboxd.kernel import uts
@@ -38,6 +38,8 @@ from sandboxd.receipt.mounted import absent_masks
 from sandboxd.receipt.reading import check, limit_controls, read_receipt
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sandboxd.engine.base import Slot
     from sandboxd.models import Control
     from sandboxd.plan import Limits
@@ -53,6 +55,8 @@ STEADY = (  # the lines of ``status`` that a receipt speaks of; others count wha
 )  # fmt: skip
 NAMESPACED = ("mountinfo", "net/dev", "net/route", "net/ipv6_route")
 """Opened for each reading: an open one would keep its namespace alive after the container's end."""
+READ = ("_steady", "_absent", "_sources", "_limits", "counted")
+"""What a reading knows beside the receipt."""
 Sources = tuple[bytes | int | str, ...]
 
 
@@ -90,6 +94,25 @@ class Reading:
             self.counted = slot.cgroup.usage()
             """What its cgroup had counted by then."""
             self._stack = stack.pop_all()
+
+    @property
+    def descriptors(self) -> list[int]:
+        """All that it holds, for ``adopt``."""
+        return [self._directory, self._status, *self._files]
+
+    def __getstate__(self) -> dict[str, object]:
+        """For the slot's way to another process: what was read. The rest is given by ``adopt``."""
+        return {**{name: self.__dict__[name] for name in READ}, "receipt": self.receipt.model_dump_json()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, receipt=Receipt.model_validate_json(state["receipt"]))
+
+    def adopt(self, slot: Slot, descriptors: Sequence[int]) -> None:
+        """Be the reading of this slot, after a way by pickle, and own these ``descriptors``."""
+        self._slot, self._stack = slot, ExitStack()
+        for fd in descriptors:
+            self._stack.callback(os.close, fd)
+        self._directory, self._status, *self._files = descriptors
 
     def __enter__(self) -> Self:
         return self

@@ -70,7 +70,7 @@ def output(images: Path, size: int, tell: Callable[[str], None]) -> dict[str, An
         client = Client(daemon.socket, timeout=120.0)
         client.run(["true"], policy="loud")
         daemon.forget_peak()
-        before, began, received = daemon.memory(), time.perf_counter(), 0
+        before, began, received = daemon.peak(), time.perf_counter(), 0
         call = client.start(["head", "-c", str(size), "/dev/zero"], policy="loud")
         with client.stdout(call.id, follow=True) as stream:
             for data in stream:
@@ -79,7 +79,7 @@ def output(images: Path, size: int, tell: Callable[[str], None]) -> dict[str, An
         done = client.wait(call.id, timeout=60.0)
         found = {"bytes": received, "mb_per_s": round(received / took / 1e6, 1), "seconds": round(took, 2)}
         found |= {"rss_before_mib": round(before / 2**20, 1)}
-        found |= {"rss_peak_mib": round(daemon.memory("VmHWM") / 2**20, 1)}
+        found |= {"rss_peak_mib": round(daemon.peak() / 2**20, 1)}
         if received != size or done.outcome is None or done.outcome.exit_code != 0:
             found["failed"] = f"{received} of {size} bytes, {done.outcome}"
     tell(f"{found}\n")

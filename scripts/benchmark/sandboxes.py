@@ -58,7 +58,7 @@ READY_SECONDS = 60.0
 BIN = Path(sys.executable).parent
 TICKS = os.sysconf("SC_CLK_TCK")
 Cpu = tuple[float, float]
-"""Seconds of CPU of the daemon itself, and of the processes that it has waited for."""
+"""Seconds of CPU of the daemon's own processes, and of the processes that they have waited for."""
 
 
 class Daemon:
@@ -75,9 +75,18 @@ class Daemon:
 
     def _cpu(self) -> Cpu:
         # proc_pid_stat(5): fields 14 to 17, counted from the end of the name
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        user, system, child_user, child_system = (int(field) / TICKS for field in fields[11:15])
-        return user + system, child_user + child_system
+        found = [0.0, 0.0]
+        for pid in self._processes():
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            user, system, child_user, child_system = (int(field) / TICKS for field in fields[11:15])
+            found = [found[0] + user + system, found[1] + child_user + child_system]
+        return found[0], found[1]
+
+    def _processes(self) -> list[int]:
+        """The one that serves callers, and the one that makes containers."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        engine = [pid for pid in children if Path(f"/proc/{pid}/comm").read_text() == "sandboxd-engine\n"]
+        return [self.pid, *map(int, engine)]
 
     def cpu_per_call(self) -> Cpu:
         """Seconds of CPU for each call since the start; both 0 before the first."""
@@ -97,20 +106,29 @@ class Daemon:
             return str(error)
         return ""
 
-    def memory(self, name: str = "VmRSS") -> int:
-        """Bytes that its own process holds, or held at most (``VmHWM``), by proc_pid_status(5)."""
-        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-        return 0
+    def memory(self) -> int:
+        """Bytes that its processes hold, what they share counted once: Pss of proc_pid_smaps(5)."""
+        return sum(_bytes(Path(f"/proc/{pid}/smaps_rollup"), "Pss") for pid in self._processes())
+
+    def peak(self) -> int:
+        """Bytes that the process which serves callers held at most, since ``forget_peak``."""
+        return _bytes(Path(f"/proc/{self.pid}/status"), "VmHWM")
 
     def forget_peak(self) -> None:
         """Count ``VmHWM`` from now: proc_pid_clear_refs(5)."""
         Path(f"/proc/{self.pid}/clear_refs").write_text("5")
 
     def descriptors(self) -> int:
-        """How many it has open."""
-        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+        """How many its processes have open."""
+        return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in self._processes())
+
+
+def _bytes(file: Path, name: str) -> int:
+    """A line such as ``Pss:  100 kB`` of a file in ``/proc``."""
+    for line in file.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 @contextlib.contextmanager

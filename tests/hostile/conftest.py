@@ -74,7 +74,7 @@ def host_unharmed(settled: Daemon) -> Iterator[None]:
     resident = process.memory_info().rss
 
     pooled, berths = len(pooled_slots(daemon)), len(berths_of(daemon))
-    open_before, held = descriptors_of(daemon.process.pid), Held.by(daemon.process.pid, waiting_in(daemon))
+    open_before, held = descriptors_of(daemon.processes), Held.by(daemon.processes, waiting_in(daemon))
 
     def descriptors_are_closed() -> bool:
         """Not one more, of any kind: what a slot had is closed when its turn is over, or soon after.
@@ -84,7 +84,7 @@ def host_unharmed(settled: Daemon) -> Iterator[None]:
         now = len(pooled_slots(daemon))
         more = WAITING_DESCRIPTORS * max(0, now - pooled) + OVERLAY_DESCRIPTORS * now
         more += BERTH_DESCRIPTORS * max(0, len(berths_of(daemon)) - berths)
-        return (descriptors_of(daemon.process.pid) - open_before).total() <= more
+        return (descriptors_of(daemon.processes) - open_before).total() <= more
 
     yield
     assert Host.look() == before

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from sandboxd import daemon
 from sandboxd.cli.main import main
-from sandboxd.engine import berth, host
+from sandboxd.engine import berth
 from sandboxd.engine.builtin import BuiltInContainer
-from sandboxd.engine.oci import OciEngine
+from sandboxd.maker.process import EngineProcess
 from sandboxd.pool import Pool
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def fault(name: str, kind: type[Exception], *, task: str = "", thread: str = "")
         raise kind(f"fault of {name}")
 
 
-class FaultyEngine(OciEngine):
+class FaultyEngine(EngineProcess):
     async def create(self, shape: Shape, *, warm: bool = True) -> Slot:
         fault("create", ValueError, task="_add")
         return await super().create(shape, warm=warm)
@@ -67,6 +67,6 @@ class FaultyPool(Pool):
 
 if __name__ == "__main__":
     daemon.__dict__["Pool"] = FaultyPool
-    host.__dict__["OciEngine"] = FaultyEngine
+    daemon.__dict__["EngineProcess"] = FaultyEngine
     berth.__dict__["BuiltInContainer"] = FaultyContainer
     sys.exit(main())

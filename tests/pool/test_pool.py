@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from daemons import POLICIES, slots_of, until
+from daemons import POLICIES, slots_of, until, waited
 from waiting import filled, processes
 
 if TYPE_CHECKING:
@@ -25,11 +25,6 @@ POOL = "pool: {min: 2, max: 4}\n"
 @pytest.fixture
 def pooled(daemon_factory: Callable[..., Daemon]) -> Daemon:
     return daemon_factory(config=POOL)
-
-
-def warm(call: Invocation) -> bool:
-    assert call.receipt is not None, call.outcome
-    return call.receipt.checked_at is not None
 
 
 def controls(call: Invocation) -> dict[str, tuple[str, str]]:
@@ -48,8 +43,8 @@ def test_a_warm_call_is_as_a_cold_one(pooled: Daemon) -> None:
     cold = pooled.run("sh", "-c", "id; pwd; umask", policy="tiny")
     filled(pooled)
     ready = pooled.run("sh", "-c", "id; pwd; umask", policy="tiny")
-    assert not warm(cold)
-    assert warm(ready)
+    assert not waited(cold)
+    assert waited(ready)
     assert cold.stdout is not None
     assert ready.stdout is not None
     assert cold.stdout.text == ready.stdout.text
@@ -64,7 +59,7 @@ def test_what_a_request_narrows_is_in_the_receipt_of_a_warm_call(pooled: Daemon)
     pooled.run("true", policy="tiny")
     filled(pooled)
     found = pooled.run("true", policy="tiny", limits={"memory": 2**25, "pids": 7, "cpus": 0.5})
-    assert warm(found)
+    assert waited(found)
     assert found.receipt is not None
     said = {one.name: one.in_force for one in found.receipt.controls}
     assert (said["memory"], said["pids"], said["cpu"]) == (str(2**25), "7", "500")
@@ -74,7 +69,7 @@ def test_usage_counts_from_hand_over(pooled: Daemon) -> None:
     pooled.run("true", policy="tiny")
     filled(pooled)
     found = pooled.run("sh", "-c", "head -c 8000000 /dev/zero > /workspace/file", policy="tiny")
-    assert warm(found)
+    assert waited(found)
     assert found.usage is not None
     assert 8_000_000 <= found.usage.memory_peak < 24_000_000
     again = pooled.run("true", policy="tiny")
@@ -119,7 +114,7 @@ def test_a_slot_that_was_killed_while_it_waited_is_not_used(pooled: Daemon, vict
     assert found.stdout is not None
     assert found.stdout.text == "ran\n"
     filled(pooled)
-    assert warm(pooled.run("true", policy="tiny"))
+    assert waited(pooled.run("true", policy="tiny"))
 
 
 def test_a_slot_whose_limit_was_raised_by_hand_is_not_used(pooled: Daemon) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from daemons import POLICIES, slots_of, until
+from daemons import POLICIES, slots_of, until, waited
 from waiting import filled, processes
 
 from sandboxd.models import Cause
@@ -113,7 +113,7 @@ def test_slots_of_other_runtimes_wait_too(
     ready = daemon.run("id", policy="tiny")
     assert ready.receipt is not None
     assert cold.receipt is not None
-    assert ready.receipt.checked_at is not None
+    assert waited(ready)
     assert [one.name for one in ready.receipt.controls] == [one.name for one in cold.receipt.controls]
     assert ready.stdout == cold.stdout
     until(lambda: slots.keys() - {slot.id for slot in daemon.client().slots()}, "it was used once")
@@ -132,8 +132,7 @@ def test_slots_with_an_interpreter_are_used_once(pooled: Daemon) -> None:
     for _ in range(4):
         filled(pooled, "ready", 1)
         found = pooled.run("python3", "-c", code, policy="ready")
-        assert found.receipt is not None, found.outcome
-        assert found.receipt.checked_at is not None
+        assert waited(found)
         assert found.stdout is not None
         assert found.stdout.text == "1 []\n"
 
@@ -149,13 +148,19 @@ echo $$
 """
 
 
+MANY = "for d in /tmp /workspace /dev/shm; do i=0; while [ $i -lt %d ]; do : > $d/$i; i=$((i+1)); done; done"
+
+
 def test_numbers_that_a_call_sees_do_not_depend_on_the_one_before(pooled: Daemon) -> None:
+    """Inode numbers among them: by what they count, one call could tell the next."""
     first = pooled.run("sh", "-c", APART, policy="tiny")
     assert first.outcome is not None
     assert first.outcome.exit_code == 0, first.stderr
-    for _ in range(4):
+    for files in (0, 1, 700, 1300):
+        busy = pooled.run("sh", "-c", MANY % files, policy="tiny")
+        assert busy.outcome is not None
+        assert busy.outcome.exit_code == 0, busy.outcome
         filled(pooled, number=1)
         again = pooled.run("sh", "-c", APART, policy="tiny")
-        assert again.receipt is not None
-        assert again.receipt.checked_at is not None
+        assert waited(again)
         assert again.stdout == first.stdout

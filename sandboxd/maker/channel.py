@@ -1,0 +1,75 @@
+"""Whole messages, with descriptors, between the daemon and the process of its engine."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from sandboxd import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["MAX_SHAPES", "Channel", "failure", "raised"]
+
+MAX_MESSAGE = 256 * 1024  # bytes; a shape with the largest filter is 40 KiB, a slot with its receipt 20
+MAX_FDS = 32
+MAX_SHAPES = 256  # that either end remembers
+SO_SNDBUFFORCE = 32  # asm-generic/socket.h
+BUFFER = 8 << 20  # bytes that wait for the other end, so that sending mostly does not
+
+
+class Channel:
+    """One end of a socketpair. Both ends are our own code in one release, so messages are pickled."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        sock.setblocking(False)
+        with suppress(PermissionError):
+            sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, BUFFER)
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        """The other end reads the end of the stream."""
+        self._sock.close()
+
+    async def send(self, message: object, fds: Sequence[int] = ()) -> None:
+        """Send a message whole. Raises OSError when nobody is at the other end."""
+        data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        while True:
+            try:
+                socket.send_fds(self._sock, [data], list(fds))
+            except BlockingIOError:
+                await anyio.wait_writable(self._sock)
+            else:
+                return
+
+    def receive(self) -> tuple[Any, list[int]] | None:
+        """The next message; None at the end of the stream. Raises BlockingIOError where there is none yet."""
+        data, fds, flags, _ = socket.recv_fds(self._sock, MAX_MESSAGE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        if not data:
+            return None
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise errors.EngineFailed("a message between the daemon and its engine was cut")
+        return pickle.loads(data), list(fds)  # noqa: S301  (of our own process)
+
+
+def failure(error: BaseException) -> tuple[Any, ...]:
+    """An error of our tree, or of the host, as ``raised`` takes it."""
+    if isinstance(error, errors.SandboxdError):
+        return type(error), str(error), error.details
+    if isinstance(error, OSError):
+        return errors.HostFailed, f"the host refused a part of a container: {error}", {}
+    return errors.EngineFailed, f"a fault of the engine: {error!r}", {}
+
+
+def raised(kind: type[errors.SandboxdError], message: str, details: dict[str, Any]) -> errors.SandboxdError:
+    """The error that ``failure`` took apart."""
+    return kind(message, **details)

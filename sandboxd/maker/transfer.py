@@ -1,0 +1,61 @@
+"""A slot on its way from the engine's process to the daemon's: what describes it, and its descriptors.
+
+The image's hold and the slot's shape stay behind: the daemon has its own.
+"""
+
+from __future__ import annotations
+
+import pickle
+import socket
+from typing import TYPE_CHECKING
+
+from sandboxd.engine.base import Slot
+from sandboxd.init.protocol import Control
+from sandboxd.policy import seccomp
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sandboxd.kernel.notify import NotifyServer
+    from sandboxd.plan import Shape
+
+__all__ = ["pack", "unpack"]
+
+PLAIN = (
+    "id", "engine", "runtime", "init_pid", "tool_pid", "cgroup", "id_base", "user_namespace", "presented",
+    "warm",
+)  # fmt: skip
+
+
+def pack(slot: Slot) -> tuple[bytes, list[int]]:
+    """What ``unpack`` needs of a slot with its reading; the descriptors stay the caller's to close."""
+    reading = slot.reading
+    if reading is None:
+        raise ValueError("a slot is handed over with its reading")
+    optional = (slot.upper_fd, slot.cgroup.peak_fd)
+    fds = [slot.init_pidfd, slot.control.fileno(), slot.listener.fd, slot.workspace_fd]
+    fds += [fd for fd in optional if fd is not None]
+    fds += reading.descriptors
+    data = [getattr(slot, name) for name in PLAIN], [fd is not None for fd in optional], reading
+    return pickle.dumps(data, pickle.HIGHEST_PROTOCOL), fds
+
+
+def unpack(data: bytes, fds: Sequence[int], shape: Shape, notify: NotifyServer) -> Slot:
+    """The slot, which owns these descriptors; its filter is answered by ``notify`` from now on."""
+    plain, present, reading = pickle.loads(data)  # noqa: S301  (of our own process)
+    left = iter(fds)
+    init_pidfd, control, listener, workspace = (next(left) for _ in range(4))
+    upper, peak = (next(left) if there else None for there in present)
+    slot = Slot(
+        **dict(zip(PLAIN, plain, strict=True)),
+        shape=shape,
+        init_pidfd=init_pidfd,
+        control=Control(socket.socket(fileno=control)),
+        listener=notify.add(listener, answer=seccomp.answer, on_denied=None),
+        workspace_fd=workspace,
+        upper_fd=upper,
+    )
+    slot.cgroup.peak_fd = peak
+    slot.reading = reading
+    reading.adopt(slot, list(left))
+    return slot
