@@ -1,0 +1,258 @@
+"""What the suite is held against: a daemon, what is known of it, and how it is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sandboxd import Client, errors
+from sandboxd.conformance import policies
+from sandboxd.conformance.case import outcome
+from sandboxd.conformance.expected import ENGINES, why_not
+from sandboxd.conformance.host import Host
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sandboxd.conformance.case import Case
+    from sandboxd.models import Invocation
+
+__all__ = ["Options", "Subject", "SubjectFailed", "open_subject"]
+
+BIN = Path(sys.executable).parent
+READY_SECONDS = 30.0
+LENT = "lent by the operator\n"
+MARK = "SANDBOXD_CONFORMANCE"
+"""In the environment of every process that the suite starts."""
+
+
+class SubjectFailed(Exception):
+    """Raised when there is no daemon to hold to anything; the message says why."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for."""
+
+    engine: str = "oci"
+    runtime: str = "auto"
+    images: Path = Path("/var/lib/sandboxd/images")
+    image: dict[str, str] = field(default_factory=lambda: {"base": "base", "python": "python"})
+    socket: Path | None = None
+    policies: Path | None = None
+    """With ``socket``: a directory that the daemon reads policies from."""
+    config: str = ""
+    """Lines that are added to the configuration of the suite's daemon."""
+    slow: float = 1.0
+    label: str = ""
+
+
+@dataclass
+class Subject:
+    """A running daemon. ``process`` is None for one that was given."""
+
+    options: Options
+    socket: Path
+    directory: Path
+    process: subprocess.Popen[bytes] | None
+    traits: frozenset[str] = frozenset()
+    user_namespace: str = ""
+
+    @property
+    def client(self) -> Client:
+        """A client of it."""
+        return Client(self.socket, timeout=self.seconds(120))
+
+    def seconds(self, quick: float) -> float:
+        """How long something may take on this host that takes so long on a quick one."""
+        return quick * self.options.slow
+
+    def duration(self, quick: float) -> str:
+        """The same as a text of a request."""
+        return f"{round(self.seconds(quick) * 1000)}ms"
+
+    def why_not(self, needed: str) -> str:
+        """Why a test that needs this is not to run here, or an empty text."""
+        return why_not(needed, self.traits)
+
+    def run(self, *argv: str | bytes, policy: str = "plain", **fields: Any) -> Invocation:
+        """Run a command under a policy of the suite, and wait for its end."""
+        return self.client.run(list(argv), policy=policies.PREFIX + policy, **fields)
+
+    def start(self, *argv: str, policy: str = "plain", **fields: Any) -> Invocation:
+        """Start a command, and return when it is accepted."""
+        return self.client.start(list(argv), policy=policies.PREFIX + policy, **fields)
+
+    def wait(self, call: Invocation, seconds: float = 20.0) -> Invocation:
+        """The end of a call that was started."""
+        return self.client.wait(call.id, timeout=self.seconds(seconds))
+
+    def hold(self, case: Case) -> Invocation:
+        """Run a case, and assert its verdict."""
+        fields = case.fields()
+        if "limits" in fields and "wall" in fields["limits"]:
+            fields["limits"] = fields["limits"] | {"wall": self.duration(fields["limits"]["wall"])}
+        found = self.run(*case.argv, policy=case.policy, **fields)
+        case.check(found)
+        return found
+
+    def until(self, condition: Callable[[], object], what: str, seconds: float = 10.0) -> None:
+        """Wait for a condition, or fail."""
+        end = time.monotonic() + self.seconds(seconds)
+        while not condition():
+            assert time.monotonic() < end, f"{what}, not within {self.seconds(seconds):g} s"
+            time.sleep(0.02)
+
+    def command(self, *argv: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        """``run-in-sandbox`` against it."""
+        return subprocess.run(
+            [BIN / "run-in-sandbox", "--socket", self.socket, *argv],
+            input=stdin,
+            capture_output=True,
+            timeout=self.seconds(60),
+            check=False,
+        )
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Stop the suite's own daemon; returns its exit status."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout=self.seconds(60))
+
+    def log(self) -> str:
+        """The last lines of its log."""
+        file = self.directory / "log"
+        return "\n".join(file.read_text(errors="replace").splitlines()[-15:]) if file.exists() else ""
+
+
+@contextlib.contextmanager
+def open_subject(options: Options, *, config: str = "pool: {min: 1, max: 2}\n") -> Iterator[Subject]:
+    """The daemon that the options ask for, with the suite's policies. Raises SubjectFailed."""
+    host = Host.look()
+    # In /tmp whatever TMPDIR is: the path of a socket is short.
+    with tempfile.TemporaryDirectory(prefix="sandboxd-conformance-", dir="/tmp") as name:
+        directory = Path(name)
+        directory.chmod(0o711)
+        lent = directory / "lent"
+        lent.mkdir()
+        (lent / "file").write_text(LENT)
+        for path, mode in ((lent, 0o755), (lent / "file", 0o644)):
+            path.chmod(mode)
+        with contextlib.ExitStack() as stack:
+            if options.socket is None:
+                subject = stack.enter_context(_own(options, directory, config))
+            else:
+                subject = Subject(options, options.socket, directory, None)
+            _answer(subject)
+            place = options.images if subject.process is not None else None
+            given = {"given"} if options.socket else set()
+            subject.traits = frozenset({options.engine, *given}) | host.traits(place)
+            stack.enter_context(_policies(subject, lent))
+            yield subject
+
+
+@contextlib.contextmanager
+def _own(options: Options, directory: Path, config: str) -> Iterator[Subject]:
+    """A daemon of the suite's own, with the images that the options name."""
+    if os.geteuid() != 0:
+        raise SubjectFailed("the suite starts a daemon, and that needs root")
+    if not (options.images / "names.json").exists():
+        raise SubjectFailed(
+            f"{options.images} is no image store; name one with --images DIR, "
+            "or build the images: sandboxd image build base && sandboxd image build python"
+        )
+    engine = ENGINES[options.engine]
+    state, watched = directory / "state", directory / "policies"
+    state.mkdir()
+    watched.mkdir()
+    (state / "images").symlink_to(options.images.resolve())
+    runtime = f"runtime: {options.runtime}\n" if engine.takes_runtime else ""
+    (directory / "sandboxd.yaml").write_text(
+        f"state: {state}\nsocket: {{path: {directory}/s}}\npolicies: [{watched}]\n"
+        f"{engine.configuration}{runtime}{config}{options.config}"
+    )
+    with (directory / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [BIN / "sandboxd", "serve", "--config", directory / "sandboxd.yaml"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {MARK: directory.name},
+        )
+    subject = Subject(options, directory / "s", directory, process)
+    try:
+        yield subject
+    finally:
+        try:
+            subject.stop()
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _answer(subject: Subject) -> None:
+    """Wait until it answers."""
+    end = time.monotonic() + subject.seconds(READY_SECONDS)
+    while True:
+        try:
+            subject.client.health()
+        except errors.Unavailable as error:
+            dead = subject.process is None or subject.process.poll() is not None
+            if dead or time.monotonic() > end:
+                raise SubjectFailed(f"no daemon answers: {error}\n{subject.log()}") from None
+            time.sleep(0.05)
+        else:
+            return
+
+
+@contextlib.contextmanager
+def _policies(subject: Subject, lent: Path) -> Iterator[None]:
+    """Put the suite's policies where the daemon reads them, and take them away again."""
+    options = subject.options
+    watched = options.policies or subject.directory / "policies"
+    if options.socket is not None and options.policies is None:
+        raise SubjectFailed("with --socket, name with --policies a directory that the daemon reads them from")
+    refusals = []
+    for choice in ENGINES[options.engine].user_namespaces:
+        texts = policies.texts(
+            **options.image, wall=f"{round(subject.seconds(60))}s", user_namespace=choice, lent=str(lent)
+        )
+        files = {watched / f"{name}.yaml": text for name, text in texts.items()}
+        try:
+            for file, text in files.items():
+                file.write_text(text)
+            refusal = _refusal(subject, set(texts))
+            if not refusal:
+                subject.user_namespace = choice
+                subject.traits |= {f"user_namespace: {choice}"}
+                yield
+                return
+            refusals.append(f"user_namespace: {choice}: {refusal}")
+        finally:
+            for file in files:
+                file.unlink(missing_ok=True)
+    raise SubjectFailed("the daemon does not run the suite's policies:\n" + "\n".join(refusals))
+
+
+def _refusal(subject: Subject, names: set[str]) -> str:
+    """Why a call under the first of the policies is not to be had, or an empty text."""
+    end = time.monotonic() + subject.seconds(10)
+    while not names <= {policy.name for policy in subject.client.policies()}:
+        if time.monotonic() > end:
+            problems = subject.client.health().problems
+            return "; ".join(str(problem) for problem in problems) or "it does not read them"
+        time.sleep(0.05)
+    try:
+        found = outcome(subject.run("true"))
+    except errors.Refused as error:
+        return str(error)
+    return "" if found.cause == "exited" else str(found.message)
