@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sandboxd import errors
 from sandboxd.conformance.expected import ENGINES
-from sandboxd.conformance.subject import Options, SubjectFailed, open_subject
+from sandboxd.conformance.options import Options, SubjectFailed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 USAGE = 2
 HERE = Path(__file__).parent
 # Whether everything is gone is looked at when everything has run.
-AREAS = ("receipt", "limits", "outcomes", "streams", "files", "requests", "pool", "warm", "hostile", "cleanup")
+AREAS = (
+    "receipt",
+    "limits",
+    "outcomes",
+    "streams",
+    "files",
+    "requests",
+    "pool",
+    "warm",
+    "hostile",
+    "cleanup",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,17 +43,35 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--engine", choices=sorted(ENGINES), default="oci", help="the engine of the daemon (default: oci)")
     add("--runtime", default="auto", help="auto, builtin, crun, runc, or the path of one (engine oci)")
-    add("--images", type=Path, default=Options.images, metavar="DIR", help="an image store with base and python")
     add(
-        "--image", action="append", default=[], metavar="NAME=IMAGE", help="what policies name for base or python"
+        "--images",
+        type=Path,
+        default=Options.images,
+        metavar="DIR",
+        help="an image store with base and python",
+    )
+    add(
+        "--image",
+        action="append",
+        default=[],
+        metavar="NAME=IMAGE",
+        help="what policies name for base or python",
     )
     add("--config", default="", metavar="YAML", help="further lines of the daemon's configuration")
     add("--socket", type=Path, metavar="PATH", help="hold a running daemon to it; needs --policies")
-    add("--policies", type=Path, metavar="DIR", help="a directory that the running daemon reads policies from")
+    add(
+        "--policies", type=Path, metavar="DIR", help="a directory that the running daemon reads policies from"
+    )
     add("--report", type=Path, metavar="FILE", help="write the results: JSON, or JUnit where it ends in .xml")
     add("--label", default="", help="what the report calls this host and engine")
     add("--slow", type=float, default=1.0, metavar="FACTOR", help="stretch every time, as under emulation")
-    add("-k", dest="select", default="", metavar="EXPRESSION", help="the tests whose names match, as of pytest")
+    add(
+        "-k",
+        dest="select",
+        default="",
+        metavar="EXPRESSION",
+        help="the tests whose names match, as of pytest",
+    )
     add("-x", dest="first", action="store_true", help="stop at the first failure")
     return parser
 
@@ -77,16 +106,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: Options, file: Path | None, select: str, *, first: bool) -> int:
     import pytest  # noqa: PLC0415  -- an extra, and looked for above
 
-    pytest.register_assert_rewrite("sandboxd.conformance.case", "sandboxd.conformance.subject")
     from sandboxd.conformance import plugin  # noqa: PLC0415
     from sandboxd.conformance.report import Report  # noqa: PLC0415
+    from sandboxd.conformance.subject import open_subject  # noqa: PLC0415
 
     with open_subject(options) as subject:
         report = Report(subject)
         junit = file is not None and file.suffix == ".xml"
         status = pytest.main(
             [
-                *("-q", "-rN", "--tb=short", "--strict-markers", "--import-mode=importlib", "-p", "no:cacheprovider"),
+                *(
+                    "-q",
+                    "-rN",
+                    "--tb=short",
+                    "--strict-markers",
+                    "--import-mode=importlib",
+                    "-p",
+                    "no:cacheprovider",
+                ),
                 # whatever configuration of pytest is around is not the suite's
                 *("-c", os.devnull, "--rootdir", str(HERE)),
                 *(["-k", select] if select else []),

@@ -60,18 +60,17 @@ class Case:
     def check(self, found: Invocation) -> None:
         """Assert that a call came to what it has to."""
         ended = outcome(found)
-        assert ended.cause == self.cause, (ended, text(found, "stderr"))
-        if self.cause == "exited":
-            assert ended.exit_code == self.code, (ended, text(found, "stderr"))
-        else:
-            assert ended.exit_code is None, ended
-        assert (ended.signal, ended.errno) == (self.signal, self.errno), ended
+        why = f"{ended!r}\nstdout: {text(found)[:500]}\nstderr: {text(found, 'stderr')[:500]}"
+        assert ended.cause == self.cause, why
+        assert ended.exit_code == (self.code if self.cause == "exited" else None), why
+        assert (ended.signal, ended.errno) == (self.signal, self.errno), why
         if self.status is not None:
-            assert ended.exit_status() == self.status
+            assert ended.exit_status() == self.status, why
         if self.reached is not None:
-            assert {limit.limit: limit.ended for limit in found.limits_reached} == dict(self.reached)
+            reached = {limit.limit: limit.ended for limit in found.limits_reached}
+            assert reached == dict(self.reached), f"{reached}\n{why}"
         if self.stdout is not None:
-            assert text(found) == self.stdout
+            assert text(found) == self.stdout, why
 
 
 def outcome(found: Invocation) -> Any:

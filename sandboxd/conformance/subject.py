@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from sandboxd.conformance import policies
 from sandboxd.conformance.case import outcome
 from sandboxd.conformance.expected import ENGINES, why_not
 from sandboxd.conformance.host import Host
+from sandboxd.conformance.options import Options, SubjectFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,34 +26,13 @@ if TYPE_CHECKING:
     from sandboxd.conformance.case import Case
     from sandboxd.models import Invocation
 
-__all__ = ["Options", "Subject", "SubjectFailed", "open_subject"]
+__all__ = ["Subject", "open_subject"]
 
 BIN = Path(sys.executable).parent
 READY_SECONDS = 30.0
 LENT = "lent by the operator\n"
 MARK = "SANDBOXD_CONFORMANCE"
 """In the environment of every process that the suite starts."""
-
-
-class SubjectFailed(Exception):
-    """Raised when there is no daemon to hold to anything; the message says why."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line asked for."""
-
-    engine: str = "oci"
-    runtime: str = "auto"
-    images: Path = Path("/var/lib/sandboxd/images")
-    image: dict[str, str] = field(default_factory=lambda: {"base": "base", "python": "python"})
-    socket: Path | None = None
-    policies: Path | None = None
-    """With ``socket``: a directory that the daemon reads policies from."""
-    config: str = ""
-    """Lines that are added to the configuration of the suite's daemon."""
-    slow: float = 1.0
-    label: str = ""
 
 
 @dataclass
@@ -121,12 +101,38 @@ class Subject:
             check=False,
         )
 
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """Stop the suite's own daemon; returns its exit status."""
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 60) -> int:
+        """Stop the suite's own daemon; returns its exit status, or raises TimeoutExpired."""
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(timeout=self.seconds(60))
+        return self.process.wait(timeout=self.seconds(seconds))
+
+    def launch(self) -> None:
+        """Start the suite's own daemon, or start it again, and wait until it answers. Raises SubjectFailed."""
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [BIN / "sandboxd", "serve", "--config", self.directory / "sandboxd.yaml"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {MARK: self.directory.name},
+            )
+        self.answer()
+
+    def answer(self) -> None:
+        """Wait until it answers. Raises SubjectFailed."""
+        end = time.monotonic() + self.seconds(READY_SECONDS)
+        while True:
+            try:
+                self.client.health()
+            except errors.Unavailable as error:
+                dead = self.process is None or self.process.poll() is not None
+                if dead or time.monotonic() > end:
+                    raise SubjectFailed(f"no daemon answers: {error}\n{self.log()}") from None
+                time.sleep(0.05)
+            else:
+                return
 
     def log(self) -> str:
         """The last lines of its log."""
@@ -152,7 +158,7 @@ def open_subject(options: Options, *, config: str = "pool: {min: 1, max: 2}\n") 
                 subject = stack.enter_context(_own(options, directory, config))
             else:
                 subject = Subject(options, options.socket, directory, None)
-            _answer(subject)
+                subject.answer()
             place = options.images if subject.process is not None else None
             given = {"given"} if options.socket else set()
             subject.traits = frozenset({options.engine, *given}) | host.traits(place)
@@ -180,38 +186,15 @@ def _own(options: Options, directory: Path, config: str) -> Iterator[Subject]:
         f"state: {state}\nsocket: {{path: {directory}/s}}\npolicies: [{watched}]\n"
         f"{engine.configuration}{runtime}{config}{options.config}"
     )
-    with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [BIN / "sandboxd", "serve", "--config", directory / "sandboxd.yaml"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=os.environ | {MARK: directory.name},
-        )
-    subject = Subject(options, directory / "s", directory, process)
+    subject = Subject(options, directory / "s", directory, None)
     try:
+        subject.launch()
         yield subject
     finally:
-        try:
-            subject.stop()
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _answer(subject: Subject) -> None:
-    """Wait until it answers."""
-    end = time.monotonic() + subject.seconds(READY_SECONDS)
-    while True:
-        try:
-            subject.client.health()
-        except errors.Unavailable as error:
-            dead = subject.process is None or subject.process.poll() is not None
-            if dead or time.monotonic() > end:
-                raise SubjectFailed(f"no daemon answers: {error}\n{subject.log()}") from None
-            time.sleep(0.05)
-        else:
-            return
+        # The second signal cancels what a test that failed has left.
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subject.stop(number, seconds=5)
 
 
 @contextlib.contextmanager

@@ -157,7 +157,9 @@ def expected(subject: Subject, policy: str) -> set[str]:
     return {name for name, when in RECEIPT.items() if when in there}
 
 
-@pytest.mark.parametrize("policy", ["plain", "proof", "overlay", pytest.param("io", marks=needs("a limit of io"))])
+@pytest.mark.parametrize(
+    "policy", ["plain", "proof", "overlay", pytest.param("io", marks=needs("a limit of io"))]
+)
 def test_the_lines_of_a_receipt(subject: Subject, policy: str) -> None:
     found = controls(subject.run("true", policy=policy))
     assert set(found) == expected(subject, policy)
@@ -187,7 +189,9 @@ def test_a_line_is_true(
 
 
 def test_the_overlay_is_as_large_as_the_receipt_says(subject: Subject, host_marks: list[str]) -> None:
-    found = subject.run("python3", "proof.py", *host_marks, "root_overlay", policy="overlay", **program("proof"))
+    found = subject.run(
+        "python3", "proof.py", *host_marks, "root_overlay", policy="overlay", **program("proof")
+    )
     (size, full), (names, no_more) = said(found)["root_overlay"]
     assert controls(found)["root_overlay"].in_force == f"overlay of {8 * MIB} bytes, 300 inodes"
     assert (full, no_more) == ("ENOSPC", "ENOSPC")

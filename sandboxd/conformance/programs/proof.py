@@ -10,7 +10,21 @@ import subprocess
 import sys
 import time
 
-from attempt import LIBC, attempt, checked, child, fill, fill_names, forks, hog, read, syscall, tell, until_refused, write
+from attempt import (
+    LIBC,
+    attempt,
+    checked,
+    child,
+    fill,
+    fill_names,
+    forks,
+    hog,
+    read,
+    syscall,
+    tell,
+    until_refused,
+    write,
+)
 
 PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 38, 39
 CLONE_NEWUSER = 0x10000000
@@ -131,7 +145,12 @@ def queued_signals():
 
 def message_queue():
     class Attributes(ctypes.Structure):
-        _fields_ = [("flags", ctypes.c_long), ("most", ctypes.c_long), ("size", ctypes.c_long), ("now", ctypes.c_long * 5)]
+        _fields_ = [
+            ("flags", ctypes.c_long),
+            ("most", ctypes.c_long),
+            ("size", ctypes.c_long),
+            ("now", ctypes.c_long * 5),
+        ]
 
     made = []
 
@@ -194,7 +213,10 @@ def spoken_devices():
 
 TRIES = {
     "seccomp": lambda: attempt(syscall, "keyctl", 0, -3, 0),
-    "no_new_privs": lambda: [LIBC.prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0), attempt(lambda: checked(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 0, 0, 0, 0)))],
+    "no_new_privs": lambda: [
+        LIBC.prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0),
+        attempt(lambda: checked(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 0, 0, 0, 0))),
+    ],
     "capabilities": lambda: [
         {status(key) for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16},
         attempt(os.chown, "/workspace", os.getuid() + 1, -1),
@@ -203,8 +225,15 @@ TRIES = {
     "group": lambda: [*os.getresgid(), attempt(os.setgid, 0)],
     "supplementary_groups": lambda: [os.getgroups(), attempt(os.setgroups, [0])],
     "umask": mode_of_a_new_file,
-    "oom_score_adj": lambda: [read("/proc/self/oom_score_adj").strip(), attempt(write, "/proc/self/oom_score_adj", "-1000")],
-    "init": lambda: [attempt(os.kill, 1, signal.SIGKILL), os.path.exists("/proc/1"), attempt(write, "/dev/.sandboxd", "x")],
+    "oom_score_adj": lambda: [
+        read("/proc/self/oom_score_adj").strip(),
+        attempt(write, "/proc/self/oom_score_adj", "-1000"),
+    ],
+    "init": lambda: [
+        attempt(os.kill, 1, signal.SIGKILL),
+        os.path.exists("/proc/1"),
+        attempt(write, "/dev/.sandboxd", "x"),
+    ],
     "parent": os.getppid,
     "mnt_namespace": lambda: [link("mnt"), attempt(syscall, "mount", b"x", b"/tmp", b"tmpfs", 0, 0)],
     "pid_namespace": lambda: [link("pid"), os.getpid() < 100, attempt(os.kill, int(sys.argv[3]), 0)],
@@ -213,14 +242,30 @@ TRIES = {
     "uts_namespace": lambda: [link("uts"), attempt(socket.sethostname, "other")],
     "cgroup_namespace": lambda: [link("cgroup"), os.path.exists("/sys/fs/cgroup/cgroup.procs")],
     "user_namespace": lambda: [link("user"), attempt(syscall, "unshare", CLONE_NEWUSER)],
-    "user_namespace_uids": lambda: [" ".join(read("/proc/self/uid_map").split()), attempt(write, "/proc/self/uid_map", "0 0 1")],
-    "user_namespace_gids": lambda: [" ".join(read("/proc/self/gid_map").split()), attempt(write, "/proc/self/gid_map", "0 0 1")],
-    "network": lambda: [[name for _, name in socket.if_nameindex()], attempt(socket.socket, socket.AF_PACKET, socket.SOCK_RAW)],
-    "network_routes": lambda: [attempt(connect, socket.AF_INET, ("192.0.2.1", 80)), attempt(connect, socket.AF_INET6, ("2001:db8::1", 80))],
+    "user_namespace_uids": lambda: [
+        " ".join(read("/proc/self/uid_map").split()),
+        attempt(write, "/proc/self/uid_map", "0 0 1"),
+    ],
+    "user_namespace_gids": lambda: [
+        " ".join(read("/proc/self/gid_map").split()),
+        attempt(write, "/proc/self/gid_map", "0 0 1"),
+    ],
+    "network": lambda: [
+        [name for _, name in socket.if_nameindex()],
+        attempt(socket.socket, socket.AF_PACKET, socket.SOCK_RAW),
+    ],
+    "network_routes": lambda: [
+        attempt(connect, socket.AF_INET, ("192.0.2.1", 80)),
+        attempt(connect, socket.AF_INET6, ("2001:db8::1", 80)),
+    ],
     "hostname": lambda: [socket.gethostname(), attempt(write, "/proc/sys/kernel/hostname", "other")],
     "root": lambda: [new_file("/usr/new"), new_file("/new")],
     "root_overlay": lambda: [fill("/usr"), fill_names("/var")],
-    "nosuid_nodev": lambda: [setuid_copy(), loose_mounts(), attempt(os.mknod, "/workspace/null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))],
+    "nosuid_nodev": lambda: [
+        setuid_copy(),
+        loose_mounts(),
+        attempt(os.mknod, "/workspace/null", 0o666 | stat.S_IFCHR, os.makedev(1, 3)),
+    ],
     "workspace": lambda: [fill("/workspace"), fill_names("/workspace")],
     "tmp": lambda: [fill("/tmp"), fill_names("/tmp")],
     "shm": lambda: [fill("/dev/shm"), fill_names("/dev/shm")],
@@ -228,11 +273,29 @@ TRIES = {
     "mount /workspace": lambda: identity("/workspace"),
     "mount /dev/.sandboxd": lambda: identity("/dev/.sandboxd"),
     "mount /lent": lambda: [identity("/lent"), read("/lent/file")],
-    "mounts_read_only": lambda: [new_file("/lent/new"), attempt(write, "/lent/file", "x"), attempt(os.unlink, "/lent/file")],
-    "proc": lambda: [sorted(int(name) for name in os.listdir("/proc") if name.isdigit()) == [os.getpid()], os.path.exists("/proc/1/root")],
+    "mounts_read_only": lambda: [
+        new_file("/lent/new"),
+        attempt(write, "/lent/file", "x"),
+        attempt(os.unlink, "/lent/file"),
+    ],
+    "proc": lambda: [
+        sorted(int(name) for name in os.listdir("/proc") if name.isdigit()) == [os.getpid()],
+        os.path.exists("/proc/1/root"),
+    ],
     "devices": spoken_devices,
     "masked_paths": lambda: [
-        [path for path in ("/proc/kcore", "/proc/keys", "/proc/kallsyms", "/proc/timer_list", "/proc/acpi", "/proc/scsi") if readable(path)],
+        [
+            path
+            for path in (
+                "/proc/kcore",
+                "/proc/keys",
+                "/proc/kallsyms",
+                "/proc/timer_list",
+                "/proc/acpi",
+                "/proc/scsi",
+            )
+            if readable(path)
+        ],
         attempt(write, "/proc/sysrq-trigger", "h"),
         attempt(write, "/proc/sys/kernel/core_pattern", "|/bin/sh"),
     ],
@@ -244,7 +307,10 @@ TRIES = {
     "rlimit_msgqueue_size": lambda: [*raised(resource.RLIMIT_MSGQUEUE), message_queue()],
     "rlimit_pending_signals": lambda: [*raised(resource.RLIMIT_SIGPENDING), queued_signals()],
     "rlimit_nice_priority": lambda: [*raised(resource.RLIMIT_NICE), attempt(os.nice, -1)],
-    "rlimit_realtime_priority": lambda: [*raised(resource.RLIMIT_RTPRIO), attempt(os.sched_setscheduler, 0, os.SCHED_FIFO, os.sched_param(1))],
+    "rlimit_realtime_priority": lambda: [
+        *raised(resource.RLIMIT_RTPRIO),
+        attempt(os.sched_setscheduler, 0, os.SCHED_FIFO, os.sched_param(1)),
+    ],
     "processes": lambda: attempt(os.kill, -1, 0),
     "cgroup": inside,
     "memory": lambda: child(hog),
