@@ -139,7 +139,7 @@ def _run(options: Options, file: Path | None, select: str, *, first: bool) -> in
 
 
 def _complain(what: str) -> int:
-    print(f"conformance: {what}", file=sys.stderr)
+    print(f"conformance: {what}", file=sys.stderr)  # noqa: T201  -- a command line prints
     return USAGE
 
 

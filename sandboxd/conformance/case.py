@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from sandboxd.policy import abi
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from sandboxd.models import Invocation
 
 __all__ = ["Case", "outcome", "program", "said", "sh", "text"]

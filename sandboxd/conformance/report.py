@@ -42,6 +42,7 @@ class Report:
         health, options = subject.client.health(), subject.options
         self.results: dict[str, Result] = {}
         self._began = time.time()
+        self._host = Host.look()
         self._head = {
             "version": __version__,
             "label": options.label or f"{health.engine} + {health.runtime}",
@@ -50,7 +51,7 @@ class Report:
             "user_namespace": subject.user_namespace,
             "traits": sorted(subject.traits),
             "slow": options.slow,
-            "host": asdict(Host.look()),
+            "host": asdict(self._host),
             "date": time.strftime("%Y-%m-%d", time.gmtime(self._began)),
         }
 
@@ -74,8 +75,8 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """The table, and what failed or was skipped."""
-        host = self._head["host"]
-        yield f"{self._head['label']} on Linux {host['kernel']} {host['architecture']}, cgroup {host['cgroup']}"
+        host = self._host
+        yield f"{self._head['label']} on Linux {host.kernel} {host.architecture}, cgroup {host.cgroup}"
         yield f"{'':<12} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}"
         for area in [*dict.fromkeys(one.area for one in self.results.values()), ""]:
             passed, failed, skipped = self.counts(area).values()

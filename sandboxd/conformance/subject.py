@@ -109,7 +109,7 @@ class Subject:
         return self.process.wait(timeout=self.seconds(seconds))
 
     def launch(self) -> None:
-        """Start the suite's own daemon, or start it again, and wait until it answers. Raises SubjectFailed."""
+        """Start the suite's own daemon, also again, and wait until it answers. Raises SubjectFailed."""
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [BIN / "sandboxd", "serve", "--config", self.directory / "sandboxd.yaml"],

@@ -73,14 +73,13 @@ def test_nothing_of_a_call_is_left(subject: Subject, ending: str) -> None:
 
 @needs("a daemon of the suite's own")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
-def test_nothing_of_a_daemon_is_left(
-    subject: Subject, another: Callable[[str], Subject], number: int
-) -> None:
+def test_nothing_of_a_daemon_is_left(another: Callable[[str], Subject], number: int) -> None:
     own = another("pool: {min: 1, max: 2}\n")
     call, traces = start(own, "while :; do sleep 1; done", key="again")
     assert own.process is not None
     own.process.send_signal(number)
     if number == signal.SIGTERM:
+        own.until(lambda: own.client.health().status == "draining", "it drains")
         own.process.send_signal(number)  # the second one cancels what runs
     own.process.wait(timeout=own.seconds(60))
     if number == signal.SIGTERM:

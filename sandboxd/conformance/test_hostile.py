@@ -72,6 +72,14 @@ def test_nothing_beyond_the_container_can_be_reached(
     assert {"mount", "unshare", "ptrace", "bpf", "io_uring_setup"} <= {one.name for one in found.denials}
 
 
+FLOOD = 'n=10; while eval "exec $n</dev/null" 2>/dev/null; do n=$((n+1)); done; [ $n -gt 900 ] && echo full'
+SIGNALS = "for n in $(seq 64); do kill -$n 1 2>/dev/null; done; exit 42"
+ORPHANS = """
+for n in 1 2 3; do
+    setsid bash -c 'trap "" TERM HUP; while :; do echo x; sleep .01; done' & disown
+done
+sleep 0.1; exit 7
+"""
 BOMBS = {
     "fork bomb": Case(["bash", "-c", ":(){ :|:& };:; while :; do :; done"], request={"limits": {"wall": 0.5}},
                       cause="wall_time", reached={"wall": True, "pids": False}),
@@ -80,20 +88,15 @@ BOMBS = {
     "output flood": Case(sh("yes & yes >&2 & wait"), policy="kill", cause="output", reached=None),
     "output flood that is cut": Case(sh("yes & yes >&2 & wait"), policy="cut", cause="wall_time",
                                      request={"limits": {"wall": 0.4}}, reached=None),
-    "descriptor flood": Case(["bash", "-c", "n=10; while eval \"exec $n</dev/null\" 2>/dev/null; do n=$((n+1)); "
-                              "done; [ $n -gt 900 ] && echo full"], stdout="full\n", reached={}),
+    "descriptor flood": Case(["bash", "-c", FLOOD], stdout="full\n", reached={}),
     "kill -1": Case(["bash", "-c", "sleep 60 & kill -9 -1; wait; echo alone"], stdout="alone\n"),
-    "every signal to PID 1": Case(
-        ["bash", "-c", "for n in $(seq 64); do kill -$n 1 2>/dev/null; done; exit 42"], code=42),
-    "every signal to PID 1, as root": Case(
-        ["bash", "-c", "for n in $(seq 64); do kill -$n 1 2>/dev/null; done; exit 42"], policy="root", code=42),
+    "every signal to PID 1": Case(["bash", "-c", SIGNALS], code=42),
+    "every signal to PID 1, as root": Case(["bash", "-c", SIGNALS], policy="root", code=42),
     "stopped": Case(sh("kill -STOP $$"), request={"limits": {"wall": 0.3}}, cause="wall_time",
                     reached={"wall": True}),
     "deaf": Case(["bash", "-c", "trap '' $(seq 1 64); while :; do sleep 1; done"], cause="wall_time",
                  request={"limits": {"wall": 0.3}}, reached={"wall": True}),
-    "orphans that go on": Case(
-        ["bash", "-c", "for n in 1 2 3; do setsid bash -c 'trap \"\" TERM HUP; while :; do echo x; sleep .01; done' & "
-         "disown; done; sleep 0.1; exit 7"], code=7),
+    "orphans that go on": Case(["bash", "-c", ORPHANS], code=7),
     "core dump": Case(sh("ulimit -c unlimited 2>/dev/null; sh -c 'kill -SEGV $$'; ls -A"), stdout=""),
     "set-id copy": Case(sh("cp /usr/bin/id i; chmod 6755 i; ./i -u; ./i -g; ./i -ru"), stdout="1000\n" * 3),
     "set-id program of the image": Case(
@@ -102,7 +105,7 @@ BOMBS = {
     "init itself": Case(["/dev/.sandboxd"], code=125),
     "a hundred thousand names": Case(sh("seq -f n%.0f 100000 | xargs touch 2>/dev/null; ls | wc -l"),
                             reached={"workspace.inodes": False}),
-    "deep directories": Case(sh("n=0; while [ $n -lt 900 ]; do mkdir d && cd d || break; n=$((n+1)); done; echo $n"),
+    "deep directories": Case(sh("for n in $(seq 900); do mkdir d && cd d || break; done; echo $n"),
                              stdout="900\n", reached=None),
 }  # fmt: skip
 
@@ -143,8 +146,9 @@ def resident(subject: Subject) -> Iterator[Invocation]:
 def test_two_calls_at_once_do_not_meet(subject: Subject, resident: Invocation) -> None:
     found = look(subject)
     assert subject.client.get(resident.id).state == "running"
-    # A lock is the one thing that two calls of one image share: on the very file. It holds nobody up but them.
-    assert found | {"lock on a file of the image": "done"} == LOOKED
+    # Calls of one image see the same files, which nobody can write to, but anybody can lock: SECURITY.md.
+    assert found.pop("lock on a file of the image") in {"done", "EAGAIN"}
+    assert found.items() < LOOKED.items()
 
 
 def test_two_calls_one_after_the_other_do_not_meet(subject: Subject) -> None:
@@ -163,7 +167,7 @@ def test_calls_at_once_have_ids_of_their_own(subject: Subject) -> None:
 
 
 def test_calls_at_once_have_namespaces_of_their_own(subject: Subject) -> None:
-    code = "readlink /proc/self/ns/pid /proc/self/ns/ipc /proc/self/ns/mnt /proc/self/ns/net /proc/self/ns/uts; sleep 0.2"
+    code = "for n in pid ipc mnt net uts; do readlink /proc/self/ns/$n; done; sleep 0.2"
     calls = [subject.start("sh", "-c", code) for _ in range(4)]
     seen = [name for call in calls for name in text(subject.wait(call)).split()]
     assert len(set(seen)) == len(seen) == 20

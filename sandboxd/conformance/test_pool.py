@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sandboxd.conformance.case import Case, outcome, sh, text
-from sandboxd.conformance.policies import PREFIX
 from sandboxd.conformance.plugin import needs
+from sandboxd.conformance.policies import PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,7 +111,7 @@ def test_no_container_is_used_twice(subject: Subject) -> None:
 
 
 def test_a_changed_policy_is_in_force_for_the_next_call(
-    subject: Subject, another: Callable[[str], Subject]
+    another: Callable[[str], Subject],
 ) -> None:
     own = another("pool: {min: 1, max: 1}\n")
     filled(own, "plain")

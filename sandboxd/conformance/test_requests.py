@@ -36,7 +36,7 @@ def test_ids_umask_and_place(subject: Subject) -> None:
 
 
 def test_root_inside_is_nobody(subject: Subject) -> None:
-    code = "id -u; grep CapEff /proc/self/status; touch /usr/x 2>/dev/null || echo no; chown 1 . 2>/dev/null || echo no"
+    code = "id -u; grep CapEff /proc/self/status; touch /usr/x || echo no; chown 1 . || echo no"
     assert text(subject.run("sh", "-c", code, policy="root")).split() == [
         "0", "CapEff:", "0000000000000000", "no", "no",
     ]  # fmt: skip
@@ -131,7 +131,7 @@ REFUSED: dict[str, tuple[list[str], dict[str, Any]]] = {
 def test_what_is_refused_does_not_run(subject: Subject, what: str) -> None:
     argv, fields = REFUSED[what]
     with pytest.raises(errors.Refused) as caught:
-        subject.client.run(argv, **({"policy": PREFIX + "plain"} | fields))  # type: ignore[misc]
+        subject.client.run(argv, **({"policy": PREFIX + "plain"} | fields))
     assert caught.value.code
 
 

@@ -22,6 +22,13 @@ FILES = {
     "package/__main__.py": "import json; from . import part; print(json.dumps(part.X), __package__)\n",
     "package/__init__.py": "",
     "package/part.py": "X = [1]\n",
+    "parallel.py": """
+import subprocess, threading
+thread = threading.Thread(target=print, args=("in a thread",))
+thread.start()
+thread.join()
+print(subprocess.run(["id", "-u"], capture_output=True).stdout)
+""",
     "json.py": "X = 'not the library'\n",
 }
 CALLS: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -39,14 +46,13 @@ CALLS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "standard error": (["-c", "import sys; print('e', file=sys.stderr); raise SystemExit('bye')"], {}),
     "at exit": (["-c", "import atexit; atexit.register(print, 'last'); print('first')"], {}),
     "the environment": (["-c", "import os; print(sorted(os.environ.items()))"], {"env": {"MINE": "1"}}),
-    "a variable of Python's": (["-c", "import sys; print(sys.flags.optimize)"], {"env": {"PYTHONOPTIMIZE": "1"}}),
+    "a variable of Python's": (["-c", "print(__debug__)"], {"env": {"PYTHONOPTIMIZE": "1"}}),
     "a working directory": (["-c", "import os; print(os.getcwd())"], {"cwd": "/tmp"}),
     "a module that shadows": (["-c", "import json; print(getattr(json, 'X', None))"], {}),
     "identity": (["-c", "import os; print(os.getresuid(), os.getgroups(), os.umask(0), os.getppid())"], {}),
     "descriptors": (["-c", "import os; print(sorted(os.listdir('/proc/self/fd')))"], {}),
     "signals": (["-c", "import signal; print([str(signal.getsignal(n)) for n in range(1, 32)])"], {}),
-    "threads and processes": (["-c", "import subprocess, threading; t = threading.Thread(target=print, args=('t',)); "
-                               "t.start(); t.join(); print(subprocess.run(['id', '-u'], capture_output=True).stdout)"], {}),
+    "threads and processes": (["parallel.py"], {}),
     "denied": (["-c", "import os; os.chroot('/')"], {}),
 }  # fmt: skip
 
