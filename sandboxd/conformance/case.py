@@ -12,9 +12,9 @@ from sandboxd.policy import abi
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from sandboxd.models import Invocation
+    from sandboxd.models import Control, Invocation
 
-__all__ = ["Case", "outcome", "program", "said", "sh", "text"]
+__all__ = ["Case", "controls", "outcome", "program", "said", "sh", "text"]
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -92,3 +92,9 @@ def said(found: Invocation) -> dict[str, Any]:
     assert outcome(found).exit_code == 0, (found.outcome, text(found), text(found, "stderr"))
     answer: dict[str, Any] = json.loads(text(found))
     return answer
+
+
+def controls(found: Invocation) -> dict[str, Control]:
+    """The lines of a call's receipt by their names."""
+    assert found.receipt is not None, found.outcome
+    return {control.name: control for control in found.receipt.controls}

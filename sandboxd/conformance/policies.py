@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from string import Template
 
-__all__ = ["PREFIX", "texts"]
+__all__ = ["LENT", "PREFIX", "texts"]
 
 PREFIX = "conformance-"
+LENT = "lent by the operator\n"
+"""The content of the file that the policy ``proof`` lends."""
 
 PLAIN = """
 image: $base

@@ -30,7 +30,6 @@ __all__ = ["Subject", "open_subject"]
 
 BIN = Path(sys.executable).parent
 READY_SECONDS = 30.0
-LENT = "lent by the operator\n"
 MARK = "SANDBOXD_CONFORMANCE"
 """In the environment of every process that the suite starts."""
 
@@ -150,7 +149,7 @@ def open_subject(options: Options, *, config: str = "pool: {min: 1, max: 2}\n") 
         directory.chmod(0o711)
         lent = directory / "lent"
         lent.mkdir()
-        (lent / "file").write_text(LENT)
+        (lent / "file").write_text(policies.LENT)
         for path, mode in ((lent, 0o755), (lent / "file", 0o644)):
             path.chmod(mode)
         with contextlib.ExitStack() as stack:
