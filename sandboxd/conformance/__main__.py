@@ -96,14 +96,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         label=asked.label,
     )
     # Ended by a signal, it stops its daemon and takes its directory away all the same.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _run(options, asked.report, asked.select, first=asked.first)
     except (SubjectFailed, errors.SandboxdError) as error:
         return _complain(str(error))
+    except KeyboardInterrupt:
+        return _complain("interrupted")
 
 
 def _run(options: Options, file: Path | None, select: str, *, first: bool) -> int:
+    # Whatever configuration and plugins of pytest are around, they are not the suite's.
+    for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
+        os.environ.pop(name, None)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     import pytest  # noqa: PLC0415  -- an extra, and looked for above
 
     from sandboxd.conformance import plugin  # noqa: PLC0415
@@ -124,7 +130,6 @@ def _run(options: Options, file: Path | None, select: str, *, first: bool) -> in
                     "-p",
                     "no:cacheprovider",
                 ),
-                # whatever configuration of pytest is around is not the suite's
                 *("-c", os.devnull, "--rootdir", str(HERE)),
                 *(["-k", select] if select else []),
                 *(["-x"] if first else []),

@@ -111,7 +111,7 @@ PROOFS: dict[str, Proof] = {
     "swap": lambda in_force, seen: in_force in {"0", "none"} and seen == -9,
     "pids": lambda in_force, seen: in_force == "24" and 20 <= seen[0] < 24 and seen[1] == "EAGAIN",
     "cpu": lambda in_force, seen: in_force == "500" and seen < 0.75,
-    "sockets": lambda _, seen: 0 < seen < 96 * MIB,
+    "sockets": lambda in_force, seen: 0 < seen < 2 * int(in_force),
 }
 
 

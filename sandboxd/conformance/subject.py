@@ -75,10 +75,13 @@ class Subject:
         return self.client.wait(call.id, timeout=self.seconds(seconds))
 
     def hold(self, case: Case) -> Invocation:
-        """Run a case, and assert its verdict."""
+        """Run a case, and assert its verdict. Its times are seconds, stretched as all are."""
         fields = case.fields()
-        if "limits" in fields and "wall" in fields["limits"]:
-            fields["limits"] = fields["limits"] | {"wall": self.duration(fields["limits"]["wall"])}
+        if isinstance(fields.get("deadline"), float):
+            fields["deadline"] = self.duration(fields["deadline"])
+        limits = fields.get("limits", {})
+        if isinstance(limits.get("wall"), float):
+            fields["limits"] = limits | {"wall": self.duration(limits["wall"])}
         found = self.run(*case.argv, policy=case.policy, **fields)
         case.check(found)
         return found

@@ -54,12 +54,7 @@ ENDS = {
 
 @pytest.mark.parametrize("what", ENDS)
 def test_a_limit(subject: Subject, what: str) -> None:
-    case = ENDS[what]
-    if "deadline" in case.request:
-        seconds = case.request["deadline"] + (0.0 if subject.process else 1.0)
-        case = Case(case.argv, request={"deadline": subject.duration(seconds)}, cause=case.cause,
-                    status=case.status, reached=case.reached)  # fmt: skip
-    found = subject.hold(case)
+    found = subject.hold(ENDS[what])
     assert outcome(found).message
     for limit in found.limits_reached:
         assert limit.value > 0

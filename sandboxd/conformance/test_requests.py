@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import http.client as http_client
 import json
+import socket
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -142,7 +145,32 @@ def test_a_plan_says_what_would_run(subject: Subject) -> None:
     assert plan.explain
 
 
-def test_the_command_line_and_http_say_the_same_as_the_client(subject: Subject) -> None:
+def http(subject: Subject, method: str, path: str, body: Any = None) -> tuple[int, str, Any]:
+    """Status, content type and JSON of an answer, by nothing but the standard library."""
+    connection = http_client.HTTPConnection("localhost", timeout=subject.seconds(60))
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(str(subject.socket))
+    with closing(connection):
+        text = None if body is None else json.dumps(body)
+        connection.request(method, path, text, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, answer.headers.get_content_type(), json.loads(answer.read())
+
+
+def test_http_is_all_that_is_needed(subject: Subject) -> None:
+    request = {"argv": ["echo", "hi"], "policy": PREFIX + "plain"}
+    status, kind, made = http(subject, "POST", "/v1/invocations", request)
+    assert (status, kind, made["stdout"]["text"]) == (200, "application/json", "hi\n")
+    assert http(subject, "GET", f"/v1/invocations/{made['id']}")[2]["outcome"] == made["outcome"]
+    status, kind, problem = http(subject, "POST", "/v1/invocations", request | {"argvs": 1})
+    assert (status, kind, problem["code"]) == (400, "application/problem+json", "invalid_request")
+    status, kind, problem = http(subject, "GET", "/v1/invocations/nothing")
+    assert (status, kind, problem["code"]) == (404, "application/problem+json", "not_found")
+    assert http(subject, "GET", "/v1/health")[2]["status"] == "ready"
+    assert "/v1/invocations" in http(subject, "GET", "/openapi.json")[2]["paths"]
+
+
+def test_the_command_line_says_the_same_as_the_client(subject: Subject) -> None:
     ran = subject.command(
         "--policy",
         PREFIX + "plain",
