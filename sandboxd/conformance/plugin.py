@@ -38,7 +38,7 @@ def _has_what_it_needs(request: pytest.FixtureRequest, subject: Subject) -> None
 def another(subject: Subject) -> Iterator[Callable[..., Subject]]:
     """Starts further daemons, which end with the test; ``config`` is added to their configuration."""
     with ExitStack() as stack:
-        yield lambda config: stack.enter_context(open_subject(subject.options, config=config))
+        yield lambda config: stack.enter_context(open_subject(subject.options, config=config, share=1))
 
 
 class Suite:

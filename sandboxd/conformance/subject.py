@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sandboxd import Client, errors
+from sandboxd.config import Config
 from sandboxd.conformance import policies
 from sandboxd.conformance.case import outcome
 from sandboxd.conformance.expected import ENGINES, why_not
@@ -30,6 +31,7 @@ __all__ = ["Subject", "open_subject"]
 
 BIN = Path(sys.executable).parent
 READY_SECONDS = 30.0
+RANGE, RANGES = 65536, 64  # ids of a container; containers of one daemon of the suite
 MARK = "SANDBOXD_CONFORMANCE"
 """In the environment of every process that the suite starts."""
 
@@ -143,8 +145,13 @@ class Subject:
 
 
 @contextlib.contextmanager
-def open_subject(options: Options, *, config: str = "pool: {min: 1, max: 2}\n") -> Iterator[Subject]:
-    """The daemon that the options ask for, with the suite's policies. Raises SubjectFailed."""
+def open_subject(
+    options: Options, *, config: str = "pool: {min: 1, max: 2}\n", share: int = 0
+) -> Iterator[Subject]:
+    """The daemon that the options ask for, with the suite's policies. Raises SubjectFailed.
+
+    ``share`` is another number for each daemon that runs at the same time.
+    """
     host = Host.look()
     # In /tmp whatever TMPDIR is: the path of a socket is short.
     with tempfile.TemporaryDirectory(prefix="sandboxd-conformance-", dir="/tmp") as name:
@@ -157,7 +164,7 @@ def open_subject(options: Options, *, config: str = "pool: {min: 1, max: 2}\n") 
             path.chmod(mode)
         with contextlib.ExitStack() as stack:
             if options.socket is None:
-                subject = stack.enter_context(_own(options, directory, config))
+                subject = stack.enter_context(_own(options, directory, config + _ids(options, share)))
             else:
                 subject = Subject(options, options.socket, directory, None)
                 subject.answer()
@@ -166,6 +173,14 @@ def open_subject(options: Options, *, config: str = "pool: {min: 1, max: 2}\n") 
             subject.traits = frozenset({options.engine, *given}) | host.traits(place)
             stack.enter_context(_policies(subject, lent))
             yield subject
+
+
+def _ids(options: Options, share: int) -> str:
+    """Ranges of ids far from the first, which a daemon of this host's operators reaches last."""
+    if "ids:" in options.config:
+        return ""
+    ids = Config().ids
+    return f"ids: {{base: {ids.base + (ids.count - RANGES * (share + 2)) * RANGE}, count: {RANGES}}}\n"
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ def cold(subject: Subject) -> Any:
     """A second daemon, whose containers are all made for their call."""
     from sandboxd.conformance.subject import open_subject  # noqa: PLC0415
 
-    with open_subject(subject.options, config="pool: {min: 0, max: 0}\n") as running:
+    with open_subject(subject.options, config="pool: {min: 0, max: 0}\n", share=2) as running:
         yield running
 
 
