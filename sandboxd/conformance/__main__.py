@@ -21,16 +21,8 @@ USAGE = 2
 HERE = Path(__file__).parent
 # Whether everything is gone is looked at when everything has run.
 AREAS = (
-    "receipt",
-    "limits",
-    "outcomes",
-    "streams",
-    "files",
-    "requests",
-    "pool",
-    "warm",
-    "hostile",
-    "cleanup",
+    *("receipt", "limits", "outcomes", "streams", "files", "requests"),
+    *("pool", "warm", "hostile", "cleanup"),
 )
 
 
@@ -121,15 +113,8 @@ def _run(options: Options, file: Path | None, select: str, *, first: bool) -> in
         junit = file is not None and file.suffix == ".xml"
         status = pytest.main(
             [
-                *(
-                    "-q",
-                    "-rN",
-                    "--tb=short",
-                    "--strict-markers",
-                    "--import-mode=importlib",
-                    "-p",
-                    "no:cacheprovider",
-                ),
+                *("-q", "-rN", "--tb=short", "--strict-markers", "--import-mode=importlib"),
+                *("-p", "no:cacheprovider"),
                 *("-c", os.devnull, "--rootdir", str(HERE)),
                 *(["-k", select] if select else []),
                 *(["-x"] if first else []),

@@ -37,6 +37,7 @@ EXPECTED: dict[str, dict[str, str]] = {
         "user_namespace: none": "the engine has no user namespaces: containers share the host's ids",
     },
     "a limit of io": {
+        "given": "the daemon was given with --socket; where its images are is not known",
         "no disk": "the images are on no block device of their own that the kernel can throttle",
     },
     "the engine's processes on this host": {

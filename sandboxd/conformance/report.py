@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,9 +91,11 @@ class Report:
 
     def write(self, file: Path) -> None:
         """The JSON document."""
-        document = self._head | {
-            "seconds": round(time.time() - self._began, 1),
-            "counts": self.counts(),
-            "results": [asdict(one) for one in self.results.values()],
-        }
-        file.write_text(json.dumps(document, indent=1) + "\n")
+        seconds = round(time.time() - self._began, 1)
+        head = json.dumps(self._head | {"seconds": seconds, "counts": self.counts()}, indent=1)
+        results = (
+            json.dumps(asdict(replace(one, seconds=round(one.seconds, 3)))) for one in self.results.values()
+        )
+        # a line for each test, so that two reports can be compared
+        lines = ",\n  ".join(results)
+        file.write_text(f'{head.removesuffix("}").rstrip()},\n "results": [\n  {lines}\n ]\n}}\n')
