@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Subject", "open_subject"]
 
-BIN = Path(sys.executable).parent
+# By the interpreter that runs the suite, so that it is the same sandboxd whatever is on PATH.
+SANDBOXD = (sys.executable, "-m", "sandboxd.cli.main")
+RUN_IN_SANDBOX = (sys.executable, "-m", "sandboxd.cli.run")
 READY_SECONDS = 30.0
 RANGE, RANGES = 65536, 64  # ids of a container; containers of one daemon of the suite
 MARK = "SANDBOXD_CONFORMANCE"
@@ -98,7 +100,7 @@ class Subject:
     def command(self, *argv: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
         """``run-in-sandbox`` against it."""
         return subprocess.run(
-            [BIN / "run-in-sandbox", "--socket", self.socket, *argv],
+            [*RUN_IN_SANDBOX, "--socket", self.socket, *argv],
             input=stdin,
             capture_output=True,
             timeout=self.seconds(60),
@@ -116,7 +118,7 @@ class Subject:
         """Start the suite's own daemon, also again, and wait until it answers. Raises SubjectFailed."""
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [BIN / "sandboxd", "serve", "--config", self.directory / "sandboxd.yaml"],
+                [*SANDBOXD, "serve", "--config", self.directory / "sandboxd.yaml"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
