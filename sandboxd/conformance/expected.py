@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ENGINES", "EXPECTED", "RECEIPT", "EngineUnderTest", "why_not"]
+__all__ = ["ENGINES", "EXPECTED", "RECEIPT", "ROOT", "EngineUnderTest", "why_not"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ ENGINES = {
     "docker": EngineUnderTest("engine: docker\n", ("engine", "none"), takes_runtime=False),
 }
 
+ROOT = {"slot": "0", "engine": "0", "none": "1000"}
+"""By ``process.user_namespace``: the user of policies that have a root inside where they can have one."""
+
 EXPECTED: dict[str, dict[str, str]] = {
     "ids of each container's own": {
         "user_namespace: engine": "the engine's remap is the same for all of its containers",
@@ -35,6 +38,9 @@ EXPECTED: dict[str, dict[str, str]] = {
     },
     "a user namespace": {
         "user_namespace: none": "the engine has no user namespaces: containers share the host's ids",
+    },
+    "a root inside": {
+        "user_namespace: none": "user 0 would be the host's own root, and no policy may say so",
     },
     "a limit of io": {
         "given": "the daemon was given with --socket; where its images are is not known",

@@ -41,7 +41,7 @@ mounts: [{source: $lent, target: /lent}]
 """,
     "overlay": """
 extends: conformance-python
-process: {user: 0}
+process: {user: $root}
 filesystem: {root: overlay, size: 8MiB, inodes: 300}
 """,
     "io": "extends: conformance-python\nlimits: {io: {read: 4MiB, write: 4MiB}}\n",
@@ -62,14 +62,14 @@ extends: conformance-plain
 artifacts: [{path: "out/**", max_size: 1MiB}, {path: "*.txt"}]
 """,
     "strict": "extends: conformance-python\nsyscalls: {base: strict}\n",
-    "root": "extends: conformance-python\nprocess: {user: 0}\n",
+    "root": "extends: conformance-python\nprocess: {user: $root}\n",
     "warm": "extends: conformance-python\nwarm: {command: python3, preload: [json]}\n",
     "fresh": "extends: conformance-warm\nwarm: !remove\n",
 }
 
 
 def texts(**values: str) -> dict[str, str]:
-    """The text of each policy by its full name; ``values`` are base, python, wall, user_namespace, lent."""
+    """The text of each policy by its full name; ``values`` are those of the ``$`` above."""
     return {
         f"{PREFIX}{name}": f"version: 1\nname: {PREFIX}{name}\n{Template(body).substitute(values).lstrip()}"
         for name, body in {"plain": PLAIN, **CHILDREN}.items()

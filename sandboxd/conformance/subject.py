@@ -17,7 +17,7 @@ from sandboxd import Client, errors
 from sandboxd.config import Config
 from sandboxd.conformance import policies
 from sandboxd.conformance.case import outcome
-from sandboxd.conformance.expected import ENGINES, why_not
+from sandboxd.conformance.expected import ENGINES, ROOT, why_not
 from sandboxd.conformance.host import Host
 from sandboxd.conformance.options import Options, SubjectFailed
 
@@ -226,13 +226,17 @@ def _policies(subject: Subject, lent: Path) -> Iterator[None]:
     refusals = []
     for choice in ENGINES[options.engine].user_namespaces:
         texts = policies.texts(
-            **options.image, wall=f"{round(subject.seconds(60))}s", user_namespace=choice, lent=str(lent)
+            **options.image,
+            wall=f"{round(subject.seconds(60))}s",
+            user_namespace=choice,
+            root=ROOT[choice],
+            lent=str(lent),
         )
         files = {watched / f"{name}.yaml": text for name, text in texts.items()}
         try:
             for file, text in files.items():
                 file.write_text(text)
-            refusal = _refusal(subject, set(texts))
+            refusal = _refusal(subject, set(texts), choice)
             if not refusal:
                 subject.user_namespace = choice
                 subject.traits |= {f"user_namespace: {choice}"}
@@ -245,10 +249,18 @@ def _policies(subject: Subject, lent: Path) -> Iterator[None]:
     raise SubjectFailed("the daemon does not run the suite's policies:\n" + "\n".join(refusals))
 
 
-def _refusal(subject: Subject, names: set[str]) -> str:
+def _in_force(subject: Subject, names: set[str], user_namespace: str) -> bool:
+    """Whether the daemon has read the policies, and not only those of an earlier choice."""
+    if not names <= {policy.name for policy in subject.client.policies()}:
+        return False
+    found = (subject.client.policy(name).resolved or {} for name in names)
+    return all(policy["process"]["user_namespace"] == user_namespace for policy in found)
+
+
+def _refusal(subject: Subject, names: set[str], user_namespace: str) -> str:
     """Why a call under the first of the policies is not to be had, or an empty text."""
     end = time.monotonic() + subject.seconds(10)
-    while not names <= {policy.name for policy in subject.client.policies()}:
+    while not _in_force(subject, names, user_namespace):
         if time.monotonic() > end:
             problems = subject.client.health().problems
             return "; ".join(str(problem) for problem in problems) or "it does not read them"

@@ -12,6 +12,7 @@ import pytest
 
 from sandboxd import errors
 from sandboxd.conformance.case import outcome, sh, text
+from sandboxd.conformance.plugin import needs
 from sandboxd.conformance.policies import PREFIX
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def test_ids_umask_and_place(subject: Subject) -> None:
     assert text(subject.run("pwd", cwd="/usr/bin")) == "/usr/bin\n"
 
 
+@needs("a root inside")
 def test_root_inside_is_nobody(subject: Subject) -> None:
     code = "id -u; grep CapEff /proc/self/status; touch /usr/x || echo no; chown 1 . || echo no"
     assert text(subject.run("sh", "-c", code, policy="root")).split() == [

@@ -260,7 +260,7 @@ TRIES = {
     ],
     "hostname": lambda: [socket.gethostname(), attempt(write, "/proc/sys/kernel/hostname", "other")],
     "root": lambda: [new_file("/usr/new"), new_file("/new")],
-    "root_overlay": lambda: [fill("/usr"), fill_names("/var")],
+    "root_overlay": lambda: [fill("/var/tmp"), fill_names("/var/tmp")],
     "nosuid_nodev": lambda: [
         setuid_copy(),
         loose_mounts(),
