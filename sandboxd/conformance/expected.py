@@ -42,6 +42,9 @@ EXPECTED: dict[str, dict[str, str]] = {
     "a root inside": {
         "user_namespace: none": "user 0 would be the host's own root, and no policy may say so",
     },
+    "a writable root": {
+        "docker": "the engine cannot bound the size of a writable root",
+    },
     "a limit of io": {
         "given": "the daemon was given with --socket; where its images are is not known",
         "no disk": "the images are on no block device of their own that the kernel can throttle",

@@ -166,16 +166,31 @@ def test_two_calls_one_after_the_other_do_not_meet(subject: Subject) -> None:
 
 @needs("ids of each container's own")
 def test_calls_at_once_have_ids_of_their_own(subject: Subject) -> None:
-    calls = [subject.start("sleep", "0.3") for _ in range(4)]
+    calls = [subject.start("sleep", "60") for _ in range(4)]
+
+    def running() -> bool:
+        return all(subject.client.get(call.id).state == "running" for call in calls)
+
+    subject.until(running, "all run")
+    for call in calls:
+        subject.client.cancel(call.id)
     receipts = [subject.wait(call).receipt for call in calls]
     ids = {one.in_force for found in receipts if found for one in found.controls if one.name == "user"}
     assert len(ids) == 4
 
 
 def test_calls_at_once_have_namespaces_of_their_own(subject: Subject) -> None:
-    code = "for n in pid ipc mnt net uts; do readlink /proc/self/ns/$n; done; sleep 0.2"
+    code = "for n in pid ipc mnt net uts; do readlink /proc/self/ns/$n; done; sleep 60"
     calls = [subject.start("sh", "-c", code) for _ in range(4)]
-    seen = [name for call in calls for name in text(subject.wait(call)).split()]
+
+    def names() -> list[str]:
+        return [name for call in calls for name in b"".join(subject.client.stdout(call.id)).decode().split()]
+
+    subject.until(lambda: len(names()) == 20, "all have looked")
+    seen = names()
+    for call in calls:
+        subject.client.cancel(call.id)
+        subject.wait(call)
     assert len(set(seen)) == len(seen) == 20
 
 

@@ -41,7 +41,13 @@ def expected(subject: Subject, policy: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "policy", ["plain", "proof", "overlay", pytest.param("io", marks=needs("a limit of io"))]
+    "policy",
+    [
+        "plain",
+        "proof",
+        pytest.param("overlay", marks=needs("a writable root")),
+        pytest.param("io", marks=needs("a limit of io")),
+    ],
 )
 def test_the_lines_of_a_receipt(subject: Subject, policy: str) -> None:
     found = controls(subject.run("true", policy=policy))
@@ -71,6 +77,7 @@ def test_a_line_is_true(
     assert PROOFS[line](control.in_force, seen), f"in force: {control.in_force}; the program found: {seen}"
 
 
+@needs("a writable root")
 def test_the_overlay_is_as_large_as_the_receipt_says(subject: Subject, host_marks: list[str]) -> None:
     found = subject.run(
         "python3", "proof.py", *host_marks, "root_overlay", policy="overlay", **program("proof")
