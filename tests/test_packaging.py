@@ -64,8 +64,29 @@ def test_the_wheel_holds_static_binaries_and_names_its_platform(checkout: Path) 
         assert "sandboxd/py.typed" in archive.namelist()  # as its classifier says
         assert "sandboxd/_shipped/policies/default.yaml" in archive.namelist()
         assert "sandboxd/_shipped/images/base.yaml" in archive.namelist()
+        for name in ("__main__", "test_receipt", "programs/proof"):
+            assert f"sandboxd/conformance/{name}.py" in archive.namelist()
         assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
     assert not list((checkout / "sandboxd/init").glob("sandboxd-*.*"))
+
+
+def test_the_suite_needs_nothing_of_the_checkout(checkout: Path) -> None:
+    """Operators have the wheel alone."""
+    assert build(checkout).returncode == 0
+    (wheel,) = (checkout / "dist").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(checkout / "installed")
+    result = subprocess.run(
+        [sys.executable, "-P", "-m", "sandboxd.conformance", "--images", "/nowhere"],
+        cwd=checkout / "installed",
+        env={**os.environ, "PYTHONPATH": str(checkout / "installed")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    assert "/nowhere is no image store" in result.stderr or "needs root" in result.stderr
 
 
 def test_a_build_without_a_compiler_says_what_to_install(checkout: Path) -> None:

@@ -1,0 +1,76 @@
+"""The policies that the suite writes for the daemon, as YAML.
+
+Each is ``conformance-NAME``, so that they stand beside an operator's own. ``$…`` is filled in by ``texts``.
+"""
+
+from __future__ import annotations
+
+from string import Template
+
+__all__ = ["LENT", "PREFIX", "texts"]
+
+PREFIX = "conformance-"
+LENT = "lent by the operator\n"
+"""The content of the file that the policy ``proof`` lends."""
+
+PLAIN = """
+image: $base
+limits:
+  wall: $wall
+  memory: 96MiB
+  pids: 32
+  workspace: {size: 16MiB, inodes: 1k}
+  tmp: {size: 8MiB, inodes: 500}
+process: {user_namespace: $user_namespace, env: {OF_POLICY: "1", BOTH: policy}}
+"""
+
+CHILDREN = {
+    "python": "extends: conformance-plain\nimage: $python\n",
+    # Every key of a policy that a receipt has a line for, with a value that is not the default.
+    "proof": """
+extends: conformance-python
+limits:
+  cpus: 0.5
+  pids: 24
+  open_files: 64
+  file_size: 12MiB
+  workspace: {size: 8MiB, inodes: 200}
+  tmp: {size: 4MiB, inodes: 100}
+process: {user: 1234, group: 4321, umask: "0027", hostname: proving}
+mounts: [{source: $lent, target: /lent}]
+""",
+    "overlay": """
+extends: conformance-python
+process: {user: $root}
+filesystem: {root: overlay, size: 8MiB, inodes: 300}
+""",
+    "io": "extends: conformance-python\nlimits: {io: {read: 4MiB, write: 4MiB}}\n",
+    "cpu": "extends: conformance-plain\nlimits: {cpu_time: 200ms}\n",
+    "small": """
+extends: conformance-python
+limits: {memory: 32MiB, workspace: {size: 6MiB, inodes: 200}, tmp: {size: 4MiB, inodes: 100}}
+""",
+    "few": "extends: conformance-python\nlimits: {open_files: 32, file_size: 1MiB, pids: 12}\n",
+    "cut": "extends: conformance-plain\nlimits: {stdout: 64KiB, stderr: 16KiB}\n",
+    "kill": """
+extends: conformance-plain
+limits: {stdout: {size: 64KiB, on_limit: kill}, stderr: {size: 16KiB, on_limit: kill}}
+""",
+    "loud": "extends: conformance-plain\nlimits: {stdout: 64MiB, stderr: 64MiB}\n",
+    "files": """
+extends: conformance-plain
+artifacts: [{path: "out/**", max_size: 1MiB}, {path: "*.txt"}]
+""",
+    "strict": "extends: conformance-python\nsyscalls: {base: strict}\n",
+    "root": "extends: conformance-python\nprocess: {user: $root}\n",
+    "warm": "extends: conformance-python\nwarm: {command: python3, preload: [json]}\n",
+    "fresh": "extends: conformance-warm\nwarm: !remove\n",
+}
+
+
+def texts(**values: str) -> dict[str, str]:
+    """The text of each policy by its full name; ``values`` are those of the ``$`` above."""
+    return {
+        f"{PREFIX}{name}": f"version: 1\nname: {PREFIX}{name}\n{Template(body).substitute(values).lstrip()}"
+        for name, body in {"plain": PLAIN, **CHILDREN}.items()
+    }
