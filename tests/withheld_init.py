@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from sandboxd.init import INIT
+from sandboxd.init import SOURCES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -88,4 +88,4 @@ def write_variants(program: bytes, directory: Path, name: str, variants: Iterabl
 
 def build_init(directory: Path) -> None:
     """Make ``init-without-VARIANT`` for each of ``VARIANTS``."""
-    write_variants(compiled(INIT.with_name("init.c"), EDITS, BEFORE, GLOBALS), directory, "init", VARIANTS)
+    write_variants(compiled(SOURCES / "init.c", EDITS, BEFORE, GLOBALS), directory, "init", VARIANTS)

@@ -92,8 +92,11 @@ def arch_of(machine: str) -> Arch:
 
 
 def native() -> Arch:
-    """The architecture that this process runs on. Raises ValueError as ``arch_of``."""
-    return arch_of(platform.machine())
+    """The architecture that this process runs on. Raises HostUnsupported for one without a filter."""
+    try:
+        return arch_of(platform.machine())
+    except ValueError as error:
+        raise HostUnsupported(f"{error}, where sandboxd runs") from None
 
 
 def foreign_name(audit: int, number: int) -> tuple[str, str]:
