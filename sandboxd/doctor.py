@@ -72,9 +72,7 @@ def _programs() -> Check:
     try:
         require_programs()
     except errors.HostUnsupported as error:
-        return Check(
-            "programs", ok=False, found=str(error), advice="install a wheel that is for this machine"
-        )
+        return Check("programs", ok=False, found=str(error), advice="install a wheel for this machine")
     return Check("programs", ok=True, found=f"those for {platform.machine()} are here")
 
 

@@ -56,9 +56,7 @@ HERE = platform.machine()
 OTHER = next(machine for machine in MACHINES if machine != HERE)
 
 
-def test_the_wheel_of_a_release_holds_static_binaries_for_both_machines(
-    checkout: Path, tmp_path: Path
-) -> None:
+def test_the_wheel_of_a_release_holds_static_binaries_for_both(checkout: Path, tmp_path: Path) -> None:
     wheels = []
     for root in (checkout, tmp_path / "elsewhere" / "checkout"):
         if root != checkout:

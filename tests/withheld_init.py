@@ -62,7 +62,9 @@ EDITS = (
 )
 
 
-def compiled(source: Path, edits: Sequence[tuple[str, str]], before: str, text: str) -> bytes:
+def compiled(
+    source: Path, edits: Sequence[tuple[str, str]], before: str, text: str, compiler: str = "cc"
+) -> bytes:
     """The program of an edited source, ``text`` put before ``before``."""
     code = source.read_text()
     for old, new in edits:
@@ -72,7 +74,7 @@ def compiled(source: Path, edits: Sequence[tuple[str, str]], before: str, text: 
     with TemporaryDirectory() as directory:
         edited, target = Path(directory, "edited.c"), Path(directory, "program")
         edited.write_text(code[:at] + text + code[at:])
-        subprocess.run(["cc", "-static", "-O1", "-o", target, edited], check=True, timeout=60)
+        subprocess.run([compiler, "-static", "-O1", "-o", target, edited], check=True, timeout=60)
         return target.read_bytes()
 
 
