@@ -96,7 +96,9 @@ def _compile(compiler: list[str], machine: str, source: Path, binary: Path) -> N
         if int.from_bytes(fresh.read_bytes()[18:20], "little") != MACHINES[machine]:
             raise RuntimeError(f"{shlex.join(compiler)} does not compile for {machine}")
         fresh.chmod(0o755)
-        fresh.replace(binary)
+        # what a daemon reads in a receipt is whether PID 1 is this file
+        if not binary.is_file() or binary.read_bytes() != fresh.read_bytes():
+            fresh.replace(binary)
     finally:
         fresh.unlink(missing_ok=True)
 
