@@ -18,6 +18,7 @@ from sandboxd import errors
 from sandboxd.engine.base import Check
 from sandboxd.engine.host import EngineHost, enter_private_mounts, instance_name
 from sandboxd.engine.probe import probe_shape
+from sandboxd.init import require_programs
 from sandboxd.kernel.userns import RANGE
 from sandboxd.receipt import read_receipt
 
@@ -38,8 +39,9 @@ TOOLS = {
 
 def examine(config: Config) -> list[Check]:
     """Every line, in the order in which a person would mend them. Needs root; starts no daemon."""
-    checks = [_kernel(), _root(), _user_namespaces()]
-    if os.geteuid() != 0:
+    programs = _programs()
+    checks = [_kernel(), programs, _root(), _user_namespaces()]
+    if os.geteuid() != 0 or not programs.ok:
         return checks
     try:
         config.state.mkdir(mode=0o711, parents=True, exist_ok=True)
@@ -64,6 +66,14 @@ def _kernel() -> Check:
         found=f"Linux {release} on {platform.machine()}",
         advice="5.19 or newer is needed: id-mapped mounts under overlayfs, seccomp's killable notifications",
     )
+
+
+def _programs() -> Check:
+    try:
+        require_programs()
+    except errors.HostUnsupported as error:
+        return Check("programs", ok=False, found=str(error), advice="install a wheel for this machine")
+    return Check("programs", ok=True, found=f"those for {platform.machine()} are here")
 
 
 def _root() -> Check:

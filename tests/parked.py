@@ -31,12 +31,12 @@ SETUP = Setup(UID, UID, 0o027, 500, (Rlimit(7, 32, 32),), PROGRAM.bpf)  # 7: RLI
 
 
 @contextmanager
-def init() -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
+def init(program: Sequence[str] = (str(INIT),)) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
     """A PID 1 and the daemon's end of its control connection."""
     ours, theirs = socket.socketpair()
     control = str(theirs.fileno())
     wait, go = os.pipe()
-    command = [str(LAUNCH), "run", str(wait), control, "--", "unshare", "--pid", "--fork", str(INIT)]
+    command = [str(LAUNCH), "run", str(wait), control, "--", "unshare", "--pid", "--fork", *program]
     with ours:
         process = subprocess.Popen(command, pass_fds=[wait, theirs.fileno()])
         theirs.close()
@@ -93,8 +93,8 @@ class Parked:
 
 
 @contextmanager
-def parked(setup: Setup = SETUP) -> Iterator[Parked]:
-    with init() as (sock, process), Control(sock) as control, NotifyServer() as server:
+def parked(setup: Setup = SETUP, program: Sequence[str] = (str(INIT),)) -> Iterator[Parked]:
+    with init(program) as (sock, process), Control(sock) as control, NotifyServer() as server:
         listener = server.add(control.setup(setup, 10), answer=seccomp.answer)
         try:
             yield Parked(control, process)

@@ -93,7 +93,10 @@ FILES = {
     "package/uses.py": "import random; print(random.__file__)",
     "typed/types.py": "print('own types')\n",
     "typed/x.py": "print('x')\n",
-    ".local/lib/python3.11/site-packages/of_the_user.py": "print('of the user')\n",
+    **{
+        f".local/lib/python3.{minor}/site-packages/of_the_user.py": "print('of the user')\n"
+        for minor in range(11, 15)
+    },
     "look.py": LOOK,
     "streams.py": STREAMS,
     "state.py": STATE,

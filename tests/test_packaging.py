@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -37,9 +38,9 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path / "checkout"
 
 
-def build(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def build(checkout: Path, kind: str = "wheel", **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel"],
+        [sys.executable, "-m", "hatchling", "build", "-t", kind],
         cwd=checkout,
         env={**os.environ, **environment},
         capture_output=True,
@@ -49,25 +50,79 @@ def build(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def test_the_wheel_holds_static_binaries_and_names_its_platform(checkout: Path) -> None:
-    result = build(checkout)
-    assert result.returncode == 0, result.stderr
-    (wheel,) = (checkout / "dist").iterdir()
-    assert wheel.name.endswith(f"-py3-none-linux_{platform.machine()}.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        for name in ("sandboxd-container", "sandboxd-init", "sandboxd-launch"):
-            info = archive.getinfo(f"sandboxd/init/{name}")
-            assert info.external_attr >> 16 & 0o111 == 0o111
-            program = archive.read(info)
-            assert program.startswith(b"\x7fELF")
-            assert b"/ld-linux" not in program  # no interpreter: static
+PROGRAMS = ("sandboxd-container", "sandboxd-init", "sandboxd-launch")
+MACHINES = {"x86_64": 62, "aarch64": 183}  # e_machine of elf(5)
+HERE = platform.machine()
+OTHER = next(machine for machine in MACHINES if machine != HERE)
+
+
+def test_the_wheel_of_a_release_holds_static_binaries_for_both(checkout: Path, tmp_path: Path) -> None:
+    wheels = []
+    for root in (checkout, tmp_path / "elsewhere" / "checkout"):
+        if root != checkout:
+            shutil.copytree(checkout, root, ignore=shutil.ignore_patterns("dist", "sandboxd-*"))
+        result = build(root, SANDBOXD_ARCHES="all")
+        assert result.returncode == 0, result.stderr
+        (wheel,) = (root / "dist").iterdir()
+        wheels.append(wheel)
+    assert wheels[0].name == wheels[1].name
+    assert wheels[0].read_bytes() == wheels[1].read_bytes()  # in whatever directory and whenever
+    assert wheels[0].name.endswith("-py3-none-manylinux_2_17_aarch64.manylinux_2_17_x86_64.whl")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        for machine, number in MACHINES.items():
+            for name in PROGRAMS:
+                info = archive.getinfo(f"sandboxd/init/{machine}/{name}")
+                assert info.external_attr >> 16 & 0o111 == 0o111
+                program = archive.read(info)
+                assert program.startswith(b"\x7fELF")
+                assert int.from_bytes(program[18:20], "little") == number
+                assert b"/ld-linux" not in program  # no interpreter: static
+                assert info.file_size < 800_000
         assert "sandboxd/py.typed" in archive.namelist()  # as its classifier says
         assert "sandboxd/_shipped/policies/default.yaml" in archive.namelist()
         assert "sandboxd/_shipped/images/base.yaml" in archive.namelist()
         for name in ("__main__", "test_receipt", "programs/proof"):
             assert f"sandboxd/conformance/{name}.py" in archive.namelist()
         assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
-    assert not list((checkout / "sandboxd/init").glob("sandboxd-*.*"))
+    assert not list((checkout / "sandboxd/init").glob("*/sandboxd-*.*"))
+
+
+def test_a_source_distribution_holds_no_binary_and_builds(checkout: Path, tmp_path: Path) -> None:
+    result = build(checkout, "sdist")
+    assert result.returncode == 0, result.stderr
+    (packed,) = (checkout / "dist").iterdir()
+    with tarfile.open(packed) as archive:
+        assert not [name for name in archive.getnames() if name.rpartition("/")[2] in PROGRAMS]
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.glob("sandboxd-*")
+    result = build(source, **{f"CC_{OTHER}": "no-such-compiler"})
+    assert result.returncode == 0, result.stderr
+    assert f"built for {HERE} alone; no compiler for {OTHER}" in result.stderr
+    assert "apt-get install gcc-" in result.stderr
+    (wheel,) = (source / "dist").iterdir()
+    assert wheel.name.endswith(f"-py3-none-manylinux_2_17_{HERE}.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert f"sandboxd/init/{HERE}/sandboxd-init" in archive.namelist()
+        assert not [name for name in archive.namelist() if f"/{OTHER}/" in name]
+
+
+def test_a_release_is_not_built_for_one_machine_alone(checkout: Path) -> None:
+    result = build(checkout, **{"SANDBOXD_ARCHES": "all", f"CC_{OTHER}": "no-such-compiler"})
+    assert result.returncode != 0
+    assert f"no compiler for {OTHER}: no-such-compiler is not on PATH" in result.stderr
+    assert not (checkout / "dist").exists() or not list((checkout / "dist").iterdir())
+
+
+def test_a_compiler_for_another_machine_is_not_taken(checkout: Path) -> None:
+    result = build(checkout, **{f"CC_{OTHER}": "cc"})
+    assert result.returncode != 0
+    assert f"cc does not compile for {OTHER}" in result.stderr
+
+
+def test_a_wrong_word_for_the_machines_is_refused(checkout: Path) -> None:
+    result = build(checkout, SANDBOXD_ARCHES="both")
+    assert result.returncode != 0
+    assert "SANDBOXD_ARCHES is 'both'" in result.stderr
 
 
 def test_the_suite_needs_nothing_of_the_checkout(checkout: Path) -> None:
@@ -97,7 +152,8 @@ def test_a_build_without_a_compiler_says_what_to_install(checkout: Path) -> None
 
 
 def test_a_build_shows_what_the_compiler_said_and_leaves_the_old_binary(checkout: Path) -> None:
-    old = checkout / "sandboxd/init/sandboxd-init"
+    old = checkout / f"sandboxd/init/{HERE}/sandboxd-init"
+    old.parent.mkdir(exist_ok=True)
     old.write_text("old")
     (checkout / "sandboxd/init/init.c").write_text("int main(void) { return oops; }\n")
     result = build(checkout)
@@ -112,6 +168,31 @@ def test_a_build_without_a_source_fails(checkout: Path) -> None:
     result = build(checkout)
     assert result.returncode != 0
     assert "sandboxd/init/launch.c is missing" in result.stderr
+
+
+def test_on_another_machine_it_says_so(tmp_path: Path) -> None:
+    """``setarch`` has the kernel say that this machine is an i686."""
+    if shutil.which("setarch") is None or HERE != "x86_64":
+        pytest.skip("no setarch, or its kernel knows no other name")
+    program = "from sandboxd.init import require_programs; require_programs()"
+    result = subprocess.run(
+        ["setarch", "i686", sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert "HostUnsupported: sandboxd runs on x86_64 and aarch64" in result.stderr
+    assert "a 64-bit Python on i686" in result.stderr
+    sandboxd = str(Path(sys.executable).with_name("sandboxd"))
+    policy = str(ROOT / "policies/default.yaml")
+    for command in (["doctor"], ["policy", "check", policy], ["serve", "--state", str(tmp_path)]):
+        result = subprocess.run(
+            ["setarch", "i686", sandboxd, *command], capture_output=True, text=True, check=False, timeout=30
+        )
+        assert result.returncode != 0
+        assert "i686" in result.stdout + result.stderr
+        assert "Traceback" not in result.stderr
 
 
 def test_the_example_configuration_is_the_defaults() -> None:

@@ -19,7 +19,7 @@ from withheld_init import IS, VARIANTS, compiled, write_variants
 from withholding import AFTER, OTHER_IDS, other_root
 
 from sandboxd.engine.bundle import INIT_PATH
-from sandboxd.init import CONTAINER, LAUNCH
+from sandboxd.init import CONTAINER, LAUNCH, SOURCES
 from sandboxd.kernel import mounts
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ EDITS = (
 
 def build_container(directory: Path) -> Path:
     """Make the program and those that it starts; returns it."""
-    program = compiled(CONTAINER.with_name("container.c"), EDITS, "static _Noreturn void fail", IS)
+    program = compiled(SOURCES / "container.c", EDITS, "static _Noreturn void fail", IS)
     write_variants(program, directory, "container", [*NAMES, "privileged"])
     shutil.copy(CONTAINER, directory / "container-without-nothing")
     file = directory / "container"

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from sandboxd.init import INIT
+from sandboxd.init import SOURCES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -62,7 +62,9 @@ EDITS = (
 )
 
 
-def compiled(source: Path, edits: Sequence[tuple[str, str]], before: str, text: str) -> bytes:
+def compiled(
+    source: Path, edits: Sequence[tuple[str, str]], before: str, text: str, compiler: str = "cc"
+) -> bytes:
     """The program of an edited source, ``text`` put before ``before``."""
     code = source.read_text()
     for old, new in edits:
@@ -72,7 +74,7 @@ def compiled(source: Path, edits: Sequence[tuple[str, str]], before: str, text: 
     with TemporaryDirectory() as directory:
         edited, target = Path(directory, "edited.c"), Path(directory, "program")
         edited.write_text(code[:at] + text + code[at:])
-        subprocess.run(["cc", "-static", "-O1", "-o", target, edited], check=True, timeout=60)
+        subprocess.run([compiler, "-static", "-O1", "-o", target, edited], check=True, timeout=60)
         return target.read_bytes()
 
 
@@ -88,4 +90,4 @@ def write_variants(program: bytes, directory: Path, name: str, variants: Iterabl
 
 def build_init(directory: Path) -> None:
     """Make ``init-without-VARIANT`` for each of ``VARIANTS``."""
-    write_variants(compiled(INIT.with_name("init.c"), EDITS, BEFORE, GLOBALS), directory, "init", VARIANTS)
+    write_variants(compiled(SOURCES / "init.c", EDITS, BEFORE, GLOBALS), directory, "init", VARIANTS)

@@ -14,7 +14,7 @@ from sandboxd import canonical, errors
 from sandboxd.engine.oci import OciEngine
 from sandboxd.engine.runtime import find_runtimes
 from sandboxd.images import ImageStore
-from sandboxd.init import LAUNCH
+from sandboxd.init import LAUNCH, require_programs
 from sandboxd.kernel import mounts
 from sandboxd.kernel.cgroup import CgroupTree
 from sandboxd.kernel.notify import NotifyServer
@@ -73,7 +73,9 @@ class EngineHost(ExitStack):
     """
 
     def __init__(self, config: Config, run: Path, name: str) -> None:
+        """Raises HostUnsupported."""
         super().__init__()
+        require_programs()
         self._config = config
         self._run = run
         self.images = ImageStore(config.state / "images")

@@ -20,7 +20,14 @@ EXEC_WARM = 4  # a frame of init.c: the daemon thinks that this can be served wa
 OWN_PATH, CODE_PATH = f"/proc/self/fd/{OWN}", f"/proc/self/fd/{CODE}"
 PRELOAD = ()
 STARTED = b"\0"  # on standard output: what comes after it is the modules' own
-VERSIONS = {(3, 11)}  # whose main was compared, call by call
+# Those whose main was compared, call by call. For each LOAD_CONST, GET_ITER and SET_UPDATE, of opcode.opmap,
+# which is a module of its own
+VERSIONS = {
+    (3, 11): (0x64, 0x44, 0xA3),
+    (3, 12): (0x64, 0x44, 0xA3),
+    (3, 13): (0x53, 0x13, 0x6B),
+    (3, 14): (0x52, 0x10, 0x6D),
+}
 LARGEST = 16 << 20  # bytes of a script; above, it is hardly one, and need not be read to find that out
 BARE = set()  # the modules of an interpreter that has just started
 LC_CTYPE = os.environb.get(b"LC_CTYPE")  # set by Python itself where the locale is C (PEP 538)
@@ -41,7 +48,7 @@ def _prepare() -> str:
     os.close(OWN)
     os.environ.pop("PYTHONPATH")
     if sys.implementation.name != "cpython" or sys.version_info[:2] not in VERSIONS:
-        return "no interpreter that can be kept warm: it has to be CPython 3.11"
+        return "no interpreter that can be kept warm: it has to be CPython 3.11 to 3.14"
     if sys.getfilesystemencoding() != "utf-8":
         return "its file system encoding is not UTF-8"
     sys.modules.pop("sitecustomize")
@@ -183,7 +190,8 @@ def _reordered(code) -> bool:
 
     # LOAD_CONST before GET_ITER or SET_UPDATE; a set that is only looked into has no order
     operations = code.co_code[::2]
-    ordered = b"\x64\x44" in operations or b"\x64\xa3" in operations
+    constant, *users = VERSIONS[sys.version_info[:2]]
+    ordered = any(bytes((constant, user)) in operations for user in users)
     for value in code.co_consts:
         if isinstance(value, type(code)):
             if _reordered(value):
@@ -341,6 +349,9 @@ def _serve(argv, env, taken) -> bool:
     else:
         script = len(argv) > 1 and argv[1] not in {b"-c", b"-"}
         first = os.path.dirname(os.path.realpath(os.fsdecode(argv[1]))) if script else ""
+        kept = len(argv) > 1 and argv[1] == b"-c" and sys.version_info >= (3, 13)
+        if kept:
+            import linecache  # where main has tracebacks find the lines of the command
         if _shadowed(first):
             return False
         # "-" reads its program away, so nothing may stand in the way of it any more
@@ -349,6 +360,9 @@ def _serve(argv, env, taken) -> bool:
         if compiled is None:
             return False
         name, argv0 = found[1], found[2]
+        if kept:
+            key = compiled if sys.version_info >= (3, 14) else name
+            linecache._register_code(key, found[0] + "\n", name)
     if stat.S_ISFIFO(kinds[0]):
         _stdin()
     import posix

@@ -19,7 +19,9 @@ __all__ = ["read_filter"]
 PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_SECCOMP_GET_FILTER = 17, 0x4206, 0x4207, 0x420C
 WALL = 0x40000000  # __WALL: also a process that is no child of ours
 INSTRUCTION = 8  # bytes of a struct sock_filter
-STOP_SECONDS = 0.2  # a sleeping process stops at once; a frozen one, or one that waits in vfork(2), never
+# A sleeping process stops as soon as it is scheduled, which on a crowded host can take a while; a frozen one,
+# or one that waits in vfork(2), never. One of ours that is given up stays traced, and cannot be reaped.
+STOP_SECONDS, HOSTILE_STOP_SECONDS = 20.0, 2.0
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.restype = ctypes.c_long
@@ -37,7 +39,7 @@ def _ptrace(request: int, pid: int, address: int | None, data: object) -> int:
 def read_filter(pid: int, *, hostile: bool) -> bytes:
     """The newest filter of a process, as a ``struct sock_filter[]``. Blocks for some tens of microseconds.
 
-    ``hostile``: it may do anything to avoid it, and this may block for ``STOP_SECONDS``.
+    ``hostile``: it may do anything to avoid it, and this may block for ``HOSTILE_STOP_SECONDS``.
 
     Raises OSError: EPERM, EACCES, EINVAL, EIO or ENOSYS where this host or this process cannot do it
     (EPERM also while somebody else traces it), ENOENT when there is no filter, ESRCH when there is no
@@ -45,21 +47,21 @@ def read_filter(pid: int, *, hostile: bool) -> bytes:
     """
     found: list[bytes | OSError] = []
     if hostile:
-        tracer = threading.Thread(target=lambda: found.append(_read(pid)))
+        tracer = threading.Thread(target=lambda: found.append(_read(pid, HOSTILE_STOP_SECONDS)))
         tracer.start()
         tracer.join()
     else:
-        found.append(_read(pid))
+        found.append(_read(pid, STOP_SECONDS))
     if isinstance(found[0], OSError):
         raise found[0]
     return found[0]
 
 
-def _read(pid: int) -> bytes | OSError:
+def _read(pid: int, patience: float) -> bytes | OSError:
     try:
         _ptrace(PTRACE_SEIZE, pid, None, None)
         _ptrace(PTRACE_INTERRUPT, pid, None, None)
-        _until_stopped(pid)
+        _until_stopped(pid, patience)
         length = _ptrace(PTRACE_SECCOMP_GET_FILTER, pid, 0, None)
         program = ctypes.create_string_buffer(length * INSTRUCTION)
         _ptrace(PTRACE_SECCOMP_GET_FILTER, pid, 0, program)
@@ -69,8 +71,8 @@ def _read(pid: int) -> bytes | OSError:
     return program.raw
 
 
-def _until_stopped(pid: int) -> None:
-    limit = time.monotonic() + STOP_SECONDS
+def _until_stopped(pid: int, patience: float) -> None:
+    limit = time.monotonic() + patience
     while True:
         found, status = os.waitpid(pid, os.WNOHANG | WALL)
         if found and os.WIFSTOPPED(status):

@@ -18,7 +18,7 @@ try:
 except RuntimeError as error:  # it looks for the shared library when it is imported
     raise HostUnsupported("libseccomp.so.2 is not installed; Debian: apt-get install libseccomp2") from error
 
-__all__ = ["ARCHES", "UNFILTERED", "X32_BIT", "Arch", "arch_of", "foreign_name", "native"]
+__all__ = ["ARCHES", "UNFILTERED", "X32_BIT", "Arch", "arch_of", "foreign_name", "machine_with", "native"]
 
 X32_BIT = 0x40000000
 LAST = 1023  # far above any number in use; tables are dense
@@ -92,8 +92,21 @@ def arch_of(machine: str) -> Arch:
 
 
 def native() -> Arch:
-    """The architecture that this process runs on. Raises ValueError as ``arch_of``."""
-    return arch_of(platform.machine())
+    """The architecture that this process runs on. Raises HostUnsupported for one without a filter."""
+    try:
+        return arch_of(platform.machine())
+    except ValueError as error:
+        raise HostUnsupported(f"{error}, where sandboxd runs") from None
+
+
+def machine_with(name: str) -> str:
+    """This machine, or another one where only that has the call: arm64 has none of the oldest (``vfork``).
+
+    So an example of a policy holds everywhere or nowhere. Raises HostUnsupported as ``native``.
+    """
+    here = native()
+    others = (machine for machine in ARCHES if name in arch_of(machine).numbers)
+    return here.machine if name in here.numbers else next(others, here.machine)
 
 
 def foreign_name(audit: int, number: int) -> tuple[str, str]:

@@ -39,7 +39,7 @@ class ExampleError(ValueError):
 
 
 def _syscall(name: str, words: list[str]) -> Verdict:
-    from sandboxd.policy import seccomp  # noqa: PLC0415, its tables are large: load when first asked
+    from sandboxd.policy import abi, seccomp  # noqa: PLC0415, their tables are large: load when first asked
 
     if name not in seccomp.known_syscalls():
         raise ExampleError(f"unknown system call {name!r}{nearest(name, sorted(seccomp.known_syscalls()))}")
@@ -49,8 +49,10 @@ def _syscall(name: str, words: list[str]) -> Verdict:
     if any(arg >= 2**64 for arg in args):
         raise ExampleError("an argument of a system call has 64 bits")
 
+    machine = abi.machine_with(name)
+
     def verdict(policy: Policy) -> tuple[bool, str]:
-        answer = seccomp.compile_filter(policy.syscalls).judge(name, args or None)
+        answer = seccomp.compile_filter(policy.syscalls, machine).judge(name, args or None)
         return answer == "allow", f"the filter answers {answer}"
 
     return verdict

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sandboxd.engine import bundle
-from sandboxd.policy import ExampleError, filesystem, judge, load_policies, shipped_policies
+from sandboxd.policy import ExampleError, abi, filesystem, judge, load_policies, seccomp, shipped_policies
 
 SHIPPED = load_policies([shipped_policies()])
 
@@ -138,3 +138,21 @@ def test_examples_are_not_inherited(folder: Any) -> None:
     folder.write("q", "extends: p\nsyscalls: {allow: [ptrace]}\n")
     assert folder.codes() == []
     assert folder.load().get("q").spec.examples.denies == ()
+
+
+def test_a_call_that_one_machine_lacks_is_judged_by_the_filter_of_the_other() -> None:
+    """So a policy that is in force on x86-64 is in force on arm64."""
+    assert "vfork" not in abi.arch_of("aarch64").numbers
+    assert abi.machine_with("vfork") == "x86_64"
+    assert abi.machine_with("openat") == abi.native().machine
+    build = SHIPPED.get("build")
+    assert judge(build, "syscall vfork")[0]
+    for text, allowed in [
+        *((text, True) for text in build.spec.examples.allows),
+        *((text, False) for text in build.spec.examples.denies),
+    ]:
+        kind, _, name = text.partition(" ")
+        for machine, audit in abi.ARCHES.items():
+            if kind == "syscall" and name in abi.arch_of(machine).numbers:
+                answer = seccomp.compile_filter(build.syscalls, machine).judge(name)
+                assert (answer == "allow") == allowed, (text, machine, audit)

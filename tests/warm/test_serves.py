@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import opcode
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandboxd.init.warm import ACTING, serves
+from sandboxd.init.warm import ACTING, RUNNER, serves
 from sandboxd.plan import Warm
 
 ENV = {"PATH": "/usr/bin", "LANG": "C.UTF-8", "PYTHONUTF8": "1", "SAID": "policy"}
@@ -74,3 +78,18 @@ def test_what_the_interpreter_reads_is_never_another(more: dict[str, str]) -> No
     env = {**ENV, **more}
     if serves(WARM, [b"python3"], env):
         assert {k: v for k, v in env.items() if k.startswith("PYTHON")} == {"PYTHONUTF8": "1"}
+
+
+def test_the_runner_knows_the_instructions_of_this_python() -> None:
+    """Of the one that runs the tests: ``scripts/matrix`` runs them with each."""
+    (versions,) = (
+        ast.literal_eval(statement.value)
+        for statement in ast.parse(RUNNER.read_text()).body
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "VERSIONS"
+    )
+    names = ("LOAD_CONST", "GET_ITER", "SET_UPDATE")
+    assert versions[sys.version_info[:2]] == tuple(opcode.opmap[name] for name in names)
+    for program in ("for each in {9, 1}: pass", "{1, 2, 3, 4, 5}"):
+        operations = compile(program, "", "exec").co_code[::2]
+        constant, *users = versions[sys.version_info[:2]]
+        assert any(bytes((constant, user)) in operations for user in users)
