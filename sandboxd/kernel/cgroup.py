@@ -234,7 +234,7 @@ class CgroupTree:
             for hierarchy in host.used:
                 os.makedirs(tree._top(hierarchy), exist_ok=True)
             if host.version == 2:
-                _enable(tree._top(host.used[0]), host.controllers)
+                _enable(tree._top(host.used[0]), tree.controllers)
         except OSError as error:
             tree.close()
             raise errors.HostUnsupported(
@@ -257,6 +257,7 @@ class CgroupTree:
         own = hierarchy.path_of(hierarchy.own)
         base = os.path.dirname(own) if os.path.basename(own) == LEAF and own != hierarchy.mount else own
         self._places[hierarchy.mount] = base
+        self._keep_delegated(base)
         # Only the real root has no cgroup.type; processes may stay there.
         if not os.path.exists(f"{base}/cgroup.type") or self._enabled(base):
             _enable(base, self.controllers)
@@ -273,7 +274,14 @@ class CgroupTree:
             if error.errno not in {errno.EBUSY, errno.ENOENT} or base == hierarchy.mount:
                 raise
             self._places[hierarchy.mount] = hierarchy.mount
+            self.controllers = self._host.controllers
             _enable(hierarchy.mount, self.controllers)
+
+    def _keep_delegated(self, directory: str) -> None:
+        """Do without an optional controller that stops above a cgroup which was given all that are needed."""
+        given = frozenset((cgroupfs.read_or_none(f"{directory}/cgroup.controllers") or "").split())
+        if given.issuperset(cgroupfs.REQUIRED_V2):
+            self.controllers &= given
 
     def _enabled(self, directory: str) -> bool:
         passed = cgroupfs.read_or_none(f"{directory}/cgroup.subtree_control") or ""
