@@ -147,9 +147,9 @@ class OciEngine:
 
     async def kill(self, slot: Slot) -> None:
         """End every process of the slot; its files stay readable until ``destroy``."""
-        slot.cgroup.thaw_and_unthrottle()
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(slot.init_pidfd, signal.SIGKILL)
+        slot.cgroup.kill_at_once()
         with anyio.move_on_after(DEATH_TIMEOUT) as scope:
             await anyio.wait_readable(slot.init_pidfd)
         if scope.cancelled_caught:

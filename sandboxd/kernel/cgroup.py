@@ -143,7 +143,16 @@ class Cgroup:
         self.peak_is_resettable = self._files.reset_peak()
 
     def thaw_and_unthrottle(self) -> None:
-        """Thaw every process and lift the CPU quota, before a kill: else it takes seconds, or for ever."""
+        """Thaw every process and lift the CPU quota: else who was killed takes seconds, or for ever."""
+        self._files.thaw_and_unthrottle()
+
+    def kill_at_once(self) -> None:
+        """Kill every process in one step, on v2; then let all run, to their end. Does not wait for it.
+
+        The quota is lifted after the signal: whoever is ended for its CPU time does not get more of it. On v1
+        whoever calls has killed PID 1 before.
+        """
+        self._files.kill_all()
         self._files.thaw_and_unthrottle()
 
     def kill(self) -> None:
@@ -152,7 +161,6 @@ class Cgroup:
         Blocks: some ms, up to 30 s for a stuck kernel, then raises HostFailed. Signals go through pidfds
         that were checked against the cgroup after they were opened, so a reused pid is never hit.
         """
-        self.thaw_and_unthrottle()
         limit, passes = time.monotonic() + KILL_SECONDS, 0
         while True:
             pids = self.processes()
@@ -167,6 +175,8 @@ class Cgroup:
             if passes or not self._files.kill_all():
                 for pid in pids:
                     self._kill_one(pid)
+            if not passes:
+                self.thaw_and_unthrottle()
             passes += 1
             time.sleep(POLL_SECONDS)
 

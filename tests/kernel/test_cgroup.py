@@ -199,6 +199,22 @@ def test_the_cpu_limit_holds(cgroup: Cgroup) -> None:
         assert cgroup.read_limits()["cpu"][0] == "max"
 
 
+def test_whoever_is_killed_gets_no_more_cpu(cgroup: Cgroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    thaw = cgroup.thaw_and_unthrottle
+
+    def long_before_all_else() -> None:
+        thaw()
+        time.sleep(0.5)
+
+    monkeypatch.setattr(cgroup, "thaw_and_unthrottle", long_before_all_else)
+    cgroup.set(CgroupLimits(memory=64 * MIB, pids=20, cpus=20))
+    with inside(cgroup, "import os\nfor _ in range(3): os.fork()\nwhile True: pass"):
+        time.sleep(0.5)
+        before = cgroup.cpu_total()
+        cgroup.kill()
+        assert cgroup.cpu_total() - before < 100_000
+
+
 def test_remove_says_what_is_in_the_way_and_may_be_called_twice(cgroup: Cgroup) -> None:
     with inside(cgroup, "import time; time.sleep(60)") as process:
         with pytest.raises(errors.HostFailed, match="is busy") as caught:
