@@ -64,7 +64,7 @@ class Daemon:
 
     def client(self, timeout: float = 100.0) -> Client:
         """A client of this daemon."""
-        return Client(self.socket, timeout=timeout)
+        return Client(self.socket, timeout=timeout * PATIENCE)
 
     def run(self, *argv: str, policy: str = "default", **options: object) -> Invocation:
         """Run a command and wait for its end."""
@@ -78,7 +78,7 @@ class Daemon:
             [RUN_IN_SANDBOX, "--socket", self.socket, *argv],
             input=stdin,
             capture_output=True,
-            timeout=timeout,
+            timeout=timeout * PATIENCE,
             check=False,
         )
 
@@ -93,7 +93,7 @@ class Daemon:
         """Stop it and return its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=60 * PATIENCE)
 
 
 @contextmanager
