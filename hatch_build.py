@@ -6,9 +6,9 @@ wheel is tagged for both. With ``SANDBOXD_ARCHES=all``, as a release is built, t
 
 Compilers are what ``CC`` and ``CC_MACHINE`` name, with the arguments they hold
 (``CC_aarch64="zig cc -target aarch64-linux-musl"``), else ``musl-gcc`` where it is, or ``cc``, and
-``MACHINE-linux-gnu-gcc``. Programs of glibc, static ones too, ask an x86-64 processor for its caches before they
-begin, by an instruction that a virtual machine has to emulate: to start one takes half a millisecond there, one
-of musl's a tenth.
+``MACHINE-linux-gnu-gcc``. Programs of glibc, static ones too, ask an x86-64 processor for its caches before
+they begin, by an instruction that a virtual machine has to emulate: to start one takes half a millisecond
+there, one of musl's a tenth.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _compiler(machine: str, *, native: bool) -> list[str]:
         return [f"{machine}-linux-gnu-gcc"]
     if shutil.which("musl-gcc") is None:
         return ["cc"]
-    headers = ("/usr/include", f"/usr/include/{machine}-linux-gnu")  # the kernel's, which are not among musl's
+    headers = ("/usr/include", f"/usr/include/{machine}-linux-gnu")  # of the kernel: musl has none
     return ["musl-gcc", *(word for directory in headers for word in ("-idirafter", directory))]
 
 

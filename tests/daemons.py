@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 SANDBOXD = Path(sys.executable).with_name("sandboxd")
 RUN_IN_SANDBOX = Path(sys.executable).with_name("run-in-sandbox")
 IMAGES = Path(os.environ.get("SANDBOXD_TEST_STATE", "/var/lib/sandboxd-test")) / "images"
-READY_SECONDS = 20.0
+PATIENCE = float(os.environ.get("SANDBOXD_TEST_PATIENCE", "1"))
+"""How many times longer than usual to wait for what has to happen: on a machine that is emulated, some."""
+READY_SECONDS = 20.0 * PATIENCE
 # Most tests count containers, so none waits for them; those of the pool configure one.
 POOLED = os.environ.get("SANDBOXD_TEST_POOL") == "1"
 POOL = "pool: {min: 2, max: 4}\n" if POOLED else "pool: {min: 0, max: 0}\n"
@@ -62,7 +64,7 @@ class Daemon:
 
     def client(self, timeout: float = 100.0) -> Client:
         """A client of this daemon."""
-        return Client(self.socket, timeout=timeout)
+        return Client(self.socket, timeout=timeout * PATIENCE)
 
     def run(self, *argv: str, policy: str = "default", **options: object) -> Invocation:
         """Run a command and wait for its end."""
@@ -76,7 +78,7 @@ class Daemon:
             [RUN_IN_SANDBOX, "--socket", self.socket, *argv],
             input=stdin,
             capture_output=True,
-            timeout=timeout,
+            timeout=timeout * PATIENCE,
             check=False,
         )
 
@@ -105,7 +107,7 @@ class Daemon:
         """Stop it and return its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=60 * PATIENCE)
 
 
 @contextmanager
@@ -208,9 +210,9 @@ def slots_of(daemon: Daemon) -> list[str]:
 
 def until(condition: Callable[[], object], what: str, seconds: float = 15.0) -> None:
     """Wait for a condition, or fail."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + seconds * PATIENCE
     while not condition():
-        assert time.monotonic() < end, f"{what}, not within {seconds:g} s"
+        assert time.monotonic() < end, f"{what}, not within {seconds * PATIENCE:g} s"
         time.sleep(0.02)
 
 

@@ -21,9 +21,9 @@ DEATH_TIMEOUT = 30.0  # seconds until a killed container must be gone
 
 async def kill(slot: Slot) -> None:
     """End every process of the slot; its files stay readable. Raises EngineFailed when it does not die."""
-    slot.cgroup.thaw_and_unthrottle()
     with suppress(ProcessLookupError):
         signal.pidfd_send_signal(slot.init_pidfd, signal.SIGKILL)
+    slot.cgroup.kill_at_once()
     with anyio.move_on_after(DEATH_TIMEOUT) as scope:
         await anyio.wait_readable(slot.init_pidfd)
     if scope.cancelled_caught:

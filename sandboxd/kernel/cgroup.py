@@ -160,7 +160,16 @@ class Cgroup:
         self.peak_is_resettable = self._files.reset_peak()
 
     def thaw_and_unthrottle(self) -> None:
-        """Thaw every process and lift the CPU quota, before a kill: else it takes seconds, or for ever."""
+        """Thaw every process and lift the CPU quota: else who was killed takes seconds, or for ever."""
+        self._files.thaw_and_unthrottle()
+
+    def kill_at_once(self) -> None:
+        """Kill every process in one step, on v2; then let all run, to their end. Does not wait for it.
+
+        The quota is lifted after the signal: whoever is ended for its CPU time does not get more of it. On v1
+        whoever calls has killed PID 1 before.
+        """
+        self._files.kill_all()
         self._files.thaw_and_unthrottle()
 
     def kill(self) -> None:
@@ -169,7 +178,6 @@ class Cgroup:
         Blocks: some ms, up to 30 s for a stuck kernel, then raises HostFailed. Signals go through pidfds
         that were checked against the cgroup after they were opened, so a reused pid is never hit.
         """
-        self.thaw_and_unthrottle()
         limit, passes = time.monotonic() + KILL_SECONDS, 0
         while True:
             pids = self.processes()
@@ -184,6 +192,8 @@ class Cgroup:
             if passes or not self._files.kill_all():
                 for pid in pids:
                     self._kill_one(pid)
+            if not passes:
+                self.thaw_and_unthrottle()
             passes += 1
             time.sleep(POLL_SECONDS)
 
@@ -251,7 +261,7 @@ class CgroupTree:
             for hierarchy in host.used:
                 os.makedirs(tree._top(hierarchy), exist_ok=True)
             if host.version == 2:
-                _enable(tree._top(host.used[0]), host.controllers)
+                _enable(tree._top(host.used[0]), tree.controllers)
         except OSError as error:
             tree.close()
             raise errors.HostUnsupported(
@@ -274,6 +284,7 @@ class CgroupTree:
         own = hierarchy.path_of(hierarchy.own)
         base = os.path.dirname(own) if os.path.basename(own) == LEAF and own != hierarchy.mount else own
         self._places[hierarchy.mount] = base
+        self._keep_delegated(base)
         # Only the real root has no cgroup.type; processes may stay there.
         if not os.path.exists(f"{base}/cgroup.type") or self._enabled(base):
             _enable(base, self.controllers)
@@ -290,7 +301,14 @@ class CgroupTree:
             if error.errno not in {errno.EBUSY, errno.ENOENT} or base == hierarchy.mount:
                 raise
             self._places[hierarchy.mount] = hierarchy.mount
+            self.controllers = self._host.controllers
             _enable(hierarchy.mount, self.controllers)
+
+    def _keep_delegated(self, directory: str) -> None:
+        """Do without an optional controller that stops above a cgroup which was given all that are needed."""
+        given = frozenset((cgroupfs.read_or_none(f"{directory}/cgroup.controllers") or "").split())
+        if given.issuperset(cgroupfs.REQUIRED_V2):
+            self.controllers &= given
 
     def _enabled(self, directory: str) -> bool:
         passed = cgroupfs.read_or_none(f"{directory}/cgroup.subtree_control") or ""

@@ -121,7 +121,10 @@ class FilesV2:
         return keyed(read(f"{self._dir}/memory.events")).get("max", 0)
 
     def pids_denied(self) -> int:
-        """Forks that failed at the pids limit."""
+        """Forks that failed at the pids limit; before Linux 6.12 also those at a limit above (``TasksMax=``).
+
+        ``pids.events.local`` would say the same: nothing makes a cgroup below that of a slot.
+        """
         return keyed(read(f"{self._dir}/pids.events")).get("max", 0)
 
     def reset_peak(self) -> bool:

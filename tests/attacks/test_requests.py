@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from daemons import PATIENCE
 
 from sandboxd import canonical, errors
 from sandboxd.api import body
@@ -37,7 +38,7 @@ def test_a_body_of_very_many_values_is_refused_before_it_is_parsed(value: bytes)
     before, began = peak(), time.monotonic()
     with pytest.raises(errors.InvalidRequest, match="values"):
         body.parse_json(text)
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 1.0 * PATIENCE
     assert peak() - before < 4 * len(text)
 
 
@@ -63,7 +64,7 @@ def test_thousands_of_deep_input_paths_do_not_become_millions_of_directories() -
     before, began = peak(), time.monotonic()
     with pytest.raises(errors.RequestTooWide, match="inodes"):
         plan(request)
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 2.0 * PATIENCE
     assert peak() - before < 64 * MEBI
 
 

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from daemons import RUN_IN_SANDBOX
+from daemons import PATIENCE, RUN_IN_SANDBOX
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,7 +73,7 @@ def test_a_signal_to_the_caller_cancels(daemon: Daemon, number: int) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == b"on\n"
         process.send_signal(number)
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=20 * PATIENCE)
     assert process.returncode == 130, said
 
 
@@ -91,7 +91,7 @@ def test_a_caller_that_is_killed_takes_its_call_along(daemon: Daemon) -> None:
             time.sleep(0.02)
         process.kill()
     (call,) = client.list(label=label).invocations
-    ended = client.wait(call.id, timeout=10)
+    ended = client.wait(call.id, timeout=10 * PATIENCE)
     assert ended.outcome is not None
     assert ended.outcome.cause == "cancelled"
 

@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from daemons import PATIENCE
 
 from sandboxd import errors
 from sandboxd.models import Bytes, Cause, Input
@@ -168,7 +169,7 @@ def test_calls_that_are_cancelled_at_any_moment(daemon: Daemon) -> None:
         call = client.start(["sh", "-c", "sleep 5"])
         time.sleep(step * 0.004)
         client.cancel(call.id)
-        ended = client.wait(call.id, timeout=10)
+        ended = client.wait(call.id, timeout=10 * PATIENCE)
         assert ended.outcome is not None
         assert ended.outcome.cause is Cause.CANCELLED, (step, ended.outcome)
 

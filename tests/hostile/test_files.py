@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from daemons import PATIENCE
 
 from sandboxd import errors
 from sandboxd.artifacts import decode_path
@@ -56,7 +57,7 @@ def test_a_million_files_end_at_the_limit_of_inodes(daemon: Daemon, programs: Pr
     made, number = text(found).split()
     assert number == "ENOSPC"
     assert 19_000 < int(made) < 20_000
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 30 * PATIENCE
 
 
 def test_a_million_files_in_tmp(daemon: Daemon, programs: Programs) -> None:
@@ -74,7 +75,7 @@ def test_as_many_files_as_fit_are_too_many_to_collect(daemon: Daemon, programs: 
     assert found.withheld[-1].path == "."
     assert found.withheld[-1].reason == "too_many"
     assert len(found.withheld) < 1100
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 30 * PATIENCE
 
 
 def test_a_sparse_terabyte_is_not_collected_and_not_read(daemon: Daemon) -> None:
@@ -85,7 +86,7 @@ def test_a_sparse_terabyte_is_not_collected_and_not_read(daemon: Daemon) -> None
     assert text(ended(found)).split() == [str(2**40), "0", "huge"]
     assert released == {b"fine": 4 * 2**20}
     assert withheld[b"huge"] == "too_large"
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 10 * PATIENCE
 
 
 def test_names_are_bytes(daemon: Daemon, tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_a_deep_tree(daemon: Daemon, programs: Programs) -> None:
     assert text(ended(found)) == "3000 0\n"
     assert b"files" in released
     assert set(withheld.values()) <= {"name"}
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 30 * PATIENCE
 
 
 def test_only_regular_files_are_released(daemon: Daemon) -> None:

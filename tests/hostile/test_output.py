@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import psutil
+from daemons import PATIENCE
 
 from sandboxd.models import Cause
 
@@ -150,7 +151,7 @@ def test_a_reader_that_goes_away_cancels_its_call(daemon: Daemon) -> None:
     with client.stream(["sh", "-c", "yes"], limits={"wall": "30s"}) as stream:
         call = next(stream).id
         assert call is not None
-    assert client.wait(call, timeout=10).outcome is not None
+    assert client.wait(call, timeout=10 * PATIENCE).outcome is not None
     outcome = client.get(call).outcome
     assert outcome is not None
     assert outcome.cause is Cause.CANCELLED
@@ -167,7 +168,7 @@ def test_many_stalled_readers_of_one_call(daemon: Daemon) -> None:
         heads = [len(next(body)) for body in bodies]
         for one in events:
             assert next(one).type == "accepted"
-        ended(client.wait(call.id, timeout=60))
+        ended(client.wait(call.id, timeout=60 * PATIENCE))
         assert process.memory_info().rss - before < MAX_RESIDENT_GROWTH
         assert heads[-1] + sum(map(len, bodies[-1])) == 50 * 2**20
 

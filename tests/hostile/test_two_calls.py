@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from daemons import PATIENCE
 
 from sandboxd.models import Cause
 
@@ -61,7 +62,7 @@ def resident(daemon: Daemon, programs: Programs) -> Iterator[str]:
         yield call.id
     finally:
         client.cancel(call.id)
-        client.wait(call.id, timeout=10)
+        client.wait(call.id, timeout=10 * PATIENCE)
 
 
 def test_two_calls_at_once(daemon: Daemon, programs: Programs) -> None:
@@ -93,7 +94,7 @@ def test_calls_at_once_have_ids_and_namespaces_of_their_own(daemon: Daemon) -> N
     client = daemon.client()
     calls = [client.start(["sleep", "0.5"]) for _ in range(4)]
     for call in calls:
-        client.wait(call.id, timeout=20)
+        client.wait(call.id, timeout=20 * PATIENCE)
     receipts = [receipt(daemon, call.id) for call in calls]
     for name in ("user_namespace_uids", "pid_namespace", "ipc_namespace", "mnt_namespace", "uts_namespace"):
         assert len({one[name] for one in receipts}) == len(calls), name
@@ -125,6 +126,6 @@ def test_a_call_does_not_wait_for_another(daemon: Daemon) -> None:
     slow = client.start(["sleep", "20"])
     began = time.monotonic()
     assert text(daemon.run("echo", "quick")) == "quick\n"
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 3 * PATIENCE
     client.cancel(slow.id)
-    client.wait(slow.id, timeout=10)
+    client.wait(slow.id, timeout=10 * PATIENCE)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 import pytest
-from daemons import needs_containers
+from daemons import PATIENCE, needs_containers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parked import ENV, LONG, SETUP, UID, heard, init, parked
@@ -95,7 +95,7 @@ def test_the_deadline_ends_everything_by_itself() -> None:
     said, _ = run([b"sleep", b"1000"], deadline=300_000)
     assert said[0] == Started()
     assert isinstance(said[1], Gone)
-    assert 0.25 < time.monotonic() - began < 5
+    assert 0.25 < time.monotonic() - began < 5 * PATIENCE
 
 
 def test_when_the_daemon_goes_everything_dies() -> None:
@@ -110,7 +110,7 @@ def test_when_the_daemon_goes_everything_dies() -> None:
         slot.control.close()
         assert os.read(read, 1) == b""  # the end of file: nobody holds the other end any more
         os.close(read)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 2 * PATIENCE
         assert slot.process.wait(5) != 0
 
 

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import daemons
 import pytest
 
+from sandboxd.engine.host import instance_name
 from sandboxd.kernel import cgroupfs
 
 if TYPE_CHECKING:
@@ -96,6 +98,46 @@ finally:
 print("done")
 """
     assert run(top, run_token, code) == "done\n"
+
+
+def test_an_optional_controller_that_stops_above_is_done_without(top: Path, run_token: str) -> None:
+    """A unit with ``Delegate=cpu memory pids`` is a place like any other; its slots have no disk rates."""
+    if "io" not in (top.parent / "cgroup.controllers").read_text().split():
+        pytest.skip("the io controller of this host is not on cgroup v2")
+    unit = top / "unit"
+    unit.mkdir()
+    (top / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in controllers_of(top)))
+    code = """
+cgroupfs.OPTIONAL_V2 = ("io",)
+tree = CgroupTree.open(name)
+assert tree.place == top, tree.place
+assert tree.controllers == set(controllers.split()), tree.controllers
+tree.close()
+print("done")
+"""
+    assert run(unit, run_token, code) == "done\n"
+
+
+def test_the_containers_of_a_delegated_daemon_are_below_its_unit(
+    top: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cgroupfs.detect().version != 2:
+        pytest.skip("this host limits containers by cgroup v1")
+    started = tmp_path / "sandboxd"
+    started.write_text(f'#!/bin/sh\necho 0 >{top}/cgroup.procs && exec {daemons.SANDBOXD} "$@"\n')
+    started.chmod(0o755)
+    monkeypatch.setattr(daemons, "SANDBOXD", started)
+    with daemons.start_daemon(tmp_path) as daemon:
+        assert (top / "daemon" / "cgroup.procs").read_text() == f"{daemon.process.pid}\n"
+        call = daemon.run("sh", "-c", "sleep 0.1; exit 3", policy="host")
+        assert call.outcome is not None
+        assert call.outcome.exit_code == 3
+        assert call.receipt is not None
+        read_from = {control.name: control.read_from for control in call.receipt.controls}
+        tree = top / f"sandboxd-{instance_name(daemon.state)}"
+        assert Path(read_from["memory"]).parents[1] == tree
+        daemon.stop()
+        assert not tree.exists()
 
 
 def test_a_slot_is_killed_in_one_step(top: Path, run_token: str) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from daemons import PATIENCE
 
 from sandboxd.kernel import notify
 from sandboxd.kernel.notify import LUMPED, MAX_DISTINCT, DeniedCall, Listener, NotifyServer
@@ -243,7 +244,7 @@ print(time.monotonic() - start)
         took = time.monotonic() - start
         rate, spent = (served() - before) / took, (time.process_time() - cpu) / took
     assert rate < notify.LISTENER_RATE * 1.5
-    assert spent < 0.5
+    assert spent < 0.5 or PATIENCE > 1  # the rate is the same there, and each costs more
     assert elapsed < 1
 
 

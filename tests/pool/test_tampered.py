@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from daemons import POLICIES, slots_of, until, waited
+from daemons import PATIENCE, POLICIES, slots_of, until, waited
 from waiting import filled, processes
 
 from sandboxd.models import Cause
@@ -74,7 +74,7 @@ def test_a_slot_that_is_killed_while_it_runs_ends_its_call(pooled: Daemon, victi
     [slot] = [slot.id for slot in client.slots() if slot.state == "running" and slot.id in slots]
     pids = processes(pooled)[slot or ""]
     os.kill(min(pids) if victim == "init" else max(pids), signal.SIGKILL)
-    found = client.wait(call.id, timeout=30)
+    found = client.wait(call.id, timeout=30 * PATIENCE)
     assert found.outcome is not None
     assert found.outcome.cause is (Cause.FAILED if victim == "init" else Cause.SIGNALLED), found.outcome
     until(lambda: slot not in {one.id for one in client.slots()}, "the slot is destroyed")

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from daemons import berths_of, until
+from daemons import PATIENCE, berths_of, until
 
 from sandboxd.engine.host import instance_name
 
@@ -45,7 +45,7 @@ def test_a_lost_pid_1_is_a_failure_of_ours(daemon: Daemon) -> None:
     until(lambda: (out := client.get(call.id).stdout) and out.size, "it has said something")
     [pid] = inits(daemon)
     os.kill(pid, signal.SIGKILL)
-    found = client.wait(call.id, timeout=20)
+    found = client.wait(call.id, timeout=20 * PATIENCE)
     assert found.outcome is not None
     assert found.outcome.cause == "failed"
     assert found.outcome.error is not None
@@ -91,7 +91,7 @@ def test_signals_amid_a_large_hand_over_do_not_mix_with_it(daemon: Daemon) -> No
         return client.get(call.id).state == "ended"
 
     until(signalled, "the command runs")
-    found = client.wait(call.id, timeout=20)
+    found = client.wait(call.id, timeout=20 * PATIENCE)
     assert found.outcome is not None
     assert found.outcome.cause == "signalled", found.outcome
 
