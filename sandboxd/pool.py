@@ -100,6 +100,10 @@ class Pool:
         """What the engine says."""
         return await self._engine.probe()
 
+    def check(self, shape: Shape) -> None:
+        """What the engine says."""
+        self._engine.check(shape)
+
     async def create(
         self, shape: Shape, *, warm: bool = True, waiting: bool = True, memory: int | None = None
     ) -> Slot:

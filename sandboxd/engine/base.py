@@ -95,6 +95,10 @@ class Engine(Protocol):
         """Run a real container and say what this host can enforce."""
         ...
 
+    def check(self, shape: Shape) -> None:
+        """Raise ControlNotSupported, which names the control, for a shape that it cannot make here."""
+        ...
+
     async def create(self, shape: Shape, *, warm: bool = True) -> Slot:
         """A container of this shape: init connected, the tool process parked before ``execve``.
 

@@ -22,6 +22,7 @@ from sandboxd.kernel.userns import UserNamespaces
 
 if TYPE_CHECKING:
     from sandboxd.config import Config
+    from sandboxd.engine.docker import DockerEngine
 
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 """Those that a runtime takes from its own ``/dev`` when it cannot make them: OCI config-linux.md."""
@@ -76,7 +77,9 @@ class EngineHost(ExitStack):
         super().__init__()
         self._config = config
         self._run = run
+        self._name = name
         self.images = ImageStore(config.state / "images")
+        """Of the engine that was opened."""
         self.callback(leave_private_mounts, run)
         self.cgroups = CgroupTree.open(name)
         self.callback(self.cgroups.close)
@@ -106,19 +109,50 @@ class EngineHost(ExitStack):
             for found in find_runtimes(self._config.runtime)
         ]
 
-    async def open_engine(self) -> OciEngine:
-        """The first engine that makes a real container here. Raises HostUnsupported, ConfigInvalid."""
-        if self._config.engine == "docker":
-            raise errors.ConfigInvalid("engine: docker is not in this version; write `engine: oci` or `auto`")
-        tried = []
-        for engine in self.engines():
-            with ExitStack() as stack:
-                stack.enter_context(engine)
-                capabilities = await engine.probe()
-                if capabilities.usable:
-                    self.push(stack.pop_all())
+    def docker_engine(self) -> DockerEngine:
+        """The Docker Engine of the configuration, which nothing was asked of yet."""
+        from sandboxd.engine.docker import DockerEndpoint, DockerEngine, DockerImages  # noqa: PLC0415  (slow)
+
+        endpoint = DockerEndpoint(self._config.docker.socket)
+        images = DockerImages(self._config.state, endpoint, self._name)
+        return DockerEngine(
+            endpoint,
+            instance=self._name,
+            images=images,
+            cgroups=self.cgroups,
+            notify=self.notify,
+            runtime=self._config.docker.runtime,
+        )
+
+    async def open_engine(self) -> OciEngine | DockerEngine:
+        """The first engine that makes a real container here. Raises HostUnsupported.
+
+        ``auto`` takes an OCI runtime where one works, else the Docker Engine.
+        """
+        tried: list[str] = []
+        if self._config.engine != "docker":
+            try:
+                engines = self.engines()
+            except errors.HostUnsupported as error:
+                engines, tried = [], [str(error)]
+            for engine in engines:
+                if await self._works(engine, tried):
                     return engine
-            tried += [
-                f"{engine.runtime.name}: {check.found}" for check in capabilities.checks if not check.ok
-            ]
-        raise errors.HostUnsupported("no OCI runtime makes a container here: " + "; ".join(tried))
+        if self._config.engine != "oci":
+            docker = self.docker_engine()
+            if await self._works(docker, tried):
+                self.images = docker.images
+                return docker
+        raise errors.HostUnsupported("no engine makes a container here: " + "; ".join(tried))
+
+    async def _works(self, engine: OciEngine | DockerEngine, tried: list[str]) -> bool:
+        """Whether it makes a container: then it stays open; else ``tried`` says why not."""
+        with ExitStack() as stack:
+            stack.enter_context(engine)
+            capabilities = await engine.probe()
+            if capabilities.usable:
+                self.push(stack.pop_all())
+                return True
+        name = engine.runtime.name if engine.name == "oci" else engine.name
+        tried += [f"{name}: {check.found}" for check in capabilities.checks if not check.ok]
+        return False

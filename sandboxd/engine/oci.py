@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import anyio
@@ -26,6 +24,7 @@ import anyio.to_thread
 from sandboxd import errors
 from sandboxd.engine.base import Capabilities, Check, Slot
 from sandboxd.engine.berth import Berth, Berths
+from sandboxd.engine.parking import parked_process, whole_disk
 from sandboxd.engine.presented import SlotMounts
 from sandboxd.engine.warming import Warming
 from sandboxd.init import warm as warming
@@ -35,9 +34,11 @@ from sandboxd.kernel.orphans import end_process, reap, reap_orphans
 from sandboxd.policy import seccomp
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sandboxd.engine.runtime import Runtime
     from sandboxd.images import Image, ImageStore
-    from sandboxd.kernel.cgroup import Cgroup, CgroupTree
+    from sandboxd.kernel.cgroup import CgroupTree
     from sandboxd.kernel.notify import Listener, NotifyServer
     from sandboxd.kernel.userns import UserNamespaces
     from sandboxd.plan import Limits, Shape, Warm
@@ -46,7 +47,6 @@ __all__ = ["OciEngine", "cgroup_limits", "rlimits"]
 
 WARM_TIMEOUT = 20.0  # seconds for an interpreter and its modules
 CREATE_TIMEOUT = 30.0  # seconds for the runtime, and for each step of PID 1
-RUNTIME_GONE = 1.0  # seconds until the runtime's own processes have left the cgroup, after its end
 DEATH_TIMEOUT = 30.0  # seconds until a killed container must be gone
 OOM_SCORE_ADJ = 500  # PID 1 keeps 0, so that the kernel picks the tool
 
@@ -135,6 +135,15 @@ class OciEngine:
             )
         return Capabilities(self.name, self.runtime.name, (check,))
 
+    def check(self, shape: Shape) -> None:
+        """Raise ControlNotSupported for a shape without a user namespace of its own."""
+        if shape.process.user_namespace != "slot":
+            raise errors.ControlNotSupported(
+                "the oci engine gives each container a user namespace of its own; "
+                f"`process: {{user_namespace: {shape.process.user_namespace}}}` is for `engine: docker`",
+                control="user_namespace",
+            )
+
     async def create(self, shape: Shape, *, warm: bool = True) -> Slot:
         """A container of this shape, its tool process parked. Raises EngineFailed, HostFailed."""
         try:
@@ -207,7 +216,7 @@ class OciEngine:
             said = warming.start(slot.control, warm, WARM_TIMEOUT)
             if said != warming.READY:
                 return said
-            if self._tool_of(slot.cgroup, slot.init_pid) != slot.tool_pid:
+            if parked_process(slot.cgroup, slot.init_pid) != slot.tool_pid:
                 return "the interpreter is another process than the one that was parked"
         except (errors.AttemptFailed, OSError) as error:
             return str(error)
@@ -238,7 +247,7 @@ class OciEngine:
         made = SlotMounts(berth.directory, shape, image, ids, stack)
         init_pid, pidfd, listener = self._start(berth, shape, made, stack)
         stack.callback(end_process, pidfd, DEATH_TIMEOUT)
-        tool_pid = self._tool_of(cgroup, init_pid)
+        tool_pid = parked_process(cgroup, init_pid)
         cgroup.set(cgroup_limits(shape.limits, self._device(shape.limits, image)))
         return Slot(
             berth.name,
@@ -277,32 +286,8 @@ class OciEngine:
         return *berth.container.started(), listener
 
     @staticmethod
-    def _tool_of(cgroup: Cgroup, init_pid: int) -> int:
-        """The parked process: what is in the cgroup beside PID 1, once what the runtime forked has left."""
-        until = time.monotonic() + RUNTIME_GONE
-        while len(tools := [pid for pid in cgroup.processes() if pid != init_pid]) != 1:
-            if time.monotonic() > until:
-                raise errors.ControlNotEnforced(
-                    f"the cgroup holds {len(tools)} processes beside PID 1, not the parked one alone",
-                    control="cgroup",
-                )
-            time.sleep(0.0005)
-        return tools[0]
-
-    @staticmethod
     def _device(limits: Limits, image: Image) -> tuple[int, int] | None:
         if image.rootfs is None or (limits.io_read is None and limits.io_write is None):
             return None
         device = image.rootfs.stat().st_dev
-        return _whole_disk(os.major(device), os.minor(device))
-
-
-def _whole_disk(major: int, minor: int) -> tuple[int, int] | None:
-    """The disk of a partition, since the kernel throttles disks; None when it is no block device."""
-    at = Path(f"/sys/dev/block/{major}:{minor}")
-    if not at.exists():
-        return None
-    if (at / "partition").exists():
-        disk = (at.resolve().parent / "dev").read_text().strip().split(":")
-        return int(disk[0]), int(disk[1])
-    return major, minor
+        return whole_disk(os.major(device), os.minor(device))

@@ -349,6 +349,25 @@ class CgroupTree:
             made=self._made,
         )
 
+    def of_process(self, slot: str, pid: int) -> Cgroup:
+        """The cgroup of a process that somebody else placed, and will remove. Raises HostFailed.
+
+        It is one's own: in each hierarchy that is used, below the root, and no other process's than those
+        of the container. Whoever asks knows that from the process.
+        """
+        found = cgroupfs.parse_self_cgroup(cgroupfs.read(f"/proc/{pid}/cgroup"))
+        directories: dict[str, str] = {}
+        for hierarchy in self._host.mounted:
+            keys = hierarchy.controllers if hierarchy.version == 1 else frozenset({""})
+            place = next((found[key] for key in sorted(keys) if key in found), None)
+            if place is None:
+                continue
+            path = hierarchy.path_of(place)
+            if hierarchy in self._host.used and (place == "/" or hierarchy.name_of(path) != place):
+                raise errors.HostFailed(f"process {pid} has no cgroup of its own in {hierarchy.mount}")
+            directories[hierarchy.mount] = path
+        return self._cgroup(slot, directories)
+
     def leftovers(self) -> list[Cgroup]:
         """Cgroups of an earlier daemon of the same name, wherever in the hierarchies it lived.
 
