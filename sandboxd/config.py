@@ -239,6 +239,9 @@ class DockerConfig(Section):
     runtime: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")] | None = None
     """A runtime that the engine knows by this name, such as ``runsc``; without it, the engine's default."""
 
+    timeout: Duration = 20 * 10**6
+    """The longest that the engine may let a request wait."""
+
     @field_validator("socket", mode="before")
     @classmethod
     def _local(cls, value: object) -> object:

@@ -113,7 +113,8 @@ class EngineHost(ExitStack):
         """The Docker Engine of the configuration, which nothing was asked of yet."""
         from sandboxd.engine.docker import DockerEndpoint, DockerEngine, DockerImages  # noqa: PLC0415  (slow)
 
-        endpoint = DockerEndpoint(self._config.docker.socket)
+        docker = self._config.docker
+        endpoint = DockerEndpoint(docker.socket, timeout=docker.timeout / 1e6)
         images = DockerImages(self._config.state, endpoint, self._name)
         return DockerEngine(
             endpoint,
@@ -121,7 +122,7 @@ class EngineHost(ExitStack):
             images=images,
             cgroups=self.cgroups,
             notify=self.notify,
-            runtime=self._config.docker.runtime,
+            runtime=docker.runtime,
         )
 
     async def open_engine(self) -> OciEngine | DockerEngine:

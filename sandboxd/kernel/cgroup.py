@@ -146,8 +146,8 @@ class Cgroup:
         """Thaw every process and lift the CPU quota, before a kill: else it takes seconds, or for ever."""
         self._files.thaw_and_unthrottle()
 
-    def kill(self) -> None:
-        """End every process and return when none is left (zombies do not count).
+    def kill(self, spare: int | None = None) -> None:
+        """End every process but ``spare`` and return when no other is left (zombies do not count).
 
         Blocks: some ms, up to 30 s for a stuck kernel, then raises HostFailed. Signals go through pidfds
         that were checked against the cgroup after they were opened, so a reused pid is never hit.
@@ -155,7 +155,7 @@ class Cgroup:
         self.thaw_and_unthrottle()
         limit, passes = time.monotonic() + KILL_SECONDS, 0
         while True:
-            pids = self.processes()
+            pids = [pid for pid in self.processes() if pid != spare]
             if not pids:
                 return
             if time.monotonic() > limit:
@@ -164,7 +164,7 @@ class Cgroup:
                 with contextlib.suppress(errors.HostFailed):
                     self._denied_before_kill = self._files.pids_denied()
                 self._files.forbid_forks()
-            if passes or not self._files.kill_all():
+            if passes or spare is not None or not self._files.kill_all():
                 for pid in pids:
                     self._kill_one(pid)
             passes += 1

@@ -28,7 +28,6 @@ MINIMUM_API = (1, 41)
 """Docker 20.10, the first that gives a container a cgroup namespace of its own."""
 NEWEST_API = (1, 44)
 """The newest whose requests we know; an engine serves older ones too."""
-ANSWER_TIMEOUT = 20.0  # seconds without a byte of an answer
 PING_TIMEOUT = 2.0
 MOST_CONNECTIONS = 64
 MAX_SAID = 2000  # characters of what an engine says that are passed on
@@ -41,7 +40,8 @@ class MissingInEngine(errors.EngineFailed):
 class DockerEndpoint:
     """An engine by its socket. Thread-safe; ``close`` lets go of its connections."""
 
-    def __init__(self, socket: Path, *, timeout: float = ANSWER_TIMEOUT) -> None:
+    def __init__(self, socket: Path, *, timeout: float) -> None:
+        """``timeout``: seconds without a byte of an answer."""
         self.socket = socket
         self._timeout = timeout
         self._lock = threading.Lock()
@@ -114,7 +114,7 @@ class DockerEndpoint:
     def _ping(self) -> None:
         client = self._make("1.24", PING_TIMEOUT)
         try:
-            client.get(client.base_url + "/_ping").raise_for_status()
+            client.get(client.base_url + "/_ping", timeout=PING_TIMEOUT).raise_for_status()
         finally:
             client.close()
         self._suspect = False

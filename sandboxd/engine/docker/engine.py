@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -179,15 +178,11 @@ class DockerEngine:
         return await self._in_thread(self._create, shape)
 
     async def kill(self, slot: Slot) -> None:
-        """End every process of the slot; its files stay readable until ``destroy``."""
-        with suppress(errors.HostFailed):  # with its last process the engine may have removed the cgroup
-            slot.cgroup.thaw_and_unthrottle()
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(slot.init_pidfd, signal.SIGKILL)
-        with anyio.move_on_after(DEATH_TIMEOUT) as scope:
-            await anyio.wait_readable(slot.init_pidfd)
-        if scope.cancelled_caught:
-            raise errors.EngineFailed(f"container {slot.id} did not die within {DEATH_TIMEOUT:.0f} s")
+        """End every process of the slot but PID 1, with which the engine would remove the cgroup."""
+        try:
+            await self._in_thread(slot.cgroup.kill, slot.init_pid)
+        except errors.HostFailed as error:
+            raise errors.EngineFailed(f"container {slot.id} did not die: {error}") from error
 
     async def destroy(self, slot: Slot) -> None:
         """Kill and clean. Safe to call twice. An engine that is down removes the container when it is up."""
@@ -195,10 +190,11 @@ class DockerEngine:
             stack = self._resources.pop(slot.id, None)
             if stack is None:
                 return
-            try:
-                await self.kill(slot)
-            finally:
-                await self._in_thread(stack.close)
+            await self._in_thread(self._end, slot, stack)
+
+    def _end(self, slot: Slot, stack: ExitStack) -> None:
+        with stack, suppress(errors.HostFailed):  # where PID 1 has ended, the engine has removed the cgroup
+            slot.cgroup.thaw_and_unthrottle()
 
     def clean_leftovers(self) -> list[str]:
         """Remove the containers of an earlier daemon of this instance. Raises EngineFailed."""
