@@ -27,7 +27,8 @@ def running_registry(directory: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     config = directory / "registry.yml"
     config.write_text(
-        f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {directory}/blobs}}}}\n"
+        "version: 0.1\nlog: {level: error}\n"
+        f"storage: {{filesystem: {{rootdirectory: {directory}/blobs}}}}\n"
         f"http: {{addr: 127.0.0.1:{port}}}\n"
     )
     command = ["docker-registry", "serve", str(config)]

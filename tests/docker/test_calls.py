@@ -71,8 +71,8 @@ def test_streams_files_and_status(docker_daemon: Daemon) -> None:
 
 
 def test_artifacts_come_back(docker_daemon: Daemon) -> None:
-    call = docker_daemon.run("python3", "-c", "import os; os.mkdir('out'); open('out/a', 'w').write('x' * 10)",
-                             policy="py")  # fmt: skip
+    script = "import os; os.mkdir('out'); open('out/a', 'w').write('x' * 10)"
+    call = docker_daemon.run("python3", "-c", script, policy="py")
     assert [(one.path, one.size) for one in call.artifacts] == [("out/a", 10)]
 
 

@@ -250,7 +250,9 @@ def _describe(found: dict[str, Any], reference: str) -> EngineImage:
     if platform != f"linux/{host_architecture()}":
         raise errors.ImageInvalid(f"{reference} is an image for {platform}, not for this host")
     config = found.get("Config") or {}
-    names = sorted({entry.partition("=")[0] for entry in config.get("Env") or ()} - {""})
+    names = sorted({entry.partition("=")[0] for entry in config.get("Env") or ()})
+    if "" in names:  # no runtime starts that
+        raise errors.ImageInvalid(f"{reference} has an environment variable without a name")
     paths = {posixpath.normpath(f"/{path.lstrip('/')}") for path in config.get("Volumes") or ()}
     if len(names) > MAX_VARIABLES or len(paths) > MAX_VOLUMES:
         raise errors.ImageInvalid(
