@@ -295,7 +295,7 @@ class DockerEngine:
         binds = {one.target: one.source for one in lent}
         finish(init_pid, binds)
         inside = f"/proc/{init_pid}/root"
-        workspace = os.open(f"{inside}/workspace", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        workspace = _workspace(inside)
         stack.callback(os.close, workspace)
         owner = shape.process
         setup = Setup(
@@ -400,6 +400,17 @@ class DockerEngine:
             return None
         name = Path(f"/sys/dev/block/{numbers[0]}:{numbers[1]}").resolve().name
         return f"/dev/{name}", numbers
+
+
+def _workspace(inside: str) -> int:
+    """A descriptor of the workspace's root. Raises ControlNotEnforced for what an image has in its place."""
+    try:
+        return os.open(f"{inside}/workspace", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise errors.ControlNotEnforced(
+            f"the image has something at /workspace that is no directory: {error.strerror}",
+            control="workspace",
+        ) from error
 
 
 def _identities(inside: str, workspace: int, binds: dict[str, str]) -> dict[str, tuple[int, int]]:
