@@ -45,7 +45,7 @@ class Dockerd:
         if self._containerd is None:
             config = self.directory / "containerd.toml"
             config.write_text('version = 2\ndisabled_plugins = ["io.containerd.grpc.v1.cri"]\n')
-            command = [*self._before, "containerd", "--config", str(config), "--address", str(address)]
+            command = ["containerd", "--config", str(config), "--address", str(address)]
             command += ["--root", str(self.directory / "images"), "--state", str(self.directory / "state")]
             with (self.directory / "containerd.log").open("ab") as log:
                 self._containerd = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -53,11 +53,12 @@ class Dockerd:
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        containerd = self._start_containerd()
+        # with mounts of its own it has to have a containerd of its own, which sees them
+        containerd = [] if self._before else ["--containerd", str(self._start_containerd())]
         command = [*self._before, "dockerd", "-H", f"unix://{self.socket}", "-p", str(self.directory / "pid")]
         command += ["--data-root", str(self.directory / "data"), "--exec-root", str(self.directory / "exec")]
         command += ["--bridge=none", "--iptables=false", "--ip-forward=false", "--ip-masq=false"]
-        command += ["--cgroup-parent", f"/{self.parent}", "--containerd", str(containerd), *self._options]
+        command += ["--cgroup-parent", f"/{self.parent}", *containerd, *self._options]
         (self.directory / "pid").unlink(missing_ok=True)
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

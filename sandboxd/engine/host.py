@@ -115,7 +115,7 @@ class EngineHost(ExitStack):
 
         docker = self._config.docker
         endpoint = DockerEndpoint(docker.socket, timeout=docker.timeout / 1e6)
-        images = DockerImages(self._config.state, endpoint, self._name)
+        images = DockerImages(self._config.state, endpoint, instance_name(self._config.state))
         return DockerEngine(
             endpoint,
             instance=self._name,

@@ -132,17 +132,11 @@ class DockerEngine:
 
     async def probe(self) -> Capabilities:
         """Run a real container and say what this host can enforce."""
-        from sandboxd.engine.probe import probe_shape  # noqa: PLC0415  (only at start)
-
         try:
-            host = await self._in_thread(self._look)
+            shape = await self.probe_shape()
             removed = await self._in_thread(self.clean_leftovers)
             if removed:
                 log.warning("containers of an earlier daemon were removed", count=len(removed))
-            shape = probe_shape()
-            process = replace(shape.process, user_namespace="engine" if host.remapped else "none")
-            image = await self._in_thread(self.images.resolve, "host")
-            shape = replace(shape, process=process, image=replace(shape.image, digest=image.digest))
             await self.destroy(await self.create(shape))
             check = Check("container", ok=True, found=f"Docker's {self.runtime.name} makes containers")
         except errors.SandboxdError as error:
@@ -153,6 +147,16 @@ class DockerEngine:
                 advice="start the Docker Engine, or name its socket: `docker: {socket: /run/docker.sock}`",
             )
         return Capabilities(self.name, self.runtime.name, (check,))
+
+    async def probe_shape(self) -> Shape:
+        """A small shape that this engine can make. Raises EngineFailed, HostUnsupported."""
+        from sandboxd.engine.probe import probe_shape  # noqa: PLC0415  (only at start)
+
+        host = await self._in_thread(self._look)
+        image = await self._in_thread(self.images.resolve, "host")
+        shape = probe_shape()
+        process = replace(shape.process, user_namespace="engine" if host.remapped else "none")
+        return replace(shape, process=process, image=replace(shape.image, digest=image.digest))
 
     def check(self, shape: Shape) -> None:
         """Raise ControlNotSupported, which names the control, for a shape that no container here can have."""
