@@ -39,8 +39,8 @@ def _withhold(config: dict[str, Any], wanted: str, directory: str) -> None:
         case "size", _:
             options = at[f"/{kind}"]["options"]
             at[f"/{kind}"]["options"] = ["size=1k" if one.startswith("size=") else one for one in options]
-        case _, "shm_absent":
-            config["mounts"].remove(at["/dev/shm"])
+        case _, "shm_absent" | "workspace_absent":
+            config["mounts"].remove(at["/dev/shm" if kind == "shm" else "/workspace"])
         case _, "lent_other":
             at["/lent"]["source"] = directory
         case _, "host_device":

@@ -76,7 +76,7 @@ def test_an_engine_that_remaps_ids(
     )
     call = daemon.run("sh", "-c", "id -u; cat in; echo x > made", policy="mapped", inputs={"in": b"given"})
     assert call.stdout is not None
-    assert call.stdout.text == "1000\ngiven"
+    assert call.stdout.text == "1000\ngiven", call.outcome
     assert [one.path for one in call.artifacts if one.path == "made"]
     found = in_force(call)
     assert found["user_namespace_uids"] == found["user_namespace_gids"] == f"0 {FIRST} 65536"
@@ -150,7 +150,7 @@ WITHHELD = {
     "uts_namespace": "uts_namespace",
     "cgroup_namespace": "cgroup_namespace",
     "tmp_size": "tmp",
-    "workspace_size": "workspace",
+    "workspace_absent": "workspace",
     "shm_absent": "shm",
     "masked_paths": "masked_paths",
     "read_only_paths": "masked_paths",

@@ -38,6 +38,7 @@ from sandboxd.engine.docker.request import INSTANCE_LABEL, Labels, make_request
 from sandboxd.engine.interpreter import start_interpreter
 from sandboxd.engine.oci import OOM_SCORE_ADJ, cgroup_limits, rlimits
 from sandboxd.engine.parking import parked_process, whole_disk
+from sandboxd.engine.presented import new_workspace
 from sandboxd.engine.warming import Warming
 from sandboxd.init import INIT
 from sandboxd.init.protocol import Control, Setup
@@ -297,10 +298,13 @@ class DockerEngine:
         root_of(init_pid, upper)
         lent: list[HostBind | Mount] = [*image.binds, *shape.mounts]
         binds = {one.target: one.source for one in lent}
-        finish(init_pid, binds)
-        inside = f"/proc/{init_pid}/root"
-        workspace = _workspace(inside)
-        stack.callback(os.close, workspace)
+        mount = new_workspace(shape, host.base)
+        try:
+            workspace = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
+            stack.callback(os.close, workspace)
+            finish(init_pid, binds, mount)
+        finally:
+            os.close(mount)
         owner = shape.process
         setup = Setup(
             owner.uid, owner.gid, owner.umask, OOM_SCORE_ADJ, rlimits(shape.limits), shape.program.bpf
@@ -326,7 +330,7 @@ class DockerEngine:
             workspace,
             host.base,
             Path(f"/proc/{init_pid}/ns/user").stat().st_ino if host.remapped else None,
-            _identities(inside, workspace, binds),
+            _identities(init_pid, workspace, binds),
             None,
             held=held,
         )
@@ -406,20 +410,9 @@ class DockerEngine:
         return f"/dev/{name}", numbers
 
 
-def _workspace(inside: str) -> int:
-    """A descriptor of the workspace's root. Raises ControlNotEnforced for what an image has in its place."""
-    try:
-        return os.open(f"{inside}/workspace", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise errors.ControlNotEnforced(
-            f"the image has something at /workspace that is no directory: {error.strerror}",
-            control="workspace",
-        ) from error
-
-
-def _identities(inside: str, workspace: int, binds: dict[str, str]) -> dict[str, tuple[int, int]]:
-    """Device and inode of the root of each mount: of what is lent, as this daemon has it on the host."""
+def _identities(init_pid: int, workspace: int, binds: dict[str, str]) -> dict[str, tuple[int, int]]:
+    """Device and inode of the root of each mount: but for ``/``, as this daemon has it on the host."""
     found = {target: os.stat(source) for target, source in (*binds.items(), (INIT_PATH, str(INIT)))}  # noqa: PTH116
-    found["/"] = os.stat(inside)  # noqa: PTH116
+    found["/"] = os.stat(f"/proc/{init_pid}/root")  # noqa: PTH116
     found["/workspace"] = os.fstat(workspace)
     return {target: (one.st_dev, one.st_ino) for target, one in found.items()}

@@ -2,7 +2,8 @@
 
 Theory of operation.  PID 1 has connected and waits; nothing else is in the container. A thread joins its
 mount namespace, takes away every mount that a container of ours does not have (``/sys``, ``/dev/mqueue``, the
-files in ``/etc`` that the engine mounts, the door, placeholders of an image's volumes), makes what stays
+files in ``/etc`` that the engine mounts, the door, placeholders of an image's volumes), puts the daemon's own
+workspace in the place of a placeholder, makes what stays
 ``nosuid,nodev``, and has ``/proc`` hide the processes of others. Paths are those of ``mountinfo``, in which
 no link is left. That it worked is not taken for granted: every mount is read back for the receipt.
 """
@@ -46,27 +47,37 @@ KEPT = {
 }
 WITH_DEVICES = {"/dev", "/dev/pts", *NODES, *MASKED, *READ_ONLY}
 """A masked path shows the null device; one that is read-only is of ``/proc``, whose options are its own."""
-KEPT = {"/", "/proc", "/dev/shm", "/tmp", "/workspace", INIT_PATH, *WITH_DEVICES}
+KEPT = {"/", "/proc", "/dev/shm", "/tmp", INIT_PATH, *WITH_DEVICES}
+WORKSPACE = "/workspace"
 LEFT_EMPTY = ("/dev/mqueue", DOOR_PATH)
 
 
-def finish(pid: int, lent: Collection[str]) -> None:
-    """Finish the container of PID 1 ``pid``; ``lent`` are the targets of host paths. Raises OSError."""
+def finish(pid: int, lent: Collection[str], workspace: int) -> None:
+    """Finish the container of PID 1 ``pid``.
+
+    ``lent`` are the targets of host paths, ``workspace`` is a detached mount. Raises OSError, and
+    ControlNotEnforced for an image that has something in the workspace's place.
+    """
     entries = _entries(pid)
+    if WORKSPACE not in {entry.target for entry in entries}:
+        raise errors.ControlNotEnforced(
+            f"the image has something at {WORKSPACE} that is no directory", control="workspace"
+        )
     namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        in_mount_namespace(namespace, lambda: _inside(entries, lent))
+        in_mount_namespace(namespace, lambda: _inside(entries, lent, workspace))
     finally:
         os.close(namespace)
 
 
-def _inside(entries: list[MountEntry], lent: Collection[str]) -> None:
+def _inside(entries: list[MountEntry], lent: Collection[str], workspace: int) -> None:
     for entry in reversed(entries):  # a later one may lie on an earlier one
         if entry.target not in KEPT and entry.target not in lent:
             with suppress(FileNotFoundError):  # it went with the one that it lay below
                 mounts.detach(Path(entry.target))
         elif entry.target not in WITH_DEVICES:
             mounts.set_attributes_at(entry.target, read_only=entry.target == "/" or entry.target in lent)
+    mounts.attach(workspace, Path(WORKSPACE))
     mounts.remount("/proc", "hidepid=2")
     mounts.remount("/dev", "mode=755,size=64k", devices=True)
     mounts.remount("/dev/pts", f"ptmxmode=0666,mode=0620,max={PTYS}", devices=True)

@@ -109,13 +109,7 @@ def make_request(
             # else the engine makes a volume, and fills it
             **{path: PLACEHOLDER for path in image.volumes if path not in bound},
             **{target: _tmpfs(*options) for target, options in temporary(shape)},
-            "/workspace": _tmpfs(
-                "mode=0755",
-                f"uid={shape.process.uid}",
-                f"gid={shape.process.gid}",
-                f"nr_inodes={limits.workspace_inodes}",
-                f"size={limits.workspace_size}",
-            ),
+            "/workspace": PLACEHOLDER,  # ours is put in its place
         },
         "Ulimits": [
             {"Name": ULIMITS[one.resource], "Soft": one.soft, "Hard": one.hard} for one in rlimits(limits)
