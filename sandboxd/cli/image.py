@@ -115,7 +115,8 @@ def pull(
     *,
     name: Annotated[str | None, Parameter(help="The image's name; else that of the reference.")] = None,
     update: Annotated[
-        bool, Parameter(help="With `engine: docker`, have the reference stand for what it names now.")
+        bool,
+        Parameter(negative="", help="With `engine: docker`, have the reference stand for what it names now."),
     ] = False,
     config: ConfigFile = None,
     state: State = None,

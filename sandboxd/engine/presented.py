@@ -129,7 +129,7 @@ class SlotMounts:
 
 
 def new_workspace(shape: Shape, base: int) -> int:
-    """A detached tmpfs of the policy's size, owned by the tool; ``base`` is root on the host. Raises OSError."""
+    """A detached tmpfs of the policy's size, the tool's own; ``base`` is root on the host. Raises OSError."""
     owner, limits = shape.process, shape.limits
     return mounts.new_mount(
         "tmpfs",

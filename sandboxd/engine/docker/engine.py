@@ -228,8 +228,14 @@ class DockerEngine:
             )
         if self._wanted is None:
             self.runtime = DockerRuntime(str(found.get("DefaultRuntime") or "default"))
+        options = found.get("SecurityOptions") or ()
+        if any("name=rootless" in option for option in options):
+            raise errors.HostUnsupported(
+                "this is a rootless Docker Engine, which maps ids in two pieces; this version needs one that "
+                "runs as root, with userns-remap if containers shall have ids of their own"
+            )
         root = str(found.get("DockerRootDir") or "/var/lib/docker")
-        remapped = any("name=userns" in option for option in found.get("SecurityOptions") or ())
+        remapped = any("name=userns" in option for option in options)
         base = 0
         if remapped:  # the directory is named after the first uid and gid that containers are mapped to
             uid, _, gid = Path(root).name.partition(".")

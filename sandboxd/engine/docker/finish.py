@@ -3,9 +3,9 @@
 Theory of operation.  PID 1 has connected and waits; nothing else is in the container. A thread joins its
 mount namespace, takes away every mount that a container of ours does not have (``/sys``, ``/dev/mqueue``, the
 files in ``/etc`` that the engine mounts, the door, placeholders of an image's volumes), puts the daemon's own
-workspace in the place of a placeholder, makes what stays
-``nosuid,nodev``, and has ``/proc`` hide the processes of others. Paths are those of ``mountinfo``, in which
-no link is left. That it worked is not taken for granted: every mount is read back for the receipt.
+workspace in the place of a placeholder, makes what stays ``nosuid,nodev``, and has ``/proc`` hide the
+processes of others. Paths are those of ``mountinfo``, in which no link is left. That it worked is not taken
+for granted: every mount is read back for the receipt.
 """
 
 # ruff: noqa: S108  -- these are paths inside a container
