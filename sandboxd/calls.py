@@ -110,6 +110,7 @@ class Calls(Ledger):
         policy = self.policy_for(caller, request.policy)
         image = self._images.resolve(policy.image)
         shape = plan.make_shape(policy, plan.ImageRef(image.name, image.digest))
+        self._pool.lacks.refuse(shape)
         made = plan.make_plan(policy, shape, request)
         if made.holds > self._scheduler.memory:
             inputs = "" if made.holds == made.limits.memory else " and the inputs"
@@ -121,6 +122,15 @@ class Calls(Ledger):
                 allowed=self._scheduler.memory,
             )
         return policy, made
+
+    async def know_image(self, caller: Caller, request: Request) -> None:
+        """Have an engine that keeps images by reference say what one stands for that is used first.
+
+        Raises NotFound, NotPermitted, EngineFailed.
+        """
+        image = self.policy_for(caller, request.policy).image
+        if self._images.needs_asking(image):
+            await anyio.to_thread.run_sync(self._images.ask, image)
 
     async def submit(self, caller: Caller, request: Request, *, tied: bool) -> Invocation:
         """Accept a call durably, or return the one that its key stands for.
@@ -144,6 +154,7 @@ class Calls(Ledger):
         return accepted
 
     async def _submit(self, caller: Caller, request: Request, digest: str) -> Invocation:
+        await self.know_image(caller, request)
         _, made = await off_the_loop(request, self.plan_for, caller, request)
         self._scheduler.check_room(caller.uid)
         payload = await off_the_loop(request, payload_of, request)

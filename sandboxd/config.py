@@ -34,6 +34,7 @@ __all__ = [
     "Budget",
     "CallerRule",
     "Config",
+    "DockerConfig",
     "HttpLimits",
     "IdRange",
     "Match",
@@ -231,6 +232,27 @@ class IdRange(Section):
         return self
 
 
+class DockerConfig(Section):
+    """The Docker Engine of ``engine: docker``: its socket on this host, and one of its runtimes."""
+
+    socket: Path = Path("/run/docker.sock")
+    runtime: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")] | None = None
+    """A runtime that the engine knows by this name, such as ``runsc``; without it, the engine's default."""
+
+    timeout: Duration = 20 * 10**6
+    """The longest that the engine may let a request wait."""
+
+    @field_validator("socket", mode="before")
+    @classmethod
+    def _local(cls, value: object) -> object:
+        if isinstance(value, str) and "://" in value and not value.startswith("unix://"):
+            raise ValueError(
+                f"{value[:80]!r} is a remote engine; sandboxd reads what is in force in a container from the "
+                "kernel it runs on, so give the path of a Unix socket on this host"
+            )
+        return _path(value.removeprefix("unix://") if isinstance(value, str) else value)
+
+
 def _default_callers() -> tuple[CallerRule, ...]:
     return (
         CallerRule(match=Match(uid=0), role="operator"),
@@ -248,6 +270,7 @@ class Config(Section):
     engine: Literal["auto", "oci", "docker"] = "auto"
     runtime: Annotated[str, Field(min_length=1, max_length=4095)] = "auto"
     """``auto``, ``builtin``, ``crun``, ``runc``, or the absolute path of another OCI runtime."""
+    docker: DockerConfig = DockerConfig()
     state: AbsolutePath = Path("/var/lib/sandboxd")
     socket: SocketConfig = SocketConfig()
     policies: Annotated[tuple[AbsolutePath, ...], Field(max_length=64)] = (Path("/etc/sandboxd/policies"),)

@@ -32,7 +32,6 @@ from sandboxd.api.listener import listening
 from sandboxd.blobs import BlobStore
 from sandboxd.config import default_socket
 from sandboxd.engine.host import enter_private_mounts, instance_name
-from sandboxd.images import ImageStore
 from sandboxd.journal import Journal
 from sandboxd.kernel.notify import NotifyServer
 from sandboxd.kernel.orphans import adopt_orphans
@@ -136,10 +135,9 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
     anyio.to_thread.current_default_thread_limiter().total_tokens = WORKER_THREADS
     async with AsyncExitStack() as stack:
         journal = await stack.enter_async_context(Journal.open(config.state))
-        images = ImageStore(config.state / "images")
         notify = stack.enter_context(NotifyServer())
         await stack.enter_async_context(engine)
-        removed = await engine.open(images, notify)
+        removed = await engine.open(notify)
         if removed:
             log.warning("containers of an earlier daemon were removed", count=len(removed))
         policies = PolicyStore(policy_directories(config), config.floor)
@@ -156,7 +154,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         def in_force(shape: plan.Shape) -> bool:
             try:
                 policy = policies.current.get(shape.policy)
-                image = images.resolve(policy.image)
+                image = engine.images.resolve(policy.image)
             except errors.SandboxdError:
                 return False
             return plan.make_shape(policy, plan.ImageRef(image.name, image.digest)).digest == shape.digest
@@ -165,7 +163,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
             left = scheduler.memory - scheduler.memory_used
             return SlotRoom(scheduler.slots - scheduler.running, left, scheduler.running)
 
-        pool = Pool(engine, config.pool, images=images, room=room, in_force=in_force)
+        pool = Pool(engine, config.pool, images=engine.images, room=room, in_force=in_force)
         scheduler.on_grant = pool.give_way
         tasks = await stack.enter_async_context(anyio.create_task_group())
         service = DaemonService(
@@ -174,7 +172,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
             engine_name=engine.name,
             runtime=engine.runtime,
             policies=policies,
-            images=images,
+            images=engine.images,
             pool=pool,
             journal=journal,
             scheduler=scheduler,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +25,10 @@ from sandboxd.receipt import read_receipt
 
 if TYPE_CHECKING:
     from sandboxd.config import Config
+    from sandboxd.engine.docker import DockerEngine
     from sandboxd.engine.oci import OciEngine
     from sandboxd.kernel.cgroup import CgroupTree
+    from sandboxd.plan import Shape
 
 __all__ = ["examine"]
 
@@ -107,25 +110,59 @@ async def _containers(config: Config, run: Path, name: str) -> list[Check]:
         tree = parts.cgroups
         checks.append(Check("cgroups", ok=True, found=f"version {tree.version} at {tree.place}"))
         checks.append(_io_limits(tree))
-        try:
-            engines = parts.engines()
-        except errors.HostUnsupported as error:
-            return [*checks, Check("OCI runtime", ok=False, found=str(error), advice="apt-get install crun")]
-        works = False
-        for engine in engines:
-            with engine:
-                found = await _container(engine)
-            works = works or all(check.ok for check in found)
-            checks += found
-        checks.append(
-            Check(
-                "engine oci",
-                ok=works,
-                found="usable" if works else "no runtime enforces every control",
-                advice="mend what is marked above, or name another runtime in the configuration",
-            )
-        )
+        oci = await _oci(parts)
+        docker = await _docker(config, parts)
+    either = config.engine == "auto" and any(found[-1].ok for found in (oci, docker))
+    for engine, found in (("oci", oci), ("docker", docker)):
+        needed = config.engine in {engine, "auto"} and not either
+        checks += [*found[:-1], replace(found[-1], required=needed)]
     return checks
+
+
+async def _oci(parts: EngineHost) -> list[Check]:
+    """What each OCI runtime makes here; the last line is the engine's."""
+    try:
+        engines = parts.engines()
+    except errors.HostUnsupported as error:
+        return [Check("engine oci", ok=False, found=str(error), advice="apt-get install crun")]
+    works, checks = False, []
+    for engine in engines:
+        with engine:
+            found = await _container(engine, probe_shape())
+        works = works or all(check.ok for check in found)
+        checks += found
+    last = Check(
+        "engine oci",
+        ok=works,
+        found="usable: ids of its own for each container" if works else "no runtime enforces every control",
+        advice="mend what is marked above, or name another runtime in the configuration",
+    )
+    return [*checks, last]
+
+
+async def _docker(config: Config, parts: EngineHost) -> list[Check]:
+    """What the Docker Engine makes here; the last line is the engine's."""
+    socket = config.docker.socket
+    if not socket.exists():
+        found = f"no Docker Engine at {socket}"
+        return [Check("engine docker", ok=False, found=found, advice="apt-get install docker.io")]
+    advice = "mend what is marked above, or name another runtime: `docker: {runtime: …}`"
+    with parts.docker_engine() as engine:
+        try:
+            shape = await engine.probe_shape()
+        except errors.SandboxdError as error:
+            advice = f"start it, or name its socket: `docker: {{socket: {socket}}}`"
+            return [Check("engine docker", ok=False, found=str(error), advice=advice)]
+        checks = await _container(engine, shape)
+    works = all(check.ok for check in checks)
+    userns = shape.process.user_namespace
+    ids = {
+        "none": "all containers have the host's ids, and policies have to say `user_namespace: none`",
+        "engine": "all containers have the same remapped ids, and policies have to say "
+        "`user_namespace: engine`",
+    }
+    text = f"usable: {ids[userns]}" if works else "it does not enforce every control"
+    return [*checks, Check("engine docker", ok=works, found=text, advice=advice)]
 
 
 def _io_limits(tree: CgroupTree) -> Check:
@@ -147,10 +184,11 @@ def _with_last_ids(config: Config) -> Config:
     return config.model_copy(update={"ids": last})
 
 
-async def _container(engine: OciEngine) -> list[Check]:
+async def _container(engine: OciEngine | DockerEngine, shape: Shape) -> list[Check]:
     name = engine.runtime.name
-    advice = f"see what `{engine.runtime.path}` says; another runtime is named by `runtime:`"
-    shape = probe_shape()
+    advice = "see what it says; another runtime is named by `runtime:`"
+    if engine.name == "docker":
+        name = f"docker {name}"
     try:
         slot = await engine.create(shape)
     except errors.AttemptFailed as error:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sandboxd.config import PoolSize
-    from sandboxd.engine.base import Capabilities, Engine, Slot
+    from sandboxd.engine.base import Capabilities, Engine, Lacks, Slot
     from sandboxd.images import ImageStore
     from sandboxd.plan import Shape
 
@@ -99,6 +99,11 @@ class Pool:
     async def probe(self) -> Capabilities:
         """What the engine says."""
         return await self._engine.probe()
+
+    @property
+    def lacks(self) -> Lacks:
+        """What the engine says."""
+        return self._engine.lacks
 
     async def create(
         self, shape: Shape, *, warm: bool = True, waiting: bool = True, memory: int | None = None

@@ -73,6 +73,7 @@ class DaemonService(Calls):
 
     async def plan(self, caller: Caller, request: models.Request) -> models.PlanDocument:
         """What would run, exactly, and where each value came from; nothing runs."""
+        await self.know_image(caller, request)
         policy, made = await off_the_loop(request, self.plan_for, caller, request)
         return models.PlanDocument(digest=made.digest, plan=made.to_json(), explain=explain(policy, made))
 

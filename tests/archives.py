@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
+import shutil
+import subprocess
 import tarfile
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from sandboxd.images.image import host_architecture
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SHELL = b"#!/bin/sh\n"
 
@@ -60,20 +61,44 @@ def rootfs_tar() -> bytes:
     )
 
 
-def docker_save(*layers: bytes, architecture: str | None = None) -> bytes:
+def program(name: str) -> list[tuple[tarfile.TarInfo, bytes]]:
+    """A program of this host and the libraries that it is linked with, as members of a root file system."""
+    path = shutil.which(name)
+    assert path is not None, name
+    found = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
+    libraries = re.findall(r"(/\S+)", found)
+    files = {f"usr/bin/{name}": path, **{library.lstrip("/"): library for library in libraries}}
+    return [member(at, Path(source).read_bytes(), mode=0o755) for at, source in files.items()]
+
+
+def shell_tar(*more: tuple[tarfile.TarInfo, bytes]) -> bytes:
+    """A root file system with a shell and a few commands, and then ``more``."""
+    commands: dict[str, tuple[tarfile.TarInfo, bytes]] = {}
+    for name in ("dash", "cat", "ls", "stat", "id", "env", "sleep", "true"):
+        commands |= {info.name: (info, data) for info, data in program(name)}
+    links = [symlink("bin", "usr/bin"), symlink("usr/bin/sh", "dash")]
+    return tar(*commands.values(), *links, *more)
+
+
+def docker_save(
+    *layers: bytes,
+    architecture: str | None = None,
+    tag: str = "test:latest",
+    settings: dict[str, Any] | None = None,
+) -> bytes:
     """What ``docker save`` writes: a manifest, a configuration, and a tar per layer."""
     config = json.dumps(
         {
             "architecture": architecture or host_architecture(),
             "os": "linux",
-            "config": {},
+            "config": settings or {},
             "rootfs": {"type": "layers", "diff_ids": [_digest(layer) for layer in layers]},
             "history": [{"created_by": "test"} for _ in layers],
         }
     ).encode()
     name = hashlib.sha256(config).hexdigest() + ".json"
     paths = [f"{number}/layer.tar" for number in range(len(layers))]
-    manifest = json.dumps([{"Config": name, "RepoTags": ["test:latest"], "Layers": paths}]).encode()
+    manifest = json.dumps([{"Config": name, "RepoTags": [tag], "Layers": paths}]).encode()
     return tar(
         *(member(path, layer) for path, layer in zip(paths, layers, strict=True)),
         member(name, config),

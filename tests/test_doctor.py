@@ -50,7 +50,7 @@ def test_a_runtime_that_makes_no_container_is_named_with_advice(tmp_path: Path) 
     broken = tmp_path / "crun-broken"
     broken.write_text("#!/bin/sh\necho it is broken >&2\nexit 3\n")
     broken.chmod(0o755)
-    done = doctor(tmp_path, "--json", config=f"runtime: {broken}\n")
+    done = doctor(tmp_path, "--json", config=f"engine: oci\nruntime: {broken}\n")
     assert done.returncode == 1
     found = json.loads(done.stdout)
     assert found["usable"] is False

@@ -19,6 +19,7 @@ from sandboxd.cli.policy import load
 
 if TYPE_CHECKING:
     from sandboxd.config import Config
+    from sandboxd.engine.docker import DockerImages
     from sandboxd.images import Image, ImageStore
 
 __all__ = ["build", "import_image", "ls", "pull", "rm", "verify"]
@@ -41,11 +42,21 @@ def _store(config: Path | None, state: Path | None, *, make: bool = False) -> Im
 
     if state is not None and not make and not state.is_dir():
         raise errors.NotFound(f"there is no state directory {state}")
-    root = (state or _settings(config).state) / "images"
+    settings = _settings(config)
+    where = state or settings.state
     try:
-        return ImageStore(root)
+        return _of_docker(settings, where) if settings.engine == "docker" else ImageStore(where / "images")
     except PermissionError:
-        raise errors.NotPermitted(f"no permission for {root}: image commands run as root") from None
+        raise errors.NotPermitted(f"no permission for {where}/images: image commands run as root") from None
+
+
+def _of_docker(settings: Config, state: Path) -> DockerImages:
+    """The store with the images of the configuration's Docker Engine."""
+    from sandboxd.engine.docker import DockerEndpoint, DockerImages  # noqa: PLC0415 - as above
+    from sandboxd.engine.host import instance_name  # noqa: PLC0415
+
+    endpoint = DockerEndpoint(settings.docker.socket, timeout=settings.docker.timeout / 1e6)
+    return DockerImages(state, endpoint, instance_name(state))
 
 
 def _made(image: Image, output: Format) -> None:
@@ -103,12 +114,28 @@ def pull(
     reference: Annotated[str, Parameter(help="The image in its registry, such as docker://debian:12.")],
     *,
     name: Annotated[str | None, Parameter(help="The image's name; else that of the reference.")] = None,
+    update: Annotated[
+        bool,
+        Parameter(negative="", help="With `engine: docker`, have the reference stand for what it names now."),
+    ] = False,
     config: ConfigFile = None,
     state: State = None,
     output: FlatFormat = FORMAT,
 ) -> None:
-    """Fetch an image from a registry with skopeo."""
-    _made(_store(config, state, make=True).pull(reference, name=name), output)
+    """Fetch an image from a registry: with skopeo, or, with `engine: docker`, by the Docker Engine."""
+    settings = _settings(config)
+    if settings.engine != "docker":
+        _made(_store(config, state, make=True).pull(reference, name=name), output)
+        return
+    if name is not None:
+        raise errors.InvalidRequest(
+            "the Docker Engine keeps an image under its reference, which a policy names as `image:`; "
+            "leave --name out",
+            field="name",
+        )
+    images = _of_docker(settings, state or settings.state)
+    wanted = reference.removeprefix("docker://")
+    _made(images.fetch(wanted, update=update, progress=terminal.complain), output)
 
 
 def ls(*, config: ConfigFile = None, state: State = None, output: FlatFormat = FORMAT) -> None:

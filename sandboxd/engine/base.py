@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from sandboxd import errors
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -48,6 +50,22 @@ class Capabilities:
         return all(check.ok for check in self.checks if check.required)
 
 
+@dataclass(frozen=True)
+class Lacks:
+    """What no container of an engine can have on this host, each with a sentence that says what to do."""
+
+    user_namespaces: Mapping[str, str] = field(default_factory=dict)
+    """By the kind that a policy asks for."""
+    overlay_root: str | None = None
+
+    def refuse(self, shape: Shape, error: type[errors.SandboxdError] = errors.ControlNotSupported) -> None:
+        """Raise the error, which names the control, for a shape that no container here can have."""
+        if (said := self.user_namespaces.get(shape.process.user_namespace)) is not None:
+            raise error(said, control="user_namespace")
+        if self.overlay_root is not None and shape.root.mode == "overlay":
+            raise error(self.overlay_root, control="root_overlay")
+
+
 @dataclass
 class Slot:
     """One container that an engine has made; its tool process is parked before ``execve``."""
@@ -75,6 +93,8 @@ class Slot:
     """What the engine mounted, by its place in the container: device and inode of its root."""
     upper_fd: int | None
     """``O_PATH`` descriptor of the writable layer of the root, where there is one."""
+    spares_init: bool = False
+    """Whether a kill leaves PID 1 alone, with which the engine would remove the cgroup before it is read."""
     warm: bool = False
     """Whether the parked process is the shape's interpreter, which waits for a command."""
     held: ExitStack = field(default_factory=ExitStack)
@@ -93,6 +113,11 @@ class Engine(Protocol):
 
     async def probe(self) -> Capabilities:
         """Run a real container and say what this host can enforce."""
+        ...
+
+    @property
+    def lacks(self) -> Lacks:
+        """What no container of it can have here; known once it was probed."""
         ...
 
     async def create(self, shape: Shape, *, warm: bool = True) -> Slot:

@@ -22,11 +22,12 @@ from sandboxd.kernel.userns import UserNamespaces
 
 if TYPE_CHECKING:
     from sandboxd.config import Config
+    from sandboxd.engine.docker import DockerEngine
 
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 """Those that a runtime takes from its own ``/dev`` when it cannot make them: OCI config-linux.md."""
 
-__all__ = ["EngineHost", "enter_private_mounts", "instance_name"]
+__all__ = ["EngineHost", "enter_private_mounts", "images_of", "instance_name"]
 
 
 def instance_name(state: Path, suffix: str = "") -> str:
@@ -66,6 +67,16 @@ def leave_private_mounts(run: Path) -> None:
         run.rmdir()
 
 
+def images_of(config: Config, engine: str) -> ImageStore:
+    """Where the images of an engine are, by its name."""
+    if engine != "docker":
+        return ImageStore(config.state / "images")
+    from sandboxd.engine.docker import DockerEndpoint, DockerImages  # noqa: PLC0415  (slow)
+
+    endpoint = DockerEndpoint(config.docker.socket, timeout=config.docker.timeout / 1e6)
+    return DockerImages(config.state, endpoint, instance_name(config.state))
+
+
 class EngineHost(ExitStack):
     """The cgroup tree, the user namespaces, the seccomp server and the images; takes them down at exit.
 
@@ -78,7 +89,8 @@ class EngineHost(ExitStack):
         require_programs()
         self._config = config
         self._run = run
-        self.images = ImageStore(config.state / "images")
+        self._name = name
+        self.images = images_of(config, "oci")
         self.callback(leave_private_mounts, run)
         self.cgroups = CgroupTree.open(name)
         self.callback(self.cgroups.close)
@@ -108,19 +120,50 @@ class EngineHost(ExitStack):
             for found in find_runtimes(self._config.runtime)
         ]
 
-    async def open_engine(self) -> OciEngine:
-        """The first engine that makes a real container here. Raises HostUnsupported, ConfigInvalid."""
-        if self._config.engine == "docker":
-            raise errors.ConfigInvalid("engine: docker is not in this version; write `engine: oci` or `auto`")
-        tried = []
-        for engine in self.engines():
-            with ExitStack() as stack:
-                stack.enter_context(engine)
-                capabilities = await engine.probe()
-                if capabilities.usable:
-                    self.push(stack.pop_all())
+    def docker_engine(self) -> DockerEngine:
+        """The Docker Engine of the configuration, which nothing was asked of yet."""
+        from sandboxd.engine.docker import DockerEndpoint, DockerEngine, DockerImages  # noqa: PLC0415  (slow)
+
+        docker = self._config.docker
+        endpoint = DockerEndpoint(docker.socket, timeout=docker.timeout / 1e6)
+        images = DockerImages(self._config.state, endpoint, instance_name(self._config.state))
+        return DockerEngine(
+            endpoint,
+            instance=self._name,
+            images=images,
+            cgroups=self.cgroups,
+            notify=self.notify,
+            runtime=docker.runtime,
+        )
+
+    async def open_engine(self) -> OciEngine | DockerEngine:
+        """The first engine that makes a real container here. Raises HostUnsupported.
+
+        ``auto`` takes an OCI runtime where one works, else the Docker Engine.
+        """
+        tried: list[str] = []
+        if self._config.engine != "docker":
+            try:
+                engines = self.engines()
+            except errors.HostUnsupported as error:
+                engines, tried = [], [str(error)]
+            for engine in engines:
+                if await self._works(engine, tried):
                     return engine
-            tried += [
-                f"{engine.runtime.name}: {check.found}" for check in capabilities.checks if not check.ok
-            ]
-        raise errors.HostUnsupported("no OCI runtime makes a container here: " + "; ".join(tried))
+        if self._config.engine != "oci":
+            docker = self.docker_engine()
+            if await self._works(docker, tried):
+                return docker
+        raise errors.HostUnsupported("no engine makes a container here: " + "; ".join(tried))
+
+    async def _works(self, engine: OciEngine | DockerEngine, tried: list[str]) -> bool:
+        """Whether it makes a container: then it stays open; else ``tried`` says why not."""
+        with ExitStack() as stack:
+            stack.enter_context(engine)
+            capabilities = await engine.probe()
+            if capabilities.usable:
+                self.push(stack.pop_all())
+                return True
+        name = engine.runtime.name if engine.name == "oci" else engine.name
+        tried += [f"{name}: {check.found}" for check in capabilities.checks if not check.ok]
+        return False

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.to_thread
 
 from sandboxd import errors
 from sandboxd.kernel.orphans import reap
@@ -21,6 +22,12 @@ DEATH_TIMEOUT = 30.0  # seconds until a killed container must be gone
 
 async def kill(slot: Slot) -> None:
     """End every process of the slot; its files stay readable. Raises EngineFailed when it does not die."""
+    if slot.spares_init:
+        try:
+            await anyio.to_thread.run_sync(slot.cgroup.kill, slot.init_pid)
+        except errors.HostFailed as error:
+            raise errors.EngineFailed(f"container {slot.id} did not die: {error}") from error
+        return
     with suppress(ProcessLookupError):
         signal.pidfd_send_signal(slot.init_pidfd, signal.SIGKILL)
     slot.cgroup.kill_at_once()

@@ -13,41 +13,39 @@ blocks, so both happen in worker threads.
 from __future__ import annotations
 
 import os
-import signal
-import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import anyio
 import anyio.to_thread
 
 from sandboxd import errors
-from sandboxd.engine.base import Capabilities, Check, Slot
+from sandboxd.engine.base import Capabilities, Check, Lacks, Slot
 from sandboxd.engine.berth import Berth, Berths
+from sandboxd.engine.interpreter import start_interpreter
 from sandboxd.engine.killing import DEATH_TIMEOUT, kill
+from sandboxd.engine.parking import parked_process, whole_disk
 from sandboxd.engine.presented import SlotMounts
 from sandboxd.engine.warming import Warming
-from sandboxd.init import warm as warming
 from sandboxd.init.protocol import Rlimit, Setup
 from sandboxd.kernel.cgroup import CgroupLimits
 from sandboxd.kernel.orphans import end_process, reap_orphans
 from sandboxd.policy import seccomp
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sandboxd.engine.runtime import Runtime
     from sandboxd.images import Image, ImageStore
-    from sandboxd.kernel.cgroup import Cgroup, CgroupTree
+    from sandboxd.kernel.cgroup import CgroupTree
     from sandboxd.kernel.notify import Listener, NotifyServer
     from sandboxd.kernel.userns import UserNamespaces
     from sandboxd.plan import Limits, Shape, Warm
 
 __all__ = ["OciEngine", "cgroup_limits", "rlimits"]
 
-WARM_TIMEOUT = 20.0  # seconds for an interpreter and its modules
 CREATE_TIMEOUT = 30.0  # seconds for the runtime, and for each step of PID 1
-RUNTIME_GONE = 1.0  # seconds until the runtime's own processes have left the cgroup, after its end
 OOM_SCORE_ADJ = 500  # PID 1 keeps 0, so that the kernel picks the tool
 
 
@@ -135,6 +133,14 @@ class OciEngine:
             )
         return Capabilities(self.name, self.runtime.name, (check,))
 
+    @property
+    def lacks(self) -> Lacks:
+        """What no container of this engine has."""
+        said = "the oci engine gives each container a user namespace of its own; {} is for `engine: docker`"
+        return Lacks(
+            {kind: said.format(f"`process: {{user_namespace: {kind}}}`") for kind in ("engine", "none")}
+        )
+
     async def create(self, shape: Shape, *, warm: bool = True) -> Slot:
         """A container of this shape, its tool process parked. Raises EngineFailed, HostFailed."""
         try:
@@ -165,7 +171,7 @@ class OciEngine:
     async def _warmed(self, slot: Slot, warm: Warm) -> Slot:
         """The slot with its interpreter ready, else another that has none."""
         try:
-            wrong = await self._start_interpreter(slot, warm)
+            wrong = await start_interpreter(slot, warm)
         except BaseException:
             await self.destroy(slot)
             raise
@@ -175,42 +181,8 @@ class OciEngine:
         await self.destroy(slot)
         return await anyio.to_thread.run_sync(self._create, slot.shape)
 
-    async def _start_interpreter(self, slot: Slot, warm: Warm) -> str | None:
-        """What is wrong with it, if anything. A thread waits for its word; cancelled, it ends with PID 1."""
-        heard = anyio.Event()
-
-        async def end_if_cancelled() -> None:
-            try:
-                await heard.wait()
-            except anyio.get_cancelled_exc_class():
-                with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(slot.init_pidfd, signal.SIGKILL)
-                raise
-
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(end_if_cancelled)
-            try:
-                wrong = await anyio.to_thread.run_sync(self._warm, slot, warm)
-            finally:
-                heard.set()
-        return wrong
-
-    def _warm(self, slot: Slot, warm: Warm) -> str | None:
-        try:
-            said = warming.start(slot.control, warm, WARM_TIMEOUT)
-            if said != warming.READY:
-                return said
-            if self._tool_of(slot.cgroup, slot.init_pid) != slot.tool_pid:
-                return "the interpreter is another process than the one that was parked"
-        except (errors.AttemptFailed, OSError) as error:
-            return str(error)
-        return None
-
     def _create(self, shape: Shape) -> Slot:
-        if shape.process.user_namespace != "slot":
-            raise errors.ControlNotEnforced(
-                "this engine gives each container a user namespace of its own", control="user_namespace"
-            )
+        self.lacks.refuse(shape, errors.ControlNotEnforced)
         try:
             return self._make(shape)
         except OSError as error:
@@ -231,7 +203,7 @@ class OciEngine:
         made = SlotMounts(berth.directory, shape, image, ids, stack)
         init_pid, pidfd, listener = self._start(berth, shape, made, stack)
         stack.callback(end_process, pidfd, DEATH_TIMEOUT)
-        tool_pid = self._tool_of(cgroup, init_pid)
+        tool_pid = parked_process(cgroup, init_pid)
         cgroup.set(cgroup_limits(shape.limits, self._device(shape.limits, image)))
         return Slot(
             berth.name,
@@ -270,32 +242,8 @@ class OciEngine:
         return *berth.container.started(), listener
 
     @staticmethod
-    def _tool_of(cgroup: Cgroup, init_pid: int) -> int:
-        """The parked process: what is in the cgroup beside PID 1, once what the runtime forked has left."""
-        until = time.monotonic() + RUNTIME_GONE
-        while len(tools := [pid for pid in cgroup.processes() if pid != init_pid]) != 1:
-            if time.monotonic() > until:
-                raise errors.ControlNotEnforced(
-                    f"the cgroup holds {len(tools)} processes beside PID 1, not the parked one alone",
-                    control="cgroup",
-                )
-            time.sleep(0.0005)
-        return tools[0]
-
-    @staticmethod
     def _device(limits: Limits, image: Image) -> tuple[int, int] | None:
         if image.rootfs is None or (limits.io_read is None and limits.io_write is None):
             return None
         device = image.rootfs.stat().st_dev
-        return _whole_disk(os.major(device), os.minor(device))
-
-
-def _whole_disk(major: int, minor: int) -> tuple[int, int] | None:
-    """The disk of a partition, since the kernel throttles disks; None when it is no block device."""
-    at = Path(f"/sys/dev/block/{major}:{minor}")
-    if not at.exists():
-        return None
-    if (at / "partition").exists():
-        disk = (at.resolve().parent / "dev").read_text().strip().split(":")
-        return int(disk[0]), int(disk[1])
-    return major, minor
+        return whole_disk(os.major(device), os.minor(device))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sandboxd.kernel.userns import IdRange
     from sandboxd.plan import Mount, Shape
 
-__all__ = ["Presented", "SlotMounts"]
+__all__ = ["Presented", "SlotMounts", "new_workspace"]
 
 
 @dataclass(frozen=True)
@@ -99,20 +99,7 @@ class SlotMounts:
         return self._clone(INIT, mapped=False)
 
     def _workspace(self) -> int:
-        owner, limits = self._shape.process, self._shape.limits
-        base = self._ids.base
-        return self._kept(
-            mounts.new_mount(
-                "tmpfs",
-                {
-                    "size": str(limits.workspace_size),
-                    "nr_inodes": str(limits.workspace_inodes),
-                    "mode": "0755",
-                    "uid": str(base + owner.uid),
-                    "gid": str(base + owner.gid),
-                },
-            )
-        )
+        return self._kept(new_workspace(self._shape, self._ids.base))
 
     def _root(self) -> int:
         rootfs = self._image.rootfs
@@ -139,6 +126,21 @@ class SlotMounts:
             os.chown(upper / part, base, base)
         options = {"lowerdir": str(lower), "upperdir": str(upper / "upper"), "workdir": str(upper / "work")}
         return self._kept(mounts.new_mount("overlay", options))
+
+
+def new_workspace(shape: Shape, base: int) -> int:
+    """A detached tmpfs of the policy's size, the tool's own; ``base`` is root on the host. Raises OSError."""
+    owner, limits = shape.process, shape.limits
+    return mounts.new_mount(
+        "tmpfs",
+        {
+            "size": str(limits.workspace_size),
+            "nr_inodes": str(limits.workspace_inodes),
+            "mode": "0755",
+            "uid": str(base + owner.uid),
+            "gid": str(base + owner.gid),
+        },
+    )
 
 
 def _is_there(rootfs: Path, mount: Mount) -> bool:

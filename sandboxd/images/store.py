@@ -99,6 +99,15 @@ class ImageStore:
         except FileNotFoundError:
             raise NotFound(self._how_to_get(name_or_digest), image=name_or_digest) from None
 
+    def needs_asking(self, name: str) -> bool:
+        """Whether ``ask`` has to find out first what a name stands for: never, of what is in the store."""
+        del name
+        return False
+
+    def ask(self, reference: str) -> Image:
+        """Find out what a reference stands for, for a store that has any. May block. Raises NotFound."""
+        return self.resolve(reference)
+
     def build(self, recipe: Path, *, progress: Callable[[str], None]) -> Image:
         """Build a recipe and give its name to the result; ``progress`` takes lines for people.
 

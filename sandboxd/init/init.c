@@ -1,9 +1,12 @@
 /*
  * PID 1 of every container.
  *
+ *   sandboxd-init [SOCKET]
+ *
  * Theory of operation.  The OCI runtime starts this static binary with four capabilities (SETUID,
  * SETGID, SETPCAP, KILL) inside the container's user namespace and one stream socket, the control
- * connection, as descriptor 3.  It empties its bounding set, makes itself undumpable and says HELLO.
+ * connection, as descriptor 3; of an engine that passes no descriptors on, it connects to SOCKET, where
+ * the daemon accepts one connection.  It empties its bounding set, makes itself undumpable and says HELLO.
  * On SETUP it forks the tool process, which takes the tool's ids, drops every capability, lowers its
  * rlimits, installs the policy's filter and parks on a private socket pair; the filter's listener
  * goes up that pair and on to the daemon (PARKED).  PID 1 then gives up all but KILL and filters
@@ -47,6 +50,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/timerfd.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -552,8 +556,23 @@ static void pass_on(const struct header *head, const int *fds, size_t count)
     }
 }
 
-int main(void)
+/* Makes the control connection to the daemon's socket at `path`. */
+static int connect_to(const char *path)
 {
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof address.sun_path)
+        return errno = ENAMETOOLONG, -1;
+    strcpy(address.sun_path, path);
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof address) < 0)
+        return -1;
+    return dup2(fd, CONTROL);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc == 2 && connect_to(argv[1]) < 0)
+        _exit(125); /* nobody can be told but by the status */
     for (int cap = 0; prctl(PR_CAPBSET_READ, cap, 0, 0, 0) >= 0; cap++)
         if (prctl(PR_CAPBSET_DROP, cap, 0, 0, 0) < 0)
             fail(CONTROL, "bounding set");

@@ -172,15 +172,15 @@ class Cgroup:
         self._files.kill_all()
         self._files.thaw_and_unthrottle()
 
-    def kill(self) -> None:
-        """End every process and return when none is left (zombies do not count).
+    def kill(self, spare: int | None = None) -> None:
+        """End every process but ``spare`` and return when no other is left (zombies do not count).
 
         Blocks: some ms, up to 30 s for a stuck kernel, then raises HostFailed. Signals go through pidfds
         that were checked against the cgroup after they were opened, so a reused pid is never hit.
         """
         limit, passes = time.monotonic() + KILL_SECONDS, 0
         while True:
-            pids = self.processes()
+            pids = [pid for pid in self.processes() if pid != spare]
             if not pids:
                 return
             if time.monotonic() > limit:
@@ -189,7 +189,7 @@ class Cgroup:
                 with contextlib.suppress(errors.HostFailed):
                     self._denied_before_kill = self._files.pids_denied()
                 self._files.forbid_forks()
-            if passes or not self._files.kill_all():
+            if passes or spare is not None or not self._files.kill_all():
                 for pid in pids:
                     self._kill_one(pid)
             if not passes:
@@ -383,6 +383,25 @@ class CgroupTree:
             files=files,
             made=self._made,
         )
+
+    def of_process(self, slot: str, pid: int) -> Cgroup:
+        """The cgroup of a process that somebody else placed, and will remove. Raises HostFailed.
+
+        It is one's own: in each hierarchy that is used, below the root, and no other process's than those
+        of the container. Whoever asks knows that from the process.
+        """
+        found = cgroupfs.parse_self_cgroup(cgroupfs.read(f"/proc/{pid}/cgroup"))
+        directories: dict[str, str] = {}
+        for hierarchy in self._host.mounted:
+            keys = hierarchy.controllers if hierarchy.version == 1 else frozenset({""})
+            place = next((found[key] for key in sorted(keys) if key in found), None)
+            if place is None:
+                continue
+            path = hierarchy.path_of(place)
+            if hierarchy in self._host.used and (place == "/" or hierarchy.name_of(path) != place):
+                raise errors.HostFailed(f"process {pid} has no cgroup of its own in {hierarchy.mount}")
+            directories[hierarchy.mount] = path
+        return self._cgroup(slot, directories)
 
     def leftovers(self) -> list[Cgroup]:
         """Cgroups of an earlier daemon of the same name, wherever in the hierarchies it lived.

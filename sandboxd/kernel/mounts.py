@@ -29,13 +29,15 @@ __all__ = [
     "own_devices",
     "parse_mountinfo",
     "private_namespace",
+    "remount",
     "set_attributes",
+    "set_attributes_at",
 ]
 
 CLONE_NEWNS = 0x00020000
-MS_REC, MS_SLAVE = 0x4000, 0x80000
-MNT_DETACH = 2
-AT_EMPTY_PATH = 0x1000
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_REC, MS_SLAVE = 2, 4, 8, 32, 0x4000, 0x80000
+MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
+AT_SYMLINK_NOFOLLOW, AT_EMPTY_PATH = 0x100, 0x1000
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
 MOVE_MOUNT_F_EMPTY_PATH = 0x4
 FSOPEN_CLOEXEC = FSMOUNT_CLOEXEC = 1
@@ -154,6 +156,23 @@ def set_attributes(mount: int, *, read_only: bool, userns: int | None) -> None:
     _call("mount_setattr", SYS_MOUNT_SETATTR, mount, b"", AT_EMPTY_PATH, packed, len(packed))
 
 
+def set_attributes_at(target: str, *, read_only: bool) -> None:
+    """Make what is mounted at a path ``nosuid,nodev``, and read-only if asked. Raises OSError."""
+    attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | (MOUNT_ATTR_RDONLY if read_only else 0)
+    packed = struct.pack("=QQQQ", attributes, 0, 0, 0)
+    path = os.fsencode(target)
+    what = f"mount_setattr {target}"
+    _call(what, SYS_MOUNT_SETATTR, -100, path, AT_SYMLINK_NOFOLLOW, packed, len(packed))
+
+
+def remount(target: str, options: str, *, executable: bool = False, devices: bool = False) -> None:
+    """Set options of the file system that is mounted at a path, which becomes ``nosuid``. Raises OSError."""
+    flags = MS_REMOUNT | MS_NOSUID | (0 if executable else MS_NOEXEC) | (0 if devices else MS_NODEV)
+    if _libc.mount(b"none", os.fsencode(target), None, ctypes.c_ulong(flags), options.encode()) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"remount {target}: {os.strerror(code)}")
+
+
 def attach(mount: int, target: Path) -> None:
     """Attach a detached mount at a path. Raises OSError."""
     _call(
@@ -163,7 +182,7 @@ def attach(mount: int, target: Path) -> None:
 
 def detach(target: Path) -> None:
     """Take the topmost mount off a path, lazily. Raises OSError (EINVAL: nothing is mounted there)."""
-    if _libc.umount2(os.fsencode(target), MNT_DETACH) < 0:
+    if _libc.umount2(os.fsencode(target), MNT_DETACH | UMOUNT_NOFOLLOW) < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"umount {target}: {os.strerror(code)}")
 

@@ -15,7 +15,8 @@ import anyio.to_thread
 import structlog
 
 from sandboxd import errors
-from sandboxd.engine.base import Capabilities
+from sandboxd.engine.base import Capabilities, Lacks
+from sandboxd.engine.host import images_of
 from sandboxd.engine.killing import kill
 from sandboxd.maker.channel import MAX_SHAPES, Channel, raised
 from sandboxd.maker.server import be_the_engine
@@ -41,7 +42,8 @@ log = structlog.get_logger("sandboxd.engine")
 class EngineProcess:
     """The daemon's end: an ``Engine``, usable within ``async with``. ``fork`` makes one."""
 
-    def __init__(self, pid: int, channel: Channel) -> None:
+    def __init__(self, config: Config, pid: int, channel: Channel) -> None:
+        self._config = config
         self._pidfd = os.pidfd_open(pid)
         self._channel = channel
         self._answers: dict[int, asyncio.Future[tuple[Any, list[int]]]] = {}
@@ -49,10 +51,11 @@ class EngineProcess:
         self._owned: dict[str, ExitStack] = {}
         self._last = 0
         self._gone = anyio.Event()
-        self._images: ImageStore
         self._notify: NotifyServer
         self.name = ""
         self.runtime = ""
+        self.lacks = Lacks()
+        self.images: ImageStore
 
     @classmethod
     def fork(cls, config: Config, run: Path, name: str) -> Self:
@@ -67,16 +70,17 @@ class EngineProcess:
             ours.close()
             be_the_engine(parent, Channel(theirs), config, run, name)
         theirs.close()
-        return cls(pid, Channel(ours))
+        return cls(config, pid, Channel(ours))
 
-    async def open(self, images: ImageStore, notify: NotifyServer) -> list[str]:
+    async def open(self, notify: NotifyServer) -> list[str]:
         """Find the engine that serves; returns the containers of an earlier daemon that were removed.
 
         Raises HostUnsupported, ConfigInvalid.
         """
-        self._images, self._notify = images, notify
+        self._notify = notify
         asyncio.get_running_loop().add_reader(self._channel, self._hear)
-        (self.name, self.runtime, removed), _ = await self._ask("open")
+        (self.name, self.runtime, self.lacks, removed), _ = await self._ask("open")
+        self.images = images_of(self._config, self.name)
         return list(removed)
 
     async def __aenter__(self) -> Self:
@@ -110,7 +114,7 @@ class EngineProcess:
         """A container of this shape, read in full. Raises EngineFailed, HostFailed, ControlNotEnforced."""
         with ExitStack() as stack:
             held = stack.enter_context(ExitStack())
-            held.enter_context(self._images.hold(shape.image.digest))
+            held.enter_context(self.images.hold(shape.image.digest))
             number, answer = await self._begin("create", self._pickled(shape), warm)
             try:
                 data, fds = await asyncio.shield(answer)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sandboxd.config import Config
-    from sandboxd.engine.base import Engine, Slot
+    from sandboxd.engine.base import Engine, Lacks, Slot
     from sandboxd.maker.channel import Channel
     from sandboxd.plan import Shape
 
@@ -125,13 +125,13 @@ class Server:
         with suppress(BrokenPipeError, ConnectionResetError):  # the end of the stream says it
             await self._channel.send((number, ok, content), fds)
 
-    async def _open(self) -> tuple[str, str, list[str]]:
+    async def _open(self) -> tuple[str, str, Lacks, list[str]]:
         host = self._host.enter_context(EngineHost(self._config, self._run, self._name))
         removed = host.clean_leftovers()
         engine = self._engine = await host.open_engine()
         gc.collect()
         gc.freeze()
-        return engine.name, engine.runtime.name, removed
+        return engine.name, engine.runtime.name, engine.lacks, removed
 
     async def _create(self, number: int, pickled: bytes, warm: bool) -> None:  # noqa: FBT001  (a message)
         scope = self._making[number] = anyio.CancelScope()

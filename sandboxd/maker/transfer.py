@@ -23,7 +23,7 @@ __all__ = ["pack", "unpack"]
 
 PLAIN = (
     "id", "engine", "runtime", "init_pid", "tool_pid", "cgroup", "id_base", "user_namespace", "presented",
-    "warm",
+    "spares_init", "warm",
 )  # fmt: skip
 
 

@@ -147,10 +147,6 @@ def _unsupported(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
         "retry": (spec.retry is not None, "retries are"),
         "isolation": (spec.isolation == "session", "isolation: session is"),
         "expose": (bool(spec.expose), "exposed ports are"),
-        "process.user_namespace": (
-            spec.process.user_namespace != "slot",
-            f"user_namespace: {spec.process.user_namespace} is",
-        ),
     }
     for path, (asked, what) in declared.items():
         if asked:

@@ -161,7 +161,7 @@ def _namespace_controls(slot: Slot, process: Parked) -> Iterator[Control]:
         ours, theirs = os.readlink(f"/proc/self/ns/{kind}"), process.link(f"ns/{kind}")
         asked = f"not the host's {ours}"
         owned = True
-        if slot.shape.process.user_namespace == "slot":
+        if slot.user_namespace is not None:
             asked += ", owned by the slot's user namespace"
             owned = _owner(process, kind) == slot.user_namespace
         yield Control(
@@ -171,7 +171,7 @@ def _namespace_controls(slot: Slot, process: Parked) -> Iterator[Control]:
             read_from=f"ns/{kind}; NS_GET_USERNS",
             enforced=ours != theirs and owned,
         )
-    if slot.shape.process.user_namespace == "slot":
+    if slot.shape.process.user_namespace != "none":
         theirs = process.link("ns/user")
         asked = f"user:[{slot.user_namespace}]"
         yield _equal("user_namespace", asked, theirs, "ns/user")

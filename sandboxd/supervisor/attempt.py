@@ -193,8 +193,13 @@ class Attempt:
         self._stack.callback(os.close, tmp)
         meter, ending, wall = await self._supervise(slot, receipt)
         self._on_state("collecting")
-        evidence = self._evidence(slot, meter, tmp)
-        self._result.usage = meter.usage(wall=wall, **self._written)
+        try:
+            evidence = self._evidence(slot, meter, tmp)
+            self._result.usage = meter.usage(wall=wall, **self._written)
+        except errors.HostFailed as error:
+            if isinstance(ending, Lost):  # an engine may have removed the cgroup with it
+                raise errors.EngineFailed(f"the container's PID 1 was lost: {ending.reason}") from error
+            raise
         self._report(slot, ending, evidence, self._result)
         if not isinstance(ending, CommandFailed):
             await self._collect(slot, self._result)

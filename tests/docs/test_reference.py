@@ -95,6 +95,7 @@ def test_every_key_of_the_configuration_is_documented_with_its_default() -> None
         for name in ("header_timeout", "body_timeout", "body_time", "keep_alive")
     }
     formats |= {"budget.inputs": units.format_size, "pool.age": units.format_duration}
+    formats |= {"docker.timeout": units.format_duration}
     formats |= {"socket.mode": lambda value: f'"{value:04o}"', "budget.memory": lambda value: f"{value:.0%}"}
     wanted = {path: shown(path, default, formats) for path, default in leaves(Config, set())}
     found = {code(row[0])[0]: row[1] for row in CONFIGURATION.rows("key")}

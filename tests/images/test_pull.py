@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
-from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
 from archives import docker_save, member, tar
-from daemons import until
+from registry import running_registry
 
 from sandboxd.errors import ImageInvalid
 
@@ -21,41 +19,22 @@ if TYPE_CHECKING:
     from sandboxd.images import ImageStore
 
 
-def answers(port: int) -> bool:
-    with closing(socket.socket()) as sock:
-        return sock.connect_ex(("127.0.0.1", port)) == 0
-
-
 @pytest.fixture
 def registry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, need: Callable[[object, str], None]
 ) -> Iterator[str]:
     """Host and port of a registry that holds ``tools/small:1``."""
     need(shutil.which("docker-registry"), "docker-registry")
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    config = tmp_path / "registry.yml"
-    config.write_text(
-        f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {tmp_path}/blobs}}}}\n"
-        f"http: {{addr: 127.0.0.1:{port}}}\n"
-    )
-    insecure = tmp_path / ".config/containers/registries.conf"
-    insecure.parent.mkdir(parents=True)
-    insecure.write_text(f'[[registry]]\nlocation = "127.0.0.1:{port}"\ninsecure = true\n')
-    monkeypatch.setenv("HOME", str(tmp_path))  # where skopeo looks for that file, before /etc
-    command = ["docker-registry", "serve", str(config)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        until(lambda: answers(port), "the registry listens")
+    with running_registry(tmp_path) as at:
+        insecure = tmp_path / ".config/containers/registries.conf"
+        insecure.parent.mkdir(parents=True)
+        insecure.write_text(f'[[registry]]\nlocation = "{at}"\ninsecure = true\n')
+        monkeypatch.setenv("HOME", str(tmp_path))  # where skopeo looks for that file, before /etc
         saved = tmp_path / "saved.tar"
         saved.write_bytes(docker_save(tar(member("bin/sh", b"#!"), member("etc/keep", b"1"))))
         push = ["skopeo", "--insecure-policy", "copy", "--quiet", f"docker-archive:{saved}"]
-        subprocess.run([*push, f"docker://127.0.0.1:{port}/tools/small:1"], check=True, timeout=60)
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.kill()
-        server.wait()
+        subprocess.run([*push, f"docker://{at}/tools/small:1"], check=True, timeout=60)
+        yield at
 
 
 def test_an_image_comes_from_a_registry(store: ImageStore, registry: str) -> None:

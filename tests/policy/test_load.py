@@ -152,8 +152,6 @@ def test_what_is_not_enforced_may_be_wrong_too(folder: Any) -> None:
         ("image: base\nretry: {failed: 2, backoff: 1s..30s, memory: {times: 1, raise: {memory: 1GiB}}}\n", 4),
         ("isolation: session\n", 3),
         ("expose: [8080]\n", 3),
-        ("process:\n  user_namespace: engine\n", 4),
-        ("process:\n  user_namespace: none\n", 4),
         ("mounts:\n  - source: /srv\n    target: /srv\n    mode: read-write\n", 6),
         ("limits: {stdout: {size: 1MiB, on_limit: kill}, stderr: {size: 1MiB, on_limit: truncate}}\n", 3),
     ],
@@ -165,7 +163,15 @@ def test_what_a_later_release_enforces_is_refused_at_its_line(
 
 
 @pytest.mark.parametrize(
-    "text", ["network: {}\n", "network: {mode: none}\n", "retry: none\n", "commit: success\n"]
+    "text",
+    [
+        "network: {}\n",
+        "network: {mode: none}\n",
+        "retry: none\n",
+        "commit: success\n",
+        "process: {user_namespace: engine}\n",  # it is for the engine to say whether it can
+        "process: {user_namespace: none}\n",
+    ],
 )
 def test_what_asks_for_nothing_more_is_accepted(folder: Any, text: str) -> None:
     folder.write("p", text)

@@ -1,0 +1,409 @@
+"""The ``docker`` engine: containers by a Docker Engine on this host.
+
+Theory of operation.  The engine is asked for a container whose entry point is our PID 1 (``request.py``);
+what its API cannot say is done to the container that is up (``finish.py``). PID 1 connects to a socket in a
+directory that is mounted there for that moment (``door.py``); from then on everything goes over that
+connection, the pidfd and the cgroup, as with every engine, and the Docker Engine is not asked again until
+the container is removed. So a call that has its slot does not depend on the engine, and none waits for it.
+
+A container ends when its PID 1 does, and the engine removes it then (``AutoRemove``), whether or not this
+daemon is there to ask. What an earlier daemon left is removed at start. Ours is what has this daemon's label
+*and* a name of ours: an image can bring a label, and no container its name.
+
+User namespaces are the Docker Engine's (``userns-remap``), one map for all its containers: ``slot`` is
+refused, ``engine`` runs where it has one, ``none`` everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar, TypeVarTuple, Unpack
+
+import anyio
+import anyio.to_thread
+import structlog
+from uuid6 import uuid7
+
+from sandboxd import errors
+from sandboxd.engine.base import Capabilities, Check, Lacks, Slot
+from sandboxd.engine.bundle import INIT_PATH
+from sandboxd.engine.docker.door import Door
+from sandboxd.engine.docker.endpoint import MissingInEngine
+from sandboxd.engine.docker.finish import finish, root_of
+from sandboxd.engine.docker.request import INSTANCE_LABEL, Labels, make_request
+from sandboxd.engine.interpreter import start_interpreter
+from sandboxd.engine.killing import kill
+from sandboxd.engine.oci import OOM_SCORE_ADJ, cgroup_limits, rlimits
+from sandboxd.engine.parking import parked_process, whole_disk
+from sandboxd.engine.presented import new_workspace
+from sandboxd.engine.warming import Warming
+from sandboxd.init import INIT
+from sandboxd.init.protocol import Control, Setup
+from sandboxd.kernel.orphans import end_process
+from sandboxd.policy import seccomp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sandboxd.engine.docker.endpoint import DockerEndpoint
+    from sandboxd.engine.docker.images import DockerImages
+    from sandboxd.images import HostBind, Image
+    from sandboxd.kernel.cgroup import CgroupTree
+    from sandboxd.kernel.notify import NotifyServer
+    from sandboxd.plan import Limits, Mount, Shape
+
+__all__ = ["DockerEngine", "DockerRuntime", "run_directory"]
+
+CONNECT_TIMEOUT = 20.0  # seconds from the start of a container until PID 1 has connected
+SETUP_TIMEOUT = 30.0  # seconds for each step of PID 1
+DEATH_TIMEOUT = 30.0  # seconds until a killed container must be gone
+REQUESTS = 32  # threads that wait for the engine at once: the daemon has others
+REMAINS = 256  # containers that could not be removed and are tried again
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class DockerRuntime:
+    """The runtime that the engine uses, by its name there."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Host:
+    """What the engine said of itself when it was opened."""
+
+    root: str
+    """Where it keeps its images."""
+    base: int
+    """The host's id of a container's root."""
+    remapped: bool
+
+
+def run_directory(instance: str) -> Path:
+    """Where the doors are: in /run, which the engine sees as we do, and beside the daemon's own mounts."""
+    return Path(f"/run/sandboxd-{instance}-docker")
+
+
+class DockerEngine:
+    """Implements ``engine.base.Engine``; see the module's first lines. A context manager."""
+
+    name = "docker"
+
+    def __init__(
+        self,
+        endpoint: DockerEndpoint,
+        *,
+        instance: str,
+        images: DockerImages,
+        cgroups: CgroupTree,
+        notify: NotifyServer,
+        runtime: str | None = None,
+    ) -> None:
+        """``runtime`` is one that the engine has by this name; without it, the engine's default."""
+        self._endpoint = endpoint
+        self._instance = instance
+        self.images = images
+        self._cgroups = cgroups
+        self._notify = notify
+        self._wanted = runtime
+        self.runtime = DockerRuntime(runtime or "default")
+        self._host: _Host | None = None
+        self._directory = run_directory(instance)
+        self._warming = Warming()
+        self._resources: dict[str, ExitStack] = {}
+        self._remains: set[str] = set()
+        self._threads: anyio.CapacityLimiter | None = None
+
+    def __enter__(self) -> Self:
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.mkdir(mode=0o711)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._endpoint.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def probe(self) -> Capabilities:
+        """Run a real container and say what this host can enforce."""
+        try:
+            shape = await self.probe_shape()
+            removed = await self._in_thread(self.clean_leftovers)
+            if removed:
+                log.warning("containers of an earlier daemon were removed", count=len(removed))
+            await self.destroy(await self.create(shape))
+            check = Check("container", ok=True, found=f"Docker's {self.runtime.name} makes containers")
+        except errors.SandboxdError as error:
+            check = Check(
+                "container",
+                ok=False,
+                found=str(error),
+                advice="start the Docker Engine, or name its socket: `docker: {socket: /run/docker.sock}`",
+            )
+        return Capabilities(self.name, self.runtime.name, (check,))
+
+    async def probe_shape(self) -> Shape:
+        """A small shape that this engine can make. Raises EngineFailed, HostUnsupported."""
+        from sandboxd.engine.probe import probe_shape  # noqa: PLC0415  (only at start)
+
+        host = await self._in_thread(self._look)
+        image = await self._in_thread(self.images.resolve, "host")
+        shape = probe_shape()
+        process = replace(shape.process, user_namespace="engine" if host.remapped else "none")
+        return replace(shape, process=process, image=replace(shape.image, digest=image.digest))
+
+    async def create(self, shape: Shape, *, warm: bool = True) -> Slot:
+        """A container of this shape, its tool process parked. Raises EngineFailed, HostFailed."""
+        slot = await self._in_thread(self._create, shape)
+        if shape.warm is None or not warm or not self._warming.due(shape):
+            return slot
+        try:
+            wrong = await start_interpreter(slot, shape.warm)
+        except BaseException:
+            await self.destroy(slot)
+            raise
+        if wrong is None:
+            return replace(slot, warm=True)
+        self._warming.failed(shape, wrong)
+        await self.destroy(slot)
+        return await self._in_thread(self._create, shape)
+
+    async def kill(self, slot: Slot) -> None:
+        """End every process of the slot but PID 1, with which the engine would remove the cgroup."""
+        await kill(slot)
+
+    async def destroy(self, slot: Slot) -> None:
+        """Kill and clean. Safe to call twice. An engine that is down removes the container when it is up."""
+        with anyio.CancelScope(shield=True):
+            stack = self._resources.pop(slot.id, None)
+            if stack is None:
+                return
+            await self._in_thread(self._end, slot, stack)
+
+    def _end(self, slot: Slot, stack: ExitStack) -> None:
+        with stack, suppress(errors.HostFailed):  # where PID 1 has ended, the engine has removed the cgroup
+            slot.cgroup.thaw_and_unthrottle()
+
+    def clean_leftovers(self) -> list[str]:
+        """Remove the containers of an earlier daemon of this instance. Raises EngineFailed."""
+        wanted = {"label": f"{INSTANCE_LABEL}={self._instance}"}
+        with self._endpoint.asking("leftovers") as client:
+            found = client.containers(all=True, filters=wanted)
+        prefix = f"/sandboxd-{self._instance}-"
+        ours = [one["Id"] for one in found if any(name.startswith(prefix) for name in one.get("Names") or ())]
+        for container in ours:
+            self._remove(container)
+        self.images.forget_removed()
+        return ours
+
+    async def _in_thread(self, function: Callable[[Unpack[Ts]], T], *arguments: *Ts) -> T:
+        if self._threads is None:
+            self._threads = anyio.CapacityLimiter(REQUESTS)
+        return await anyio.to_thread.run_sync(function, *arguments, limiter=self._threads)
+
+    def _look(self) -> _Host:
+        """What the engine is, and that it has the runtime. Raises EngineFailed, HostUnsupported."""
+        found = self._endpoint.info()
+        runtimes = found.get("Runtimes") or {}
+        if self._wanted is not None and self._wanted not in runtimes:
+            raise errors.HostUnsupported(
+                f"the Docker Engine has no runtime {self._wanted!r}; it has {', '.join(sorted(runtimes))}"
+            )
+        if self._wanted is None:
+            self.runtime = DockerRuntime(str(found.get("DefaultRuntime") or "default"))
+        options = found.get("SecurityOptions") or ()
+        if any("name=rootless" in option for option in options):
+            raise errors.HostUnsupported(
+                "this is a rootless Docker Engine, which maps ids in two pieces; this version needs one that "
+                "runs as root, with userns-remap if containers shall have ids of their own"
+            )
+        root = str(found.get("DockerRootDir") or "/var/lib/docker")
+        remapped = any("name=userns" in option for option in options)
+        base = 0
+        if remapped:  # the directory is named after the first uid and gid that containers are mapped to
+            uid, _, gid = Path(root).name.partition(".")
+            if not uid.isdigit() or uid != gid:
+                raise errors.HostUnsupported(
+                    f"the Docker Engine maps user ids from {uid} and group ids from {gid or '?'}: "
+                    "userns-remap has to give both the same range"
+                )
+            base = int(uid)
+        self._host = _Host(root, base, remapped)
+        return self._host
+
+    @property
+    def lacks(self) -> Lacks:
+        """What no container of this engine has, as far as it is known."""
+        kinds = {
+            "slot": "the Docker Engine gives no container a user namespace of its own; a policy for it says "
+            "`process: {user_namespace: engine}` (userns-remap) or `none`"
+        }
+        if self._host is not None and not self._host.remapped:
+            kinds["engine"] = (
+                "this Docker Engine runs without userns-remap; configure it there, or let the policy say "
+                "`process: {user_namespace: none}`"
+            )
+        return Lacks(
+            kinds,
+            overlay_root="the Docker Engine cannot bound the size of a writable root; a policy for it says "
+            "`filesystem: {root: read-only}`",
+        )
+
+    def _create(self, shape: Shape) -> Slot:
+        self.lacks.refuse(shape, errors.ControlNotEnforced)
+        self._remove_remains()
+        try:
+            with ExitStack() as stack:
+                slot = self._make(shape, self._host or self._look(), stack)
+                self._resources[slot.id] = stack.pop_all()
+                return slot
+        except OSError as error:
+            raise errors.HostFailed(f"the host refused a part of a container: {error}") from error
+        except errors.NotFound as error:  # the image, which was there when the call was accepted
+            raise errors.EngineFailed(str(error)) from error
+
+    def _make(self, shape: Shape, host: _Host, stack: ExitStack) -> Slot:
+        image = self.images.resolve(shape.image.digest)
+        held = stack.enter_context(ExitStack())
+        held.enter_context(self.images.hold(image.digest))
+        labels = Labels(self._instance, str(uuid7()))
+        door = stack.enter_context(Door(self._directory / labels.slot, host.base))
+        device = self._device(shape.limits, host)
+        container = self._create_container(shape, image, labels, door, device)
+        stack.callback(self._remove, container)
+        init_pid, upper = self._start(container)
+        stack.callback(self._kill_container, container)
+        control = Control(door.accept(init_pid, host.base, CONNECT_TIMEOUT))
+        stack.callback(control.close)
+        pidfd = os.pidfd_open(init_pid)
+        stack.callback(end_process, pidfd, DEATH_TIMEOUT)
+        root_of(init_pid, upper)
+        lent: list[HostBind | Mount] = [*image.binds, *shape.mounts]
+        binds = {one.target: one.source for one in lent}
+        mount = new_workspace(shape, host.base)
+        try:
+            workspace = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
+            stack.callback(os.close, workspace)
+            finish(init_pid, binds, mount)
+        finally:
+            os.close(mount)
+        owner = shape.process
+        setup = Setup(
+            owner.uid, owner.gid, owner.umask, OOM_SCORE_ADJ, rlimits(shape.limits), shape.program.bpf
+        )
+        listener = self._notify.add(
+            control.setup(setup, SETUP_TIMEOUT), answer=seccomp.answer, on_denied=None
+        )
+        stack.callback(listener.close)
+        cgroup = self._cgroups.of_process(labels.slot, init_pid)
+        tool_pid = parked_process(cgroup, init_pid)
+        cgroup.set(cgroup_limits(shape.limits, device and device[1]))
+        return Slot(
+            labels.slot,
+            shape,
+            self.name,
+            self.runtime.name,
+            init_pid,
+            pidfd,
+            tool_pid,
+            control,
+            cgroup,
+            listener,
+            workspace,
+            host.base,
+            Path(f"/proc/{init_pid}/ns/user").stat().st_ino if host.remapped else None,
+            _identities(init_pid, workspace, binds),
+            None,
+            spares_init=True,
+            held=held,
+        )
+
+    def _create_container(
+        self, shape: Shape, image: Image, labels: Labels, door: Door, device: tuple[str, Any] | None
+    ) -> str:
+        """The id of a container that is not started. What was imported and removed is imported again."""
+        for last in (False, True):
+            source = self.images.in_engine(image)
+            request = make_request(
+                shape,
+                source,
+                [*image.binds, *shape.mounts],
+                labels=labels,
+                door=door.directory,
+                device=device and device[0],
+                runtime=self._wanted,
+            )
+            try:
+                with self._endpoint.asking("create a container") as client:
+                    made = client.create_container_from_config(request, name=labels.name)
+            except MissingInEngine:
+                self.images.gone(image)
+                if last:
+                    raise
+            else:
+                return str(made["Id"])
+        raise AssertionError
+
+    def _start(self, container: str) -> tuple[int, str | None]:
+        """Start it; returns PID 1 as the host numbers it, and the upper layer of its root."""
+        with self._endpoint.asking("start a container") as client:
+            client.start(container)
+            found = client.inspect_container(container)
+        pid = int(found["State"]["Pid"])
+        if pid <= 0:
+            raise errors.EngineFailed(f"PID 1 ended at once, with status {found['State'].get('ExitCode')}")
+        return pid, ((found.get("GraphDriver") or {}).get("Data") or {}).get("UpperDir")
+
+    def _kill_container(self, container: str) -> None:
+        """For one that never connected: else its processes are dead by now."""
+        with suppress(errors.EngineFailed), self._endpoint.asking("kill a container") as client:
+            client.kill(container)
+
+    def _remove(self, container: str) -> None:
+        try:
+            with self._endpoint.asking("remove a container") as client:
+                client.remove_container(container, v=True, force=True)
+        except MissingInEngine:
+            return
+        except errors.EngineFailed as error:
+            if "already in progress" in str(error):  # it ended, and so the engine removes it
+                return
+            if len(self._remains) < REMAINS:
+                self._remains.add(container)
+            log.warning("a container is not removed yet", container=container[:12], reason=str(error))
+
+    def _remove_remains(self) -> None:
+        """Try again what an engine that was away did not remove."""
+        while self._remains:
+            before = len(self._remains)
+            self._remove(self._remains.pop())
+            if len(self._remains) >= before:
+                return
+
+    @staticmethod
+    def _device(limits: Limits, host: _Host) -> tuple[str, tuple[int, int]] | None:
+        """The disk that holds the engine's images, by its path and its numbers."""
+        if limits.io_read is None and limits.io_write is None:
+            return None
+        found = Path(host.root).stat().st_dev
+        numbers = whole_disk(os.major(found), os.minor(found))
+        if numbers is None:
+            return None
+        name = Path(f"/sys/dev/block/{numbers[0]}:{numbers[1]}").resolve().name
+        return f"/dev/{name}", numbers
+
+
+def _identities(init_pid: int, workspace: int, binds: dict[str, str]) -> dict[str, tuple[int, int]]:
+    """Device and inode of the root of each mount: but for ``/``, as this daemon has it on the host."""
+    found = {target: os.stat(source) for target, source in (*binds.items(), (INIT_PATH, str(INIT)))}  # noqa: PTH116
+    found["/"] = os.stat(f"/proc/{init_pid}/root")  # noqa: PTH116
+    found["/workspace"] = os.fstat(workspace)
+    return {target: (one.st_dev, one.st_ino) for target, one in found.items()}

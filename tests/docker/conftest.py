@@ -1,0 +1,56 @@
+"""A Docker Engine for the session, and a daemon on it."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+from daemons import Daemon, needs_containers, start_daemon
+from docker_policies import add_policies
+from dockerd import Dockerd, own_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from leaks import Session
+
+
+@pytest.fixture(scope="session")
+def dockerd(leak_session: Session, need: Callable[[object, str], None]) -> Iterator[Dockerd]:
+    """The session's engine."""
+    needs_containers()
+    need(shutil.which("dockerd"), "docker.io")
+    with own_engine() as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def docker_daemon(dockerd: Dockerd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon on the session's engine."""
+    directory = tmp_path_factory.mktemp("docker")
+    with start_daemon(directory, config=config_of(dockerd)) as daemon:
+        add_policies(daemon)
+        yield daemon
+
+
+def config_of(dockerd: Dockerd, more: str = "", *, engine: str = "docker") -> str:
+    """The configuration of a daemon on an engine."""
+    if "docker:" not in more:
+        more += f"docker: {{socket: {dockerd.socket}}}\n"
+    return f"engine: {engine}\n{more}"
+
+
+@pytest.fixture
+def start_on(tmp_path: Path, daemon_factory: Callable[..., Daemon]) -> Callable[..., Daemon]:
+    """Starts a daemon of a test's own on an engine, with the policies."""
+
+    def start(
+        dockerd: Dockerd, more: str = "", *, name: str = "own", engine: str = "docker", **policies: str
+    ) -> Daemon:
+        daemon = daemon_factory(config=config_of(dockerd, more, engine=engine), name=name)
+        add_policies(daemon, **policies)
+        return daemon
+
+    return start

@@ -1,0 +1,209 @@
+"""Docker Engines of other kinds: with userns-remap, with another runtime, with one that withholds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from daemons import SANDBOXD, until
+from dockerd import own_engine
+
+from sandboxd import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from daemons import Daemon
+    from dockerd import Dockerd
+
+    from sandboxd.models import Invocation
+
+FIRST = 3_000_000_000
+REMAP = """
+set -e
+for file in subuid subgid; do
+  echo sandboxd-remap:{first}:65536 >{at}/$file
+  [ -e /etc/$file ] || : >/etc/$file
+  mount --bind {at}/$file /etc/$file
+done
+cp /etc/passwd /etc/group {at}
+echo sandboxd-remap:x:2999:2999::/:/bin/false >>{at}/passwd
+echo sandboxd-remap:x:2999: >>{at}/group
+for file in passwd group; do mount --bind {at}/$file /etc/$file; done
+exec "$@"
+"""
+
+
+def in_force(call: Invocation) -> dict[str, str]:
+    assert call.receipt is not None, call.outcome
+    assert all(control.enforced for control in call.receipt.controls)
+    return {control.name: control.in_force for control in call.receipt.controls}
+
+
+@pytest.fixture(scope="module")
+def remapped(
+    leak_session: object, need: Callable[[object, str], None], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Dockerd]:
+    """An engine with ids of its own, which only it sees in /etc."""
+    need(shutil.which("dockerd"), "docker.io")
+    at = tmp_path_factory.mktemp("remap")
+    script = REMAP.format(at=at, first=FIRST)
+    before = ["unshare", "-m", "sh", "-c", script, "--"]
+    with own_engine("--userns-remap=sandboxd-remap", before=before) as engine:
+        yield engine
+
+
+def test_an_engine_that_remaps_ids(
+    remapped: Dockerd, start_on: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    lent = tmp_path / "lent"
+    lent.mkdir()
+    for path in (lent, *lent.parents):
+        path.chmod(path.stat().st_mode | 0o055)
+    daemon = start_on(
+        remapped,
+        mapped=(
+            "extends: tiny\nimage: host\nprocess: {user_namespace: engine}\n"
+            f"mounts: [{{source: {lent}, target: /lent, mode: read-only}}]\n"
+            'artifacts: [{path: "**"}]\n'
+        ),
+        root="extends: tiny\nimage: host\nprocess: {user_namespace: engine, user: 0}\n",
+    )
+    call = daemon.run("sh", "-c", "id -u; cat in; echo x > made", policy="mapped", inputs={"in": b"given"})
+    assert call.stdout is not None
+    assert call.stdout.text == "1000\ngiven", call.outcome
+    assert [one.path for one in call.artifacts if one.path == "made"]
+    found = in_force(call)
+    assert found["user_namespace_uids"] == found["user_namespace_gids"] == f"0 {FIRST} 65536"
+    assert found["user"].startswith(str(FIRST + 1000))
+    assert "another" not in found["mnt_namespace"]
+    root = daemon.run("sh", "-c", "id -u; mount -t tmpfs none /mnt; unshare -U true", policy="root")
+    assert in_force(root)["user"].startswith(str(FIRST))
+    assert root.outcome is not None
+    assert root.outcome.exit_code != 0
+    with pytest.raises(errors.ControlNotSupported):
+        daemon.run("true", policy="tiny")
+
+
+def test_a_warm_interpreter_waits(
+    docker_daemon: Daemon, dockerd: Dockerd, start_on: Callable[..., Daemon]
+) -> None:
+    daemon = start_on(dockerd, "pool: {min: 2, max: 2}\n", name="pooled")
+    script = "import os; print(os.getuid())"
+    assert daemon.run("python3", "-c", script, policy="py").outcome is not None
+
+    def waiting() -> int:
+        return sum(slot.state == "waiting" and slot.policy == "py" for slot in daemon.client().slots())
+
+    until(lambda: waiting() == 2, "two wait", seconds=30)
+    call = daemon.run("python3", "-c", script, policy="py")
+    assert call.stdout is not None
+    assert call.stdout.text == "1000\n"
+    assert call.receipt is not None
+    assert call.receipt.checked_at is not None  # it was read when the slot was made, and again
+    assert call.outcome is not None
+    assert call.outcome.exit_code == 0
+
+
+@pytest.fixture(scope="module")
+def runtimes(
+    leak_session: object, need: Callable[[object, str], None], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Dockerd, Path]]:
+    """An engine with crun, and with a runtime that leaves out what a file names."""
+    need(shutil.which("dockerd"), "docker.io")
+    need(shutil.which("crun"), "crun")
+    directory = tmp_path_factory.mktemp("runtimes")
+    crun, without = directory / "own-crun", directory / "without"
+    # crun refuses hybrid hosts, and does not see here that this is one
+    crun.write_text(
+        '#!/bin/sh\nexec unshare -m sh -c \'umount /sys/fs/cgroup/unified 2>&-; exec crun "$@"\' -- "$@"\n'
+    )
+    without.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        f"import docker_withholding\ndocker_withholding.main({str(directory)!r})\n"
+    )
+    for path in (crun, without):
+        path.chmod(0o755)
+    with own_engine(f"--add-runtime=own-crun={crun}", f"--add-runtime=without={without}") as engine:
+        yield engine, directory
+
+
+def test_another_runtime_of_the_engine(
+    runtimes: tuple[Dockerd, Path], start_on: Callable[..., Daemon]
+) -> None:
+    engine, _ = runtimes
+    daemon = start_on(engine, f"docker: {{socket: {engine.socket}, runtime: own-crun}}\n")
+    call = daemon.run("true", policy="small")
+    assert in_force(call)
+    assert call.receipt is not None
+    assert call.receipt.runtime == "own-crun"
+
+
+WITHHELD = {
+    "net_namespace": "net_namespace",
+    "ipc_namespace": "ipc_namespace",
+    "uts_namespace": "uts_namespace",
+    "cgroup_namespace": "cgroup_namespace",
+    "tmp_size": "tmp",
+    "workspace_absent": "workspace",
+    "shm_absent": "shm",
+    "masked_paths": "masked_paths",
+    "read_only_paths": "masked_paths",
+    "host_device": "devices",
+    "lent_other": "mount /lent",
+    "seccomp_outer": "seccomp",
+    "hostname": "hostname",
+}
+
+
+def test_what_the_runtime_withholds_is_named(
+    runtimes: tuple[Dockerd, Path], start_on: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    engine, directory = runtimes
+    (directory / "withhold").write_text("nothing")
+    lent = tmp_path / "lent"
+    lent.mkdir()
+    daemon = start_on(
+        engine,
+        f"docker: {{socket: {engine.socket}, runtime: without}}\n",
+        lent=(
+            "extends: tiny\nimage: host\nprocess: {user_namespace: none}\n"
+            f"mounts: [{{source: {lent}, target: /lent, mode: read-only}}]\n"
+        ),
+    )
+    in_force(daemon.run("true", policy="lent"))
+    found = {}
+    for name in WITHHELD:
+        (directory / "withhold").write_text(name)
+        call = daemon.run("echo", "ran", policy="lent")
+        assert call.outcome is not None
+        assert call.times.started is None
+        error = call.outcome.error
+        assert error is not None, name
+        found[name] = error.details.get("controls", error.message)
+    assert {name: WITHHELD[name] in controls for name, controls in found.items()} == dict.fromkeys(
+        WITHHELD, True
+    ), found
+
+
+def test_the_doctor_compares_the_engines(dockerd: Dockerd, tmp_path: Path) -> None:
+    (tmp_path / "sandboxd.yaml").write_text(
+        f"state: {tmp_path}/state\ndocker: {{socket: {dockerd.socket}}}\n"
+    )
+    done = subprocess.run(
+        [SANDBOXD, "doctor", "--json", "--config", tmp_path / "sandboxd.yaml"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert found["engine oci"]["ok"]
+    assert found["engine docker"]["ok"]
+    assert "user_namespace: none" in found["engine docker"]["found"]
+    assert "controls in force" in found["docker runc"]["found"]
+    assert dockerd.containers() == []
