@@ -57,7 +57,7 @@ def visible(text: str, most: int = 2000) -> str:
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """With a width of its own: argparse would ask ``shutil``, which takes long to import."""
+    """With a width of its own, and colours only for help: what argparse would ask takes long to import."""
 
     def __init__(self, prog: str) -> None:
         columns = os.environ.get("COLUMNS", "")
@@ -66,6 +66,15 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         except OSError:  # not a terminal
             width = 0
         super().__init__(prog, width=(width or 80) - 2)
+
+    def _set_color(self, color: bool, **_options: object) -> None:  # noqa: FBT001  -- argparse's, of Python 3.14
+        self._color = color
+
+    def __getattr__(self, name: str) -> object:
+        if name not in {"_theme", "_decolor"} or "_color" not in self.__dict__:
+            raise AttributeError(name)
+        getattr(super(), "_set_color")(self._color)  # noqa: B009  -- earlier Pythons lack it
+        return self.__dict__[name]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -396,7 +396,8 @@ static pid_t park(uint32_t length, int *pair)
     sigemptyset(&none);
     if (setsid() < 0 || sigprocmask(SIG_SETMASK, &none, NULL) < 0)
         fail(up, "setsid");
-    signal(SIGPIPE, SIG_DFL);
+    for (int number = 1; number < NSIG; number++) /* what started the daemon (nohup, a script) may ignore some */
+        signal(number, SIG_DFL);
     char *at = payload + sizeof setup;
     for (uint32_t i = 0; i < setup.rlimits; i++, at += sizeof(struct limit)) {
         struct limit limit;

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from parked import ENV, LONG, SETUP, UID, heard, init, parked
 
 from sandboxd import errors
+from sandboxd.init import INIT
 from sandboxd.init.protocol import HEADER, Control, ExecFailed, Exited, Gone, Setup, Started, Type
 
 if TYPE_CHECKING:
@@ -55,6 +56,13 @@ def test_the_tool_is_what_setup_said() -> None:
     assert lines[:3] == [str(UID)] * 3
     assert lines[3:8] == ["0027", "32", "500", "hello", "/usr"]
     assert lines[8:] == ["0", "1", "2", "3"]  # 3 is the directory that ls reads: the control is not there
+
+
+def test_what_was_ignored_where_the_daemon_was_started_is_not_ignored_by_the_tool() -> None:
+    shell = ("sh", "-c", f"trap '' HUP INT QUIT TERM USR1; exec {INIT}")
+    with parked(program=shell) as slot:
+        anyio.run(slot.reports, [b"grep", b"-E", b"^Sig(Ign|Blk)", b"/proc/self/status"])
+        assert {line.split()[1] for line in slot.output.decode().splitlines()} == {"0" * 16}
 
 
 @pytest.mark.parametrize(
