@@ -124,7 +124,7 @@ class Dockerd:
             if any(str(self.directory) in word for word in process.info["cmdline"] or ()):
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
-                    process.wait(10)
+                    process.wait(60)
         for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
             if f"{self.directory}/" in line.split(" ")[4]:
                 subprocess.run(["umount", "-l", line.split(" ")[4]], check=False, capture_output=True)

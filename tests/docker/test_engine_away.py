@@ -22,6 +22,7 @@ from archives import shell_tar
 from daemons import SANDBOXD, until
 from dockerd import Dockerd, own_engine
 
+from sandboxd.engine.docker.engine import run_directory
 from sandboxd.engine.host import instance_name
 
 if TYPE_CHECKING:
@@ -154,6 +155,9 @@ def test_the_daemon_killed_leaves_no_container(engine: Dockerd, start_on: Callab
     until(lambda: len(engine.containers()) == 3, "two wait beside it")
     daemon.stop(signal.SIGKILL)
     until(lambda: not engine.containers(), "PID 1 ends with the daemon, and the engine removes its container")
+    again = start_on(engine)
+    assert cause(again.client().get(call.id)) == "interrupted"
+    assert not list(run_directory(instance_name(again.state)).iterdir())
 
 
 def test_a_full_disk_is_the_engines_failure(

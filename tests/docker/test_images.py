@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from archives import member, shell_tar
-from daemons import SANDBOXD
+from daemons import SANDBOXD, until
 from docker_policies import add_policies
 from registry import running_registry
 
@@ -76,6 +76,7 @@ def test_an_image_that_was_removed_is_told_with_the_command(docker_daemon: Daemo
     dockerd.load(shell_tar(member("removed", b"")), "removed:1")
     add_policies(docker_daemon, removed=of("removed:1"))
     said(docker_daemon.run("true", policy="removed"))
+    until(lambda: not dockerd.containers(), "its container is gone")
     dockerd.docker("rmi", "-f", "removed:1")
     call = docker_daemon.run("true", policy="removed")
     assert call.outcome is not None
