@@ -16,11 +16,10 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_SHAPES", "Channel", "failure", "raised"]
 
-MAX_MESSAGE = 256 * 1024  # bytes; a shape with the largest filter is 40 KiB, a slot with its receipt 20
 MAX_FDS = 32
 MAX_SHAPES = 256  # that either end remembers
 SO_SNDBUFFORCE = 32  # asm-generic/socket.h
-BUFFER = 8 << 20  # bytes that wait for the other end, so that sending mostly does not
+BUFFER = 8 << 20  # bytes that wait for the other end; the largest shape is that of a policy file of 1 MiB
 
 
 class Channel:
@@ -53,9 +52,10 @@ class Channel:
 
     def receive(self) -> tuple[Any, list[int]] | None:
         """The next message; None at the end of the stream. Raises BlockingIOError where there is none yet."""
-        data, fds, flags, _ = socket.recv_fds(self._sock, MAX_MESSAGE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
-        if not data:
+        size = self._sock.recv_into(bytearray(1), 1, socket.MSG_PEEK | socket.MSG_TRUNC)
+        if not size:
             return None
+        data, fds, flags, _ = socket.recv_fds(self._sock, size, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise errors.EngineFailed("a message between the daemon and its engine was cut")
         return pickle.loads(data), list(fds)  # noqa: S301  (of our own process)

@@ -1,0 +1,129 @@
+"""The daemon and the process of its engine: what goes between them, and what each is without the other."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+from daemons import slots_of, until
+
+from sandboxd import errors
+from sandboxd.maker.channel import Channel, failure, raised
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from daemons import Daemon
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Channel, Channel]]:
+    made = [Channel(one) for one in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)]
+    yield made[0], made[1]
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize("size", [0, 100, 300_000, 3 << 20])
+def test_a_message_comes_whole_with_its_descriptors(ends: tuple[Channel, Channel], size: int) -> None:
+    reader, writer = os.pipe()
+    try:
+        anyio.run(ends[0].send, b"x" * size, [writer])
+        received = ends[1].receive()
+        assert received is not None
+        message, [fd] = received
+        assert message == b"x" * size
+        assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+        os.write(fd, b"through")
+        os.close(fd)
+        assert os.read(reader, 100) == b"through"
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_who_sends_waits_for_who_does_not_read(ends: tuple[Channel, Channel]) -> None:
+    async def flood() -> int:
+        sent = 0
+        with anyio.move_on_after(0.5):
+            while True:
+                await ends[0].send(b"x" * 100_000)
+                sent += 1
+        return sent
+
+    sent = anyio.run(flood)
+    for _ in range(sent):
+        received = ends[1].receive()
+        assert received is not None
+        assert len(received[0]) == 100_000
+    with pytest.raises(BlockingIOError):
+        ends[1].receive()
+
+
+def test_the_end_is_told(ends: tuple[Channel, Channel]) -> None:
+    ends[0].close()
+    assert ends[1].receive() is None
+    with pytest.raises(OSError, match="pipe"):
+        anyio.run(ends[1].send, "anybody?")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.EngineFailed("no container"),
+        errors.ControlNotEnforced("not as asked", control="memory", asked="1", in_force="2"),
+        errors.NotFound("no image", image="base"),
+    ],
+)
+def test_an_error_of_ours_is_the_same_one_at_the_other_end(error: errors.SandboxdError) -> None:
+    found = raised(*failure(error))
+    assert (type(found), str(found), found.details) == (type(error), str(error), error.details)
+
+
+def test_any_other_error_is_one_that_a_call_can_end_with() -> None:
+    assert isinstance(raised(*failure(OSError(28, "No space left on device"))), errors.HostFailed)
+    assert isinstance(raised(*failure(KeyError("x"))), errors.EngineFailed)
+
+
+def test_a_policy_of_any_size_has_its_slot(daemon_factory: Callable[..., Daemon], tmp_path: Path) -> None:
+    """Much environment and as many host paths as there may be: a long request, and a long answer."""
+    daemon = daemon_factory()
+    lines = ["version: 1", "name: large", "extends: tiny", "process:", "  env:"]
+    lines += [f"    V{number}: {'x' * 7000}" for number in range(100)]
+    lines.append("mounts:")
+    for number in range(64):
+        lent = tmp_path / f"{number}-{'n' * 200}"
+        lent.mkdir()
+        lines.append(f"  - {{source: {lent}, target: /{number}-{'t' * 200}}}")
+    (daemon.policies / "large.yaml").write_text("\n".join(lines) + "\n")
+    until(lambda: "large" in {one.name for one in daemon.client().policies()}, "the policy is there")
+    found = daemon.run("sh", "-c", "echo ${#V99}; ls -d /63-*", policy="large")
+    assert found.stdout is not None, found.outcome
+    assert found.stdout.text == f"7000\n/63-{'t' * 200}\n", found.stderr
+
+
+def test_an_engine_that_stands_still_delays_calls_and_loses_none(
+    daemon_factory: Callable[..., Daemon],
+) -> None:
+    daemon = daemon_factory()
+    assert daemon.run("true").outcome is not None
+    os.kill(daemon.engine, signal.SIGSTOP)
+    try:
+        client = daemon.client()
+        ids = [client.start(["echo", str(number)], policy="tiny").id for number in range(4)]
+        gone = client.start(["echo", "late"], policy="tiny", deadline="300ms").id
+        assert client.health().status == "ready"
+    finally:
+        os.kill(daemon.engine, signal.SIGCONT)
+    for number, one in enumerate(ids):
+        ended = client.wait(one, timeout=30.0)
+        assert ended.stdout is not None, ended.outcome
+        assert ended.stdout.text == f"{number}\n"
+    assert client.wait(gone, timeout=30.0).outcome.cause == "wall_time"  # type: ignore[union-attr]
+    until(lambda: not slots_of(daemon), "no container is left")
