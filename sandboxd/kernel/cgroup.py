@@ -387,8 +387,8 @@ class CgroupTree:
     def of_process(self, slot: str, pid: int) -> Cgroup:
         """The cgroup of a process that somebody else placed, and will remove. Raises HostFailed.
 
-        It is one's own: in each hierarchy that is used, below the root, and no other process's than those
-        of the container. Whoever asks knows that from the process.
+        It is below the root in each hierarchy that is used. Whether it is the container's alone is for the
+        caller to see, by its processes, before anything in it is changed or killed.
         """
         found = cgroupfs.parse_self_cgroup(cgroupfs.read(f"/proc/{pid}/cgroup"))
         directories: dict[str, str] = {}
@@ -398,9 +398,10 @@ class CgroupTree:
             if place is None:
                 continue
             path = hierarchy.path_of(place)
-            if hierarchy in self._host.used and (place == "/" or hierarchy.name_of(path) != place):
+            if place != "/" and hierarchy.name_of(path) == place:
+                directories[hierarchy.mount] = path
+            elif hierarchy in self._host.used:
                 raise errors.HostFailed(f"process {pid} has no cgroup of its own in {hierarchy.mount}")
-            directories[hierarchy.mount] = path
         return self._cgroup(slot, directories)
 
     def leftovers(self) -> list[Cgroup]:

@@ -166,6 +166,32 @@ def test_denied_forks_are_counted(cgroup: Cgroup) -> None:
     assert cgroup.pids_denied() >= 1
 
 
+def test_all_but_one_are_ended(cgroup: Cgroup) -> None:
+    """Also when the others fork."""
+    code = "import os, time\nif os.fork() == 0:\n while True:\n  try: os.fork()\n  except OSError: pass\n"
+    with inside(cgroup, f"{code}time.sleep(60)") as process:
+        until = time.monotonic() + 10
+        while len(cgroup.processes()) < 10:
+            assert time.monotonic() < until
+        cgroup.kill(spare=process.pid)
+        assert cgroup.processes() == [process.pid]
+        assert process.poll() is None
+
+
+def test_the_cgroup_that_somebody_else_made(tree: CgroupTree, cgroup: Cgroup) -> None:
+    with inside(cgroup, "import time; time.sleep(60)") as process:
+        found = tree.of_process("theirs", process.pid)
+        assert found.processes() == [process.pid]
+        assert found.contains(process.pid)
+        assert found.read_limits() == cgroup.read_limits()
+        found.set(CgroupLimits(memory=32 * MIB, pids=9, cpus=250))
+        assert cgroup.read_limits()["memory"][0] == str(32 * MIB)
+    with pytest.raises(errors.HostFailed):
+        tree.of_process("the root", 2)  # kthreadd
+    with pytest.raises(errors.HostFailed):
+        tree.of_process("nobody", process.pid)
+
+
 def test_a_fork_bomb_ends(tree: CgroupTree) -> None:
     cgroup = tree.create("bomb", CgroupLimits(memory=256 * MIB, pids=60, cpus=100))
     code = "import os\nwhile True:\n try: os.fork()\n except OSError: pass"
