@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 from sandboxd import errors
 from sandboxd.engine.bundle import MASKED, READ_ONLY, temporary
 from sandboxd.init import CONTAINER
+from sandboxd.kernel import descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +67,7 @@ class BuiltInContainer:
                     env={},
                 )
             try:
-                data, fds, _, _ = socket.recv_fds(self._plan, 64, 1, socket.MSG_CMSG_CLOEXEC)
+                data, fds, _ = descriptors.receive(self._plan, 64, 1)
             finally:
                 parent.wait()
             if len(fds) != 1:

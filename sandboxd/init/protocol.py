@@ -29,6 +29,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Self
 
 from sandboxd import errors
+from sandboxd.kernel import descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -280,7 +281,7 @@ class Control:
         fds: list[int] = []
         try:
             while (frame := self._parse()) is None:
-                data, received, _, _ = socket.recv_fds(self._sock, 4096, 3, socket.MSG_CMSG_CLOEXEC)
+                data, received, _ = descriptors.receive(self._sock, 4096, 3)
                 fds += received
                 if not data:
                     raise errors.EngineFailed("PID 1 ended before the tool process was parked")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from sandboxd import errors
+from sandboxd.kernel import descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,10 +56,10 @@ class Channel:
         size = self._sock.recv_into(bytearray(1), 1, socket.MSG_PEEK | socket.MSG_TRUNC)
         if not size:
             return None
-        data, fds, flags, _ = socket.recv_fds(self._sock, size, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        data, fds, flags = descriptors.receive(self._sock, size, MAX_FDS)
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise errors.EngineFailed("a message between the daemon and its engine was cut")
-        return pickle.loads(data), list(fds)  # noqa: S301  (of our own process)
+        return pickle.loads(data), fds  # noqa: S301  (of our own process)
 
 
 def failure(error: BaseException) -> tuple[Any, ...]:

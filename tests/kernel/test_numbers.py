@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sandboxd import daemon
 from sandboxd.api import identity
 from sandboxd.kernel import files, filesync, filters, mounts, notify, orphans, uts
+from sandboxd.maker import channel, server
 from sandboxd.policy import abi, bpf, syscalls
 from sandboxd.receipt import parked, reading
 
@@ -115,11 +115,12 @@ FOR_BOTH = {
             "MOUNT_ATTR_NODEV", "MOUNT_ATTR_NOEXEC", "MOUNT_ATTR_IDMAP"),
     **named(filters, "PTRACE_DETACH", "PTRACE_SEIZE", "PTRACE_INTERRUPT", "PTRACE_SECCOMP_GET_FILTER", "WALL",
             WALL="__WALL"),
-    **named(orphans, "WNOTHREAD", WNOTHREAD="__WNOTHREAD"),
+    **named(orphans, "PR_SET_CHILD_SUBREAPER", "WNOTHREAD", WNOTHREAD="__WNOTHREAD"),
     **named(uts, "CLONE_NEWUTS"),
     **named(reading, "RTF_REJECT", "NS_GET_USERNS"),
     **named(identity, "SO_PEERGROUPS"),
-    **named(daemon, "PR_SET_CHILD_SUBREAPER"),
+    **named(server, "PR_SET_PDEATHSIG", "PR_SET_NAME"),
+    **named(channel, "SO_SNDBUFFORCE"),
     **syscalls.NAMESPACE_FLAGS,
     **syscalls.REFUSED_IOCTLS,
     **named(syscalls, "TIOCSCTTY", "MAP_HUGETLB", "MFD_HUGETLB", "SHM_HUGETLB", "ADDR_NO_RANDOMIZE", "S_IFMT",

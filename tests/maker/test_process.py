@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 import socket
+import time
 from typing import TYPE_CHECKING
 
 import anyio
@@ -119,6 +120,7 @@ def test_an_engine_that_stands_still_delays_calls_and_loses_none(
         ids = [client.start(["echo", str(number)], policy="tiny").id for number in range(4)]
         gone = client.start(["echo", "late"], policy="tiny", deadline="300ms").id
         assert client.health().status == "ready"
+        time.sleep(0.5)  # its deadline passes
     finally:
         os.kill(daemon.engine, signal.SIGCONT)
     for number, one in enumerate(ids):
