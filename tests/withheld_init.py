@@ -72,7 +72,7 @@ def compiled(source: Path, edits: Sequence[tuple[str, str]], before: str, text: 
     with TemporaryDirectory() as directory:
         edited, target = Path(directory, "edited.c"), Path(directory, "program")
         edited.write_text(code[:at] + text + code[at:])
-        subprocess.run(["cc", "-static", "-O1", "-o", target, edited], check=True, timeout=60)
+        subprocess.run(["cc", "-static", "-O1", "-o", target, edited], check=True, timeout=600)
         return target.read_bytes()
 
 
