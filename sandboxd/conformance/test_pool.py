@@ -43,7 +43,7 @@ def cold(subject: Subject) -> Any:
 
 def waited(found: Invocation) -> bool:
     assert found.receipt is not None, found.outcome
-    return found.receipt.checked_at is not None
+    return found.receipt.read_at < found.times.accepted
 
 
 def filled(subject: Subject, policy: str) -> None:
