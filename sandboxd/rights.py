@@ -14,6 +14,9 @@ from sandboxd.engine.base import Check
 __all__ = ["rights"]
 
 CAPABILITIES = {  # linux/capability.h
+    "CHOWN": (0, "to give a container its files"),
+    "DAC_OVERRIDE": (1, "to read and write what belongs to a container"),
+    "FOWNER": (3, "to write a call's inputs with the tool as their owner"),
     "KILL": (5, "to end what runs as another user"),
     "SETGID": (6, "to map the ids of a user namespace"),
     "SETUID": (7, "to map the ids of a user namespace"),
@@ -64,6 +67,7 @@ def _system_paths() -> Check:
         ok=writable,
         found="writable" if writable else f"{WRITTEN} is read-only, so no container can be kept from making "
         "user namespaces of its own",
-        advice="`docker run --security-opt systempaths=unconfined …`; the engine docker does without",
+        advice="`mount -o remount,bind,rw /proc/sys`, as the image's sandboxd-start does, or "
+        "`docker run --security-opt systempaths=unconfined …`; the engine docker does without",
         required=False,
     )
