@@ -22,6 +22,7 @@ from sandboxd.engine.probe import probe_shape
 from sandboxd.init import require_programs
 from sandboxd.kernel.userns import RANGE
 from sandboxd.receipt import read_receipt
+from sandboxd.rights import rights
 
 if TYPE_CHECKING:
     from sandboxd.config import Config
@@ -43,8 +44,8 @@ TOOLS = {
 def examine(config: Config) -> list[Check]:
     """Every line, in the order in which a person would mend them. Needs root; starts no daemon."""
     programs = _programs()
-    checks = [_kernel(), programs, _root(), _user_namespaces()]
-    if os.geteuid() != 0 or not programs.ok:
+    checks = [_kernel(), programs, _root(), _user_namespaces(), *rights()]
+    if not all(check.ok for check in checks if check.required):  # each container would fail of the same
         return checks
     try:
         config.state.mkdir(mode=0o711, parents=True, exist_ok=True)
@@ -53,7 +54,7 @@ def examine(config: Config) -> list[Check]:
     except (OSError, errors.HostUnsupported) as error:
         return [
             *checks,
-            Check("mount namespace", ok=False, found=str(error), advice="run as root on the host"),
+            Check("mount namespace", ok=False, found=str(error), advice="mend what is marked above, if anything"),
         ]
     checks.append(Check("mount namespace", ok=True, found="the daemon's mounts are its own"))
     checks += anyio.run(_containers, config, run, name)

@@ -125,8 +125,11 @@ class Berths:
                     return
             try:
                 berth = self._make()
-            except Exception:  # whatever it is, the thread goes on
-                log.exception("no container could be prepared")
+            except Exception as error:  # whatever it is, the thread goes on
+                if isinstance(error, (OSError, errors.SandboxdError)):
+                    log.warning("no container could be prepared", reason=str(error))
+                else:
+                    log.exception("no container could be prepared")
                 with self._change:
                     self._change.wait_for(lambda: self._closed, timeout=AGAIN)
                 continue

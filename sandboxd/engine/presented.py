@@ -6,6 +6,7 @@ container; for one that knows only paths they are attached in the daemon's mount
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,15 @@ class SlotMounts:
         return mount
 
     def _lent(self, source: Path, target: str) -> Presented:
-        return Presented(target, self._clone(source), directory=source.is_dir())
+        try:
+            mount = self._clone(source)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # A file system that cannot be mapped, as is the root of a container: what is the host's root's
+            # is nobody's inside, and what only root may read stays so.
+            mount = self._clone(source, mapped=False)
+        return Presented(target, mount, directory=source.is_dir())
 
     def _init(self) -> int:
         return self._clone(INIT, mapped=False)
@@ -105,7 +114,15 @@ class SlotMounts:
         rootfs = self._image.rootfs
         if rootfs is None:
             raise errors.EngineFailed(f"image {self._image.name} has no root file system")
-        lower = self._attach(self._clone(rootfs), "image")
+        try:
+            lower = self._attach(self._clone(rootfs), "image")
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise errors.HostFailed(
+                f"{rootfs} is on a file system that the kernel cannot map ids of, such as an overlay; in a "
+                "container, put the state directory on a volume"
+            ) from error
         missing = [mount.target for mount in self._shape.mounts if not _is_there(rootfs, mount)]
         if self._shape.root.mode == "read-only" and not missing:
             return self._image_alone(lower)

@@ -276,8 +276,7 @@ class DockerEngine:
         held.enter_context(self.images.hold(image.digest))
         labels = Labels(self._instance, str(uuid7()))
         door = stack.enter_context(Door(self._directory / labels.slot, host.base))
-        device = self._device(shape.limits, host)
-        container = self._create_container(shape, image, labels, door, device)
+        container = self._create_container(shape, image, labels, door)
         stack.callback(self._remove, container)
         init_pid, upper = self._start(container)
         stack.callback(self._kill_container, container)
@@ -305,7 +304,7 @@ class DockerEngine:
         stack.callback(listener.close)
         cgroup = self._cgroups.of_process(labels.slot, init_pid)
         tool_pid = parked_process(cgroup, init_pid)
-        cgroup.set(cgroup_limits(shape.limits, device and device[1]))
+        cgroup.set(cgroup_limits(shape.limits, self._device(shape.limits, host)))
         return Slot(
             labels.slot,
             shape,
@@ -327,7 +326,7 @@ class DockerEngine:
         )
 
     def _create_container(
-        self, shape: Shape, image: Image, labels: Labels, door: Door, device: tuple[str, Any] | None
+        self, shape: Shape, image: Image, labels: Labels, door: Door
     ) -> str:
         """The id of a container that is not started. What was imported and removed is imported again."""
         for last in (False, True):
@@ -338,7 +337,6 @@ class DockerEngine:
                 [*image.binds, *shape.mounts],
                 labels=labels,
                 door=door.directory,
-                device=device and device[0],
                 runtime=self._wanted,
             )
             try:
@@ -389,16 +387,12 @@ class DockerEngine:
                 return
 
     @staticmethod
-    def _device(limits: Limits, host: _Host) -> tuple[str, tuple[int, int]] | None:
-        """The disk that holds the engine's images, by its path and its numbers."""
+    def _device(limits: Limits, host: _Host) -> tuple[int, int] | None:
+        """The disk that holds the engine's images. The engine would ask for its node, which may not be there."""
         if limits.io_read is None and limits.io_write is None:
             return None
         found = Path(host.root).stat().st_dev
-        numbers = whole_disk(os.major(found), os.minor(found))
-        if numbers is None:
-            return None
-        name = Path(f"/sys/dev/block/{numbers[0]}:{numbers[1]}").resolve().name
-        return f"/dev/{name}", numbers
+        return whole_disk(os.major(found), os.minor(found))
 
 
 def _identities(init_pid: int, workspace: int, binds: dict[str, str]) -> dict[str, tuple[int, int]]:

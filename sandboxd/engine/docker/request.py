@@ -68,10 +68,9 @@ def make_request(
     *,
     labels: Labels,
     door: Path,
-    device: str | None,
     runtime: str | None,
 ) -> dict[str, Any]:
-    """The body of the request. ``door`` is the slot's directory; ``device`` the disk of the images."""
+    """The body of the request. ``door`` is the slot's directory."""
     limits = shape.limits
     memory = max(limits.memory, LEAST_MEMORY)
     binds = [
@@ -117,9 +116,6 @@ def make_request(
     }
     if runtime is not None:
         host["Runtime"] = runtime
-    if device is not None:
-        rates = {"BlkioDeviceReadBps": limits.io_read, "BlkioDeviceWriteBps": limits.io_write}
-        host |= {key: [{"Path": device, "Rate": rate}] for key, rate in rates.items() if rate is not None}
     return {
         "Image": image.id,
         "Entrypoint": [INIT_PATH],
