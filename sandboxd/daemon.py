@@ -80,6 +80,8 @@ def serve(config: Config, *, socket: Path | None = None, state: Path | None = No
     _bound_the_heap()
     # Threads that collect and unpack compute in Python; the event loop waits this long for each of them.
     sys.setswitchinterval(0.0005)
+    # Ignored where the daemon was started, it would take the status of every child away.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     config.state.mkdir(mode=0o711, parents=True, exist_ok=True)
     name = instance_name(config.state)
     run = enter_private_mounts(name)

@@ -117,14 +117,14 @@ class EngineProcess:
             held.enter_context(self.images.hold(shape.image.digest))
             number, answer = await self._begin("create", self._pickled(shape), warm)
             try:
-                data, fds = await asyncio.shield(answer)
+                (slot_id, data), fds = await asyncio.shield(answer)
             except anyio.get_cancelled_exc_class():
-                with anyio.CancelScope(shield=True):
+                with anyio.CancelScope(shield=True), suppress(errors.SandboxdError, OSError):
                     await self._channel.send((None, "cancel", (number,)))
-                    with suppress(errors.SandboxdError):
-                        await self.destroy(self._taken(shape, *(await answer)))
+                    (slot_id, data), fds = await answer
+                    await self.destroy(await self._taken(shape, slot_id, data, fds))
                 raise
-            slot = self._taken(shape, data, fds)
+            slot = await self._taken(shape, slot_id, data, fds)
             slot.held = held
             self._owned[slot.id].callback(held.close)
             stack.pop_all()
@@ -153,8 +153,13 @@ class EngineProcess:
             found = self._shapes[shape.digest] = pickle.dumps(shape, pickle.HIGHEST_PROTOCOL)
         return found
 
-    def _taken(self, shape: Shape, data: bytes, fds: list[int]) -> Slot:
-        slot = unpack(data, fds, shape, self._notify)
+    async def _taken(self, shape: Shape, slot_id: str, data: bytes, fds: list[int]) -> Slot:
+        try:
+            slot = unpack(data, fds, shape, self._notify)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._ask("destroy", slot_id)
+            raise
         owned = self._owned[slot.id] = ExitStack()
         for fd in (slot.init_pidfd, slot.workspace_fd, slot.upper_fd):
             if fd is not None:
@@ -179,7 +184,7 @@ class EngineProcess:
         try:
             await self._channel.send((number, what, arguments))
         except BaseException as error:
-            del self._answers[number]
+            self._answers.pop(number, None)  # the end of the stream may have been heard meanwhile
             if isinstance(error, OSError):
                 raise errors.EngineFailed(f"the engine's process takes no request: {error}") from error
             raise
@@ -190,16 +195,19 @@ class EngineProcess:
             while (received := self._channel.receive()) is not None:
                 (number, ok, content), fds = received
                 answer = self._answers.pop(number)
+                if answer.done():  # cancelled: who asked is gone
+                    continue
                 if ok:
                     answer.set_result((content, fds))
                 else:
                     answer.set_exception(raised(*content))
         except BlockingIOError:
             return
-        except (OSError, errors.EngineFailed):
+        except OSError:
             log.exception("the engine's process is not understood")
         asyncio.get_running_loop().remove_reader(self._channel)
         self._gone.set()
         for answer in self._answers.values():
-            answer.set_exception(errors.EngineFailed("the engine's process has ended"))
+            if not answer.done():
+                answer.set_exception(errors.EngineFailed("the engine's process has ended"))
         self._answers.clear()
