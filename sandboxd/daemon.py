@@ -33,7 +33,6 @@ from sandboxd.blobs import BlobStore
 from sandboxd.config import default_socket
 from sandboxd.engine.host import enter_private_mounts, instance_name
 from sandboxd.journal import Journal
-from sandboxd.kernel.notify import NotifyServer
 from sandboxd.kernel.orphans import adopt_orphans
 from sandboxd.maker.process import EngineProcess
 from sandboxd.policy import shipped_policies
@@ -137,9 +136,8 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
     anyio.to_thread.current_default_thread_limiter().total_tokens = WORKER_THREADS
     async with AsyncExitStack() as stack:
         journal = await stack.enter_async_context(Journal.open(config.state))
-        notify = stack.enter_context(NotifyServer())
         await stack.enter_async_context(engine)
-        removed = await engine.open(notify)
+        removed = await engine.open()
         if removed:
             log.warning("containers of an earlier daemon were removed", count=len(removed))
         policies = PolicyStore(policy_directories(config), config.floor)

@@ -49,7 +49,7 @@ def _capabilities(effective: int) -> Check:
 
 
 def _filter(mode: str) -> Check:
-    """The calls behind a filter of somebody else's cannot be listed; whether it lets enough by is tried later."""
+    """What a filter of somebody else's lets by cannot be listed; whether it is enough is tried later."""
     return Check(
         "system calls",
         ok=mode != SECCOMP_FILTER,
@@ -65,8 +65,9 @@ def _system_paths() -> Check:
     return Check(
         "/proc/sys",
         ok=writable,
-        found="writable" if writable else f"{WRITTEN} is read-only, so no container can be kept from making "
-        "user namespaces of its own",
+        found="writable"
+        if writable
+        else f"{WRITTEN} is read-only, so no container can be kept from making user namespaces of its own",
         advice="`mount -o remount,bind,rw /proc/sys`, as the image's sandboxd-start does, or "
         "`docker run --security-opt systempaths=unconfined …`; the engine docker does without",
         required=False,

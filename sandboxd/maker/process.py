@@ -18,6 +18,7 @@ from sandboxd import errors
 from sandboxd.engine.base import Capabilities, Lacks
 from sandboxd.engine.host import images_of
 from sandboxd.engine.killing import kill
+from sandboxd.kernel.notify import NotifyServer
 from sandboxd.maker.channel import MAX_SHAPES, Channel, raised
 from sandboxd.maker.server import be_the_engine
 from sandboxd.maker.transfer import unpack
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from sandboxd.config import Config
     from sandboxd.engine.base import Slot
     from sandboxd.images import ImageStore
-    from sandboxd.kernel.notify import NotifyServer
     from sandboxd.plan import Shape
 
 __all__ = ["EngineProcess"]
@@ -51,6 +51,7 @@ class EngineProcess:
         self._owned: dict[str, ExitStack] = {}
         self._last = 0
         self._gone = anyio.Event()
+        self._stack = ExitStack()
         self._notify: NotifyServer
         self.name = ""
         self.runtime = ""
@@ -72,15 +73,15 @@ class EngineProcess:
         theirs.close()
         return cls(config, pid, Channel(ours))
 
-    async def open(self, notify: NotifyServer) -> list[str]:
+    async def open(self) -> list[str]:
         """Find the engine that serves; returns the containers of an earlier daemon that were removed.
 
         Raises HostUnsupported, ConfigInvalid.
         """
-        self._notify = notify
         asyncio.get_running_loop().add_reader(self._channel, self._hear)
         (self.name, self.runtime, self.lacks, removed), _ = await self._ask("open")
         self.images = images_of(self._config, self.name)
+        self._notify = self._stack.enter_context(NotifyServer())
         return list(removed)
 
     async def __aenter__(self) -> Self:
@@ -89,6 +90,7 @@ class EngineProcess:
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stack.close()
         asyncio.get_running_loop().remove_reader(self._channel)
         self._channel.close()
         with anyio.CancelScope(shield=True):

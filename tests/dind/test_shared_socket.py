@@ -1,4 +1,4 @@
-"""sandboxd's own container image: a daemon in a container, whose socket callers of the host have by a volume."""
+"""sandboxd's own container image: a daemon in a container, its socket shared with the host by a volume."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def container(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
 def test_a_call_of_the_host_runs_in_a_container_in_the_container(container: Container) -> None:
     found = container.call("--", "sh", "-c", "id -u; cat; hostname")
     assert (found.returncode, found.stdout) == (0, "1000\nsandbox\n"), found.stderr
-    for call in Client(container.socket).invocations().items:
+    for call in Client(container.socket).list().invocations:
         assert call.caller is not None
         assert (call.caller.uid, call.caller.role) == (0, "operator")
 
