@@ -65,8 +65,9 @@ def _system_paths() -> Check:
     return Check(
         "/proc/sys",
         ok=writable,
-        found="writable" if writable else f"{WRITTEN} is read-only, so no container can be kept from making "
-        "user namespaces of its own",
+        found="writable"
+        if writable
+        else f"{WRITTEN} is read-only, so no container can be kept from making user namespaces of its own",
         advice="`mount -o remount,bind,rw /proc/sys`, as the image's sandboxd-start does, or "
         "`docker run --security-opt systempaths=unconfined …`; the engine docker does without",
         required=False,

@@ -21,7 +21,7 @@ import shutil
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, TypeVarTuple, Unpack
+from typing import TYPE_CHECKING, Self, TypeVar, TypeVarTuple, Unpack
 
 import anyio
 import anyio.to_thread
@@ -325,9 +325,7 @@ class DockerEngine:
             held=held,
         )
 
-    def _create_container(
-        self, shape: Shape, image: Image, labels: Labels, door: Door
-    ) -> str:
+    def _create_container(self, shape: Shape, image: Image, labels: Labels, door: Door) -> str:
         """The id of a container that is not started. What was imported and removed is imported again."""
         for last in (False, True):
             source = self.images.in_engine(image)
