@@ -55,7 +55,7 @@ def examine(config: Config) -> list[Check]:
         return [
             *checks,
             Check(
-                "mount namespace", ok=False, found=str(error), advice="mend what is marked above, if anything"
+                "mount namespace", ok=False, found=str(error), advice="mend what is marked above"
             ),
         ]
     checks.append(Check("mount namespace", ok=True, found="the daemon's mounts are its own"))

@@ -49,7 +49,7 @@ def _capabilities(effective: int) -> Check:
 
 
 def _filter(mode: str) -> Check:
-    """The calls behind a filter of somebody else's cannot be listed; whether it lets enough by is tried later."""
+    """What another's filter refuses cannot be listed; whether it lets enough by shows when a container is made."""
     return Check(
         "system calls",
         ok=mode != SECCOMP_FILTER,
