@@ -49,7 +49,7 @@ def _capabilities(effective: int) -> Check:
 
 
 def _filter(mode: str) -> Check:
-    """What another's filter refuses cannot be listed; whether it lets enough by shows when a container is made."""
+    """What somebody's filter refuses cannot be listed; a container shows whether it lets enough by."""
     return Check(
         "system calls",
         ok=mode != SECCOMP_FILTER,
