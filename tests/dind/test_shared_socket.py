@@ -1,9 +1,10 @@
-"""sandboxd's own container image: a daemon in a container, its socket shared with the host by a volume."""
+"""The product's container image: a daemon in a container, whose socket the host has by a volume."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,18 +18,32 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DOCKER = ["docker", "-H", os.environ.get("SANDBOXD_DIND_DOCKER", "")]
-CALLER, GROUP = 23456, 34567
+CALLER, STRANGER, GROUP = 23456, 23457, 34567
+AS_ANOTHER = """
+import grp, os, sys
+from sandboxd import Client, errors
+socket, user, groups, policy = sys.argv[1:]
+Client(socket).run(["true"])  # while all modules can be read
+os.setgroups([int(one) for one in groups.split(",") if one]); os.setgid(int(user)); os.setuid(int(user))
+try:
+    call = Client(socket).run(["id", "-u"], policy=policy)
+    print(call.caller.uid, call.caller.gid, call.caller.role, (call.stdout.text or "").strip())
+except errors.SandboxdError as error:
+    print(error.code, error)
+"""
 CONFIG = f"""\
-socket: {{mode: "0666"}}
+socket: {{mode: "0660", group: agents}}
 pool: {{min: 1, max: 2}}
 callers:
   - {{match: {{uid: 0}}, role: operator, policies: ["*"]}}
-  - {{match: {{gid: {GROUP}}}, role: agent, policies: [default]}}
+  - {{match: {{uid: {CALLER}, group: agents}}, role: agent, policies: [default]}}
 """
 
 
 def docker(*arguments: str, check: bool = True) -> str:
-    return subprocess.run([*DOCKER, *arguments], capture_output=True, text=True, check=check).stdout.strip()
+    command = [*DOCKER, *arguments]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=check)
+    return ran.stdout.strip()
 
 
 class Container:
@@ -40,6 +55,7 @@ class Container:
         self.directory = directory
         self.socket.parent.mkdir(mode=0o755)
         (directory / "sandboxd.yaml").write_text(CONFIG)
+        (directory / "group").write_text(f"root:x:0:\nagents:x:{GROUP}:\n")
 
     def start(self) -> None:
         docker(
@@ -47,6 +63,7 @@ class Container:
             *os.environ["SANDBOXD_DIND_RIGHTS"].split("\n"),
             *("-v", f"{self.socket.parent}:/run/sandboxd"),
             *("-v", f"{self.directory}/sandboxd.yaml:/etc/sandboxd/sandboxd.yaml:ro"),
+            *("-v", f"{self.directory}/group:/etc/group:ro"),
             *("-v", f"{os.environ['SANDBOXD_DIND_IMAGES']}:/var/lib/sandboxd/images"),
             "sandboxd",
         )
@@ -65,19 +82,27 @@ class Container:
             return False
         return True
 
-    def call(
-        self, *argv: str, user: int = 0, groups: tuple[int, ...] = ()
-    ) -> subprocess.CompletedProcess[str]:
+    def call(self, *argv: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [RUN_IN_SANDBOX, "--socket", self.socket, *argv],
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=60,
             check=False,
-            user=user,
-            group=user,
-            extra_groups=groups,
         )
+
+    def call_as(self, user: int, *groups: int, policy: str = "default") -> str:
+        """What a caller with these ids is told."""
+        ran = subprocess.run(
+            [sys.executable, "-c", AS_ANOTHER, self.socket, str(user), ",".join(map(str, groups)), policy],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        return ran.stdout.strip() or ran.stderr
 
 
 @pytest.fixture
@@ -103,14 +128,11 @@ def test_a_call_of_the_host_runs_in_a_container_in_the_container(container: Cont
 
 
 def test_who_calls_is_known_across_pid_namespaces(container: Container) -> None:
-    """By numbers: uid, gid and groups are the same in the container, where the peer's pid reads as 0."""
-    ours = container.call("--", "true", user=CALLER, groups=(GROUP,))
-    assert ours.returncode == 0, ours.stderr
-    strangers = container.call("--", "true", user=CALLER)
-    assert strangers.returncode == 125
-    assert "forbidden" in strangers.stderr or "not allowed" in strangers.stderr, strangers.stderr
-    wider = container.call("--policy", "python", "--", "true", user=CALLER, groups=(GROUP,))
-    assert wider.returncode == 125
+    """Uid, gid and groups are the same in the container, where the peer's pid reads as 0."""
+    assert container.call_as(CALLER, GROUP) == f"{CALLER} {CALLER} agent 1000"
+    assert container.call_as(CALLER, GROUP, policy="python").startswith("not_permitted ")
+    assert container.call_as(STRANGER, GROUP).startswith("not_identified ")
+    assert container.call_as(CALLER).startswith("unavailable ")
 
 
 def test_stopped_it_ends_its_calls_and_started_again_it_knows_them(container: Container) -> None:
