@@ -33,7 +33,6 @@ from sandboxd.blobs import BlobStore
 from sandboxd.config import default_socket
 from sandboxd.engine.host import enter_private_mounts, instance_name
 from sandboxd.journal import Journal
-from sandboxd.kernel.notify import NotifyServer
 from sandboxd.kernel.orphans import adopt_orphans
 from sandboxd.maker.process import EngineProcess
 from sandboxd.policy import shipped_policies
@@ -80,6 +79,8 @@ def serve(config: Config, *, socket: Path | None = None, state: Path | None = No
     _bound_the_heap()
     # Threads that collect and unpack compute in Python; the event loop waits this long for each of them.
     sys.setswitchinterval(0.0005)
+    # Ignored where the daemon was started, it would take the status of every child away.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     config.state.mkdir(mode=0o711, parents=True, exist_ok=True)
     name = instance_name(config.state)
     run = enter_private_mounts(name)
@@ -135,9 +136,8 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
     anyio.to_thread.current_default_thread_limiter().total_tokens = WORKER_THREADS
     async with AsyncExitStack() as stack:
         journal = await stack.enter_async_context(Journal.open(config.state))
-        notify = stack.enter_context(NotifyServer())
         await stack.enter_async_context(engine)
-        removed = await engine.open(notify)
+        removed = await engine.open()
         if removed:
             log.warning("containers of an earlier daemon were removed", count=len(removed))
         policies = PolicyStore(policy_directories(config), config.floor)

@@ -74,7 +74,7 @@ def compiled(
     with TemporaryDirectory() as directory:
         edited, target = Path(directory, "edited.c"), Path(directory, "program")
         edited.write_text(code[:at] + text + code[at:])
-        subprocess.run([compiler, "-static", "-O1", "-o", target, edited], check=True, timeout=60)
+        subprocess.run([compiler, "-static", "-O1", "-o", target, edited], check=True, timeout=600)
         return target.read_bytes()
 
 

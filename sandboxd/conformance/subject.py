@@ -233,6 +233,8 @@ def _policies(subject: Subject, lent: Path) -> Iterator[None]:
             lent=str(lent),
         )
         files = {watched / f"{name}.yaml": text for name, text in texts.items()}
+        if there := [file.name for file in files if os.path.lexists(file)]:
+            raise SubjectFailed(f"{watched} has {', '.join(there)} already, and the suite would replace them")
         try:
             for file, text in files.items():
                 file.write_text(text)

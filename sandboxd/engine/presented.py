@@ -115,7 +115,7 @@ class SlotMounts:
         if rootfs is None:
             raise errors.EngineFailed(f"image {self._image.name} has no root file system")
         try:
-            lower = self._clone(rootfs)
+            lower = self._attach(self._clone(rootfs), "image")
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
@@ -125,8 +125,17 @@ class SlotMounts:
             ) from error
         missing = [mount.target for mount in self._shape.mounts if not _is_there(rootfs, mount)]
         if self._shape.root.mode == "read-only" and not missing:
-            return lower
-        return self._overlay(self._attach(lower, "image"))
+            return self._image_alone(lower)
+        return self._overlay(lower)
+
+    def _image_alone(self, lower: Path) -> int:
+        """The image through an overlay that nothing is written to: the files are this slot's own.
+
+        Locks, leases and watches are on inodes, and those of the image itself are the same in all its slots.
+        """
+        empty = self._directory / "empty"  # one layer alone is no overlay
+        empty.mkdir(mode=0o755)
+        return self._kept(mounts.new_mount("overlay", {"lowerdir": f"{lower}:{empty}"}))
 
     def _overlay(self, lower: Path) -> int:
         """An overlay that is thrown away: for a writable root, or for mount points that the image lacks."""

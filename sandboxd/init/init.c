@@ -585,6 +585,7 @@ int main(int argc, char **argv)
     fcntl(CONTROL, F_SETFD, FD_CLOEXEC);
     syscall(SYS_close_range, CONTROL + 1, ~0U, 0);
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGCHLD, SIG_DFL); /* ignored where the daemon was started, it would keep the end of the tool from us */
     sigset_t children;
     sigemptyset(&children);
     sigaddset(&children, SIGCHLD);

@@ -18,6 +18,7 @@ from sandboxd import errors
 from sandboxd.engine.base import Capabilities, Lacks
 from sandboxd.engine.host import images_of
 from sandboxd.engine.killing import kill
+from sandboxd.kernel.notify import NotifyServer
 from sandboxd.maker.channel import MAX_SHAPES, Channel, raised
 from sandboxd.maker.server import be_the_engine
 from sandboxd.maker.transfer import unpack
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from sandboxd.config import Config
     from sandboxd.engine.base import Slot
     from sandboxd.images import ImageStore
-    from sandboxd.kernel.notify import NotifyServer
     from sandboxd.plan import Shape
 
 __all__ = ["EngineProcess"]
@@ -51,6 +51,7 @@ class EngineProcess:
         self._owned: dict[str, ExitStack] = {}
         self._last = 0
         self._gone = anyio.Event()
+        self._stack = ExitStack()
         self._notify: NotifyServer
         self.name = ""
         self.runtime = ""
@@ -72,15 +73,15 @@ class EngineProcess:
         theirs.close()
         return cls(config, pid, Channel(ours))
 
-    async def open(self, notify: NotifyServer) -> list[str]:
+    async def open(self) -> list[str]:
         """Find the engine that serves; returns the containers of an earlier daemon that were removed.
 
         Raises HostUnsupported, ConfigInvalid.
         """
-        self._notify = notify
         asyncio.get_running_loop().add_reader(self._channel, self._hear)
         (self.name, self.runtime, self.lacks, removed), _ = await self._ask("open")
         self.images = images_of(self._config, self.name)
+        self._notify = self._stack.enter_context(NotifyServer())
         return list(removed)
 
     async def __aenter__(self) -> Self:
@@ -89,6 +90,7 @@ class EngineProcess:
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stack.close()
         asyncio.get_running_loop().remove_reader(self._channel)
         self._channel.close()
         with anyio.CancelScope(shield=True):
@@ -117,14 +119,14 @@ class EngineProcess:
             held.enter_context(self.images.hold(shape.image.digest))
             number, answer = await self._begin("create", self._pickled(shape), warm)
             try:
-                data, fds = await asyncio.shield(answer)
+                (slot_id, data), fds = await asyncio.shield(answer)
             except anyio.get_cancelled_exc_class():
-                with anyio.CancelScope(shield=True):
+                with anyio.CancelScope(shield=True), suppress(errors.SandboxdError, OSError):
                     await self._channel.send((None, "cancel", (number,)))
-                    with suppress(errors.SandboxdError):
-                        await self.destroy(self._taken(shape, *(await answer)))
+                    (slot_id, data), fds = await answer
+                    await self.destroy(await self._taken(shape, slot_id, data, fds))
                 raise
-            slot = self._taken(shape, data, fds)
+            slot = await self._taken(shape, slot_id, data, fds)
             slot.held = held
             self._owned[slot.id].callback(held.close)
             stack.pop_all()
@@ -153,8 +155,13 @@ class EngineProcess:
             found = self._shapes[shape.digest] = pickle.dumps(shape, pickle.HIGHEST_PROTOCOL)
         return found
 
-    def _taken(self, shape: Shape, data: bytes, fds: list[int]) -> Slot:
-        slot = unpack(data, fds, shape, self._notify)
+    async def _taken(self, shape: Shape, slot_id: str, data: bytes, fds: list[int]) -> Slot:
+        try:
+            slot = unpack(data, fds, shape, self._notify)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._ask("destroy", slot_id)
+            raise
         owned = self._owned[slot.id] = ExitStack()
         for fd in (slot.init_pidfd, slot.workspace_fd, slot.upper_fd):
             if fd is not None:
@@ -179,7 +186,7 @@ class EngineProcess:
         try:
             await self._channel.send((number, what, arguments))
         except BaseException as error:
-            del self._answers[number]
+            self._answers.pop(number, None)  # the end of the stream may have been heard meanwhile
             if isinstance(error, OSError):
                 raise errors.EngineFailed(f"the engine's process takes no request: {error}") from error
             raise
@@ -190,16 +197,19 @@ class EngineProcess:
             while (received := self._channel.receive()) is not None:
                 (number, ok, content), fds = received
                 answer = self._answers.pop(number)
+                if answer.done():  # cancelled: who asked is gone
+                    continue
                 if ok:
                     answer.set_result((content, fds))
                 else:
                     answer.set_exception(raised(*content))
         except BlockingIOError:
             return
-        except (OSError, errors.EngineFailed):
+        except OSError:
             log.exception("the engine's process is not understood")
         asyncio.get_running_loop().remove_reader(self._channel)
         self._gone.set()
         for answer in self._answers.values():
-            answer.set_exception(errors.EngineFailed("the engine's process has ended"))
+            if not answer.done():
+                answer.set_exception(errors.EngineFailed("the engine's process has ended"))
         self._answers.clear()

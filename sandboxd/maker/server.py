@@ -95,6 +95,8 @@ class Server:
                         if (scope := self._making.get(*arguments)) is not None:
                             scope.cancel()
                         continue
+                    if what == "create":  # from here on it can be cancelled, also before its task runs
+                        self._making[number] = anyio.CancelScope()
                     tasks.start_soon(self._answer, number, what, arguments)
                 for scope in self._making.values():
                     scope.cancel()
@@ -134,7 +136,7 @@ class Server:
         return engine.name, engine.runtime.name, engine.lacks, removed
 
     async def _create(self, number: int, pickled: bytes, warm: bool) -> None:  # noqa: FBT001  (a message)
-        scope = self._making[number] = anyio.CancelScope()
+        scope = self._making[number]
         try:
             with scope:
                 await self._hand_over(number, await self._engine.create(self._shape(pickled), warm=warm))
@@ -156,15 +158,19 @@ class Server:
                 reading = slot.reading = await anyio.to_thread.run_sync(take_reading, slot)
             else:
                 reading = slot.reading = take_reading(slot)
-            data, fds = pack(slot)
-            await self._channel.send((number, True, data), fds)
+            listener = os.dup(slot.listener.fd)
+            try:
+                slot.listener.close()  # two that serve it would wait for one notification, and one for ever
+                data, fds = pack(slot, listener)
+                await self._channel.send((number, True, (slot.id, data)), fds)
+            finally:
+                os.close(listener)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await self._engine.destroy(slot)
             raise
         self._slots[slot.id] = slot
         # the daemon has these now; what is left here is what it takes to clear the slot away
-        slot.listener.close()
         slot.control.close()
         reading.close()
         slot.held.close()

@@ -45,6 +45,8 @@ WORKLOADS = (
     measure.Workload("python3 with numpy", ("python3", "-c", NUMPY), "python", every=4),
     measure.Workload("cat, 100 MB in and out", ("cat",), "base", stdin=100 * MIB, every=20),
 )
+RUNTIMES = ("builtin", "crun", "runc")
+SETTLED = 0.2  # seconds: a Docker Engine takes that long to make the container of the next call
 START = (measure.Workload("start", (), ""),)
 
 
@@ -58,6 +60,7 @@ class Bench:
         self.rounds: int = 10 if asked.quick else asked.rounds
         self.seconds = 1.5 if asked.quick else 6.0
         self.minutes: float = 1.0 if asked.quick else asked.minutes
+        self.elsewhere: list[tuple[str, Path]] = asked.elsewhere
         self.absent: list[str] = []
         self._stack = stack
         self._everybody: list[measure.Contestant] = []
@@ -117,12 +120,8 @@ class Bench:
         found = measure.run(
             self.everybody(), WORKLOADS, rounds=self.rounds, warm_up=3, until=self.until(), tell=tell
         )
-        tables = {
-            name: {one: measure.summary(values) for one, values in taken.items() if values}
-            for name, taken in found.samples.items()
-        }
         notes = {one.name: one.note for one in self.everybody()}
-        return {"tables": tables, "failed": found.failed, "absent": self.absent, "notes": notes}
+        return {"tables": found.tables(), "failed": found.failed, "absent": self.absent, "notes": notes}
 
     def command(self) -> dict[str, Any]:
         """The start of ``run-in-sandbox`` and of Python."""
@@ -167,6 +166,37 @@ class Bench:
         some, _ = self._able(some)
         return flow.at_half(some, TRUE, 4 if self.quick else 20, tell)
 
+    def engines(self) -> dict[str, Any]:
+        """The same calls by each engine and runtime of this host, and what other hosts said."""
+        with ExitStack() as stack:
+            several: list[measure.Contestant] = []
+            failed = []
+            for runtime in RUNTIMES:
+                config = f"{sandboxes.WARM}runtime: {runtime}\n"
+                try:
+                    daemon = stack.enter_context(sandboxes.start(self.images, config))
+                    several.append(sandboxes.InProcess(daemon, f"oci, {runtime}", ""))
+                except RuntimeError as error:
+                    failed.append(f"oci, {runtime} is left out: {error}")
+            try:
+                socket = stack.enter_context(docker_engine.running()).socket
+                config = f"{sandboxes.WARM}engine: docker\ndocker: {{socket: {socket}, timeout: 60s}}\n"
+                daemon = stack.enter_context(sandboxes.start(self.images, config))
+                several.append(sandboxes.InProcess(daemon, "docker", "", policies=sandboxes.UNMAPPED))
+            except (OSError, RuntimeError) as error:
+                failed.append(f"docker is left out: {error}")
+            found = measure.run(
+                several,
+                (TRUE, WORKLOADS[2]),
+                rounds=self.rounds,
+                warm_up=3,
+                until=self.until(),
+                tell=tell,
+                settle=SETTLED,
+            )
+        elsewhere = {name: json.loads(file.read_text()) for name, file in self.elsewhere}
+        return {"tables": found.tables(), "failed": [*failed, *found.failed], "elsewhere": elsewhere}
+
     def alive(self) -> dict[str, Any]:
         """Sandboxes alive at once."""
         return growth.alive(self.images, (1, 10, 50) if self.quick else (1, 10, 100, 500), self.until(), tell)
@@ -198,6 +228,7 @@ MODES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "command": Bench.command,
     "throughput": Bench.throughput,
     "half": Bench.half,
+    "engines": Bench.engines,
     "alive": Bench.alive,
     "row": Bench.row,
     "policies": Bench.policies,
@@ -221,6 +252,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--write", type=Path, metavar="PAGE", help="figures into a page, plots into the directory of its name"
     )
+    parser.add_argument(
+        "--elsewhere",
+        type=_named_file,
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="what `sandboxd bench --json` said on another host, for `engines`; may be repeated",
+    )
     parser.add_argument("--images", type=Path, required=True, help=argparse.SUPPRESS)
     found = parser.parse_args()
     if unknown := set(found.modes) - {*MODES, "all"}:
@@ -229,6 +268,13 @@ def arguments() -> argparse.Namespace:
         found.modes = list(MODES)
     found.modes = found.modes or [name for name in MODES if name not in LONG]
     return found
+
+
+def _named_file(text: str) -> tuple[str, Path]:
+    name, _, file = text.partition("=")
+    if not name or not Path(file).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE, with a file that is there")
+    return name, Path(file)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from measure import Workload
 
-__all__ = ["DockerExec", "DockerRun", "start"]
+__all__ = ["DockerExec", "DockerRun", "running", "start"]
 
 READY_SECONDS = 30.0
 
@@ -38,6 +38,7 @@ class DockerRun:
     def __init__(self, host: str) -> None:
         """``host`` is the engine's socket as ``docker -H`` takes it."""
         self._host = host
+        self.socket = host.removeprefix("unix://")
 
     def command(self, *arguments: str) -> list[str]:
         """A command of the client for this engine."""
@@ -90,7 +91,7 @@ def start(stage: Stage, stack: ExitStack) -> tuple[DockerRun | str, DockerExec |
         why = f"are left out: no {' and no '.join(missing)} on PATH (Debian package docker.io)."
         return f"docker run and docker exec {why}", ""
     try:
-        engine = stack.enter_context(_engine())
+        engine = stack.enter_context(running())
         for name, rootfs in stage.rootfs.items():
             _import(engine, rootfs, f"bench-{name}")
     except (OSError, RuntimeError) as error:
@@ -102,7 +103,8 @@ def start(stage: Stage, stack: ExitStack) -> tuple[DockerRun | str, DockerExec |
 
 
 @contextlib.contextmanager
-def _engine() -> Iterator[DockerRun]:
+def running() -> Iterator[DockerRun]:
+    """An engine for the time of a ``with`` block. Raises OSError, RuntimeError."""
     # overlay2 wants a file system that overlayfs can stand on, and /tmp may be a tmpfs
     directory = Path(tempfile.mkdtemp(prefix="sandboxd-bench-docker-", dir="/var/tmp"))
     host = f"unix://{directory}/docker.sock"

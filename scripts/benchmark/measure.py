@@ -59,6 +59,13 @@ class Rounds:
     samples: dict[str, dict[str, list[float]]]
     failed: list[str] = field(default_factory=list)
 
+    def tables(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Workload to contestant to ``summary``."""
+        return {
+            name: {one: summary(values) for one, values in taken.items() if values}
+            for name, taken in self.samples.items()
+        }
+
 
 def run(
     contestants: Sequence[Contestant],

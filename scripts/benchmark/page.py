@@ -105,6 +105,29 @@ def _half(found: Figures) -> Iterator[str]:
     yield table(["`true`", "a second", *(f"{one} ms" for one in TIMES)], rows)
 
 
+def _engines(found: Figures) -> Iterator[str]:
+    yield "### By engine"
+    for name, taken in found["tables"].items():
+        first = next(iter(taken.values()), None)
+        rows = [
+            [one, *_ms(figures), f"{figures['p50'] / first['p50']:.2f}" if first else "-"]
+            for one, figures in taken.items()
+        ]
+        yield table([f"`{name}`, warm", *(f"{one} ms" for one in TIMES), "times the first"], rows)
+    rows = []
+    for host, said in found["elsewhere"].items():
+        bare = {one["what"]: one["p50_ms"] for one in said["times"] if one["who"] == "fork+exec"}
+        for one in said["times"]:
+            if one["who"] == "sandboxd":
+                times = [f"{one[f'{each}_ms']:.1f}" for each in TIMES]
+                ratio = f"{one['p50_ms'] / bare[one['what']]:.1f}" if one["what"] in bare else "-"
+                rows.append([host, f"`{one['what']}`", *times, ratio])
+    if rows:
+        yield "The same by `sandboxd bench` in other places, beside a bare process there:"
+        yield table(["", "", *(f"{one} ms" for one in TIMES), f"times {BASE} there"], rows)
+    yield from ["\n".join(f"- {' '.join(line.split())}" for line in found["failed"])] * bool(found["failed"])
+
+
 def _alive(found: Figures) -> Iterator[str]:
     yield "### Alive at once"
     rows = [["none", "-", "-", "-", f"{found['idle']['p50']:.1f}"]]
@@ -161,6 +184,7 @@ SECTIONS = {
     "sequential": _sequential,
     "throughput": _throughput,
     "half": _half,
+    "engines": _engines,
     "alive": _alive,
     "row": _row,
     "command": _command,

@@ -22,7 +22,7 @@ from processes import chunks, execute, perform
 from sandboxd import Client, errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from measure import Workload
 
@@ -30,6 +30,7 @@ __all__ = [
     "BY_CRUN",
     "COLD",
     "CRUN",
+    "UNMAPPED",
     "WARM",
     "Command",
     "CommandStart",
@@ -41,6 +42,8 @@ __all__ = [
 ]
 
 POLICIES = {"base": "default", "python": "plain"}
+UNMAPPED = {"base": "unmapped", "python": "unmapped-python"}
+"""Of the same limits, for an engine that gives no user namespace to a container."""
 INTERPRETERS = {True: "numeric", False: "python"}  # by whether the workload imports numpy
 COLD, WARM = "pool: {min: 0, max: 0}\n", "pool: {min: 4, max: 16}\n"
 CRUN = f"{COLD}runtime: crun\n"
@@ -53,6 +56,8 @@ EXTRA = {
     ),
     "plain": "extends: python\nwarm: !remove\n",
     "numeric": "extends: python\nwarm: {command: python3, preload: [numpy]}\n",
+    "unmapped": "extends: default\nprocess: {user_namespace: none}\n",
+    "unmapped-python": "extends: plain\nprocess: {user_namespace: none}\n",
 }
 READY_SECONDS = 60.0
 BIN = Path(sys.executable).parent
@@ -186,13 +191,25 @@ def _wait(process: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
 class InProcess:
     """The Python client, in the process that measures."""
 
-    def __init__(self, daemon: Daemon, kind: str, note: str, *, interpreter: bool = False) -> None:
-        """Asks ``daemon``, under policies with an ``interpreter`` or none; ``kind`` is part of its name."""
+    def __init__(
+        self,
+        daemon: Daemon,
+        kind: str,
+        note: str,
+        *,
+        interpreter: bool = False,
+        policies: Mapping[str, str] = POLICIES,
+    ) -> None:
+        """Asks ``daemon``, under policies with an ``interpreter`` or none; ``kind`` is part of its name.
+
+        ``policies``: by the workload's image.
+        """
         self.name = f"sandboxd, {kind}"
         self.note = note
         self._daemon = daemon
         self._client = Client(daemon.socket, timeout=120.0)
         self._interpreter = interpreter
+        self._policies = policies
 
     def takes(self, workload: Workload) -> bool:
         """All that is a command; with an interpreter what starts Python."""
@@ -205,7 +222,7 @@ class InProcess:
             if workload.stdin:
                 self._pour(workload)
                 return
-            policy = POLICIES[workload.image]
+            policy = self._policies[workload.image]
             if self._interpreter:
                 policy = INTERPRETERS["numpy" in workload.argv[-1]]
             done = self._client.run(list(workload.argv), policy=policy)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from daemons import until
 
 from sandboxd import errors
 
@@ -66,5 +67,5 @@ def test_another_caller_reaches_nothing_by_key_or_id(daemon_factory: Callable[..
         assert [call.id for call in client.list().invocations] == [other.id]
     assert other.stdout is not None
     assert other.stdout.text == "other\n"
-    assert daemon.client().get(own.id).state == "running"
+    until(lambda: daemon.client().get(own.id).state == "running", "it goes on")
     daemon.client().cancel(own.id)

@@ -280,3 +280,42 @@ def test_a_configuration_that_no_container_can_have_is_refused(
     )
     with pytest.raises(errors.ImageInvalid, match=reason):
         docker_daemon.run("/usr/bin/true", policy=name)
+
+
+FIFO = member("etc/passwd", type=tarfile.FIFOTYPE)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [FIFO],
+        [member("etc/group", type=tarfile.FIFOTYPE)],
+        [member("fifo", type=tarfile.FIFOTYPE), symlink("etc/passwd", "/link"), symlink("link", "fifo")],
+        [member("etc/group", bytes(2 * MEBI))],
+        [symlink("etc/passwd", "passwd")],
+    ],
+    ids=["passwd", "group", "by a link", "large", "to itself"],
+)
+def test_what_would_hold_the_engine_is_not_opened_by_it(
+    docker_daemon: Daemon, dockerd: Dockerd, request: pytest.FixtureRequest, members: list[Any]
+) -> None:
+    name = f"accounts-{request.node.callspec.id}".replace(" ", "-")
+    dockerd.load(shell_tar(*members), f"{name}:1")
+    add_policies(
+        docker_daemon, **{name: f"extends: tiny\nimage: {name}:1\nprocess: {{user_namespace: none}}\n"}
+    )
+    began = time.monotonic()
+    outcome = docker_daemon.run("/usr/bin/true", policy=name).outcome
+    assert time.monotonic() - began < 10
+    assert outcome is not None
+    assert outcome.error is not None
+    assert outcome.error.code == "engine"
+    assert "no regular file" in outcome.error.message
+    until(lambda: not dockerd.containers(), "the container is gone")
+
+
+def test_accounts_by_a_link_are_no_fault(docker_daemon: Daemon, dockerd: Dockerd) -> None:
+    link = symlink("etc/passwd", "/store/passwd"), directory("store"), member("store/passwd")
+    dockerd.load(shell_tar(*link), "linked:1")
+    add_policies(docker_daemon, linked="extends: tiny\nimage: linked:1\nprocess: {user_namespace: none}\n")
+    assert docker_daemon.run("/usr/bin/true", policy="linked").outcome.exit_code == 0  # type: ignore[union-attr]

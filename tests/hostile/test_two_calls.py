@@ -129,3 +129,28 @@ def test_a_call_does_not_wait_for_another(daemon: Daemon) -> None:
     assert time.monotonic() - began < 3 * PATIENCE
     client.cancel(slow.id)
     client.wait(slow.id, timeout=10 * PATIENCE)
+
+
+WATCH = """
+import ctypes, os, time
+libc = ctypes.CDLL(None, use_errno=True)
+watch = libc.inotify_init1(os.O_NONBLOCK)
+assert libc.inotify_add_watch(watch, b"/usr/bin", 0x20) > 0  # IN_OPEN
+print("watching", flush=True)
+time.sleep(1)
+try:
+    print(len(os.read(watch, 65536)))
+except BlockingIOError:
+    print("nobody")
+os.close(os.open("/usr/bin/env", os.O_RDONLY))
+print("oneself" if os.read(watch, 65536) else "")
+"""
+
+
+def test_who_opens_a_file_of_the_image_is_not_told(daemon: Daemon) -> None:
+    client = daemon.client()
+    call = client.start(["python3", "-c", WATCH], policy="python")
+    with client.stdout(call.id, follow=True) as chunks:
+        assert next(iter(chunks)).startswith(b"watching")
+    assert text(daemon.run("sh", "-c", "cat /usr/bin/env | wc -c", policy="python")).strip() != "0"
+    assert text(client.wait(call.id)).split() == ["watching", "nobody", "oneself"]

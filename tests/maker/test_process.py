@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pickle
+import resource
 import signal
 import socket
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -14,11 +17,13 @@ import pytest
 from daemons import slots_of, until
 
 from sandboxd import errors
+from sandboxd.engine.probe import probe_shape
+from sandboxd.kernel.notify import NotifyServer
 from sandboxd.maker.channel import Channel, failure, raised
+from sandboxd.maker.transfer import unpack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from daemons import Daemon
 
@@ -29,6 +34,10 @@ def ends() -> Iterator[tuple[Channel, Channel]]:
     yield made[0], made[1]
     for one in made:
         one.close()
+
+
+def open_descriptors() -> set[str]:
+    return {one.name for one in Path("/proc/self/fd").iterdir()}
 
 
 @pytest.mark.parametrize("size", [0, 100, 300_000, 3 << 20])
@@ -65,6 +74,54 @@ def test_who_sends_waits_for_who_does_not_read(ends: tuple[Channel, Channel]) ->
         assert len(received[0]) == 100_000
     with pytest.raises(BlockingIOError):
         ends[1].receive()
+
+
+def test_any_number_of_tasks_wait_for_who_does_not_read(ends: tuple[Channel, Channel]) -> None:
+    async def flood(sent: list[int]) -> None:
+        while True:
+            await ends[0].send(b"x" * 100_000)
+            sent.append(1)
+
+    async def both() -> int:
+        sent: list[int] = []
+        with anyio.move_on_after(0.5):
+            async with anyio.create_task_group() as tasks:
+                for _ in range(3):
+                    tasks.start_soon(flood, sent)
+        return len(sent)
+
+    for _ in range(anyio.run(both)):
+        assert ends[1].receive() is not None
+    with pytest.raises(BlockingIOError):
+        ends[1].receive()
+
+
+def test_a_message_for_whose_descriptors_there_is_no_room_comes_without(
+    ends: tuple[Channel, Channel],
+) -> None:
+    before = open_descriptors()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    anyio.run(ends[0].send, "twelve", [0] * 12)
+    os.close(free := os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 4, limits[1]))
+    try:
+        received = ends[1].receive()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert received == ("twelve", [])
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize(("came", "error"), [(12, RuntimeError), (0, errors.HostFailed)])
+def test_a_slot_that_cannot_be_taken_leaves_no_descriptor(came: int, error: type[Exception]) -> None:
+    server = NotifyServer()
+    server.close()
+    before = open_descriptors()
+    fds = [os.dup(0) for _ in range(came)]
+    data = pickle.dumps(([], [False, False], None))
+    with pytest.raises(error):
+        unpack(data, fds, probe_shape(), server)
+    assert open_descriptors() == before
 
 
 def test_the_end_is_told(ends: tuple[Channel, Channel]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import daemons
 import pytest
-from daemons import needs_containers, start_daemon
+from daemons import needs_containers, start_daemon, until
 from robbed_daemon import Robbed, script
 from withheld_container import build_container
 from withheld_init import build_init
@@ -58,6 +58,10 @@ def robbed(
             for policy, text in POLICIES.items():
                 head = f"version: 1\nname: {policy}\nextends: tiny\n"
                 (daemon.policies / f"{policy}.yaml").write_text(head + text.format(lent=directory / "lent"))
+            client = daemon.client()
+            until(
+                lambda: POLICIES.keys() <= {one.name for one in client.policies()}, "the policies are loaded"
+            )
             yield Robbed(name, daemon, directory)
 
 

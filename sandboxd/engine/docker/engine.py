@@ -21,7 +21,7 @@ import shutil
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar, TypeVarTuple, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, TypeVarTuple, Unpack
 
 import anyio
 import anyio.to_thread
@@ -31,6 +31,7 @@ from uuid6 import uuid7
 from sandboxd import errors
 from sandboxd.engine.base import Capabilities, Check, Lacks, Slot
 from sandboxd.engine.bundle import INIT_PATH
+from sandboxd.engine.docker.accounts import check_accounts
 from sandboxd.engine.docker.door import Door
 from sandboxd.engine.docker.endpoint import MissingInEngine
 from sandboxd.engine.docker.finish import finish, root_of
@@ -121,6 +122,7 @@ class DockerEngine:
         self._warming = Warming()
         self._resources: dict[str, ExitStack] = {}
         self._remains: set[str] = set()
+        self._looked_at: set[str] = set()
         self._threads: anyio.CapacityLimiter | None = None
 
     def __enter__(self) -> Self:
@@ -338,15 +340,34 @@ class DockerEngine:
                 runtime=self._wanted,
             )
             try:
+                if image.digest not in self._looked_at:
+                    self._look_at(image, request, labels)
+                    self._looked_at.add(image.digest)
                 with self._endpoint.asking("create a container") as client:
                     made = client.create_container_from_config(request, name=labels.name)
             except MissingInEngine:
                 self.images.gone(image)
                 if last:
                     raise
+            except errors.EngineFailed:
+                self._remember(labels.name)  # it may make the container yet, whose id is not known
+                raise
             else:
                 return str(made["Id"])
         raise AssertionError
+
+    def _look_at(self, image: Image, request: dict[str, Any], labels: Labels) -> None:
+        """Raise EngineFailed for an image that would hold up the engine itself."""
+        host = request["HostConfig"]
+        covered = {one["Target"]: "" for one in host["Mounts"]}  # else a volume of the image would be there
+        bare = {**request, "HostConfig": {**host, "Mounts": [], "Tmpfs": {**host["Tmpfs"], **covered}}}
+        name = f"{labels.name}-look"
+        try:
+            with self._endpoint.asking("look at an image") as client:
+                made = client.create_container_from_config(bare, name=name)
+                check_accounts(client, made["Id"], image.name)
+        finally:
+            self._remove(name)
 
     def _start(self, container: str) -> tuple[int, str | None]:
         """Start it; returns PID 1 as the host numbers it, and the upper layer of its root."""
@@ -372,9 +393,13 @@ class DockerEngine:
         except errors.EngineFailed as error:
             if "already in progress" in str(error):  # it ended, and so the engine removes it
                 return
-            if len(self._remains) < REMAINS:
-                self._remains.add(container)
+            self._remember(container)
             log.warning("a container is not removed yet", container=container[:12], reason=str(error))
+
+    def _remember(self, container: str) -> None:
+        """Try to remove it again, by its id or name, before the next one is made."""
+        if len(self._remains) < REMAINS:
+            self._remains.add(container)
 
     def _remove_remains(self) -> None:
         """Try again what an engine that was away did not remove."""
@@ -386,7 +411,7 @@ class DockerEngine:
 
     @staticmethod
     def _device(limits: Limits, host: _Host) -> tuple[int, int] | None:
-        """The disk of the engine's images. The engine would ask for its node, which may not be there."""
+        """The disk that holds the engine's images; the engine asks for a node that may not be there."""
         if limits.io_read is None and limits.io_write is None:
             return None
         found = Path(host.root).stat().st_dev

@@ -32,19 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["finish", "root_of"]
 
 NODES = {f"/dev/{name}" for name in DEVICES}  # mounts where root of a user namespace may make no node
-KEPT = {
-    "/",
-    "/proc",
-    "/dev",
-    "/dev/pts",
-    "/dev/shm",
-    "/tmp",
-    "/workspace",
-    INIT_PATH,
-    *NODES,
-    *MASKED,
-    *READ_ONLY,
-}
 WITH_DEVICES = {"/dev", "/dev/pts", *NODES, *MASKED, *READ_ONLY}
 """A masked path shows the null device; one that is read-only is of ``/proc``, whose options are its own."""
 KEPT = {"/", "/proc", "/dev/shm", "/tmp", INIT_PATH, *WITH_DEVICES}
