@@ -57,9 +57,7 @@ def examine(config: Config) -> list[Check]:
     except (OSError, errors.HostUnsupported) as error:
         return [
             *checks,
-            Check(
-                "mount namespace", ok=False, found=str(error), advice="mend what is marked above, if anything"
-            ),
+            Check("mount namespace", ok=False, found=str(error), advice="mend what is marked above"),
         ]
     checks.append(Check("mount namespace", ok=True, found="the daemon's mounts are its own"))
     checks += anyio.run(_containers, config, run, name)

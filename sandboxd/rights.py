@@ -49,7 +49,7 @@ def _capabilities(effective: int) -> Check:
 
 
 def _filter(mode: str) -> Check:
-    """What a filter of somebody else's lets by cannot be listed; whether it is enough is tried later."""
+    """What somebody's filter refuses cannot be listed; a container shows whether it lets enough by."""
     return Check(
         "system calls",
         ok=mode != SECCOMP_FILTER,

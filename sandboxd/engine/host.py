@@ -21,6 +21,8 @@ from sandboxd.kernel.notify import NotifyServer
 from sandboxd.kernel.userns import UserNamespaces
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sandboxd.config import Config
     from sandboxd.engine.docker import DockerEngine
 
@@ -83,7 +85,7 @@ class EngineHost(ExitStack):
     ``name`` is that of ``run``.
     """
 
-    def __init__(self, config: Config, run: Path, name: str) -> None:
+    def __init__(self, config: Config, run: Path, name: str, processes: Sequence[int] = (0,)) -> None:
         """Raises HostUnsupported."""
         super().__init__()
         require_programs()
@@ -92,7 +94,7 @@ class EngineHost(ExitStack):
         self._name = name
         self.images = images_of(config, "oci")
         self.callback(leave_private_mounts, run)
-        self.cgroups = CgroupTree.open(name)
+        self.cgroups = CgroupTree.open(name, processes)
         self.callback(self.cgroups.close)
         self.notify = self.enter_context(NotifyServer())
         self.namespaces = UserNamespaces(LAUNCH, config.ids.base, config.ids.count)

@@ -23,13 +23,16 @@ import os
 import re
 import signal
 import time
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from sandboxd import errors
 from sandboxd.kernel import cgroupfs
 from sandboxd.kernel.cgroup_v1 import FilesV1
 from sandboxd.kernel.cgroup_v2 import FilesV2
 from sandboxd.kernel.cgroupfs import CgroupLimits, CgroupUsage, Hierarchy, Host, Interface
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["Cgroup", "CgroupLimits", "CgroupTree", "CgroupUsage"]
 
@@ -233,7 +236,7 @@ class Cgroup:
 class CgroupTree:
     """A daemon's own part of the cgroup hierarchies."""
 
-    def __init__(self, name: str, host: Host, places: dict[str, str]) -> None:
+    def __init__(self, name: str, host: Host, places: dict[str, str], processes: Sequence[int]) -> None:
         self.name = name
         self.version: Literal[1, 2] = host.version
         self.controllers: frozenset[str] = host.controllers
@@ -243,10 +246,13 @@ class CgroupTree:
         self._made: set[str] = set()
         self._strays: set[str] = set()
         self._moved_from: str | None = None
+        self._processes = processes
 
     @classmethod
-    def open(cls, name: str) -> Self:
+    def open(cls, name: str, processes: Sequence[int] = (0,)) -> Self:
         """Detect the host's hierarchies and make the tree; ``name`` tells daemons apart.
+
+        ``processes`` are those of the daemon, 0 for the caller, which move to the leaf where one is needed.
 
         Raises HostUnsupported when a controller is missing or the hierarchies cannot be written.
         """
@@ -254,7 +260,7 @@ class CgroupTree:
             raise ValueError(f"{name!r} cannot name a cgroup")
         host = cgroupfs.detect()
         places = {hierarchy.mount: hierarchy.path_of(hierarchy.own) for hierarchy in host.mounted}
-        tree = cls(name, host, places)
+        tree = cls(name, host, places, processes)
         try:
             if host.version == 2:
                 tree._delegate(host.used[0])
@@ -291,7 +297,7 @@ class CgroupTree:
             return
         if own == base:
             os.makedirs(f"{base}/{LEAF}", exist_ok=True)
-            cgroupfs.write(f"{base}/{LEAF}/cgroup.procs", "0")
+            self._move(f"{base}/{LEAF}")
             self._moved_from = base
         try:
             _enable(base, self.controllers)
@@ -314,6 +320,10 @@ class CgroupTree:
         passed = cgroupfs.read_or_none(f"{directory}/cgroup.subtree_control") or ""
         return self.controllers <= frozenset(passed.split())
 
+    def _move(self, directory: str) -> None:
+        for process in self._processes:
+            cgroupfs.write(f"{directory}/cgroup.procs", str(process))
+
     def _move_back(self) -> None:
         if self._moved_from is None:
             return
@@ -322,7 +332,7 @@ class CgroupTree:
         with contextlib.suppress(OSError):
             cgroupfs.write(f"{base}/cgroup.subtree_control", " ".join(f"-{c}" for c in self.controllers))
         with contextlib.suppress(OSError):
-            cgroupfs.write(f"{base}/cgroup.procs", "0")
+            self._move(base)
             os.rmdir(f"{base}/{LEAF}")
 
     def create(self, slot: str, limits: CgroupLimits) -> Cgroup:

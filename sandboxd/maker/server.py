@@ -71,6 +71,7 @@ class Server:
         self._config = config
         self._run = run
         self._name = name
+        self._processes = (0, os.getppid())  # on cgroup v2 both have to leave where containers shall be
         self._host = ExitStack()
         self._engine: Engine
         self._shapes: dict[bytes, Shape] = {}
@@ -128,7 +129,7 @@ class Server:
             await self._channel.send((number, ok, content), fds)
 
     async def _open(self) -> tuple[str, str, Lacks, list[str]]:
-        host = self._host.enter_context(EngineHost(self._config, self._run, self._name))
+        host = self._host.enter_context(EngineHost(self._config, self._run, self._name, self._processes))
         removed = host.clean_leftovers()
         engine = self._engine = await host.open_engine()
         gc.collect()

@@ -1,4 +1,4 @@
-"""sandboxd's own container image: a daemon in a container, its socket shared with the host by a volume."""
+"""The product's container image: a daemon in a container, whose socket the host has by a volume."""
 
 from __future__ import annotations
 

@@ -411,7 +411,7 @@ class DockerEngine:
 
     @staticmethod
     def _device(limits: Limits, host: _Host) -> tuple[int, int] | None:
-        """The disk that holds the engine's images; the engine asks for a node that may not be there."""
+        """The disk of the engine's images. The engine would ask for its node, which may not be there."""
         if limits.io_read is None and limits.io_write is None:
             return None
         found = Path(host.root).stat().st_dev
