@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
+import structlog
 
 from sandboxd import errors
 from sandboxd.engine.base import Check
@@ -43,6 +45,7 @@ TOOLS = {
 
 def examine(config: Config) -> list[Check]:
     """Every line, in the order in which a person would mend them. Needs root; starts no daemon."""
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(file=sys.stderr))
     programs = _programs()
     checks = [_kernel(), programs, _root(), _user_namespaces(), *rights()]
     if not all(check.ok for check in checks if check.required):  # each container would fail of the same
