@@ -27,13 +27,6 @@ def subject(pytestconfig: pytest.Config) -> Subject:
     return pytestconfig.stash[SUBJECT]
 
 
-@pytest.fixture(autouse=True)
-def _has_what_it_needs(request: pytest.FixtureRequest, subject: Subject) -> None:
-    for mark in request.node.iter_markers("needs"):
-        if why := subject.why_not(mark.args[0]):
-            pytest.skip(why)
-
-
 @pytest.fixture
 def another(subject: Subject) -> Iterator[Callable[..., Subject]]:
     """Starts further daemons, which end with the test; ``config`` is added to their configuration."""
@@ -52,6 +45,13 @@ class Suite:
         """Before collection."""
         config.stash[SUBJECT] = self._subject
         config.addinivalue_line("markers", "needs(what): a key of expected.EXPECTED")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Before any fixture of a test: what it needs may be what they stand on."""
+        for mark in item.iter_markers("needs"):
+            if why := self._subject.why_not(mark.args[0]):
+                pytest.skip(why)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """After each phase of a test."""
