@@ -136,7 +136,9 @@ class SlotMounts:
         """
         (self._directory / "empty").mkdir(mode=0o755)  # one layer alone is no overlay
         empty = self._kept(os.open(self._directory / "empty", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-        return self._kept(mounts.new_mount("overlay", {"lowerdir": f"{_by(lower)}:{_by(empty)}"}))
+        mount = self._kept(mounts.new_mount("overlay", {"lowerdir": f"{_by(lower)}:{_by(empty)}"}))
+        mounts.set_attributes(mount, read_only=True, userns=None)
+        return mount
 
     def _overlay(self, lower: int) -> int:
         """An overlay that is thrown away: for a writable root, or for mount points that the image lacks."""
