@@ -115,7 +115,7 @@ class SlotMounts:
         if rootfs is None:
             raise errors.EngineFailed(f"image {self._image.name} has no root file system")
         try:
-            lower = self._attach(self._clone(rootfs), "image")
+            lower = self._clone(rootfs)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
@@ -123,21 +123,22 @@ class SlotMounts:
                 f"{rootfs} is on a file system that the kernel cannot map ids of, such as an overlay; in a "
                 "container, put the state directory on a volume"
             ) from error
+        self._attach(lower, "image")  # a layer has to be in a mount namespace
         missing = [mount.target for mount in self._shape.mounts if not _is_there(rootfs, mount)]
         if self._shape.root.mode == "read-only" and not missing:
             return self._image_alone(lower)
         return self._overlay(lower)
 
-    def _image_alone(self, lower: Path) -> int:
+    def _image_alone(self, lower: int) -> int:
         """The image through an overlay that nothing is written to: the files are this slot's own.
 
         Locks, leases and watches are on inodes, and those of the image itself are the same in all its slots.
         """
-        empty = self._directory / "empty"  # one layer alone is no overlay
-        empty.mkdir(mode=0o755)
-        return self._kept(mounts.new_mount("overlay", {"lowerdir": f"{lower}:{empty}"}))
+        (self._directory / "empty").mkdir(mode=0o755)  # one layer alone is no overlay
+        empty = self._kept(os.open(self._directory / "empty", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        return self._kept(mounts.new_mount("overlay", {"lowerdir": f"{_by(lower)}:{_by(empty)}"}))
 
-    def _overlay(self, lower: Path) -> int:
+    def _overlay(self, lower: int) -> int:
         """An overlay that is thrown away: for a writable root, or for mount points that the image lacks."""
         root = self._shape.root
         tmpfs = mounts.new_mount(
@@ -150,8 +151,14 @@ class SlotMounts:
         for part in ("upper", "work"):
             (upper / part).mkdir(mode=0o755)
             os.chown(upper / part, base, base)
-        options = {"lowerdir": str(lower), "upperdir": str(upper / "upper"), "workdir": str(upper / "work")}
+        above = _by(self.upper_fd)
+        options = {"lowerdir": _by(lower), "upperdir": f"{above}/upper", "workdir": f"{above}/work"}
         return self._kept(mounts.new_mount("overlay", options))
+
+
+def _by(fd: int) -> str:
+    """A path of what a descriptor is, which tells a tool that reads its ``mountinfo`` nothing."""
+    return f"/proc/self/fd/{fd}"
 
 
 def new_workspace(shape: Shape, base: int) -> int:
