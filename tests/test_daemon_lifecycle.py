@@ -254,10 +254,12 @@ def test_a_daemon_ends_with_its_engine(daemon_factory: Callable[..., Daemon]) ->
 
 
 def test_the_engine_ends_with_its_daemon(daemon_factory: Callable[..., Daemon]) -> None:
-    daemon = daemon_factory()
-    engine = daemon.engine
-    daemon.stop(signal.SIGKILL)
+    first = daemon_factory()
+    engine = first.engine
+    first.stop(signal.SIGKILL)
     until(lambda: not psutil.pid_exists(engine), "the engine's process is gone")
+    second = daemon_factory(state=first.state, name="second")  # removes what the first had prepared
+    assert _runs(second)
 
 
 def descriptors(daemon: Daemon) -> int:
