@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import subprocess
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -100,3 +101,18 @@ def parked(setup: Setup = SETUP, program: Sequence[str] = (str(INIT),)) -> Itera
             yield Parked(control, process)
         finally:
             listener.close()
+
+
+def seconds_to_die(slot: Parked) -> float:
+    """Run a command that will not end, close the connection to PID 1, and wait until nobody is left."""
+    read, write = os.pipe()
+    with open(os.devnull, "rb") as null:  # noqa: PTH123
+        argv = [b"sh", b"-c", b"trap '' TERM HUP; setsid sleep 1000 & sleep 1000"]
+        anyio.run(slot.control.execute, argv, ENV, b"/", LONG, [null.fileno(), write, write])
+    os.close(write)
+    time.sleep(0.2)
+    began = time.monotonic()
+    slot.control.close()
+    assert os.read(read, 1) == b""  # the end of file: nobody holds the other end any more
+    os.close(read)
+    return time.monotonic() - began

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sandboxd.config import Config
-    from sandboxd.engine.docker import DockerEngine
+    from sandboxd.engine.docker import DockerEndpoint, DockerEngine, DockerImages
 
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 """Those that a runtime takes from its own ``/dev`` when it cannot make them: OCI config-linux.md."""
@@ -71,12 +71,15 @@ def leave_private_mounts(run: Path) -> None:
 
 def images_of(config: Config, engine: str) -> ImageStore:
     """Where the images of an engine are, by its name."""
-    if engine != "docker":
-        return ImageStore(config.state / "images")
+    return _docker(config)[1] if engine == "docker" else ImageStore(config.state / "images")
+
+
+def _docker(config: Config) -> tuple[DockerEndpoint, DockerImages]:
+    """The Docker Engine of the configuration, which nothing is asked of yet, and its images."""
     from sandboxd.engine.docker import DockerEndpoint, DockerImages  # noqa: PLC0415  (slow)
 
     endpoint = DockerEndpoint(config.docker.socket, timeout=config.docker.timeout / 1e6)
-    return DockerImages(config.state, endpoint, instance_name(config.state))
+    return endpoint, DockerImages(config.state, endpoint, instance_name(config.state))
 
 
 class EngineHost(ExitStack):
@@ -124,18 +127,16 @@ class EngineHost(ExitStack):
 
     def docker_engine(self) -> DockerEngine:
         """The Docker Engine of the configuration, which nothing was asked of yet."""
-        from sandboxd.engine.docker import DockerEndpoint, DockerEngine, DockerImages  # noqa: PLC0415  (slow)
+        from sandboxd.engine.docker import DockerEngine  # noqa: PLC0415  (slow)
 
-        docker = self._config.docker
-        endpoint = DockerEndpoint(docker.socket, timeout=docker.timeout / 1e6)
-        images = DockerImages(self._config.state, endpoint, instance_name(self._config.state))
+        endpoint, images = _docker(self._config)
         return DockerEngine(
             endpoint,
             instance=self._name,
             images=images,
             cgroups=self.cgroups,
             notify=self.notify,
-            runtime=docker.runtime,
+            runtime=self._config.docker.runtime,
         )
 
     async def open_engine(self) -> OciEngine | DockerEngine:

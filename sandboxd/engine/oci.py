@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import anyio
@@ -23,7 +23,7 @@ import anyio.to_thread
 from sandboxd import errors
 from sandboxd.engine.base import Capabilities, Check, Lacks, Slot
 from sandboxd.engine.berth import Berth, Berths
-from sandboxd.engine.interpreter import start_interpreter
+from sandboxd.engine.interpreter import with_interpreter
 from sandboxd.engine.killing import DEATH_TIMEOUT, kill
 from sandboxd.engine.parking import parked_process, whole_disk
 from sandboxd.engine.presented import SlotMounts
@@ -37,22 +37,23 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sandboxd.engine.runtime import Runtime
-    from sandboxd.images import Image, ImageStore
+    from sandboxd.images import ImageStore
     from sandboxd.kernel.cgroup import CgroupTree
     from sandboxd.kernel.notify import Listener, NotifyServer
     from sandboxd.kernel.userns import UserNamespaces
-    from sandboxd.plan import Limits, Shape, Warm
+    from sandboxd.plan import Limits, Shape
 
-__all__ = ["OciEngine", "cgroup_limits", "rlimits"]
+__all__ = ["OciEngine", "cgroup_limits", "rlimits", "tool_setup"]
 
 CREATE_TIMEOUT = 30.0  # seconds for the runtime, and for each step of PID 1
 OOM_SCORE_ADJ = 500  # PID 1 keeps 0, so that the kernel picks the tool
 
 
-def cgroup_limits(limits: Limits, device: tuple[int, int] | None) -> CgroupLimits:
-    """What a plan's limits mean for a cgroup; ``device`` is the disk that holds the images."""
+def cgroup_limits(limits: Limits, images: Path | None) -> CgroupLimits:
+    """What a plan's limits mean for a cgroup; ``images`` is a path on the disk that holds them."""
     io: tuple[tuple[int, int, int | None, int | None], ...] = ()
     if limits.io_read is not None or limits.io_write is not None:
+        device = None if images is None else whole_disk(images)
         if device is None:
             raise errors.ControlNotEnforced(
                 "limits.io: the file system that holds the images is on no block device that the kernel "
@@ -81,6 +82,12 @@ def rlimits(limits: Limits) -> tuple[Rlimit, ...]:
     if limits.file_size is not None:
         wanted[resource.RLIMIT_FSIZE] = limits.file_size
     return tuple(Rlimit(number, value, value) for number, value in sorted(wanted.items()))
+
+
+def tool_setup(shape: Shape) -> Setup:
+    """What PID 1 makes of the tool process of a shape."""
+    owner = shape.process
+    return Setup(owner.uid, owner.gid, owner.umask, OOM_SCORE_ADJ, rlimits(shape.limits), shape.program.bpf)
 
 
 class OciEngine:
@@ -144,10 +151,11 @@ class OciEngine:
     async def create(self, shape: Shape, *, warm: bool = True) -> Slot:
         """A container of this shape, its tool process parked. Raises EngineFailed, HostFailed."""
         try:
-            slot = await anyio.to_thread.run_sync(self._create, shape)
-            if shape.warm is None or not warm or not self._warming.due(shape):
+            again = partial(anyio.to_thread.run_sync, self._create, shape)
+            slot = await again()
+            if not warm:
                 return slot
-            return await self._warmed(slot, shape.warm)
+            return await with_interpreter(slot, self._warming, destroy=self.destroy, again=again)
         finally:
             reap_orphans()  # crun leaves one behind each time, whoever started it
 
@@ -167,19 +175,6 @@ class OciEngine:
                 await anyio.to_thread.run_sync(stack.close)
                 reap_orphans()
                 self._berths.refill()
-
-    async def _warmed(self, slot: Slot, warm: Warm) -> Slot:
-        """The slot with its interpreter ready, else another that has none."""
-        try:
-            wrong = await start_interpreter(slot, warm)
-        except BaseException:
-            await self.destroy(slot)
-            raise
-        if wrong is None:
-            return replace(slot, warm=True)
-        self._warming.failed(slot.shape, wrong)
-        await self.destroy(slot)
-        return await anyio.to_thread.run_sync(self._create, slot.shape)
 
     def _create(self, shape: Shape) -> Slot:
         self.lacks.refuse(shape, errors.ControlNotEnforced)
@@ -204,7 +199,7 @@ class OciEngine:
         init_pid, pidfd, listener = self._start(berth, shape, made, stack)
         stack.callback(end_process, pidfd, DEATH_TIMEOUT)
         tool_pid = parked_process(cgroup, init_pid)
-        cgroup.set(cgroup_limits(shape.limits, self._device(shape.limits, image)))
+        cgroup.set(cgroup_limits(shape.limits, image.rootfs))
         return Slot(
             berth.name,
             shape,
@@ -228,11 +223,9 @@ class OciEngine:
         self, berth: Berth, shape: Shape, made: SlotMounts, stack: ExitStack
     ) -> tuple[int, int, Listener]:
         """Let the runtime go and park the tool process; returns PID 1, its pidfd, the filter's listener."""
-        owner, program = shape.process, shape.program
-        setup = Setup(owner.uid, owner.gid, owner.umask, OOM_SCORE_ADJ, rlimits(shape.limits), program.bpf)
         berth.container.begin(shape, made, CREATE_TIMEOUT)
         try:
-            listener_fd = berth.control.setup(setup, CREATE_TIMEOUT)
+            listener_fd = berth.control.setup(tool_setup(shape), CREATE_TIMEOUT)
         except errors.EngineFailed:
             _, pidfd = berth.container.started()  # when the runtime failed, that is why nobody answered
             os.close(pidfd)
@@ -240,10 +233,3 @@ class OciEngine:
         listener = self._notify.add(listener_fd, answer=seccomp.answer, on_denied=None)
         stack.callback(listener.close)
         return *berth.container.started(), listener
-
-    @staticmethod
-    def _device(limits: Limits, image: Image) -> tuple[int, int] | None:
-        if image.rootfs is None or (limits.io_read is None and limits.io_write is None):
-            return None
-        device = image.rootfs.stat().st_dev
-        return whole_disk(os.major(device), os.minor(device))

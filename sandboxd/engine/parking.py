@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,8 +33,13 @@ def parked_process(cgroup: Cgroup, init_pid: int) -> int:
     return tools[0]
 
 
-def whole_disk(major: int, minor: int) -> tuple[int, int] | None:
-    """The disk of a partition, since the kernel throttles disks; None when it is no block device."""
+def whole_disk(path: Path) -> tuple[int, int] | None:
+    """The disk that a path is on, not its partition: the kernel throttles disks. None for no block device.
+
+    Raises OSError.
+    """
+    device = path.stat().st_dev
+    major, minor = os.major(device), os.minor(device)
     at = Path(f"/sys/dev/block/{major}:{minor}")
     if not at.exists():
         return None

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 from daemons import needs_containers
-from parked import ENV, LONG, SETUP, UID, init, parked
+from parked import SETUP, UID, init, parked, seconds_to_die
 from withheld_init import compiled
 
 from sandboxd import errors
@@ -151,15 +151,7 @@ def test_the_deadline_ends_everything_by_itself(unfiltered: list[str]) -> None:
 
 def test_when_the_daemon_goes_everything_dies(unfiltered: list[str]) -> None:
     with parked(program=unfiltered) as slot:
-        read, write = os.pipe()
-        with open("/dev/null", "rb") as null:  # noqa: PTH123
-            argv = [b"sh", b"-c", b"trap '' TERM HUP; setsid sleep 1000 & sleep 1000"]
-            anyio.run(slot.control.execute, argv, ENV, b"/", LONG, [null.fileno(), write, write])
-        os.close(write)
-        time.sleep(0.2)
-        slot.control.close()
-        assert os.read(read, 1) == b""
-        os.close(read)
+        seconds_to_die(slot)
         assert slot.process.wait(5) != 0
 
 

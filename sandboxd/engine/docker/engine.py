@@ -20,6 +20,7 @@ import os
 import shutil
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, TypeVarTuple, Unpack
 
@@ -36,14 +37,14 @@ from sandboxd.engine.docker.door import Door
 from sandboxd.engine.docker.endpoint import MissingInEngine
 from sandboxd.engine.docker.finish import finish, root_of
 from sandboxd.engine.docker.request import INSTANCE_LABEL, Labels, make_request
-from sandboxd.engine.interpreter import start_interpreter
-from sandboxd.engine.killing import kill
-from sandboxd.engine.oci import OOM_SCORE_ADJ, cgroup_limits, rlimits
-from sandboxd.engine.parking import parked_process, whole_disk
+from sandboxd.engine.interpreter import with_interpreter
+from sandboxd.engine.killing import DEATH_TIMEOUT, kill
+from sandboxd.engine.oci import cgroup_limits, tool_setup
+from sandboxd.engine.parking import parked_process
 from sandboxd.engine.presented import new_workspace
 from sandboxd.engine.warming import Warming
 from sandboxd.init import INIT
-from sandboxd.init.protocol import Control, Setup
+from sandboxd.init.protocol import Control
 from sandboxd.kernel.orphans import end_process
 from sandboxd.policy import seccomp
 
@@ -55,13 +56,12 @@ if TYPE_CHECKING:
     from sandboxd.images import HostBind, Image
     from sandboxd.kernel.cgroup import CgroupTree
     from sandboxd.kernel.notify import NotifyServer
-    from sandboxd.plan import Limits, Mount, Shape
+    from sandboxd.plan import Mount, Shape
 
 __all__ = ["DockerEngine", "DockerRuntime", "run_directory"]
 
 CONNECT_TIMEOUT = 20.0  # seconds from the start of a container until PID 1 has connected
 SETUP_TIMEOUT = 30.0  # seconds for each step of PID 1
-DEATH_TIMEOUT = 30.0  # seconds until a killed container must be gone
 REQUESTS = 32  # threads that wait for the engine at once: the daemon has others
 REMAINS = 256  # containers that could not be removed and are tried again
 
@@ -164,19 +164,11 @@ class DockerEngine:
 
     async def create(self, shape: Shape, *, warm: bool = True) -> Slot:
         """A container of this shape, its tool process parked. Raises EngineFailed, HostFailed."""
-        slot = await self._in_thread(self._create, shape)
-        if shape.warm is None or not warm or not self._warming.due(shape):
+        again = partial(self._in_thread, self._create, shape)
+        slot = await again()
+        if not warm:
             return slot
-        try:
-            wrong = await start_interpreter(slot, shape.warm)
-        except BaseException:
-            await self.destroy(slot)
-            raise
-        if wrong is None:
-            return replace(slot, warm=True)
-        self._warming.failed(shape, wrong)
-        await self.destroy(slot)
-        return await self._in_thread(self._create, shape)
+        return await with_interpreter(slot, self._warming, destroy=self.destroy, again=again)
 
     async def kill(self, slot: Slot) -> None:
         """End every process of the slot but PID 1, with which the engine would remove the cgroup."""
@@ -296,17 +288,13 @@ class DockerEngine:
             finish(init_pid, binds, mount)
         finally:
             os.close(mount)
-        owner = shape.process
-        setup = Setup(
-            owner.uid, owner.gid, owner.umask, OOM_SCORE_ADJ, rlimits(shape.limits), shape.program.bpf
-        )
         listener = self._notify.add(
-            control.setup(setup, SETUP_TIMEOUT), answer=seccomp.answer, on_denied=None
+            control.setup(tool_setup(shape), SETUP_TIMEOUT), answer=seccomp.answer, on_denied=None
         )
         stack.callback(listener.close)
         cgroup = self._cgroups.of_process(labels.slot, init_pid)
         tool_pid = parked_process(cgroup, init_pid)
-        cgroup.set(cgroup_limits(shape.limits, self._device(shape.limits, host)))
+        cgroup.set(cgroup_limits(shape.limits, Path(host.root)))
         return Slot(
             labels.slot,
             shape,
@@ -408,14 +396,6 @@ class DockerEngine:
             self._remove(self._remains.pop())
             if len(self._remains) >= before:
                 return
-
-    @staticmethod
-    def _device(limits: Limits, host: _Host) -> tuple[int, int] | None:
-        """The disk of the engine's images. The engine would ask for its node, which may not be there."""
-        if limits.io_read is None and limits.io_write is None:
-            return None
-        found = Path(host.root).stat().st_dev
-        return whole_disk(os.major(found), os.minor(found))
 
 
 def _identities(init_pid: int, workspace: int, binds: dict[str, str]) -> dict[str, tuple[int, int]]:
