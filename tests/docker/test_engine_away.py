@@ -152,12 +152,24 @@ def test_the_daemon_killed_leaves_no_container(engine: Dockerd, start_on: Callab
     client = daemon.client()
     call = client.start(["sleep", "60"], policy="small")
     until(lambda: client.get(call.id).state == "running", "it runs")
-    until(lambda: len(engine.containers()) == 3, "two wait beside it")
+    until(lambda: sum(slot.state == "waiting" for slot in client.slots()) == 2, "two wait beside it")
+    assert len(engine.containers()) == 3
     daemon.stop(signal.SIGKILL)
     until(lambda: not engine.containers(), "PID 1 ends with the daemon, and the engine removes its container")
     again = start_on(engine)
     assert cause(again.client().get(call.id)) == "interrupted"
     assert not list(run_directory(instance_name(again.state)).iterdir())
+
+
+def test_what_the_daemon_was_making_when_it_was_killed_is_removed_at_start(
+    engine: Dockerd, start_on: Callable[..., Daemon]
+) -> None:
+    daemon = start_on(engine, "pool: {min: 2, max: 2}\n")
+    assert cause(daemon.run("true", policy="small")) == "exited"
+    until(engine.containers, "one is made, and may not be started yet")
+    daemon.stop(signal.SIGKILL)
+    start_on(engine)
+    until(lambda: not engine.containers(), "the next daemon removes it")
 
 
 def test_a_full_disk_is_the_engines_failure(
