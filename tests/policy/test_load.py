@@ -145,7 +145,7 @@ def test_what_is_not_enforced_may_be_wrong_too(folder: Any) -> None:
     [
         (
             "network:\n  allow: [{host: '*.a.example', ports: [443], paths: [/x]}]\n  budget: {bytes: 1B}\n",
-            3,
+            4,
         ),
         ("network: {mode: host}\n", 3),
         ("secrets: [{name: TOKEN, as: proxy}]\n", 3),
@@ -275,9 +275,9 @@ def test_names_of_system_calls_are_checked_beside_other_errors(tmp_path: Path) -
 
 def test_a_policy_that_only_asks_for_what_is_not_enforced_says_so(tmp_path: Path) -> None:
     file = tmp_path / "net.yaml"
-    text = "version: 1\nname: net\nnetwork: {allow: [{host: a.example, ports: [443]}]}\n"
+    text = "version: 1\nname: net\nnetwork: {allow: [{host: a.example, ports: [443], methods: [GET]}]}\n"
     file.write_text(text)
-    with pytest.raises(errors.ControlNotSupported, match=f"{file}:3:1: network rules") as caught:
+    with pytest.raises(errors.ControlNotSupported, match=f"{file}:3:.*: methods: HTTP is not") as caught:
         load_policies([tmp_path]).get("net")
     assert caught.value.details["problems"][0]["line"] == 3
     file.write_text(text + "limits: {wall: 5}\n")
