@@ -37,6 +37,7 @@ from sandboxd.engine.docker.door import Door
 from sandboxd.engine.docker.endpoint import MissingInEngine
 from sandboxd.engine.docker.finish import finish, root_of
 from sandboxd.engine.docker.request import INSTANCE_LABEL, Labels, make_request
+from sandboxd.engine.doors import doors_of
 from sandboxd.engine.interpreter import with_interpreter
 from sandboxd.engine.killing import DEATH_TIMEOUT, kill
 from sandboxd.engine.oci import cgroup_limits, tool_setup
@@ -311,6 +312,7 @@ class DockerEngine:
             Path(f"/proc/{init_pid}/ns/user").stat().st_ino if host.remapped else None,
             _identities(init_pid, workspace, binds),
             None,
+            doors_of(shape, init_pid, stack),
             spares_init=True,
             held=held,
         )
