@@ -26,11 +26,12 @@ import dns.rrset
 from sandboxd.kernel.inside import in_network_namespace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = ["DNS", "PRIVATE", "WWW", "World", "start_world"]
 
-HERE, WWW, OTHER, DNS = "93.184.216.1", "93.184.216.34", "93.184.216.35", "93.184.216.53"
+HERE, WWW, OTHER, FILES = "93.184.216.1", "93.184.216.34", "93.184.216.35", "93.184.216.36"
+DNS = "93.184.216.53"
 PRIVATE, METADATA = "10.91.7.2", "169.254.169.254"
 
 
@@ -100,7 +101,7 @@ class World:
         self,
         address: str,
         port: int,
-        handler: type[socketserver.BaseRequestHandler] = Page,
+        handler: Callable[..., socketserver.BaseRequestHandler] = Page,
         tls: str | None = None,
     ) -> None:
         """Start a server; with ``tls``, one that has a certificate for that name."""
@@ -212,7 +213,14 @@ def start_world(directory: Path) -> Iterator[World]:
         inside = ("ip", "-n", name)
         run(*inside, "link", "set", "lo", "up")
         run(*inside, "link", "set", "world", "up")
-        for address in (f"{WWW}/24", f"{OTHER}/24", f"{DNS}/24", f"{PRIVATE}/32", f"{METADATA}/32"):
+        for address in (
+            f"{WWW}/24",
+            f"{OTHER}/24",
+            f"{FILES}/24",
+            f"{DNS}/24",
+            f"{PRIVATE}/32",
+            f"{METADATA}/32",
+        ):
             run(*inside, "addr", "add", address, "dev", "world")
         namespace = os.open(f"/run/netns/{name}", os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, namespace)
