@@ -111,7 +111,7 @@ class Watch:
             namespaces=frozenset(self._namespaces(processes, names, everything=everything)),
             processes=frozenset(processes.values()),
             files=frozenset(_files(names)),
-            descriptors=frozenset(_descriptors()),
+            descriptors=frozenset(descriptors()),
         )
 
     def leaks_since(self, before: Snapshot, *, everything: Callable[[], bool]) -> str:
@@ -223,7 +223,7 @@ def _files(names: tuple[str, ...]) -> Iterator[str]:
                     yield str(path)
 
 
-def _descriptors() -> Iterator[str]:
+def descriptors() -> Iterator[str]:
     for entry in os.listdir("/proc/self/fd"):  # noqa: PTH208
         with contextlib.suppress(OSError):  # the one that lists
             yield f"{entry} -> {Path('/proc/self/fd', entry).readlink()}"

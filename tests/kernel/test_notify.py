@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from daemons import PATIENCE
+from leaks import descriptors
 
 from sandboxd.kernel import notify
 from sandboxd.kernel.notify import LUMPED, MAX_DISTINCT, DeniedCall, Listener, NotifyServer
@@ -56,10 +57,10 @@ def launcher() -> Iterator[Path]:
 
 @pytest.fixture
 def server() -> Iterator[NotifyServer]:
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = set(descriptors())
     with NotifyServer() as server:
         yield server
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert set(descriptors()) == before
     assert "seccomp-notify" not in {thread.name for thread in threading.enumerate()}
 
 
