@@ -31,11 +31,12 @@ from uuid6 import uuid7
 
 from sandboxd import errors
 from sandboxd.engine.base import Capabilities, Check, Lacks, Slot
-from sandboxd.engine.bundle import INIT_PATH
+from sandboxd.engine.bundle import INIT_PATH, temporary
 from sandboxd.engine.docker.accounts import check_accounts
 from sandboxd.engine.docker.door import Door
 from sandboxd.engine.docker.endpoint import MissingInEngine
 from sandboxd.engine.docker.finish import finish, root_of
+from sandboxd.engine.docker.podman import create_container, is_podman
 from sandboxd.engine.docker.request import INSTANCE_LABEL, Labels, make_request
 from sandboxd.engine.interpreter import with_interpreter
 from sandboxd.engine.killing import DEATH_TIMEOUT, kill
@@ -51,6 +52,8 @@ from sandboxd.policy import seccomp
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from docker.api.client import APIClient
+
     from sandboxd.engine.docker.endpoint import DockerEndpoint
     from sandboxd.engine.docker.images import DockerImages
     from sandboxd.images import HostBind, Image
@@ -63,6 +66,7 @@ __all__ = ["DockerEngine", "DockerRuntime", "run_directory"]
 CONNECT_TIMEOUT = 20.0  # seconds from the start of a container until PID 1 has connected
 SETUP_TIMEOUT = 30.0  # seconds for each step of PID 1
 REQUESTS = 32  # threads that wait for the engine at once: the daemon has others
+PID_MAX = Path("/proc/sys/kernel/pid_max")  # more processes there cannot be
 REMAINS = 256  # containers that could not be removed and are tried again
 
 T = TypeVar("T")
@@ -87,6 +91,13 @@ class _Host:
     base: int
     """The host's id of a container's root."""
     remapped: bool
+    podman: bool
+
+    def create_container(self, client: APIClient, request: dict[str, Any], name: str) -> str:
+        """Make a container that is not started; returns its id. Raises as ``client``."""
+        if self.podman:
+            return create_container(client, request, name=name, processes=int(PID_MAX.read_text()))
+        return str(client.create_container_from_config(request, name=name)["Id"])
 
 
 def run_directory(instance: str) -> Path:
@@ -230,7 +241,7 @@ class DockerEngine:
                     "userns-remap has to give both the same range"
                 )
             base = int(uid)
-        self._host = _Host(root, base, remapped)
+        self._host = _Host(root, base, remapped, is_podman(self._endpoint.version()))
         return self._host
 
     @property
@@ -270,7 +281,7 @@ class DockerEngine:
         held.enter_context(self.images.hold(image.digest))
         labels = Labels(self._instance, str(uuid7()))
         door = stack.enter_context(Door(self._directory / labels.slot, host.base))
-        container = self._create_container(shape, image, labels, door)
+        container = self._create_container(shape, image, labels, door, host)
         stack.callback(self._remove, container)
         init_pid, upper = self._start(container)
         stack.callback(self._kill_container, container)
@@ -285,7 +296,7 @@ class DockerEngine:
         try:
             workspace = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
             stack.callback(os.close, workspace)
-            finish(init_pid, binds, mount)
+            finish(init_pid, binds, mount, temporary(shape) if host.podman else ())
         finally:
             os.close(mount)
         listener = self._notify.add(
@@ -315,7 +326,7 @@ class DockerEngine:
             held=held,
         )
 
-    def _create_container(self, shape: Shape, image: Image, labels: Labels, door: Door) -> str:
+    def _create_container(self, shape: Shape, image: Image, labels: Labels, door: Door, host: _Host) -> str:
         """The id of a container that is not started. What was imported and removed is imported again."""
         for last in (False, True):
             source = self.images.in_engine(image)
@@ -329,10 +340,10 @@ class DockerEngine:
             )
             try:
                 if image.digest not in self._looked_at:
-                    self._look_at(image, request, labels)
+                    self._look_at(image, request, labels, host)
                     self._looked_at.add(image.digest)
                 with self._endpoint.asking("create a container") as client:
-                    made = client.create_container_from_config(request, name=labels.name)
+                    return host.create_container(client, request, labels.name)
             except MissingInEngine:
                 self.images.gone(image)
                 if last:
@@ -340,20 +351,17 @@ class DockerEngine:
             except errors.EngineFailed:
                 self._remember(labels.name)  # it may make the container yet, whose id is not known
                 raise
-            else:
-                return str(made["Id"])
         raise AssertionError
 
-    def _look_at(self, image: Image, request: dict[str, Any], labels: Labels) -> None:
+    def _look_at(self, image: Image, request: dict[str, Any], labels: Labels, host: _Host) -> None:
         """Raise EngineFailed for an image that would hold up the engine itself."""
-        host = request["HostConfig"]
-        covered = {one["Target"]: "" for one in host["Mounts"]}  # else a volume of the image would be there
-        bare = {**request, "HostConfig": {**host, "Mounts": [], "Tmpfs": {**host["Tmpfs"], **covered}}}
+        asked = request["HostConfig"]
+        covered = {one["Target"]: "" for one in asked["Mounts"]}  # else a volume of the image would be there
+        bare = {**request, "HostConfig": {**asked, "Mounts": [], "Tmpfs": {**asked["Tmpfs"], **covered}}}
         name = f"{labels.name}-look"
         try:
             with self._endpoint.asking("look at an image") as client:
-                made = client.create_container_from_config(bare, name=name)
-                check_accounts(client, made["Id"], image.name)
+                check_accounts(client, host.create_container(client, bare, name), image.name)
         finally:
             self._remove(name)
 

@@ -195,7 +195,7 @@ class DockerImages(ImageStore):
         with self.hold(image.digest), self._endpoint.asking(f"import image {image.name}") as client:
             answer = client.post(  # the SDK's own import has no timeout
                 f"{client.base_url}/v{client.api_version}/images/create",
-                params={"fromSrc": "-", "repo": self._repository, "tag": tag},
+                params={"fromSrc": "-", "repo": f"{self._repository}:{tag}"},  # Podman 4 takes no ``tag``
                 headers={"Content-Type": "application/x-tar"},
                 data=_tar_of(image.rootfs),
                 timeout=IMPORT_TIMEOUT,
