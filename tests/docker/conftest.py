@@ -9,6 +9,7 @@ import pytest
 from daemons import Daemon, needs_containers, start_daemon
 from docker_policies import add_policies
 from dockerd import Dockerd, own_engine
+from podman import Podman
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -17,12 +18,16 @@ if TYPE_CHECKING:
     from leaks import Session
 
 
-@pytest.fixture(scope="session")
-def dockerd(leak_session: Session, need: Callable[[object, str], None]) -> Iterator[Dockerd]:
-    """The session's engine."""
+@pytest.fixture(scope="session", params=["docker", "podman"])
+def dockerd(
+    request: pytest.FixtureRequest, leak_session: Session, need: Callable[[object, str], None]
+) -> Iterator[Dockerd]:
+    """The session's engines, one after the other."""
     needs_containers()
-    need(shutil.which("dockerd"), "docker.io")
-    with own_engine() as engine:
+    need(shutil.which("dockerd"), "docker.io")  # has the client of both
+    if request.param == "podman":
+        need(shutil.which("podman"), "podman")
+    with own_engine(kind={"docker": Dockerd, "podman": Podman}[request.param]) as engine:
         yield engine
 
 

@@ -25,7 +25,7 @@ from sandboxd.kernel import mounts
 from sandboxd.kernel.inside import in_mount_namespace
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection
 
     from sandboxd.kernel.mounts import MountEntry
 
@@ -41,19 +41,21 @@ LEFT_EMPTY = ("/dev/mqueue", DOOR_PATH)
 
 
 def finish(
-    pid: int, lent: Collection[str], workspace: int, temporary: Iterable[tuple[str, tuple[str, ...]]]
+    pid: int, lent: Collection[str], workspace: int, temporary: Collection[tuple[str, tuple[str, ...]]]
 ) -> None:
     """Finish the container of PID 1 ``pid``.
 
     ``lent`` are the targets of host paths, ``workspace`` is a detached mount, ``temporary`` what has a tmpfs
     whose options the engine did not take. Raises OSError, and ControlNotEnforced for an image that has
-    something in the workspace's place.
+    something in the place of one of them.
     """
     entries = _entries(pid)
-    if WORKSPACE not in {entry.target for entry in entries}:
-        raise errors.ControlNotEnforced(
-            f"the image has something at {WORKSPACE} that is no directory", control="workspace"
-        )
+    at = {entry.target for entry in entries}
+    for target in (WORKSPACE, *(target for target, _ in temporary)):
+        if target not in at:
+            raise errors.ControlNotEnforced(
+                f"the image has something at {target} that is no directory", control=target.rpartition("/")[2]
+            )
     namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     try:
         in_mount_namespace(namespace, lambda: _inside(entries, lent, workspace, temporary))
@@ -65,7 +67,7 @@ def _inside(
     entries: list[MountEntry],
     lent: Collection[str],
     workspace: int,
-    temporary: Iterable[tuple[str, tuple[str, ...]]],
+    temporary: Collection[tuple[str, tuple[str, ...]]],
 ) -> None:
     for entry in reversed(entries):  # a later one may lie on an earlier one
         if entry.target not in KEPT and entry.target not in lent:

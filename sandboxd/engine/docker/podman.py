@@ -1,10 +1,11 @@
-"""Podman: its compatible API for everything but making a container, for which its own is asked.
+"""Podman: its compatible API for everything but making a container and importing an image.
 
 Source: ``pkg/specgen`` and ``pkg/api/handlers`` of Podman 4.3 to 5.8. The compatible API drops fields of a
 request without a word (``CgroupnsMode`` before Podman 4.4 and on cgroup v1, ``MaskedPaths``), makes comma
 separated words of paths, gives variables that have no value those of the service, and fills volumes and tmpfs
-with the image's files. Its own API, on the same socket, can be told all of that. What neither takes is the
-number of inodes of a tmpfs, which is set in the container that is up: ``finish.py``.
+with the image's files; and it leaves what it imports in a temporary file. Its own API, on the same socket, is
+not so. What neither takes is the number of inodes of a tmpfs, which is set in the container that is up:
+``finish.py``.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
 
     from docker.api.client import APIClient
 
-__all__ = ["create_container", "is_podman", "specification"]
+__all__ = ["IMPORT", "create_container", "is_podman", "specification"]
 
-CREATE = "/v4.0.0/libpod/containers/create"  # the oldest that every version since serves
+CREATE = "/v4.0.0/libpod/containers/create"  # of the oldest version, which all since answer to
+IMPORT = "/v4.0.0/libpod/images/import"
 NO_IMAGE = "image not known"
 
 
@@ -35,7 +37,10 @@ def is_podman(version: Mapping[str, Any]) -> bool:
 
 
 def create_container(client: APIClient, request: Mapping[str, Any], *, name: str, processes: int) -> str:
-    """Make what a request of ``request.py`` asks for; returns its id. Raises MissingInEngine, and as ``client``."""
+    """Make what a request of ``request.py`` asks for; returns its id.
+
+    Raises MissingInEngine without the image, and what ``client`` raises.
+    """
     asked = specification(request, name=name, processes=processes)
     answer = client.post(client.base_url + CREATE, json=asked, timeout=client.timeout)
     if answer.ok:
@@ -81,8 +86,8 @@ def specification(request: Mapping[str, Any], *, name: str, processes: int) -> d
         "cap_drop": host["CapDrop"],
         "no_new_privileges": True,
         "seccomp_profile_path": "unconfined",
-        # What Podman masks by itself it does not, or it would be masked twice. All that has to be read-only is
-        # what Podman keeps so by itself.
+        # Else what Podman masks by itself would be masked twice. What it keeps read-only by itself is all
+        # that has to be.
         "unmask": list(MASKED),
         "mask": list(MASKED),
         "read_only_filesystem": host["ReadonlyRootfs"],
