@@ -19,15 +19,20 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session", params=["docker", "podman"])
-def dockerd(
-    request: pytest.FixtureRequest, leak_session: Session, need: Callable[[object, str], None]
-) -> Iterator[Dockerd]:
-    """The session's engines, one after the other."""
+def kind(request: pytest.FixtureRequest, need: Callable[[object, str], None]) -> type[Dockerd]:
+    """What makes the containers: a test of it runs with each."""
     needs_containers()
     need(shutil.which("dockerd"), "docker.io")  # has the client of both
     if request.param == "podman":
         need(shutil.which("podman"), "podman")
-    with own_engine(kind={"docker": Dockerd, "podman": Podman}[request.param]) as engine:
+        return Podman
+    return Dockerd
+
+
+@pytest.fixture(scope="session")
+def dockerd(kind: type[Dockerd], leak_session: Session) -> Iterator[Dockerd]:
+    """The session's engines, one after the other."""
+    with own_engine(kind=kind) as engine:
         yield engine
 
 

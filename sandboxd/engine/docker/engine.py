@@ -217,19 +217,18 @@ class DockerEngine:
     def _look(self) -> _Host:
         """What the engine is, and that it has the runtime. Raises EngineFailed, HostUnsupported."""
         found = self._endpoint.info()
-        runtimes = found.get("Runtimes") or {}
+        podman = is_podman(self._endpoint.version())
+        default = str(found.get("DefaultRuntime") or "default")
+        runtimes = {default} if podman else found.get("Runtimes") or {}
         if self._wanted is not None and self._wanted not in runtimes:
             raise errors.HostUnsupported(
                 f"the Docker Engine has no runtime {self._wanted!r}; it has {', '.join(sorted(runtimes))}"
+                + (", the one that Podman itself is configured with (containers.conf)" if podman else "")
             )
-        if self._wanted is None:
-            self.runtime = DockerRuntime(str(found.get("DefaultRuntime") or "default"))
+        self.runtime = DockerRuntime(self._wanted or default)
         options = found.get("SecurityOptions") or ()
         if any("name=rootless" in option for option in options):
-            raise errors.HostUnsupported(
-                "this is a rootless Docker Engine, which maps ids in two pieces; this version needs one that "
-                "runs as root, with userns-remap if containers shall have ids of their own"
-            )
+            raise errors.HostUnsupported(_why_not_rootless(found))
         root = str(found.get("DockerRootDir") or "/var/lib/docker")
         remapped = any("name=userns" in option for option in options)
         base = 0
@@ -241,7 +240,7 @@ class DockerEngine:
                     "userns-remap has to give both the same range"
                 )
             base = int(uid)
-        self._host = _Host(root, base, remapped, is_podman(self._endpoint.version()))
+        self._host = _Host(root, base, remapped, podman)
         return self._host
 
     @property
@@ -404,6 +403,18 @@ class DockerEngine:
             self._remove(self._remains.pop())
             if len(self._remains) >= before:
                 return
+
+
+def _why_not_rootless(found: dict[str, Any]) -> str:
+    """What a rootless engine lacks, by what it says of itself."""
+    if found.get("CgroupDriver") == "none" or str(found.get("CgroupVersion")) == "1":
+        reason = "can enforce no limit (it may use no cgroups, for which it needs version 2 and systemd)"
+    else:
+        reason = "maps ids in two pieces and has mounts of its own"
+    return (
+        f"this is a rootless engine, which {reason}; one that runs as root is needed, with userns-remap if "
+        "containers shall have ids of their own"
+    )
 
 
 def _identities(init_pid: int, workspace: int, binds: dict[str, str]) -> dict[str, tuple[int, int]]:

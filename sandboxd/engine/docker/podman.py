@@ -57,11 +57,12 @@ def create_container(client: APIClient, request: Mapping[str, Any], *, name: str
 def specification(request: Mapping[str, Any], *, name: str, processes: int) -> dict[str, Any]:
     """A request as Podman's ``SpecGenerator``.
 
-    ``processes`` is for ``RLIMIT_NPROC``, which Podman would raise, to what it may not be able to.
+    ``processes`` is for ``RLIMIT_NPROC``, which Podman would raise, to what it may not be able to. No runtime
+    is named: Podman 4.3 does not look at ``oci_runtime``.
     """
     host = request["HostConfig"]
     private = {"nsmode": "private"}
-    found = {
+    return {
         "name": name,
         "image": request["Image"],
         "image_volume_mode": "ignore",
@@ -109,9 +110,6 @@ def specification(request: Mapping[str, Any], *, name: str, processes: int) -> d
             "pids": {"limit": host["PidsLimit"]},
         },
     }
-    if "Runtime" in host:
-        found["oci_runtime"] = host["Runtime"]
-    return found
 
 
 def _bind(mount: Mapping[str, Any]) -> dict[str, Any]:
