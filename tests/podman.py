@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,7 +42,11 @@ class Podman(Dockerd):
             file.write_text(text)
             environment[name] = str(file)
         at = {"root": "data", "runroot": "run", "tmpdir": "tmp"}
-        command = ["podman", *(f"--{option}={self.directory / name}" for option, name in at.items())]
+        command = [
+            *self._before,
+            "podman",
+            *(f"--{option}={self.directory / name}" for option, name in at.items()),
+        ]
         command += ["--storage-driver=overlay", *self._options]
         command += ["system", "service", "--time=0", f"unix://{self.socket}"]
         self.serve(command, os.environ | environment)
@@ -54,6 +59,9 @@ class Podman(Dockerd):
 
     def clear_away(self) -> None:
         """End what is left of it: its containers have cgroups among those of other Podmans."""
+        for file in self.directory.rglob("pause.pid"):  # of a rootless one, which keeps its namespaces by it
+            with suppress(ProcessLookupError):
+                os.kill(int(file.read_text()), signal.SIGKILL)
         ids = [path.name for path in (self.directory / "data" / "overlay-containers").glob("*")]
         super().clear_away()
         for parent in Path("/sys/fs/cgroup").glob(f"*/{PARENT}"):

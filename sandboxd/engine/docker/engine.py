@@ -227,7 +227,9 @@ class DockerEngine:
             )
         self.runtime = DockerRuntime(self._wanted or default)
         options = found.get("SecurityOptions") or ()
-        if any("name=rootless" in option for option in options):
+        if found.get("Rootless") or any(
+            "name=rootless" in option for option in options
+        ):  # Podman's, Docker's
             raise errors.HostUnsupported(_why_not_rootless(found))
         root = str(found.get("DockerRootDir") or "/var/lib/docker")
         remapped = any("name=userns" in option for option in options)
