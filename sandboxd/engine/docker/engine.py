@@ -36,7 +36,7 @@ from sandboxd.engine.docker.accounts import check_accounts
 from sandboxd.engine.docker.door import Door
 from sandboxd.engine.docker.endpoint import MissingInEngine
 from sandboxd.engine.docker.finish import finish, root_of
-from sandboxd.engine.docker.podman import create_container, is_podman
+from sandboxd.engine.docker.host import EngineHost, look
 from sandboxd.engine.docker.request import INSTANCE_LABEL, Labels, make_request
 from sandboxd.engine.interpreter import with_interpreter
 from sandboxd.engine.killing import DEATH_TIMEOUT, kill
@@ -52,8 +52,6 @@ from sandboxd.policy import seccomp
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from docker.api.client import APIClient
-
     from sandboxd.engine.docker.endpoint import DockerEndpoint
     from sandboxd.engine.docker.images import DockerImages
     from sandboxd.images import HostBind, Image
@@ -66,7 +64,6 @@ __all__ = ["DockerEngine", "DockerRuntime", "run_directory"]
 CONNECT_TIMEOUT = 20.0  # seconds from the start of a container until PID 1 has connected
 SETUP_TIMEOUT = 30.0  # seconds for each step of PID 1
 REQUESTS = 32  # threads that wait for the engine at once: the daemon has others
-PID_MAX = Path("/proc/sys/kernel/pid_max")  # more processes there cannot be
 REMAINS = 256  # containers that could not be removed and are tried again
 
 T = TypeVar("T")
@@ -80,24 +77,6 @@ class DockerRuntime:
     """The runtime that the engine uses, by its name there."""
 
     name: str
-
-
-@dataclass(frozen=True)
-class _Host:
-    """What the engine said of itself when it was opened."""
-
-    root: str
-    """Where it keeps its images."""
-    base: int
-    """The host's id of a container's root."""
-    remapped: bool
-    podman: bool
-
-    def create_container(self, client: APIClient, request: dict[str, Any], name: str) -> str:
-        """Make a container that is not started; returns its id. Raises as ``client``."""
-        if self.podman:
-            return create_container(client, request, name=name, processes=int(PID_MAX.read_text()))
-        return str(client.create_container_from_config(request, name=name)["Id"])
 
 
 def run_directory(instance: str) -> Path:
@@ -128,7 +107,7 @@ class DockerEngine:
         self._notify = notify
         self._wanted = runtime
         self.runtime = DockerRuntime(runtime or "default")
-        self._host: _Host | None = None
+        self._host: EngineHost | None = None
         self._directory = run_directory(instance)
         self._warming = Warming()
         self._resources: dict[str, ExitStack] = {}
@@ -214,35 +193,10 @@ class DockerEngine:
             self._threads = anyio.CapacityLimiter(REQUESTS)
         return await anyio.to_thread.run_sync(function, *arguments, limiter=self._threads)
 
-    def _look(self) -> _Host:
+    def _look(self) -> EngineHost:
         """What the engine is, and that it has the runtime. Raises EngineFailed, HostUnsupported."""
-        found = self._endpoint.info()
-        podman = is_podman(self._endpoint.version())
-        default = str(found.get("DefaultRuntime") or "default")
-        runtimes = {default} if podman else found.get("Runtimes") or {}
-        if self._wanted is not None and self._wanted not in runtimes:
-            raise errors.HostUnsupported(
-                f"the Docker Engine has no runtime {self._wanted!r}; it has {', '.join(sorted(runtimes))}"
-                + (", the one that Podman itself is configured with (containers.conf)" if podman else "")
-            )
-        self.runtime = DockerRuntime(self._wanted or default)
-        options = found.get("SecurityOptions") or ()
-        if found.get("Rootless") or any(
-            "name=rootless" in option for option in options
-        ):  # Podman's, Docker's
-            raise errors.HostUnsupported(_why_not_rootless(found))
-        root = str(found.get("DockerRootDir") or "/var/lib/docker")
-        remapped = any("name=userns" in option for option in options)
-        base = 0
-        if remapped:  # the directory is named after the first uid and gid that containers are mapped to
-            uid, _, gid = Path(root).name.partition(".")
-            if not uid.isdigit() or uid != gid:
-                raise errors.HostUnsupported(
-                    f"the Docker Engine maps user ids from {uid} and group ids from {gid or '?'}: "
-                    "userns-remap has to give both the same range"
-                )
-            base = int(uid)
-        self._host = _Host(root, base, remapped, podman)
+        self._host = look(self._endpoint, self._wanted)
+        self.runtime = DockerRuntime(self._host.runtime)
         return self._host
 
     @property
@@ -276,7 +230,7 @@ class DockerEngine:
         except errors.NotFound as error:  # the image, which was there when the call was accepted
             raise errors.EngineFailed(str(error)) from error
 
-    def _make(self, shape: Shape, host: _Host, stack: ExitStack) -> Slot:
+    def _make(self, shape: Shape, host: EngineHost, stack: ExitStack) -> Slot:
         image = self.images.resolve(shape.image.digest)
         held = stack.enter_context(ExitStack())
         held.enter_context(self.images.hold(image.digest))
@@ -327,10 +281,14 @@ class DockerEngine:
             held=held,
         )
 
-    def _create_container(self, shape: Shape, image: Image, labels: Labels, door: Door, host: _Host) -> str:
+    def _create_container(
+        self, shape: Shape, image: Image, labels: Labels, door: Door, host: EngineHost
+    ) -> str:
         """The id of a container that is not started. What was imported and removed is imported again."""
         for last in (False, True):
             source = self.images.in_engine(image)
+            if host.podman:  # which is told to make none of them
+                source = replace(source, volumes=())
             request = make_request(
                 shape,
                 source,
@@ -354,7 +312,7 @@ class DockerEngine:
                 raise
         raise AssertionError
 
-    def _look_at(self, image: Image, request: dict[str, Any], labels: Labels, host: _Host) -> None:
+    def _look_at(self, image: Image, request: dict[str, Any], labels: Labels, host: EngineHost) -> None:
         """Raise EngineFailed for an image that would hold up the engine itself."""
         asked = request["HostConfig"]
         covered = {one["Target"]: "" for one in asked["Mounts"]}  # else a volume of the image would be there
@@ -405,18 +363,6 @@ class DockerEngine:
             self._remove(self._remains.pop())
             if len(self._remains) >= before:
                 return
-
-
-def _why_not_rootless(found: dict[str, Any]) -> str:
-    """What a rootless engine lacks, by what it says of itself."""
-    if found.get("CgroupDriver") == "none" or str(found.get("CgroupVersion")) == "1":
-        reason = "can enforce no limit (it may use no cgroups, for which it needs version 2 and systemd)"
-    else:
-        reason = "maps ids in two pieces and has mounts of its own"
-    return (
-        f"this is a rootless engine, which {reason}; one that runs as root is needed, with userns-remap if "
-        "containers shall have ids of their own"
-    )
 
 
 def _identities(init_pid: int, workspace: int, binds: dict[str, str]) -> dict[str, tuple[int, int]]:
