@@ -36,8 +36,9 @@ NFULA_CFG_CMD, NFULA_CFG_MODE, NFULA_CFG_QTHRESH = 1, 2, 5  # linux/netfilter/nf
 NFULNL_CFG_CMD_BIND, NFULNL_COPY_PACKET = 1, 2
 LO = 1  # the first interface of a namespace
 
+PORT_START = "net/ipv4/ip_unprivileged_port_start"
 SYSCTLS = {
-    "net/ipv4/ip_unprivileged_port_start": "1024",
+    PORT_START: "1024",
     "net/ipv4/ping_group_range": "1 0",  # nobody
     "net/ipv4/icmp_echo_ignore_all": "1",  # or every address "answers"
     "net/ipv6/icmp/echo_ignore_all": "1",
@@ -132,12 +133,17 @@ def _generation() -> int:
 
 
 def _sysctl(name: str) -> str:
-    return " ".join(Path("/proc/sys", name).read_text().split())
+    return " ".join(_proc_sys(name).read_text().split())
+
+
+def _proc_sys(name: str) -> Path:
+    return Path("/proc/sys", name)
 
 
 def _open_doors(chain: str) -> Doors:
-    for name, value in SYSCTLS.items():
-        Path("/proc/sys", name).write_text(value)
+    # until the end nothing else binds in there, and a daemon in a container may not have CAP_NET_BIND_SERVICE
+    for name, value in {**SYSCTLS, PORT_START: "0"}.items():
+        _proc_sys(name).write_text(value)
     _request(NETLINK_ROUTE, _routes())
     run_nft(chain)
     made: list[int] = []
@@ -147,6 +153,7 @@ def _open_doors(chain: str) -> Doors:
         made.append(_resolver(socket.SOCK_DGRAM))
         made.append(_resolver(socket.SOCK_STREAM))
         made.append(_log())
+        _proc_sys(PORT_START).write_text(SYSCTLS[PORT_START])
     except BaseException:
         for fd in made:
             os.close(fd)
