@@ -30,6 +30,9 @@ PARENT = "libpod_parent"  # of every Podman's containers
 class Podman(Dockerd):
     """The service by which Podman has an API; its containers go on without it."""
 
+    containers_conf = ""
+    """Further lines of the section ``containers`` of its configuration."""
+
     def start(self) -> None:
         """Start it, and wait until it answers."""
         environment = {"TMPDIR": str(self.directory)}
@@ -37,6 +40,7 @@ class Podman(Dockerd):
             files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
             processes=Path("/proc/sys/kernel/pid_max").read_text().strip(),  # to which it lowers its own
         )
+        config += self.containers_conf
         for name, text in {"CONTAINERS_CONF": config, "CONTAINERS_REGISTRIES_CONF": REGISTRIES}.items():
             file = self.directory / name.lower()
             file.write_text(text)

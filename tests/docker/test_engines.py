@@ -203,6 +203,51 @@ def test_what_the_runtime_withholds_is_named(
     ), found
 
 
+class Widened(Podman):
+    """One whose operator gives every container more."""
+
+    containers_conf = """
+volumes = ["/etc:/mnt/of-the-host"]
+env = ["LD_PRELOAD=/none.so"]
+default_capabilities = ["SYS_ADMIN", "SYS_PTRACE"]
+default_sysctls = ["net.ipv4.ping_group_range=0 0"]
+netns = "host"
+ipcns = "host"
+pidns = "host"
+utsns = "host"
+cgroupns = "host"
+userns = "auto"
+init = true
+http_proxy = true
+"""
+
+
+class WithDevice(Podman):
+    """One whose containers have a device of the host."""
+
+    containers_conf = 'devices = ["/dev/kmsg:/dev/kmsg:rwm"]\n'
+
+
+@pytest.mark.parametrize("kind", ["podman"], indirect=True)
+def test_what_podman_gives_to_all_no_container_of_ours_has(
+    leak_session: object, kind: type[Dockerd], start_on: Callable[..., Daemon]
+) -> None:
+    with own_engine(kind=Widened) as engine:
+        daemon = start_on(engine)
+        call = daemon.run("sh", "-c", "env; find /mnt", policy="small")
+        assert in_force(call)
+        assert call.stdout is not None
+        text = call.stdout.text or ""
+        assert "LD_PRELOAD" not in text
+        assert text.endswith("/mnt\n/mnt/of-the-host\n")  # where it was mounted
+    with own_engine(kind=WithDevice) as engine:
+        outcome = start_on(engine, name="device").run("true", policy="small").outcome
+        assert outcome is not None
+        assert outcome.error is not None
+        assert outcome.error.code == "control_not_enforced"
+        assert "devices" in str(outcome.error)
+
+
 def doctor(engine: Dockerd, tmp_path: Path) -> dict[str, dict[str, Any]]:
     """What ``sandboxd doctor`` finds, by the name of the check."""
     (tmp_path / "sandboxd.yaml").write_text(f"state: {tmp_path}/state\ndocker: {{socket: {engine.socket}}}\n")
