@@ -42,7 +42,8 @@ MAX_EVENTS = 1000  # of a call; the rest is counted only
 MAX_KINDS = 256  # of refusals that are told apart
 IPV6_PKTINFO = 50
 FIRST_READ = 4096
-MAX_FAULT = 8192
+MAX_FAULT = 8192  # bytes told of one
+MAX_FAULTS = 3
 
 
 @dataclass
@@ -88,7 +89,7 @@ class Container:
             on_new=lambda name, address: say("name", name=name, address=address),
             on_refused=self._on_refused_name,
         )
-        self._events = 0
+        self._events = self._faults = 0
         self._open = 0
         self._begun = time.monotonic()
         self._refusals: dict[tuple[str, str, int | None, str], dict[str, Any]] = {}
@@ -198,6 +199,12 @@ class Container:
     def _on_refused_name(self, name: str, decision: Decision) -> None:
         self._emit("denied", _Connection(name, "", 0, "dns", rule=decision.where), decision.why)
 
+    def _fault(self) -> None:
+        """Tell of what was raised and should not have been, as long as nobody makes it a habit."""
+        self._faults += 1
+        if self._faults <= MAX_FAULTS:
+            self._say("fault", why=traceback.format_exc()[-MAX_FAULT:])
+
     # what the packet filter refused
 
     async def _read_refused(self, log: socket.socket) -> None:
@@ -250,11 +257,13 @@ class Container:
             if self._open >= MAX_OPEN:
                 self._emit("limit", _Connection(None, "", 0), f"{MAX_OPEN} connections are open already")
                 cut(accepted)
+                await anyio.lowlevel.checkpoint()
                 continue
             accepted.setblocking(False)
             resets(accepted, reset=True)
             self._open += 1
             tasks.start_soon(self._guarded, serve, accepted)
+            await anyio.lowlevel.checkpoint()  # connections may come faster than they are taken
 
     async def _guarded(
         self, serve: Callable[[socket.socket], Awaitable[None]], accepted: socket.socket
@@ -265,7 +274,7 @@ class Container:
             cut(accepted)
         except Exception:  # noqa: BLE001  (one connection's, and no reason to end the others)
             cut(accepted)
-            self._say("fault", why=traceback.format_exc()[-MAX_FAULT:])
+            self._fault()
         finally:
             self._open -= 1
             accepted.close()
@@ -389,7 +398,11 @@ class Container:
                 continue
             except OSError:
                 continue
-            answer = self._names.answer(question)
+            try:
+                answer = self._names.answer(question)
+            except Exception:  # noqa: BLE001  (one question's, and no reason to end the others)
+                self._fault()
+                answer = None
             if answer is not None:
                 with suppress(OSError):  # whoever asked may be gone
                     sock.sendmsg([answer], list(_from_where(ancillary)), 0, sender)
@@ -400,7 +413,7 @@ class Container:
         with anyio.move_on_after(DNS_SECONDS) as scope:
             while True:
                 while len(data) >= 2 and len(data) >= (size := 2 + int.from_bytes(data[:2])):
-                    answer = self._names.answer(data[2:size], stream=True)
+                    answer = self._names.answer(data[2:size])
                     data = data[size:]
                     if answer is not None:
                         await _send(client, struct.pack(">H", len(answer)) + answer)

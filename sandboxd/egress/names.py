@@ -17,19 +17,20 @@ import dns.rdataclass
 import dns.rdatatype
 import dns.rrset
 
-from sandboxd.reach import standin6
+from sandboxd.reach import Decision, standin6
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from sandboxd.reach import Decision, Reach
+    from sandboxd.reach import Reach
 
 __all__ = ["Names"]
 
 TTL = 60
 MAX_NAMES = 10_000
-MIN_SIZE = 512  # of a datagram, where the asker says nothing of its own
-MAX_SIZE = 1232
+MAX_QUESTION = 512  # bytes; the longest name needs fewer, and to read records that nobody needs takes long
+MAX_SIZE = 1232  # of a datagram; with one question, no answer comes near it
+MAX_WHY = 200  # bytes of an extended error
 
 
 class Names:
@@ -74,38 +75,39 @@ class Names:
         self._addresses[name] = address
         self._names[address] = name
 
-    def answer(self, question: bytes, *, stream: bool = False) -> bytes | None:
-        """The answer to a message; None where there is nothing to answer."""
+    def answer(self, question: bytes) -> bytes | None:
+        """The answer to a message, of less than 512 bytes; None where there is nothing to answer."""
+        if len(question) > MAX_QUESTION:
+            return _header(question, dns.rcode.FORMERR)
         try:
             query = dns.message.from_wire(question, ignore_trailing=True)
         except (dns.exception.DNSException, ValueError):
-            return _format_error(question)
+            return _header(question, dns.rcode.FORMERR)
         if query.flags & dns.flags.QR:
             return None
-        response = dns.message.make_response(query, recursion_available=True, our_payload=MAX_SIZE)
         if query.opcode() != dns.opcode.QUERY or len(query.question) != 1:
-            response.set_rcode(dns.rcode.NOTIMP)
-        else:
-            self._resolve(query, response)
-        size = 65535 if stream else max(MIN_SIZE, min(query.payload or MIN_SIZE, MAX_SIZE))
-        try:
-            return response.to_wire(max_size=size)
-        except dns.exception.TooBig:
-            response.flags |= dns.flags.TC
-            response.answer.clear()
-            return response.to_wire(max_size=size)
+            return _header(question, dns.rcode.NOTIMP)
+        response = dns.message.make_response(query, recursion_available=True, our_payload=MAX_SIZE)
+        self._resolve(query, response)
+        return response.to_wire(max_size=MAX_SIZE)
+
+    def _decision(self, name: str) -> Decision:
+        if "\\" in name:  # a dot inside a label, say, which rules would take for the end of one
+            return Decision(allowed=False, why=f"{name} is no host name")
+        return self._reach.name(name)
 
     def _resolve(self, query: dns.message.Message, response: dns.message.Message) -> None:
         question = query.question[0]
         name = question.name.to_text(omit_final_dot=True).lower()
-        decision = self._reach.name(name)
+        decision = self._decision(name)
         if question.rdclass != dns.rdataclass.IN or not decision.allowed:
             self._on_refused(name, decision)
             response.set_rcode(dns.rcode.NXDOMAIN)
             if query.edns >= 0:
-                said = f"sandboxd: {decision.why}" + (f" ({decision.where})" if decision.where else "")
+                whole = f"sandboxd: {decision.why}" + (f" ({decision.where})" if decision.where else "")
+                said = whole.encode()[:MAX_WHY].decode(errors="ignore")
                 code = dns.edns.EDECode.BLOCKED if decision.where else dns.edns.EDECode.PROHIBITED
-                response.use_edns(0, payload=MAX_SIZE, options=[dns.edns.EDEOption(code, said[:200])])
+                response.use_edns(0, payload=MAX_SIZE, options=[dns.edns.EDEOption(code, said)])
             return
         if question.rdtype not in (dns.rdatatype.A, dns.rdatatype.AAAA):
             return  # an empty answer: the name is there, and has no such record
@@ -122,8 +124,8 @@ class Names:
         response.answer.append(found)
 
 
-def _format_error(question: bytes) -> bytes | None:
-    """FORMERR, by the header alone, to what could not be read."""
+def _header(question: bytes, code: dns.rcode.Rcode) -> bytes | None:
+    """An answer that is a header alone, to what was not understood."""
     if len(question) < 12 or question[2] & 0x80:
         return None
-    return question[:2] + bytes((0x80 | question[2] & 0x79, 0x80 | dns.rcode.FORMERR)) + bytes(8)
+    return question[:2] + bytes((0x80 | question[2] & 0x79, 0x80 | code)) + bytes(8)

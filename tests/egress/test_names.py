@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import struct
 
 import dns.edns
 import dns.flags
 import dns.message
+import dns.name
 import dns.rcode
 import dns.rdatatype
 import pytest
@@ -106,10 +108,43 @@ def test_malformed_questions() -> None:
     assert dns.message.from_wire(found).rcode() == dns.rcode.NOTIMP
 
 
+def test_many_questions_in_one_message() -> None:
+    for count in (2, 80, 300):
+        found = Asked().names.answer(
+            b"\1\2\1\0" + struct.pack(">H", count) + bytes(6) + b"\1a\0\0\1\0\1" * count
+        )
+        assert found is not None
+        assert dns.message.from_wire(found).rcode() in {dns.rcode.NOTIMP, dns.rcode.FORMERR}
+
+
+@pytest.mark.parametrize("label", [b"x.api", b"x\0", b"x\\y", b"\xff", b"a b", b"(", b"@"])
+def test_a_label_that_is_no_part_of_a_host_name_is_refused(label: bytes) -> None:
+    asked = Asked()
+    name = (
+        dns.name.Name((label, b"test", b""))
+        if b"." in label
+        else dns.name.Name((label, b"api", b"test", b""))
+    )
+    found = asked.names.answer(dns.message.make_query(name, "A").to_wire())
+    assert found is not None
+    assert dns.message.from_wire(found).rcode() == dns.rcode.NXDOMAIN
+    assert asked.new == {}
+
+
+def test_what_is_said_of_a_long_name_fits() -> None:
+    reach = Reach(
+        NetworkRules((), (Deny("*.test", (), "/etc/" + "\N{LATIN SMALL LETTER E WITH ACUTE}" * 2000),))
+    )
+    names = Names(reach, known={}, on_new=lambda *_: None, on_refused=lambda *_: None)
+    name = dns.name.Name((b"\xff" * 63, b"\xff" * 63, b"\xff" * 63, b"\xff" * 50, b"test", b""))
+    found = names.answer(dns.message.make_query(name, "A", use_edns=0).to_wire())
+    assert found is not None
+    assert len(found) <= 512
+
+
 @given(st.binary(max_size=600))
 def test_anything_is_answered_or_ignored(data: bytes) -> None:
     names = Asked().names
     question = dns.message.make_query("www.example.test", "A", use_edns=0).to_wire()
     for message in (data, question + data, question[: len(data) % len(question)] + data):
         names.answer(message)
-        names.answer(message, stream=True)
