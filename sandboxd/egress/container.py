@@ -369,10 +369,10 @@ class Container:
                 if not data:
                     scope.deadline = anyio.current_time() + HELLO_SECONDS
                 data += read
-                if connection.name is None or not read or data[0] != hello.HANDSHAKE:
+                tls = hello.is_tls(data) if data else False
+                if connection.name is None or not read or tls is False:
                     return data
-                found = reader.feed(read)
-                if found is not None:
+                if tls and (found := reader.feed(read)) is not None:
                     self._check_hello(found, connection.name)
                     return data
         raise hello.HelloMalformed("the ClientHello did not come")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["MAX_HELLO", "Hello", "HelloMalformed", "HelloReader", "alert"]
+__all__ = ["MAX_HELLO", "Hello", "HelloMalformed", "HelloReader", "alert", "is_tls"]
 
 MAX_HELLO = 32 * 1024  # bytes with what carries them; those with keys against quantum computers have 2 KiB
 HANDSHAKE, CLIENT_HELLO = 22, 1
+RECORDS = range(20, 24)
 SERVER_NAME, ENCRYPTED_CLIENT_HELLO = 0, 0xFE0D
 HEADER, MAX_RECORD = 5, 2**14
 ACCESS_DENIED, UNRECOGNIZED_NAME, DECODE_ERROR = 49, 112, 50
@@ -128,6 +129,17 @@ def _server_name(content: _Bytes) -> str:
         return name.rest().decode("ascii").lower().removesuffix(".")
     except UnicodeDecodeError:
         raise HelloMalformed("the host's name is not ASCII") from None
+
+
+def is_tls(start: bytes) -> bool | None:
+    """Whether a server may take these bytes, at least one, for TLS; None: there are too few to tell.
+
+    So it may if they are any record, since some servers pass over an alert that comes first, or the ClientHello
+    of SSL 2 (RFC 5246, appendix E.2).
+    """
+    if start[0] & 0x80:
+        return start[2:4] == b"\1\3" if len(start) >= 4 else None
+    return start[0] in RECORDS
 
 
 def alert(description: int) -> bytes:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandboxd.egress.hello import MAX_HELLO, Hello, HelloMalformed, HelloReader
+from sandboxd.egress.hello import MAX_HELLO, Hello, HelloMalformed, HelloReader, is_tls
 
 
 def read_hello(data: bytes) -> Hello | None:
@@ -120,3 +120,24 @@ def test_anything_is_read_or_refused(data: bytes) -> None:
 def test_a_changed_byte_is_read_or_refused(at: int, value: int) -> None:
     with contextlib.suppress(HelloMalformed):
         read_hello(HELLO[:at] + bytes((value,)) + HELLO[at + 1 :])
+
+
+WARNING = b"\x15\3\3\0\2\1\x64"  # an alert that some servers pass over
+SSL2 = b"\x80\x2e\1\3\3\0\5\0\0\0\x20"
+
+
+@pytest.mark.parametrize("start", [HELLO, WARNING + HELLO, b"\x14\3\3\0\1\1" + HELLO, b"\x17\3\3\0\0", SSL2])
+def test_what_a_server_may_take_for_tls(start: bytes) -> None:
+    assert is_tls(start)
+    if start != HELLO:
+        with pytest.raises(HelloMalformed):
+            read_hello(start)
+
+
+@pytest.mark.parametrize("start", [b"GET / HTTP/1.1", b"\0\0\0\x08", b"\x80\x01\0\0", b"\xc3\0\0\0"])
+def test_what_no_server_takes_for_tls(start: bytes) -> None:
+    assert is_tls(start) is False
+
+
+def test_too_few_bytes_to_tell() -> None:
+    assert [is_tls(SSL2[:size]) for size in range(1, 5)] == [None, None, None, True]
