@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "DNS_PORT",
     "NEVER",
     "STANDINS",
     "STANDINS6",
@@ -35,6 +36,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Cidr = ipaddress.IPv4Network | ipaddress.IPv6Network
 T = TypeVar("T")
 
+DNS_PORT = 53  # of every address: the container's own resolver
 STANDINS = ipaddress.IPv4Network("198.18.0.0/15")  # RFC 2544: on no network that anybody has
 STANDINS6 = ipaddress.IPv6Network("fd73:616e:6462:6f78::/64")  # RFC 4193
 

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sandboxd.reach import NEVER, standin6
+from sandboxd.reach import DNS_PORT, NEVER, standin6
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from sandboxd.reach import Cidr, Reach
 
-__all__ = ["DNS_PORT", "LISTEN_PORT", "LOG_GROUP", "TABLE", "write_chain"]
+__all__ = ["LISTEN_PORT", "LOG_GROUP", "TABLE", "write_chain"]
 
 TABLE = "sandboxd"
 LISTEN_PORT = 1
 """A port that no tool can have: those below 1024 are not its own to bind."""
-DNS_PORT = 53
 LOG_GROUP = 1
 SNAP = 80  # bytes of a refused packet: both headers of IPv6 with room for options of IPv4
 

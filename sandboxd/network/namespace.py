@@ -16,7 +16,8 @@ from pathlib import Path
 
 from sandboxd.kernel.inside import in_network_namespace, in_new_network_namespace
 from sandboxd.kernel.nft import run_nft
-from sandboxd.network.chain import DNS_PORT, LISTEN_PORT, LOG_GROUP, SNAP
+from sandboxd.network.chain import LISTEN_PORT, LOG_GROUP, SNAP
+from sandboxd.reach import DNS_PORT
 
 __all__ = ["Doors", "InForce", "in_force", "mark", "open_doors", "reference"]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from sandboxd import units
 from sandboxd.policy import paths
 from sandboxd.policy.source import MAX_PROBLEMS
+from sandboxd.reach import DNS_PORT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -131,9 +132,11 @@ def check_network(network: Network, places: Places) -> Iterator[PolicyProblem]:
                     f"{key}: HTTP is not looked into by this release; hosts, networks and ports are enforced"
                 )
                 yield places.problem(f"network.allow.{number}.{key}", UNSUPPORTED, said)
+        if DNS_PORT in rule.ports:
+            said = f"port {DNS_PORT} of every address is that of the container's own resolver; leave it out"
+            yield places.problem(f"network.allow.{number}.ports", IMPOSSIBLE, said)
         for at, deny in enumerate(network.deny):
-            whole = not set(rule.ports) - set(deny.ports or rule.ports)
-            if whole and deny.covers_target(rule):
+            if deny.covers_target(rule) and not set(rule.ports) - set(deny.ports or rule.ports):
                 said = f"{rule.host or rule.cidr} is denied whole at {places.origin(f'network.deny.{at}')}"
                 yield places.problem(f"network.allow.{number}", IMPOSSIBLE, said)
 

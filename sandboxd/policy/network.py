@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from functools import cached_property
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -86,11 +87,16 @@ class Target(Section):
             raise ValueError("give exactly one of host and cidr")
         return self
 
+    @cached_property
+    def _range(self) -> tuple[int, int, int]:
+        network = ipaddress.ip_network(self.cidr or "")
+        return network.version, int(network.network_address), int(network.broadcast_address)
+
     def covers_target(self, other: Target) -> bool:
         """Whether all that the other speaks of is spoken of here."""
         if self.cidr is not None and other.cidr is not None:
-            mine, its = ipaddress.ip_network(self.cidr), ipaddress.ip_network(other.cidr)
-            return mine.version == its.version and its.subnet_of(mine)  # type: ignore[arg-type]
+            (mine, first, last), (its, lowest, highest) = self._range, other._range
+            return mine == its and first <= lowest and highest <= last
         if self.host is None or other.host is None:
             return False
         return self.host == other.host or (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,7 @@ def test_all_problems_of_a_file_are_reported_at_once(folder: Any) -> None:
         ("network: {allow: [{cidr: 10.0.0.1/8, ports: [1]}]}\n", "bad_value", 3, "host bits"),
         ("network: {allow: [{host: a.b, cidr: 10.0.0.0/8, ports: [1]}]}\n", "bad_value", 3, "exactly one"),
         ("network: {allow: [{host: a.b, ports: [0]}]}\n", "bad_value", 3, "greater than or equal to 1"),
+        ("network: {allow: [{host: a.b, ports: [80, 53]}]}\n", "impossible", 3, "the container's own resolver"),
         ("extends: nobody\n", "unknown_policy", 3, "no policy 'nobody'"),
         ("extends: p\n", "extends_cycle", 3, "p -> p"),
         ("commit: maybe\n", "bad_value", 3, "known: exited"),
@@ -176,6 +178,18 @@ def test_what_a_later_release_enforces_is_refused_at_its_line(
 def test_what_asks_for_nothing_more_is_accepted(folder: Any, text: str) -> None:
     folder.write("p", text)
     assert folder.codes() == []
+
+
+def test_as_many_rules_as_there_may_be_are_compared_in_a_moment(folder: Any) -> None:
+    """Every one that allows with every one that denies."""
+    rules = {
+        kind: "".join(f"    - {{cidr: {net}.{n // 256}.{n % 256}.0/24, ports: [80]}}\n" for n in range(1000))
+        for kind, net in (("allow", 50), ("deny", 60))
+    }
+    folder.write("p", f"network:\n  allow:\n{rules['allow']}  deny:\n{rules['deny']}")
+    begun = time.thread_time()
+    assert folder.load().problems == []
+    assert time.thread_time() - begun < 5
 
 
 def test_a_secret_that_is_injected_has_to_be_listed(folder: Any) -> None:
