@@ -134,8 +134,8 @@ def _server_name(content: _Bytes) -> str:
 def is_tls(start: bytes) -> bool | None:
     """Whether a server may take these bytes, at least one, for TLS; None: there are too few to tell.
 
-    So it may if they are any record, since some servers pass over an alert that comes first, or the ClientHello
-    of SSL 2 (RFC 5246, appendix E.2).
+    So it may if they are any record, since some servers pass over an alert that comes first, or the
+    ClientHello of SSL 2 (RFC 5246, appendix E.2).
     """
     if start[0] & 0x80:
         return start[2:4] == b"\1\3" if len(start) >= 4 else None

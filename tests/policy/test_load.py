@@ -119,7 +119,7 @@ def test_all_problems_of_a_file_are_reported_at_once(folder: Any) -> None:
         ("network: {allow: [{cidr: 10.0.0.1/8, ports: [1]}]}\n", "bad_value", 3, "host bits"),
         ("network: {allow: [{host: a.b, cidr: 10.0.0.0/8, ports: [1]}]}\n", "bad_value", 3, "exactly one"),
         ("network: {allow: [{host: a.b, ports: [0]}]}\n", "bad_value", 3, "greater than or equal to 1"),
-        ("network: {allow: [{host: a.b, ports: [80, 53]}]}\n", "impossible", 3, "the container's own resolver"),
+        ("network: {allow: [{host: a.b, ports: [80, 53]}]}\n", "impossible", 3, "container's own resolver"),
         ("extends: nobody\n", "unknown_policy", 3, "no policy 'nobody'"),
         ("extends: p\n", "extends_cycle", 3, "p -> p"),
         ("commit: maybe\n", "bad_value", 3, "known: exited"),
