@@ -66,7 +66,7 @@ class Dockerd:
         """Start a service, and wait until it answers."""
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=self.directory
             )
         until = time.monotonic() + READY_SECONDS
         while self.docker("version", check=False).returncode:
