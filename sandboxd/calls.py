@@ -40,6 +40,7 @@ from sandboxd.models import (
 from sandboxd.room import Held
 from sandboxd.supervisor.attempt import Attempt, Payload, Result
 from sandboxd.supervisor.ending import Deadline
+from sandboxd.supervisor.network import CallNetwork
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from sandboxd.images import ImageStore
     from sandboxd.journal import Journal
     from sandboxd.models import Request
+    from sandboxd.network.gateway import Gateway
     from sandboxd.policy import Policy
     from sandboxd.pool import Pool
     from sandboxd.reload import PolicyStore
@@ -79,6 +81,7 @@ class Calls(Ledger):
         policies: PolicyStore,
         images: ImageStore,
         pool: Pool,
+        gateway: Gateway,
         journal: Journal,
         scheduler: Scheduler,
         blobs: BlobStore,
@@ -89,6 +92,7 @@ class Calls(Ledger):
         self._policies = policies
         self._images = images
         self._pool = pool
+        self._gateway = gateway
         self._scheduler = scheduler
         self._tasks = tasks
         self._inputs = inputs
@@ -258,6 +262,7 @@ class Calls(Ledger):
             stdin=call.stdin,
             pool=self._pool,
             spool=call.spool,
+            network=CallNetwork(self._gateway, invocation.id, call.caller.uid, call.spool),
             blobs=self._blobs,
             deadline=call.deadline,
             accepted=call.decided,

@@ -19,6 +19,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    IPvAnyAddress,
     field_validator,
     model_validator,
 )
@@ -62,6 +63,10 @@ def _duration(value: object) -> object:
     if isinstance(value, str):
         return units.parse_duration(value)
     raise ValueError("a duration needs a unit, such as 10s")
+
+
+def _cpus(value: object) -> object:
+    return units.parse_cpus(value) if isinstance(value, (int, float, str)) else value
 
 
 def _count(value: object) -> object:
@@ -253,6 +258,22 @@ class DockerConfig(Section):
         return _path(value.removeprefix("unix://") if isinstance(value, str) else value)
 
 
+class NetworkConfig(Section):
+    """The processes that serve the connections of containers, and whom they ask for names."""
+
+    nameservers: Annotated[tuple[IPvAnyAddress, ...], Field(max_length=8)] = ()
+    """Without any, those of the host's /etc/resolv.conf when a process starts."""
+    port: Annotated[int, Field(strict=True, ge=1, le=65535)] = 53
+    """Of the name servers."""
+    uid: Annotated[Id, Field(ge=1)] = 1_878_982_656
+    """The first of ``count`` host ids, user and group alike: each process has one that nobody else has."""
+    count: Annotated[Count, Field(ge=1, le=65_536)] = 4096
+    memory: Annotated[Size, Field(ge=64 * 2**20)] = 256 * 2**20
+    """What each of them may hold."""
+    cpus: Annotated[int, BeforeValidator(_cpus), Field(ge=10)] = 1000
+    """Thousandths of a CPU that each may use."""
+
+
 def _default_callers() -> tuple[CallerRule, ...]:
     return (
         CallerRule(match=Match(uid=0), role="operator"),
@@ -286,6 +307,14 @@ class Config(Section):
     queue: Annotated[Count, Field(ge=1, le=1_000_000)] = 1000
     """Calls that may wait."""
     ids: IdRange = IdRange()
+    network: NetworkConfig = NetworkConfig()
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        slots = range(self.ids.base, self.ids.base + self.ids.count * 65_536)
+        if self.network.uid in slots or self.network.uid + self.network.count - 1 in slots:
+            raise ValueError("network.uid: these ids are among those of ids.base; give it ids of its own")
+        return self
 
     @field_validator("callers")
     @classmethod

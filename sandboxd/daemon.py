@@ -35,6 +35,7 @@ from sandboxd.engine.host import enter_private_mounts, instance_name
 from sandboxd.journal import Journal
 from sandboxd.kernel.orphans import adopt_orphans
 from sandboxd.maker.process import EngineProcess
+from sandboxd.network.gateway import Gateway
 from sandboxd.policy import shipped_policies
 from sandboxd.pool import Pool
 from sandboxd.pool import Room as SlotRoom
@@ -174,6 +175,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
             policies=policies,
             images=engine.images,
             pool=pool,
+            gateway=Gateway(config.network, engine, tasks),
             journal=journal,
             scheduler=scheduler,
             blobs=blobs,

@@ -23,6 +23,9 @@ from sandboxd.engine.host import EngineHost, enter_private_mounts, instance_name
 from sandboxd.engine.probe import probe_shape
 from sandboxd.init import require_programs
 from sandboxd.kernel.userns import RANGE
+from sandboxd.network.chain import write_chain
+from sandboxd.network.namespace import reference
+from sandboxd.reach import Allow, NetworkRules, Reach
 from sandboxd.receipt import read_receipt
 from sandboxd.rights import rights
 
@@ -114,6 +117,7 @@ async def _containers(config: Config, run: Path, name: str) -> list[Check]:
         tree = parts.cgroups
         checks.append(Check("cgroups", ok=True, found=f"version {tree.version} at {tree.place}"))
         checks.append(_io_limits(tree))
+        checks.append(_network_rules())
         oci = await _oci(parts)
         docker = await _docker(config, parts)
     either = config.engine == "auto" and any(found[-1].ok for found in (oci, docker))
@@ -121,6 +125,24 @@ async def _containers(config: Config, run: Path, name: str) -> list[Check]:
         needed = config.engine in {engine, "auto"} and not either
         checks += [*found[:-1], replace(found[-1], required=needed)]
     return checks
+
+
+def _network_rules() -> Check:
+    """Whether a network namespace can be made ready here; without, no policy with a network has a call."""
+    rules = NetworkRules((Allow("example.org", (443,), ""), Allow("192.0.2.0/24", (443,), "")), ())
+    try:
+        reference(write_chain(Reach(rules)))
+    except OSError as error:
+        return Check(
+            "network rules",
+            ok=False,
+            found=str(error),
+            advice="apt-get install libnftables1; the kernel needs IPv6, nft_tproxy and nfnetlink_log",
+            required=False,
+        )
+    return Check(
+        "network rules", ok=True, found="nftables filters, steers and logs in a namespace of its own"
+    )
 
 
 async def _oci(parts: EngineHost) -> list[Check]:

@@ -310,18 +310,69 @@ class Usage(Wire):
     io_written: int = 0
     stdout: int = 0
     stderr: int = 0
+    connections: int = 0
+    """Of a policy with a network, and so are the bytes."""
+    network_in: int = 0
+    network_out: int = 0
 
 
 class Denial(Wire):
     """Something that the policy refused while the tool ran."""
 
     kind: str
-    """``syscall`` now; connections, names and HTTP requests follow the same form."""
+    """``syscall``, ``connection``, or ``name``: one that was asked of the resolver."""
     name: str
+    """Of a connection, the host or address and the port."""
     count: int
     detail: str = ""
-    """What the first of them asked for, such as ``socket(AF_PACKET)``."""
+    """What the first of them asked for, such as ``socket(AF_PACKET)``; or why it was refused."""
     errno: str = ""
+    rule: str = ""
+    """File and line of the rule that refused it; empty where no rule allowed it."""
+
+
+class NetworkRefusal(Wire):
+    """What was refused, told apart by where it was to go and why."""
+
+    protocol: str = Field(max_length=32)
+    target: str = Field(max_length=1024)
+    port: int | None = Field(default=None, ge=0, le=65535)
+    why: str = Field(max_length=4096)
+    rule: str | None = Field(default=None, max_length=8192)
+    count: int = Field(ge=1)
+
+
+class NetworkUse(Wire):
+    """What a call did with its network, in sum."""
+
+    refusals: list[NetworkRefusal] = Field(default_factory=list, max_length=1000)
+    limits: list[Annotated[str, Field(max_length=32)]] = Field(default_factory=list, max_length=16)
+    """Of ``network.budget``, those that were reached."""
+    connections: int = Field(default=0, ge=0)
+    bytes_in: int = Field(default=0, ge=0)
+    bytes_out: int = Field(default=0, ge=0)
+
+
+class NetworkEvent(Wire):
+    """A connection that has ended, or one, or a name, that was refused."""
+
+    verdict: Literal["allowed", "denied", "failed", "limit"]
+    """failed: the policy allowed it, and the network did not let it happen; limit: a budget ended it."""
+    protocol: str = Field(default="", max_length=32)
+    """``tcp``; ``dns`` of a question for a name; another one only where it was refused."""
+    name: str | None = Field(default=None, max_length=1024)
+    """What the program asked the resolver for; None: it gave the address itself."""
+    address: str = Field(default="", max_length=64)
+    """What the program connected to; of a name, the address that stands for it in its container."""
+    port: int = Field(default=0, ge=0, le=65535)
+    upstream: str | None = Field(default=None, max_length=64)
+    """The address that was connected to outside."""
+    why: str = Field(default="", max_length=4096)
+    rule: str | None = Field(default=None, max_length=8192)
+    """File and line of the rule that decided."""
+    bytes_out: int = Field(default=0, ge=0)
+    bytes_in: int = Field(default=0, ge=0)
+    duration: int = Field(default=0, ge=0)
 
 
 class LimitReached(Wire):
@@ -417,11 +468,12 @@ class Event(Wire):
 
     seq: int
     at: int
-    type: Literal["accepted", "started", "output", "denied", "limit", "ended"]
+    type: Literal["accepted", "started", "output", "network", "denied", "limit", "ended"]
     id: str | None = None
     stream: Literal["stdout", "stderr"] | None = None
     offset: int | None = None
     data: Bytes | None = None
+    network: NetworkEvent | None = None
     denial: Denial | None = None
     limit: LimitReached | None = None
     invocation: Invocation | None = None

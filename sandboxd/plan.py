@@ -19,6 +19,7 @@ from sandboxd.policy import paths, seccomp
 from sandboxd.policy.explain import on_output
 from sandboxd.policy.fixed import DEFAULT_ENV
 from sandboxd.policy.quantities import MIN_MEMORY
+from sandboxd.policy.rules import network_rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sandboxd.models import Input, Narrowing, Request
     from sandboxd.policy import Policy
     from sandboxd.policy.seccomp import Program, Rule
+    from sandboxd.reach import NetworkRules
 
 __all__ = [
     "Command",
@@ -149,7 +151,8 @@ class Shape(Data):
     root: Root
     mounts: tuple[Mount, ...]
     syscalls: tuple[Rule, ...]
-    network: Literal["none"]
+    network: NetworkRules | None
+    """None: no network but a loopback."""
     warm: Warm | None = None
 
     @cached_property
@@ -260,7 +263,7 @@ def make_shape(policy: Policy, image: ImageRef) -> Shape:
         root=Root(root.root, root.size if overlay else 0, root.inodes if overlay else 0),
         mounts=tuple(Mount(mount.source, mount.target) for mount in spec.mounts),
         syscalls=policy.syscalls,
-        network="none",
+        network=network_rules(policy),
         warm=None if warm is None else Warm(warm.command, warm.preload, env),
     )
 

@@ -21,7 +21,7 @@ import psutil
 from archives import docker_save
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 READY_SECONDS = 60.0
 
@@ -60,8 +60,14 @@ class Dockerd:
         command += ["--bridge=none", "--iptables=false", "--ip-forward=false", "--ip-masq=false"]
         command += ["--cgroup-parent", f"/{self.parent}", *containerd, *self._options]
         (self.directory / "pid").unlink(missing_ok=True)
+        self.serve(command, os.environ)
+
+    def serve(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start a service, and wait until it answers."""
         with (self.directory / "log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=self.directory
+            )
         until = time.monotonic() + READY_SECONDS
         while self.docker("version", check=False).returncode:
             said = (self.directory / "log").read_text(errors="replace")[-2000:]
@@ -129,9 +135,14 @@ class Dockerd:
             if f"{self.directory}/" in line.split(" ")[4]:
                 subprocess.run(["umount", "-l", line.split(" ")[4]], check=False, capture_output=True)
         for top in (*Path("/sys/fs/cgroup").glob(f"*/{self.parent}"), Path("/sys/fs/cgroup", self.parent)):
-            for path, _, _ in os.walk(top, topdown=False):
-                _remove_cgroup(Path(path))
+            remove_cgroups(top)
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def remove_cgroups(top: Path) -> None:
+    """Kill what is in a cgroup and those below it, and remove them; there may be none."""
+    for path, _, _ in os.walk(top, topdown=False):
+        _remove_cgroup(Path(path))
 
 
 def _remove_cgroup(path: Path) -> None:
@@ -152,12 +163,15 @@ def _remove_cgroup(path: Path) -> None:
 
 @contextmanager
 def own_engine(
-    *options: str, before: Sequence[str] = (), under: Path = Path("/var/tmp")
+    *options: str,
+    before: Sequence[str] = (),
+    under: Path = Path("/var/tmp"),
+    kind: type[Dockerd] = Dockerd,
 ) -> Iterator[Dockerd]:
     """An engine that runs; ``under`` is on a file system that overlayfs can stand on."""
     directory = Path(tempfile.mkdtemp(prefix="sandboxd-dockerd-", dir=under))
     directory.chmod(0o711)
-    engine = Dockerd(directory, *options, before=before)
+    engine = kind(directory, *options, before=before)
     try:
         engine.start()
         yield engine

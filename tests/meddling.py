@@ -18,6 +18,8 @@ from withholding import leave
 
 from sandboxd.engine.oci import rlimits
 from sandboxd.kernel import mounts
+from sandboxd.kernel.inside import in_network_namespace
+from sandboxd.kernel.nft import run_nft
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,6 +77,23 @@ def _entered(*command: str) -> Callable[[Slot], None]:
     return lambda slot: subprocess.run(
         ["nsenter", "-t", str(slot.init_pid), "--net", "--uts", *command], check=True
     ).check_returncode()
+
+
+def _inside(work: Callable[[], object]) -> Callable[[Slot], None]:
+    """Work of ours in the container's network namespace."""
+
+    def meddle(slot: Slot) -> None:
+        namespace = os.open(f"/proc/{slot.init_pid}/ns/net", os.O_RDONLY)
+        try:
+            in_network_namespace(namespace, work)
+        finally:
+            os.close(namespace)
+
+    return meddle
+
+
+def _lower_ports() -> None:
+    Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").write_text("0")
 
 
 def _rlimit(name: str, number: int) -> Callable[[Slot], None]:
@@ -192,6 +211,8 @@ LIVE: dict[str, tuple[Callable[[Slot], None], str]] = {
     "interface": (_entered("ip", "link", "add", "veth0", "type", "veth", "peer", "name", "veth1"), "network"),
     "route": (_entered("ip", "route", "add", "192.0.2.0/24", "dev", "lo"), "network_routes"),
     "route6": (_entered("ip", "-6", "route", "add", "local", "2001:db8::/32", "dev", "lo"), "network_routes"),
+    "filter": (_inside(lambda: run_nft("flush chain inet sandboxd output")), "network_filter"),
+    "sysctl": (_inside(_lower_ports), "network_sysctls"),
     "hostname": (_entered("hostname", "other"), "hostname"),
     "tmp_size": (_remounted("/tmp", "size", "1g"), "tmp"),
     "tmp_inodes": (_remounted("/tmp", "nr_inodes", "1000000"), "tmp"),

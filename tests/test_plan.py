@@ -37,7 +37,7 @@ def test_a_shape_is_exact_and_its_digest_is_that_of_its_values() -> None:
     assert SHAPE.limits.memory == 512 * 2**20
     assert (SHAPE.process.uid, SHAPE.process.gid, SHAPE.process.umask) == (1000, 1000, 0o022)
     assert (SHAPE.root.mode, SHAPE.root.size) == ("read-only", 0)
-    assert SHAPE.network == "none"
+    assert SHAPE.network is None
     assert SHAPE.syscalls == DEFAULT.syscalls
     assert SHAPE.digest == make_shape(DEFAULT, IMAGE).digest
     assert SHAPE.digest != make_shape(DEFAULT, ImageRef("base", "sha256:1")).digest

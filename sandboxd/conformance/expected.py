@@ -79,6 +79,8 @@ RECEIPT: dict[str, str] = {
     "rlimit_file_size": "policy proof",
     "root_overlay": "policy overlay",
     "io": "policy io",
+    "network_filter": "policy network",
+    "network_sysctls": "policy network",
 }  # fmt: skip
 """Every line of a receipt, and the trait of a subject or of a policy with which it is there."""
 

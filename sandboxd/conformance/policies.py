@@ -65,6 +65,18 @@ artifacts: [{path: "out/**", max_size: 1MiB}, {path: "*.txt"}]
     "root": "extends: conformance-python\nprocess: {user: $root}\n",
     "warm": "extends: conformance-python\nwarm: {command: python3, preload: [json]}\n",
     "fresh": "extends: conformance-warm\nwarm: !remove\n",
+    "network": """
+extends: conformance-python
+network:
+  allow:
+    - {host: served.conformance.test, ports: [$port]}
+    - {cidr: 127.0.0.0/8, ports: [$port]}
+""",
+    "network-budget": "extends: conformance-network\nnetwork: {budget: {connections: 2}}\n",
+    "network-outside": """
+extends: conformance-python
+network: {allow: [{host: "*.conformance.test", ports: [$port]}]}
+""",
 }
 
 

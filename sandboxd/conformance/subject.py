@@ -20,6 +20,7 @@ from sandboxd.conformance.case import outcome
 from sandboxd.conformance.expected import ENGINES, ROOT, why_not
 from sandboxd.conformance.host import Host
 from sandboxd.conformance.options import Options, SubjectFailed
+from sandboxd.conformance.outside import Outside, open_outside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,6 +47,7 @@ class Subject:
     socket: Path
     directory: Path
     process: subprocess.Popen[bytes] | None
+    outside: Outside
     traits: frozenset[str] = frozenset()
     user_namespace: str = ""
 
@@ -165,10 +167,13 @@ def open_subject(
         for path, mode in ((lent, 0o755), (lent / "file", 0o644)):
             path.chmod(mode)
         with contextlib.ExitStack() as stack:
+            outside = stack.enter_context(open_outside())
             if options.socket is None:
-                subject = stack.enter_context(_own(options, directory, config + _ids(options, share)))
+                subject = stack.enter_context(
+                    _own(options, directory, outside, config + _ids(options, share))
+                )
             else:
-                subject = Subject(options, options.socket, directory, None)
+                subject = Subject(options, options.socket, directory, None, outside)
                 subject.answer()
             place = options.images if subject.process is not None else None
             given = {"given"} if options.socket else set()
@@ -186,7 +191,7 @@ def _ids(options: Options, share: int) -> str:
 
 
 @contextlib.contextmanager
-def _own(options: Options, directory: Path, config: str) -> Iterator[Subject]:
+def _own(options: Options, directory: Path, outside: Outside, config: str) -> Iterator[Subject]:
     """A daemon of the suite's own, with the images that the options name."""
     if os.geteuid() != 0:
         raise SubjectFailed("the suite starts a daemon, and that needs root")
@@ -203,9 +208,9 @@ def _own(options: Options, directory: Path, config: str) -> Iterator[Subject]:
     runtime = f"runtime: {options.runtime}\n" if engine.takes_runtime else ""
     (directory / "sandboxd.yaml").write_text(
         f"state: {state}\nsocket: {{path: {directory}/s}}\npolicies: [{watched}]\n"
-        f"{engine.configuration}{runtime}{config}{options.config}"
+        f"{engine.configuration}{runtime}{outside.config}{config}{options.config}"
     )
-    subject = Subject(options, directory / "s", directory, None)
+    subject = Subject(options, directory / "s", directory, None, outside)
     try:
         subject.launch()
         yield subject
@@ -231,6 +236,7 @@ def _policies(subject: Subject, lent: Path) -> Iterator[None]:
             user_namespace=choice,
             root=ROOT[choice],
             lent=str(lent),
+            port=str(subject.outside.port),
         )
         files = {watched / f"{name}.yaml": text for name, text in texts.items()}
         if there := [file.name for file in files if os.path.lexists(file)]:

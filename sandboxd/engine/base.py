@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sandboxd.init.protocol import Control
     from sandboxd.kernel.cgroup import Cgroup
     from sandboxd.kernel.notify import Listener
+    from sandboxd.network.namespace import Doors
     from sandboxd.plan import Shape
     from sandboxd.receipt import Reading
 
@@ -93,6 +94,8 @@ class Slot:
     """What the engine mounted, by its place in the container: device and inode of its root."""
     upper_fd: int | None
     """``O_PATH`` descriptor of the writable layer of the root, where there is one."""
+    doors: Doors | None = None
+    """The sockets of its network namespace, where its policy has a network."""
     spares_init: bool = False
     """Whether a kill leaves PID 1 alone, with which the engine would remove the cgroup before it is read."""
     warm: bool = False

@@ -23,6 +23,7 @@ import anyio.to_thread
 from sandboxd import errors
 from sandboxd.engine.base import Capabilities, Check, Lacks, Slot
 from sandboxd.engine.berth import Berth, Berths
+from sandboxd.engine.doors import doors_of
 from sandboxd.engine.interpreter import with_interpreter
 from sandboxd.engine.killing import DEATH_TIMEOUT, kill
 from sandboxd.engine.parking import parked_process, whole_disk
@@ -216,6 +217,7 @@ class OciEngine:
             os.fstat(ids.namespace).st_ino,
             made.identities,
             made.upper_fd,
+            doors_of(shape, init_pid, stack),
             held=held,
         )
 

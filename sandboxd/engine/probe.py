@@ -37,5 +37,5 @@ def probe_shape() -> Shape:
         root=Root("read-only", mebi, 64),
         mounts=(),
         syscalls=seccomp.resolve("strict", (), ()),
-        network="none",
+        network=None,
     )

@@ -110,6 +110,14 @@ class Cgroup:
         """
         return self._files.read_limits()
 
+    def join(self, pid: int) -> None:
+        """Put a process in. On v1 that waits for a grace period of the kernel. Raises HostFailed."""
+        for path in self.procs_files:
+            try:
+                cgroupfs.write(path, str(pid))
+            except OSError as error:
+                raise errors.HostFailed(f"{path}: {error.strerror}", file=path) from error
+
     def contains(self, pid: int) -> bool:
         """Whether a process is in this cgroup (or below) in every hierarchy we use; False if it is gone."""
         try:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sandboxd.config import Config
     from sandboxd.engine.base import Slot
     from sandboxd.images import ImageStore
+    from sandboxd.kernel.cgroup import CgroupLimits
     from sandboxd.plan import Shape
 
 __all__ = ["EngineProcess"]
@@ -132,6 +133,14 @@ class EngineProcess:
             stack.pop_all()
         return slot
 
+    async def confine(self, name: str, pid: int, limits: CgroupLimits) -> None:
+        """Put a process into a cgroup of its own. Raises HostFailed, ControlNotEnforced, EngineFailed."""
+        await self._ask("confine", name, pid, limits)
+
+    async def release(self, name: str) -> None:
+        """Take that cgroup away, with whatever is in it. Raises HostFailed, EngineFailed."""
+        await self._ask("release", name)
+
     async def kill(self, slot: Slot) -> None:
         """End every process of the slot; its files stay readable until ``destroy``."""
         await kill(slot)
@@ -166,7 +175,7 @@ class EngineProcess:
         for fd in (slot.init_pidfd, slot.workspace_fd, slot.upper_fd):
             if fd is not None:
                 owned.callback(os.close, fd)
-        for part in (slot.control, slot.listener, slot.cgroup, slot.reading):
+        for part in (slot.control, slot.listener, slot.cgroup, slot.reading, slot.doors):
             if part is not None:
                 owned.callback(part.close)
         return slot

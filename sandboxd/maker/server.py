@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from sandboxd.config import Config
     from sandboxd.engine.base import Engine, Lacks, Slot
+    from sandboxd.kernel.cgroup import Cgroup, CgroupLimits, CgroupTree
     from sandboxd.maker.channel import Channel
     from sandboxd.plan import Shape
 
@@ -74,6 +75,8 @@ class Server:
         self._processes = (0, os.getppid())  # on cgroup v2 both have to leave where containers shall be
         self._host = ExitStack()
         self._engine: Engine
+        self._cgroups: CgroupTree
+        self._confined: dict[str, Cgroup] = {}
         self._shapes: dict[bytes, Shape] = {}
         self._slots: dict[str, Slot] = {}
         self._making: dict[int, anyio.CancelScope] = {}
@@ -103,6 +106,8 @@ class Server:
                     scope.cancel()
             for slot in list(self._slots.values()):
                 await self._engine.destroy(slot)
+            for name in list(self._confined):
+                await anyio.to_thread.run_sync(self._release, name)
 
     async def _answer(self, number: int, what: str, arguments: tuple[Any, ...]) -> None:
         try:
@@ -113,6 +118,12 @@ class Server:
                 case "destroy":
                     content: object = None
                     await self._destroy(*arguments)
+                case "confine":
+                    content = None
+                    await anyio.to_thread.run_sync(self._confine, *arguments)
+                case "release":
+                    content = None
+                    await anyio.to_thread.run_sync(self._release, *arguments)
                 case "probe":
                     content = await self._engine.probe()
                 case "open":
@@ -130,6 +141,7 @@ class Server:
 
     async def _open(self) -> tuple[str, str, Lacks, list[str]]:
         host = self._host.enter_context(EngineHost(self._config, self._run, self._name, self._processes))
+        self._cgroups = host.cgroups
         removed = host.clean_leftovers()
         engine = self._engine = await host.open_engine()
         gc.collect()
@@ -173,8 +185,19 @@ class Server:
         self._slots[slot.id] = slot
         # the daemon has these now; what is left here is what it takes to clear the slot away
         slot.control.close()
+        if slot.doors is not None:
+            slot.doors.close()
         reading.close()
         slot.held.close()
+
+    def _confine(self, name: str, pid: int, limits: CgroupLimits) -> None:
+        cgroup = self._confined[name] = self._cgroups.create(name, limits)
+        cgroup.join(pid)
+
+    def _release(self, name: str) -> None:
+        cgroup = self._confined.pop(name)
+        cgroup.kill()
+        cgroup.remove()
 
     async def _destroy(self, slot_id: str) -> None:
         slot = self._slots.pop(slot_id, None)

@@ -9,11 +9,13 @@ import os
 import pickle
 import socket
 from contextlib import ExitStack
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from sandboxd import errors
 from sandboxd.engine.base import Slot
 from sandboxd.init.protocol import Control
+from sandboxd.network.namespace import Doors
 from sandboxd.policy import seccomp
 
 if TYPE_CHECKING:
@@ -41,8 +43,9 @@ def pack(slot: Slot, listener: int) -> tuple[bytes, list[int]]:
     optional = (slot.upper_fd, slot.cgroup.peak_fd)
     fds = [slot.init_pidfd, slot.control.fileno(), listener, slot.workspace_fd]
     fds += [fd for fd in optional if fd is not None]
-    fds += reading.descriptors
-    data = [getattr(slot, name) for name in PLAIN], [fd is not None for fd in optional], reading
+    doors = () if slot.doors is None else slot.doors.descriptors
+    fds += [*doors, *reading.descriptors]
+    data = [getattr(slot, name) for name in PLAIN], [fd is not None for fd in optional], len(doors), reading
     return pickle.dumps(data, pickle.HIGHEST_PROTOCOL), fds
 
 
@@ -54,7 +57,7 @@ def unpack(data: bytes, fds: Sequence[int], shape: Shape, notify: NotifyServer) 
     """
     if not fds:
         raise errors.HostFailed("the daemon has no descriptors left for another container")
-    plain, present, reading = pickle.loads(data)  # noqa: S301  (of our own process)
+    plain, present, doors, reading = pickle.loads(data)  # noqa: S301  (of our own process)
     init_pidfd, control, listener, workspace, *others = fds
     with ExitStack() as stack:
         for fd in (init_pidfd, control, workspace, *others):
@@ -71,6 +74,7 @@ def unpack(data: bytes, fds: Sequence[int], shape: Shape, notify: NotifyServer) 
         listener=served,
         workspace_fd=workspace,
         upper_fd=upper,
+        doors=Doors(*islice(left, doors)) if doors else None,
     )
     slot.cgroup.peak_fd = peak
     slot.reading = reading

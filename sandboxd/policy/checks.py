@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING
 from sandboxd import units
 from sandboxd.policy import paths
 from sandboxd.policy.source import MAX_PROBLEMS
+from sandboxd.reach import DNS_PORT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from sandboxd.models import PolicyProblem
+    from sandboxd.policy.network import Network
     from sandboxd.policy.resolved import Places
     from sandboxd.policy.schema import PolicyFile
 
-__all__ = ["UNSUPPORTED", "check", "check_syscalls", "unsupported_network"]
+__all__ = ["UNSUPPORTED", "check", "check_network", "check_syscalls"]
 
 IMPOSSIBLE = "impossible"
 UNSUPPORTED = "control_not_supported"
@@ -99,17 +101,44 @@ def _network(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
     network = spec.network
     if network is None or not places.sure("network"):
         return
-    if not network.reaches_nothing:
-        yield unsupported_network(places)
-    if network.mode != "rules" and (network.allow or network.deny or network.budget):
-        said = f"mode: {network.mode} leaves nothing for allow, deny and budget"
-        yield places.problem("network.mode", IMPOSSIBLE, said)
+    yield from check_network(network, places)
+    strict = spec.syscalls.base == "strict" and "@network-client" not in spec.syscalls.allow
+    if not network.reaches_nothing and strict and places.sure("syscalls"):
+        said = "a network needs internet sockets: let syscalls allow '@network-client', or take base: default"
+        yield places.problem("network", IMPOSSIBLE, said)
     proxied = {secret.name for secret in spec.secrets if secret.as_ == "proxy"}
     for number, rule in enumerate(network.allow):
         for name in rule.inject.secrets() if rule.inject else ():
             if name not in proxied and places.sure("secrets"):
                 said = f"the secret {name} is not listed under secrets with as: proxy"
                 yield places.problem(f"network.allow.{number}.inject", IMPOSSIBLE, said)
+
+
+def check_network(network: Network, places: Places) -> Iterator[PolicyProblem]:
+    """What a network section says that makes no sense, or that is not enforced."""
+    if network.mode == "host":
+        said = "the host's own network is given to no container by this release; write rules"
+        yield places.problem("network.mode", UNSUPPORTED, said)
+    if network.mode != "rules" and (network.allow or network.deny or network.budget):
+        said = f"mode: {network.mode} leaves nothing for allow, deny and budget"
+        yield places.problem("network.mode", IMPOSSIBLE, said)
+    if network.budget is not None and network.budget.requests is not None:
+        said = "HTTP requests are not counted by this release; connections and bytes are"
+        yield places.problem("network.budget.requests", UNSUPPORTED, said)
+    for number, rule in enumerate(network.allow):
+        for key in ("methods", "paths", "headers", "inject"):
+            if getattr(rule, key):
+                said = (
+                    f"{key}: HTTP is not looked into by this release; hosts, networks and ports are enforced"
+                )
+                yield places.problem(f"network.allow.{number}.{key}", UNSUPPORTED, said)
+        if DNS_PORT in rule.ports:
+            said = f"port {DNS_PORT} of every address is that of the container's own resolver; leave it out"
+            yield places.problem(f"network.allow.{number}.ports", IMPOSSIBLE, said)
+        for at, deny in enumerate(network.deny):
+            if deny.covers_target(rule) and not set(rule.ports) - set(deny.ports or rule.ports):
+                said = f"{rule.host or rule.cidr} is denied whole at {places.origin(f'network.deny.{at}')}"
+                yield places.problem(f"network.allow.{number}", IMPOSSIBLE, said)
 
 
 def _repeated(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
@@ -134,11 +163,6 @@ def _contradicted(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
         if places.stand("syscalls", allowed, denied):
             said = f"{name} is allowed here and denied at {places.origin(denied)}; deny wins"
             yield places.problem(allowed, IMPOSSIBLE, said)
-
-
-def unsupported_network(places: Places) -> PolicyProblem:
-    """The problem of a network section that would let something through."""
-    return places.problem("network", UNSUPPORTED, "network rules are not enforced by this release")
 
 
 def _unsupported(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:

@@ -1,19 +1,22 @@
 """The examples of a policy, judged by the rules that are enforced.
 
-A ``syscall`` is judged by running the compiled filter, the very bytes that are installed; ``read``
-and ``write`` by the mounts of the container; ``connect`` by the network rules, of which there are
-none in this release. Modes of files and what is in the image are not part of a policy, so a path is
-judged by whether its mount lets it be reached, read or written at all.
+A ``syscall`` is judged by running the compiled filter, the very bytes that are installed; ``read`` and
+``write`` by the mounts of the container; ``connect`` by the compiled rules of the network. Modes of files and
+what is in the image are not part of a policy, so a path is judged by whether its mount lets it be reached,
+read or written at all.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import TYPE_CHECKING
 
 from sandboxd.policy import paths
 from sandboxd.policy.filesystem import mount_table, mounted_at
 from sandboxd.policy.inherit import nearest
+from sandboxd.policy.rules import network_rules
+from sandboxd.reach import Reach
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -79,7 +82,21 @@ def _connect(endpoint: str) -> Verdict:
     found = _ENDPOINT.fullmatch(endpoint)
     if found is None or not 1 <= int(found[2]) <= 65535:
         raise ExampleError("write connect HOST:PORT, such as 'connect example.org:443'")
-    return lambda _: (False, "the policy has no network")
+    host, port = found[1].strip("[]").lower().removesuffix("."), int(found[2])
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        address = None
+
+    def verdict(policy: Policy) -> tuple[bool, str]:
+        rules = network_rules(policy)
+        if rules is None:
+            return False, "the policy has no network"
+        reach = Reach(rules)
+        decision = reach.at(host, port) if address is None else reach.address(address, port)
+        return decision.allowed, decision.why
+
+    return verdict
 
 
 def _read(example: str) -> tuple[str, Verdict]:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from sandboxd import units
 from sandboxd.policy.fixed import ALWAYS, DEFAULT_ENV, shm_size
 from sandboxd.policy.floor import FORMATS, limit
+from sandboxd.policy.rules import network_rules
 from sandboxd.policy.source import BUILT_IN, Origin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from sandboxd.policy.resolved import Policy
+    from sandboxd.reach import Allow, Deny
 
 __all__ = ["explain"]
 
@@ -195,6 +197,22 @@ def _warm(policy: Policy) -> Iterator[dict[str, Any]]:
         yield _line("warm.preload", module, policy.origin(f"warm.preload.{number}"))
 
 
+def _network(policy: Policy) -> Iterator[dict[str, Any]]:
+    rules = network_rules(policy)
+    if rules is None:
+        yield _line("network", "none", policy.origin("network"))
+        return
+    yield _line("network", "rules", policy.origin("network"), "everything else is refused and reported")
+    kinds: dict[str, Sequence[Allow | Deny]] = {"allow": rules.allow, "deny": rules.deny}
+    for kind, listed in kinds.items():
+        for number, rule in enumerate(listed):
+            ports = ", ".join(map(str, rule.ports)) or "all ports"
+            path = f"network.{kind}.{number}"
+            yield _line(path, f"{rule.target} {ports}", policy.origin(path))
+    for name, value in rules.budget:
+        yield _line(f"network.budget.{name}", str(value), policy.origin(f"network.budget.{name}"))
+
+
 def explain(policy: Policy, plan: Planned | None = None) -> list[dict[str, Any]]:
     """Every control: ``control``, ``value`` for a person, ``file`` and ``line`` of its origin, ``note``.
 
@@ -209,7 +227,7 @@ def explain(policy: Policy, plan: Planned | None = None) -> list[dict[str, Any]]
         *_env(policy, plan),
         *_files(policy),
         *_syscalls(policy),
-        _line("network", "none", policy.origin("network")),
+        *_network(policy),
         *_artifacts(policy, plan),
         _line("commit", policy.commit, policy.origin("commit")),
         _line("isolation", policy.spec.isolation, policy.origin("isolation")),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sandboxd import units
 from sandboxd.policy import paths
-from sandboxd.policy.checks import check_syscalls, unsupported_network
+from sandboxd.policy.checks import check_network, check_syscalls
 from sandboxd.policy.diagnosis import validate
 from sandboxd.policy.resolved import Places
 from sandboxd.policy.schema import FloorFile, Limits
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from sandboxd.models import PolicyProblem
+    from sandboxd.policy.network import Network
     from sandboxd.policy.schema import PolicyFile
 
 __all__ = ["FORMATS", "Floor", "make_floor"]
@@ -124,6 +125,21 @@ class Floor:
         reaches = network is not None and not network.reaches_nothing and places.sure("network")
         if reaches and (most is None or most.reaches_nothing):
             yield wider("network", "a network", "none")
+        elif reaches and network is not None and most is not None:
+            yield from self._wider_rules(network, most, places, wider)
+
+    def _wider_rules(
+        self, network: Network, most: Network, places: Places, wider: Callable[..., PolicyProblem]
+    ) -> Iterator[PolicyProblem]:
+        """Rules that no rule of the floor covers whole, and budgets above those of the floor."""
+        for number, rule in enumerate(network.allow):
+            path = f"network.allow.{number}"
+            if places.sure(path) and not any(other.covers(rule) for other in most.allow):
+                yield wider(path, f"{rule.host or rule.cidr} at {list(rule.ports)}", "rules", "network.allow")
+        for name, ceiling in most.budget or ():
+            value = None if network.budget is None else getattr(network.budget, name)
+            if ceiling is not None and (value is None or value > ceiling) and places.sure("network.budget"):
+                yield wider(f"network.budget.{name}", "none" if value is None else str(value), str(ceiling))
 
     def _limits(self, spec: PolicyFile) -> Iterator[tuple[str, int | None, int]]:
         """Every limit that the floor sets: its path, the policy's value, the floor's."""
@@ -141,6 +157,6 @@ def make_floor(tree: MappingNode, file: str) -> tuple[Floor | None, list[PolicyP
     floor = Floor(file, spec, tree)
     places = Places(file, tree)
     problems += check_syscalls((), spec.syscalls.deny, places)
-    if spec.network is not None and not spec.network.reaches_nothing:
-        problems.append(unsupported_network(places))
+    if spec.network is not None:
+        problems += check_network(spec.network, places)
     return (None if problems else floor), problems

@@ -1,12 +1,14 @@
 """The network section of a policy: names, addresses, ports and what may be said over them.
 
-It is parsed and validated in full; this release enforces its absence only, see ``checks``.
+It is parsed and validated in full; what of it this release does not enforce, ``checks`` refuses. What the
+rules come to is in ``reach``.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
+from functools import cached_property
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -85,6 +87,22 @@ class Target(Section):
             raise ValueError("give exactly one of host and cidr")
         return self
 
+    @cached_property
+    def _range(self) -> tuple[int, int, int]:
+        network = ipaddress.ip_network(self.cidr or "")
+        return network.version, int(network.network_address), int(network.broadcast_address)
+
+    def covers_target(self, other: Target) -> bool:
+        """Whether all that the other speaks of is spoken of here."""
+        if self.cidr is not None and other.cidr is not None:
+            (mine, first, last), (its, lowest, highest) = self._range, other._range
+            return mine == its and first <= lowest and highest <= last
+        if self.host is None or other.host is None:
+            return False
+        return self.host == other.host or (
+            self.host.startswith("*.") and other.host.removeprefix("*").endswith(self.host[1:])
+        )
+
 
 class Rule(Target):
     """Something that is allowed."""
@@ -97,6 +115,10 @@ class Rule(Target):
     headers: dict[HeaderName, HeaderValue] = Field(default_factory=dict)
     """Headers that a request must have, each with a glob of its value."""
     inject: Inject | None = None
+
+    def covers(self, other: Rule) -> bool:
+        """Whether all that the other allows is allowed here."""
+        return self.covers_target(other) and set(other.ports) <= set(self.ports)
 
 
 class Denied(Target):

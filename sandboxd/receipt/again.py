@@ -6,11 +6,12 @@ the controls. What differs is never explained away: but for the limits that the 
 difference means that every control is read in full once more.
 
 Read again: ``status`` (ids, groups, capabilities, no_new_privs, the number of filters, the parent, umask),
-``oom_score_adj``, ``limits``, ``mountinfo``, ``net/dev``, the routes, the host name, the size of the upper
-layer of an overlay, the change times of ``/dev``, the cgroups of both processes, who else is in the slot's,
-and its limits; and whether a path of ``/proc`` that is to be masked has come into being, with a kernel module
-say. The process is the same one: its files in ``/proc`` are read through descriptors that were opened when it
-was first read, and those of a process that is gone say ESRCH for ever, whoever has its number.
+``oom_score_adj``, ``limits``, ``mountinfo``, ``net/dev``, the routes, of a namespace with network rules the
+generation of its packet filter and its sysctls, the host name, the size of the upper layer of an overlay,
+the change times of ``/dev``, the cgroups of both processes, who else is in the slot's, and its limits; and
+whether a path of ``/proc`` that is to be masked has come into being, with a kernel module say. The process is
+the same one: its files in ``/proc`` are read through descriptors that were opened when it was first read, and
+those of a process that is gone say ESRCH for ever, whoever has its number.
 
 Not read again, since nothing can have changed it while that process lives:
 
@@ -34,6 +35,7 @@ from typing import TYPE_CHECKING, Any, Self
 from sandboxd import errors
 from sandboxd.kernel import uts
 from sandboxd.models import Receipt
+from sandboxd.network.namespace import mark
 from sandboxd.receipt.mounted import absent_masks
 from sandboxd.receipt.reading import check, limit_controls, read_receipt
 
@@ -160,6 +162,7 @@ class Reading:
         return (
             uts.hostname_of(uts_namespace),
             *(() if upper is None else (upper.f_blocks, upper.f_files)),
+            *(() if self._slot.doors is None else self._network()),
             *(os.pread(file, READ_MAX, 0) for file in self._files),
             *(_whole(name, self._directory) for name in NAMESPACED),
             dev.st_ino,
@@ -167,6 +170,13 @@ class Reading:
             dev.st_ctime_ns,
             *(_whole(path) for path in self._slot.cgroup.procs_files),
         )
+
+    def _network(self) -> tuple[int, str]:
+        namespace = os.open("ns/net", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
+        try:
+            return mark(namespace)
+        finally:
+            os.close(namespace)
 
 
 def _whole(path: str, directory: int | None = None) -> bytes:

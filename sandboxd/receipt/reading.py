@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sandboxd import canonical, errors
+from sandboxd.engine import doors
 from sandboxd.engine.oci import OOM_SCORE_ADJ, rlimits
 from sandboxd.init import INIT
 from sandboxd.kernel import filters, uts
 from sandboxd.kernel.cgroup_v1 import socket_limit
 from sandboxd.models import Control, Receipt
+from sandboxd.network.namespace import in_force
 from sandboxd.receipt.mounted import mount_controls
 from sandboxd.receipt.parked import Parked
 
@@ -46,7 +48,8 @@ RLIMIT_LINES = {  # names of /proc/PID/limits
     14: "Max realtime priority",
 }
 LOOPBACK = ("0" * 31 + "1", "80")  # ::1/128 in /proc/net/ipv6_route
-RTF_REJECT = 0x0200  # linux/route.h
+EVERYWHERE = ("0" * 32, "00")  # ::/0
+RTF_REJECT, RTF_LOCAL = 0x0200, 0x80000000  # linux/route.h, linux/ipv6_route.h
 NS_GET_USERNS = 0xB701  # linux/nsfs.h
 GONE = {errno.ESRCH, errno.ECHILD, errno.ETIMEDOUT, errno.ENOENT}
 """What ``read_filter`` says of the process, and not of the host."""
@@ -187,12 +190,30 @@ def _namespace_controls(slot: Slot, process: Parked) -> Iterator[Control]:
         )
     interfaces = sorted(line.partition(":")[0].strip() for line in process.read("net/dev").splitlines()[2:])
     yield _equal("network", "lo", " ".join(interfaces) or "lo", "net/dev")
-    yield _equal("network_routes", "0", str(_routes(process)), "net/route, net/ipv6_route")
+    networked = slot.shape.network is not None
+    routes = str(_routes(process, own=networked))
+    yield _equal("network_routes", "0", routes, "net/route, net/ipv6_route")
+    if networked:
+        yield from _network_controls(slot, process)
     yield _equal("hostname", slot.shape.process.hostname, uts.hostname_of(process.open("ns/uts")), "ns/uts")
 
 
-def _routes(process: Parked) -> int:
-    """How many routes there are but those that the kernel gives ``lo``: to itself, and to nowhere."""
+def _network_controls(slot: Slot, process: Parked) -> Iterator[Control]:
+    wanted, namespace = doors.reference_of(slot.shape), process.open("ns/net")
+    try:
+        found = in_force(namespace)
+    finally:
+        os.close(namespace)
+    asked, has = canonical.digest_bytes(wanted.filter.encode()), canonical.digest_bytes(found.filter.encode())
+    yield _equal("network_filter", asked, has, "nftables: list ruleset")
+    yield _equal("network_sysctls", wanted.sysctls, found.sysctls, "sys/net")
+
+
+def _routes(process: Parked, *, own: bool) -> int:
+    """How many routes there are but those that the kernel gives ``lo``: to itself, and to nowhere.
+
+    ``own``: where every address is the namespace's own, none of IPv6 is counted that ends there.
+    """
     found = len(process.read("net/route").splitlines()) - 1
     try:
         lines = process.read("net/ipv6_route").splitlines()
@@ -200,8 +221,11 @@ def _routes(process: Parked) -> int:
         lines = []
     for line in lines:
         target, length, *_, flags, device = line.split()
-        own = device == "lo" and (target, length) == LOOPBACK
-        found += not (own or int(flags, 16) & RTF_REJECT)
+        ends = device == "lo" and (
+            (target, length) == LOOPBACK
+            or (own and (target, length) == EVERYWHERE and bool(int(flags, 16) & RTF_LOCAL))
+        )
+        found += not (ends or int(flags, 16) & RTF_REJECT)
     return max(found, 0)
 
 

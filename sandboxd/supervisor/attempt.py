@@ -33,6 +33,7 @@ from sandboxd.init.warm import serves
 from sandboxd.kernel import files, tar
 from sandboxd.models import Cause, Denial, Event, Failure, Outcome
 from sandboxd.policy import seccomp
+from sandboxd.supervisor import network
 from sandboxd.supervisor.ending import CommandFailed, Ended, Evidence, Lost, Stopped, classify
 from sandboxd.supervisor.ending import limits_reached as reached
 from sandboxd.supervisor.meter import Meter
@@ -45,10 +46,11 @@ if TYPE_CHECKING:
     from sandboxd.engine.base import Slot
     from sandboxd.init.protocol import Report
     from sandboxd.journal.spool import Spool
-    from sandboxd.models import Artifact, LimitReached, Receipt, Usage, Withheld
+    from sandboxd.models import Artifact, LimitReached, NetworkUse, Receipt, Usage, Withheld
     from sandboxd.plan import Plan
     from sandboxd.pool import Pool
     from sandboxd.supervisor.ending import Deadline, Ending
+    from sandboxd.supervisor.network import CallNetwork
 
 __all__ = ["Attempt", "Payload", "Result"]
 
@@ -95,6 +97,7 @@ class Attempt:
         stdin: Stdin,
         pool: Pool,
         spool: Spool,
+        network: CallNetwork,
         blobs: BlobStore,
         deadline: Deadline | None,
         accepted: anyio.Event,
@@ -105,6 +108,7 @@ class Attempt:
         self._payload = payload
         self._pool = pool
         self._spool = spool
+        self._network = network
         self._blobs = blobs
         self._deadline = deadline
         self._accepted = accepted
@@ -191,16 +195,19 @@ class Attempt:
     async def _use(self, slot: Slot, receipt: Receipt) -> None:
         tmp = os.open(f"/proc/{slot.tool_pid}/root/tmp", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._stack.callback(os.close, tmp)
+        self._stack.push_async_callback(self._network.end)
         meter, ending, wall = await self._supervise(slot, receipt)
         self._on_state("collecting")
+        await self._network.begin_end()
         try:
             evidence = self._evidence(slot, meter, tmp)
-            self._result.usage = meter.usage(wall=wall, **self._written)
+            used = await self._network.end()
+            self._result.usage = meter.usage(wall=wall, network=used, **self._written)
         except errors.HostFailed as error:
             if isinstance(ending, Lost):  # an engine may have removed the cgroup with it
                 raise errors.EngineFailed(f"the container's PID 1 was lost: {ending.reason}") from error
             raise
-        self._report(slot, ending, evidence, self._result)
+        self._report(slot, ending, evidence, used, self._result)
         if not isinstance(ending, CommandFailed):
             await self._collect(slot, self._result)
 
@@ -252,6 +259,7 @@ class Attempt:
         argv = [_decode(item) for item in command.argv]
         waiting = slot.shape.warm if slot.warm else None
         slot.listener.reset()  # what was denied before was not the command's
+        await self._network.begin(slot)
         self._handed_over = time.monotonic()
         await slot.control.execute(
             argv,
@@ -377,11 +385,14 @@ class Attempt:
             tmp_full=temporary.f_bfree == 0 or temporary.f_ffree == 0,
         )
 
-    def _report(self, slot: Slot, ending: Ending, evidence: Evidence, result: Result) -> None:
+    def _report(
+        self, slot: Slot, ending: Ending, evidence: Evidence, used: NetworkUse, result: Result
+    ) -> None:
         argv0 = _decode(self._plan.command.argv[0]).decode(errors="backslashreplace")
         outcome = classify(ending, evidence, self._plan.limits, argv0, self._deadline)
         result.limits_reached = reached(ending, evidence, self._plan.limits, self._deadline)
-        result.denials = _denials(slot)
+        result.limits_reached += network.limits(used, slot.shape.network)
+        result.denials = _denials(slot) + network.denials(used)
         for denial in result.denials:
             self._spool.add(Event(seq=0, at=0, type="denied", denial=denial))
         for limit in result.limits_reached:

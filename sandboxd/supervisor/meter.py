@@ -8,6 +8,7 @@ from sandboxd.models import Usage
 
 if TYPE_CHECKING:
     from sandboxd.engine.base import Slot
+    from sandboxd.models import NetworkUse
 
 __all__ = ["Meter"]
 
@@ -40,7 +41,7 @@ class Meter:
         """Forks that failed at the pids limit."""
         return self._slot.cgroup.pids_denied() - self._denied
 
-    def usage(self, *, wall: int, stdout: int, stderr: int) -> Usage:
+    def usage(self, *, wall: int, stdout: int, stderr: int, network: NetworkUse) -> Usage:
         """All that was used; what no cgroup counts is given."""
         used, before = self._slot.cgroup.usage(), self._before
         # of a warm slot the kernel's peak may be that of its start, and nothing takes it back
@@ -55,4 +56,7 @@ class Meter:
             io_written=used.io_written - before.io_written,
             stdout=stdout,
             stderr=stderr,
+            connections=network.connections,
+            network_in=network.bytes_in,
+            network_out=network.bytes_out,
         )

@@ -21,6 +21,7 @@ import docker_engine
 import flow
 import growth
 import measure
+import network
 import page
 import peers
 import processes
@@ -218,6 +219,10 @@ class Bench:
         """1 GiB through the raw stream."""
         return flow.output(self.images, 2**27 if self.quick else 2**30, tell)
 
+    def network(self) -> dict[str, Any]:
+        """Connections, bytes and calls under network rules."""
+        return network.network(self.images, self.quick, self.until(), tell)
+
     def start(self) -> dict[str, Any]:
         """The daemon's start."""
         return flow.starts(self.images, 3 if self.quick else 10, self.until(), tell)
@@ -234,6 +239,7 @@ MODES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "policies": Bench.policies,
     "journal": Bench.journal,
     "output": Bench.output,
+    "network": Bench.network,
     "start": Bench.start,
 }
 LONG = {"row", "journal"}

@@ -19,7 +19,7 @@ Goal = tuple[str, str, str, bool]
 def rows(found: Figures) -> list[list[str]]:
     """What, reach, measured, met."""
     good = {name: one for name, one in found.items() if "error" not in one}
-    made = [*_latency(good), *_load(good), *_growth(good)]
+    made = [*_latency(good), *_load(good), *_growth(good), *_network(good)]
     return [[what, reach, measured, "yes" if met else "**no**"] for what, reach, measured, met in made]
 
 
@@ -88,3 +88,18 @@ def _growth(found: Figures) -> Iterator[Goal]:
     if "first" in (start := found.get("start", {})):
         seconds = start["first"]["p50"] / 1000
         yield "daemon from start to ready", "1.5 s (aim 0.7)", f"{seconds:.2f} s", seconds <= 1.5
+
+
+def _network(found: Figures) -> Iterator[Goal]:
+    one = found.get("network", {})
+    if not one.get("calls"):
+        return
+    direct, few, many = (one["connections"][f"{who}, by address"]["p50"] for who in one["mb_per_s"])
+    more = few - direct
+    yield "a connection under network rules, more than direct, p50", "1 ms", f"{more:.2f} ms", more <= 1
+    yield f"the same with {one['rules']:,} rules", "1 ms", f"{many - direct:.2f} ms", many - direct <= 1
+    rate = one["mb_per_s"]["two rules"]
+    yield "one connection under network rules", "1000 MB/s", f"{rate} MB/s", rate >= 1000
+    plain, ruled = one["calls"]["plain"]["p50"], one["calls"]["two-rules"]["p50"]
+    what = "`true`, warm, with a network, more than without, p50"
+    yield what, "1 ms", f"{ruled - plain:.1f} ms", ruled - plain <= 1

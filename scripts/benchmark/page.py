@@ -149,6 +149,19 @@ def _alive(found: Figures) -> Iterator[str]:
     yield f"{said}; the tool itself {found['tool_kib']}."
 
 
+def _network(found: Figures) -> Iterator[str]:
+    yield "### Under network rules"
+    rows = [
+        [who, f"{one['p50']:.2f}", f"{one['p95']:.2f}", f"{one['p99']:.2f}"]
+        for who, one in found["connections"].items()
+    ]
+    yield table(["a connection, one byte there and back", "p50 ms", "p95 ms", "p99 ms"], rows)
+    rates = ", ".join(f"{who} {rate:,} MB/s" for who, rate in found["mb_per_s"].items())
+    yield f"{found['bytes'] / 2**30:.0f} GiB over one connection: {rates}."
+    rows = [[who, f"{one['p50']:.1f}", f"{one['p95']:.1f}"] for who, one in found["calls"].items()]
+    yield table(["`true`, warm, policy", "p50 ms", "p95 ms"], rows)
+
+
 def _row(found: Figures) -> Iterator[str]:
     yield f"### {found['asked']:,} calls in a row"
     rows = [
@@ -187,6 +200,7 @@ SECTIONS = {
     "engines": _engines,
     "alive": _alive,
     "row": _row,
+    "network": _network,
     "command": _command,
 }
 PLOTS = {

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from daemons import IMAGES, needs_containers
-from dockerd import own_engine
+from dockerd import Dockerd, own_engine
 from pages import code, page
+from podman import Podman
 
 from sandboxd.conformance import expected
 from sandboxd.conformance.__main__ import AREAS, build_parser
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
 
     from daemons import Daemon
 
-# scripts/nightly has crun, runc and docker too: together they take minutes. tests/docker and scripts/dind are
-# in scripts/test, and try the engine docker on their own.
+# scripts/nightly has crun, runc, docker and podman too: together they take minutes. tests/docker and
+# scripts/dind are in scripts/test, and try the engine docker on their own.
 MORE = os.environ.get("SANDBOXD_TEST_RUNTIMES", "").split()
-RUNTIMES = ["builtin", *(name for name in MORE if name != "docker")]
+ENGINES = {"docker": ("dockerd", Dockerd), "podman": ("podman", Podman)}
+RUNTIMES = ["builtin", *(name for name in MORE if name not in ENGINES)]
 SECONDS = 600
 
 
@@ -70,11 +72,14 @@ def test_oci_conforms(tmp_path: Path, need: Callable[[object, str], None], runti
 
 
 @pytest.mark.timeout(SECONDS + 120)
-@pytest.mark.skipif("docker" not in MORE, reason="scripts/nightly holds a Docker Engine to all of it")
-def test_docker_conforms(tmp_path: Path, need: Callable[[object, str], None]) -> None:
+@pytest.mark.parametrize("name", ENGINES)
+def test_docker_conforms(tmp_path: Path, need: Callable[[object, str], None], name: str) -> None:
+    if name not in MORE:
+        pytest.skip("scripts/nightly holds a Docker Engine and Podman to all of it")
     needs_containers()
-    need(shutil.which("dockerd"), "dockerd")
-    with own_engine() as engine:
+    program, kind = ENGINES[name]
+    need(shutil.which(program), program)
+    with own_engine(kind=kind) as engine:
         config = f"docker: {{socket: {engine.socket}}}"
         found = conforms(tmp_path / "report.json", "--engine", "docker", "--config", config)
         assert engine.containers() == []

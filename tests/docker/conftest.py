@@ -9,6 +9,7 @@ import pytest
 from daemons import Daemon, needs_containers, start_daemon
 from docker_policies import add_policies
 from dockerd import Dockerd, own_engine
+from podman import Podman
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -17,12 +18,21 @@ if TYPE_CHECKING:
     from leaks import Session
 
 
-@pytest.fixture(scope="session")
-def dockerd(leak_session: Session, need: Callable[[object, str], None]) -> Iterator[Dockerd]:
-    """The session's engine."""
+@pytest.fixture(scope="session", params=["docker", "podman"])
+def kind(request: pytest.FixtureRequest, need: Callable[[object, str], None]) -> type[Dockerd]:
+    """What makes the containers: a test of it runs with each."""
     needs_containers()
-    need(shutil.which("dockerd"), "docker.io")
-    with own_engine() as engine:
+    need(shutil.which("dockerd"), "docker.io")  # has the client of both
+    if request.param == "podman":
+        need(shutil.which("podman"), "podman")
+        return Podman
+    return Dockerd
+
+
+@pytest.fixture(scope="session")
+def dockerd(kind: type[Dockerd], leak_session: Session) -> Iterator[Dockerd]:
+    """The session's engines, one after the other."""
+    with own_engine(kind=kind) as engine:
         yield engine
 
 

@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from daemons import SANDBOXD, until
 from dockerd import own_engine
+from podman import Podman
 
 from sandboxd import errors
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from sandboxd.models import Invocation
 
 FIRST = 3_000_000_000
-REMAP = """
+ACCOUNT = """
 set -e
 for file in subuid subgid; do
   echo sandboxd-remap:{first}:65536 >{at}/$file
@@ -35,8 +36,19 @@ cp /etc/passwd /etc/group {at}
 echo sandboxd-remap:x:2999:2999::/:/bin/false >>{at}/passwd
 echo sandboxd-remap:x:2999: >>{at}/group
 for file in passwd group; do mount --bind {at}/$file /etc/$file; done
-exec "$@"
 """
+REMAP = f'{ACCOUNT}exec "$@"'
+ROOTLESS = (
+    ACCOUNT
+    + """
+for word; do case $word in unix://*) home=$(dirname "${{word#unix://}}") ;; esac; done
+chown 2999:2999 "$home"
+export HOME="$home" XDG_RUNTIME_DIR="$home"
+exec setpriv --reuid=2999 --regid=2999 --clear-groups {become} "$@"
+"""
+)
+ROOTLESSKIT = """rootlesskit --net=host --copy-up=/etc --copy-up=/run sh -c \
+  'rm -f /run/docker /run/containerd /run/xtables.lock; exec "$@"' --"""  # as dockerd-rootless.sh does it
 
 
 def in_force(call: Invocation) -> dict[str, str]:
@@ -191,17 +203,81 @@ def test_what_the_runtime_withholds_is_named(
     ), found
 
 
-def test_the_doctor_compares_the_engines(dockerd: Dockerd, tmp_path: Path) -> None:
-    (tmp_path / "sandboxd.yaml").write_text(
-        f"state: {tmp_path}/state\ndocker: {{socket: {dockerd.socket}}}\n"
-    )
+class Widened(Podman):
+    """One whose operator gives every container more."""
+
+    containers_conf = """
+volumes = ["/etc:/mnt/of-the-host"]
+env = ["LD_PRELOAD=/none.so"]
+default_capabilities = ["SYS_ADMIN", "SYS_PTRACE"]
+default_sysctls = ["net.ipv4.ping_group_range=0 0"]
+netns = "host"
+ipcns = "host"
+pidns = "host"
+utsns = "host"
+cgroupns = "host"
+userns = "auto"
+init = true
+http_proxy = true
+"""
+
+
+class WithDevice(Podman):
+    """One whose containers have a device of the host."""
+
+    containers_conf = 'devices = ["/dev/kmsg:/dev/kmsg:rwm"]\n'
+
+
+@pytest.mark.parametrize("kind", ["podman"], indirect=True)
+def test_what_podman_gives_to_all_no_container_of_ours_has(
+    leak_session: object, kind: type[Dockerd], start_on: Callable[..., Daemon]
+) -> None:
+    with own_engine(kind=Widened) as engine:
+        daemon = start_on(engine)
+        call = daemon.run("sh", "-c", "env; find /mnt", policy="small")
+        assert in_force(call)
+        assert call.stdout is not None
+        text = call.stdout.text or ""
+        assert "LD_PRELOAD" not in text
+        assert text.endswith("/mnt\n/mnt/of-the-host\n")  # where it was mounted
+    with own_engine(kind=WithDevice) as engine:
+        outcome = start_on(engine, name="device").run("true", policy="small").outcome
+        assert outcome is not None
+        assert outcome.error is not None
+        assert outcome.error.code == "control_not_enforced"
+        assert "devices" in str(outcome.error)
+
+
+def doctor(engine: Dockerd, tmp_path: Path) -> dict[str, dict[str, Any]]:
+    """What ``sandboxd doctor`` finds, by the name of the check."""
+    (tmp_path / "sandboxd.yaml").write_text(f"state: {tmp_path}/state\ndocker: {{socket: {engine.socket}}}\n")
     done = subprocess.run(
         [SANDBOXD, "doctor", "--json", "--config", tmp_path / "sandboxd.yaml"],
         capture_output=True,
         text=True,
         check=True,
     )
-    found = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    return {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+
+
+@pytest.mark.parametrize("kind", ["docker", "podman"], indirect=True)
+def test_a_rootless_engine_is_refused(
+    leak_session: object, need: Callable[[object, str], None], kind: type[Dockerd], tmp_path: Path
+) -> None:
+    need(shutil.which("rootlesskit"), "rootlesskit")
+    need(shutil.which("newuidmap"), "uidmap")
+    options, become = ([], "") if kind is Podman else (["--rootless"], ROOTLESSKIT)
+    script = ROOTLESS.format(at=tmp_path, first=FIRST, become=become)
+    with own_engine(*options, before=["unshare", "-m", "sh", "-c", script, "--"], kind=kind) as engine:
+        found = doctor(engine, tmp_path)["engine docker"]
+        assert not found["ok"]
+        why = "can enforce no limit" if Path("/sys/fs/cgroup/memory").exists() else "maps ids in two pieces"
+        assert f"this is a rootless engine, which {why}" in found["found"]
+        assert engine.containers() == []
+
+
+def test_the_doctor_compares_the_engines(dockerd: Dockerd, tmp_path: Path) -> None:
+    found = doctor(dockerd, tmp_path)
     assert found["engine oci"]["ok"]
     assert found["engine docker"]["ok"]
     assert "user_namespace: none" in found["engine docker"]["found"]

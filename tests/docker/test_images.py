@@ -87,6 +87,7 @@ def test_an_image_that_was_removed_is_told_with_the_command(docker_daemon: Daemo
 
 def test_what_was_imported_and_is_gone_is_imported_again(docker_daemon: Daemon, dockerd: Dockerd) -> None:
     said(docker_daemon.run("true", policy="small"))
+    until(lambda: not dockerd.containers(), "its container is gone")
     pins = json.loads((docker_daemon.state / "docker-images.json").read_text())
     for imported in pins["imported"].values():
         dockerd.docker("rmi", "-f", imported)

@@ -25,6 +25,7 @@ from sandboxd.images.recipe import Recipe
 from sandboxd.plan import ImageRef, make_shape
 from sandboxd.policy import load_policies, shipped_policies
 from sandboxd.policy.floor import FORMATS
+from sandboxd.policy.network import Network
 from sandboxd.policy.schema import FloorFile, PolicyFile
 from sandboxd.supervisor.ending import Ended, Ending, Evidence, Stopped, limits_reached
 
@@ -75,6 +76,11 @@ def test_every_key_of_a_policy_is_documented_with_its_default() -> None:
     formats |= {"process.umask": lambda value: f'"{value:04o}"'}
     later = {"network", "secrets", "retry", "expose"}
     wanted = {path: shown(path, default, formats) for path, default in leaves(PolicyFile, later)}
+    del wanted["network"]
+    wanted |= {
+        f"network.{key}": shown(key, default, {})
+        for key, default in leaves(Network, {"allow", "deny", "budget"})
+    }
     # what is not written for one stream is the other's, and truncate in the end
     wanted |= dict.fromkeys(("limits.stdout.on_limit", "limits.stderr.on_limit"), "`truncate`")
     found = {code(row[0])[0]: row[2] for row in POLICIES.rows("key") if len(row) == 4}
@@ -96,6 +102,7 @@ def test_every_key_of_the_configuration_is_documented_with_its_default() -> None
     }
     formats |= {"budget.inputs": units.format_size, "pool.age": units.format_duration}
     formats |= {"docker.timeout": units.format_duration}
+    formats |= {"network.memory": units.format_size, "network.cpus": units.format_cpus}
     formats |= {"socket.mode": lambda value: f'"{value:04o}"', "budget.memory": lambda value: f"{value:.0%}"}
     wanted = {path: shown(path, default, formats) for path, default in leaves(Config, set())}
     found = {code(row[0])[0]: row[1] for row in CONFIGURATION.rows("key")}
@@ -251,6 +258,7 @@ limits:
   io: {read: 50MiB, write: 50MiB}
 filesystem: {root: overlay, size: 16MiB}
 mounts: [{source: SOURCE, target: /lent}]
+network: {allow: [{host: example.org, ports: [443]}]}
 """
 
 

@@ -118,7 +118,7 @@ def test_a_slot_that_cannot_be_taken_leaves_no_descriptor(came: int, error: type
     server.close()
     before = open_descriptors()
     fds = [os.dup(0) for _ in range(came)]
-    data = pickle.dumps(([], [False, False], None))
+    data = pickle.dumps(([], [False, False], 0, None))
     with pytest.raises(error):
         unpack(data, fds, probe_shape(), server)
     assert open_descriptors() == before

@@ -116,7 +116,7 @@ ELSEWHERE = {
     **dict.fromkeys([f"{kind}_namespace" for kind in ("mnt", "pid", "net", "ipc", "uts", "cgroup")],
                     "isolation.namespaces"),
     "network": "network",
-    "network_routes": "network",
+    **dict.fromkeys(["network_routes", "network_filter", "network_sysctls"], "network"),
     "hostname": "process.hostname",
     "root": "filesystem.root",
     "root_overlay": "filesystem.size",

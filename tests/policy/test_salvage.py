@@ -42,7 +42,6 @@ def test_checks_floor_and_examples_are_run_on_what_is_right_of_a_file(folder: An
         ("impossible", 14),
         ("missing_key", 14),
         ("unknown_key", 14),
-        ("control_not_supported", 15),
         ("wider_than_floor", 15),
         ("wrong_example", 18),
         ("bad_value", 18),

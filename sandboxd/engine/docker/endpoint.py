@@ -125,6 +125,12 @@ class DockerEndpoint:
             found: dict[str, Any] = client.info()
             return found
 
+    def version(self) -> dict[str, Any]:
+        """What the engine says of its parts. Raises EngineFailed."""
+        with self.asking("version") as client:
+            found: dict[str, Any] = client.version()
+            return found
+
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))

@@ -31,12 +31,14 @@ from uuid6 import uuid7
 
 from sandboxd import errors
 from sandboxd.engine.base import Capabilities, Check, Lacks, Slot
-from sandboxd.engine.bundle import INIT_PATH
+from sandboxd.engine.bundle import INIT_PATH, temporary
 from sandboxd.engine.docker.accounts import check_accounts
 from sandboxd.engine.docker.door import Door
 from sandboxd.engine.docker.endpoint import MissingInEngine
 from sandboxd.engine.docker.finish import finish, root_of
+from sandboxd.engine.docker.host import EngineHost, look
 from sandboxd.engine.docker.request import INSTANCE_LABEL, Labels, make_request
+from sandboxd.engine.doors import doors_of
 from sandboxd.engine.interpreter import with_interpreter
 from sandboxd.engine.killing import DEATH_TIMEOUT, kill
 from sandboxd.engine.oci import cgroup_limits, tool_setup
@@ -78,17 +80,6 @@ class DockerRuntime:
     name: str
 
 
-@dataclass(frozen=True)
-class _Host:
-    """What the engine said of itself when it was opened."""
-
-    root: str
-    """Where it keeps its images."""
-    base: int
-    """The host's id of a container's root."""
-    remapped: bool
-
-
 def run_directory(instance: str) -> Path:
     """Where the doors are: in /run, which the engine sees as we do, and beside the daemon's own mounts."""
     return Path(f"/run/sandboxd-{instance}-docker")
@@ -117,7 +108,7 @@ class DockerEngine:
         self._notify = notify
         self._wanted = runtime
         self.runtime = DockerRuntime(runtime or "default")
-        self._host: _Host | None = None
+        self._host: EngineHost | None = None
         self._directory = run_directory(instance)
         self._warming = Warming()
         self._resources: dict[str, ExitStack] = {}
@@ -203,34 +194,10 @@ class DockerEngine:
             self._threads = anyio.CapacityLimiter(REQUESTS)
         return await anyio.to_thread.run_sync(function, *arguments, limiter=self._threads)
 
-    def _look(self) -> _Host:
+    def _look(self) -> EngineHost:
         """What the engine is, and that it has the runtime. Raises EngineFailed, HostUnsupported."""
-        found = self._endpoint.info()
-        runtimes = found.get("Runtimes") or {}
-        if self._wanted is not None and self._wanted not in runtimes:
-            raise errors.HostUnsupported(
-                f"the Docker Engine has no runtime {self._wanted!r}; it has {', '.join(sorted(runtimes))}"
-            )
-        if self._wanted is None:
-            self.runtime = DockerRuntime(str(found.get("DefaultRuntime") or "default"))
-        options = found.get("SecurityOptions") or ()
-        if any("name=rootless" in option for option in options):
-            raise errors.HostUnsupported(
-                "this is a rootless Docker Engine, which maps ids in two pieces; this version needs one that "
-                "runs as root, with userns-remap if containers shall have ids of their own"
-            )
-        root = str(found.get("DockerRootDir") or "/var/lib/docker")
-        remapped = any("name=userns" in option for option in options)
-        base = 0
-        if remapped:  # the directory is named after the first uid and gid that containers are mapped to
-            uid, _, gid = Path(root).name.partition(".")
-            if not uid.isdigit() or uid != gid:
-                raise errors.HostUnsupported(
-                    f"the Docker Engine maps user ids from {uid} and group ids from {gid or '?'}: "
-                    "userns-remap has to give both the same range"
-                )
-            base = int(uid)
-        self._host = _Host(root, base, remapped)
+        self._host = look(self._endpoint, self._wanted)
+        self.runtime = DockerRuntime(self._host.runtime)
         return self._host
 
     @property
@@ -264,13 +231,13 @@ class DockerEngine:
         except errors.NotFound as error:  # the image, which was there when the call was accepted
             raise errors.EngineFailed(str(error)) from error
 
-    def _make(self, shape: Shape, host: _Host, stack: ExitStack) -> Slot:
+    def _make(self, shape: Shape, host: EngineHost, stack: ExitStack) -> Slot:
         image = self.images.resolve(shape.image.digest)
         held = stack.enter_context(ExitStack())
         held.enter_context(self.images.hold(image.digest))
         labels = Labels(self._instance, str(uuid7()))
         door = stack.enter_context(Door(self._directory / labels.slot, host.base))
-        container = self._create_container(shape, image, labels, door)
+        container = self._create_container(shape, image, labels, door, host)
         stack.callback(self._remove, container)
         init_pid, upper = self._start(container)
         stack.callback(self._kill_container, container)
@@ -285,7 +252,7 @@ class DockerEngine:
         try:
             workspace = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
             stack.callback(os.close, workspace)
-            finish(init_pid, binds, mount)
+            finish(init_pid, binds, mount, temporary(shape) if host.podman else ())
         finally:
             os.close(mount)
         listener = self._notify.add(
@@ -311,14 +278,19 @@ class DockerEngine:
             Path(f"/proc/{init_pid}/ns/user").stat().st_ino if host.remapped else None,
             _identities(init_pid, workspace, binds),
             None,
+            doors_of(shape, init_pid, stack),
             spares_init=True,
             held=held,
         )
 
-    def _create_container(self, shape: Shape, image: Image, labels: Labels, door: Door) -> str:
+    def _create_container(
+        self, shape: Shape, image: Image, labels: Labels, door: Door, host: EngineHost
+    ) -> str:
         """The id of a container that is not started. What was imported and removed is imported again."""
         for last in (False, True):
             source = self.images.in_engine(image)
+            if host.podman:  # which is told to make none of them
+                source = replace(source, volumes=())
             request = make_request(
                 shape,
                 source,
@@ -329,10 +301,10 @@ class DockerEngine:
             )
             try:
                 if image.digest not in self._looked_at:
-                    self._look_at(image, request, labels)
+                    self._look_at(image, request, labels, host)
                     self._looked_at.add(image.digest)
                 with self._endpoint.asking("create a container") as client:
-                    made = client.create_container_from_config(request, name=labels.name)
+                    return host.create_container(client, request, labels.name)
             except MissingInEngine:
                 self.images.gone(image)
                 if last:
@@ -340,20 +312,17 @@ class DockerEngine:
             except errors.EngineFailed:
                 self._remember(labels.name)  # it may make the container yet, whose id is not known
                 raise
-            else:
-                return str(made["Id"])
         raise AssertionError
 
-    def _look_at(self, image: Image, request: dict[str, Any], labels: Labels) -> None:
+    def _look_at(self, image: Image, request: dict[str, Any], labels: Labels, host: EngineHost) -> None:
         """Raise EngineFailed for an image that would hold up the engine itself."""
-        host = request["HostConfig"]
-        covered = {one["Target"]: "" for one in host["Mounts"]}  # else a volume of the image would be there
-        bare = {**request, "HostConfig": {**host, "Mounts": [], "Tmpfs": {**host["Tmpfs"], **covered}}}
+        asked = request["HostConfig"]
+        covered = {one["Target"]: "" for one in asked["Mounts"]}  # else a volume of the image would be there
+        bare = {**request, "HostConfig": {**asked, "Mounts": [], "Tmpfs": {**asked["Tmpfs"], **covered}}}
         name = f"{labels.name}-look"
         try:
             with self._endpoint.asking("look at an image") as client:
-                made = client.create_container_from_config(bare, name=name)
-                check_accounts(client, made["Id"], image.name)
+                check_accounts(client, host.create_container(client, bare, name), image.name)
         finally:
             self._remove(name)
 

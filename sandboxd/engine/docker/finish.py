@@ -36,28 +36,39 @@ WITH_DEVICES = {"/dev", "/dev/pts", *NODES, *MASKED, *READ_ONLY}
 """A masked path shows the null device; one that is read-only is of ``/proc``, whose options are its own."""
 KEPT = {"/", "/proc", "/dev/shm", "/tmp", INIT_PATH, *WITH_DEVICES}
 WORKSPACE = "/workspace"
+NO_PROGRAMS = "noexec"  # an option of a mount, and not of its file system
 LEFT_EMPTY = ("/dev/mqueue", DOOR_PATH)
 
 
-def finish(pid: int, lent: Collection[str], workspace: int) -> None:
+def finish(
+    pid: int, lent: Collection[str], workspace: int, temporary: Collection[tuple[str, tuple[str, ...]]]
+) -> None:
     """Finish the container of PID 1 ``pid``.
 
-    ``lent`` are the targets of host paths, ``workspace`` is a detached mount. Raises OSError, and
-    ControlNotEnforced for an image that has something in the workspace's place.
+    ``lent`` are the targets of host paths, ``workspace`` is a detached mount, ``temporary`` what has a tmpfs
+    whose options the engine did not take. Raises OSError, and ControlNotEnforced for an image that has
+    something in the place of one of them.
     """
     entries = _entries(pid)
-    if WORKSPACE not in {entry.target for entry in entries}:
-        raise errors.ControlNotEnforced(
-            f"the image has something at {WORKSPACE} that is no directory", control="workspace"
-        )
+    at = {entry.target for entry in entries}
+    for target in (WORKSPACE, *(target for target, _ in temporary)):
+        if target not in at:
+            raise errors.ControlNotEnforced(
+                f"the image has something at {target} that is no directory", control=target.rpartition("/")[2]
+            )
     namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        in_mount_namespace(namespace, lambda: _inside(entries, lent, workspace))
+        in_mount_namespace(namespace, lambda: _inside(entries, lent, workspace, temporary))
     finally:
         os.close(namespace)
 
 
-def _inside(entries: list[MountEntry], lent: Collection[str], workspace: int) -> None:
+def _inside(
+    entries: list[MountEntry],
+    lent: Collection[str],
+    workspace: int,
+    temporary: Collection[tuple[str, tuple[str, ...]]],
+) -> None:
     for entry in reversed(entries):  # a later one may lie on an earlier one
         if entry.target not in KEPT and entry.target not in lent:
             with suppress(FileNotFoundError):  # it went with the one that it lay below
@@ -65,6 +76,9 @@ def _inside(entries: list[MountEntry], lent: Collection[str], workspace: int) ->
         elif entry.target not in WITH_DEVICES:
             mounts.set_attributes_at(entry.target, read_only=entry.target == "/" or entry.target in lent)
     mounts.attach(workspace, Path(WORKSPACE))
+    for target, options in temporary:
+        of_files = ",".join(option for option in options if option != NO_PROGRAMS)
+        mounts.remount(target, of_files, executable=NO_PROGRAMS not in options)
     mounts.remount("/proc", "hidepid=2")
     mounts.remount("/dev", "mode=755,size=64k", devices=True)
     mounts.remount("/dev/pts", f"ptmxmode=0666,mode=0620,max={PTYS}", devices=True)

@@ -20,6 +20,7 @@ from sandboxd import errors, models
 from sandboxd.engine.bundle import INIT_PATH
 from sandboxd.engine.docker.endpoint import DockerEndpoint, MissingInEngine
 from sandboxd.engine.docker.pins import EngineImage, PinsFile
+from sandboxd.engine.docker.podman import IMPORT, is_podman
 from sandboxd.images import Image, ImageStore
 from sandboxd.images.image import DIGEST, host_architecture
 
@@ -193,9 +194,13 @@ class DockerImages(ImageStore):
             raise errors.EngineFailed(f"image {image.name} has no root file system")
         tag = image.digest.removeprefix("sha256:")[:32]
         with self.hold(image.digest), self._endpoint.asking(f"import image {image.name}") as client:
+            path = f"/v{client.api_version}/images/create"
+            parameters = {"fromSrc": "-", "repo": self._repository, "tag": tag}
+            if is_podman(client.version()):
+                path, parameters = IMPORT, {"reference": f"{self._repository}:{tag}"}
             answer = client.post(  # the SDK's own import has no timeout
-                f"{client.base_url}/v{client.api_version}/images/create",
-                params={"fromSrc": "-", "repo": self._repository, "tag": tag},
+                client.base_url + path,
+                params=parameters,
                 headers={"Content-Type": "application/x-tar"},
                 data=_tar_of(image.rootfs),
                 timeout=IMPORT_TIMEOUT,
@@ -206,7 +211,8 @@ class DockerImages(ImageStore):
                 )
             lines = [json.loads(line) for line in answer.text.splitlines() if line.strip()]
         wrong = next((line["error"] for line in lines if "error" in line), None)
-        id_ = "" if wrong or not lines else str(lines[-1].get("status", ""))
+        last = {} if wrong or not lines else lines[-1]
+        id_ = str(last.get("status") or last.get("Id"))  # Docker's word, and Podman's
         if DIGEST.fullmatch(id_) is None:
             raise errors.EngineFailed(
                 f"the Docker Engine did not import image {image.name}: {wrong or lines}"

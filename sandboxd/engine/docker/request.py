@@ -10,6 +10,7 @@ until then nothing but our own code runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sandboxd.engine.bundle import INIT_CAPABILITIES, INIT_PATH, MASKED, READ_ONLY, temporary
@@ -18,7 +19,6 @@ from sandboxd.init import INIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from sandboxd.engine.docker.images import EngineImage
     from sandboxd.images import HostBind
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["DOOR_PATH", "INSTANCE_LABEL", "SLOT_LABEL", "Labels", "make_request"]
 
 DOOR_PATH = "/dev/.sandboxd-door"
+IPV6 = Path("/proc/sys/net/ipv6")  # not there in a kernel without; the engine turns it off
 """Where PID 1 finds the socket to connect to; gone before the tool process exists."""
 INSTANCE_LABEL = "io.sandboxd.instance"
 SLOT_LABEL = "io.sandboxd.slot"
@@ -103,6 +104,7 @@ def make_request(
         "Sysctls": {  # as the kernel has them: the engine would open both
             "net.ipv4.ip_unprivileged_port_start": "1024",
             "net.ipv4.ping_group_range": "1 0",
+            **({"net.ipv6.conf.all.disable_ipv6": "0"} if IPV6.exists() else {}),
         },
         "Tmpfs": {
             # else the engine makes a volume, and fills it

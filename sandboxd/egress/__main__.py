@@ -1,0 +1,106 @@
+"""``python -m sandboxd.egress FD UID``: serve what the daemon at the other end of the socket hands over."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import os
+import socket
+import sys
+import traceback
+from contextlib import suppress
+from functools import partial
+
+import anyio
+import dns.asyncbackend
+import dns.rdata
+
+from sandboxd.egress.budget import Budget
+from sandboxd.egress.container import Container, close_all
+from sandboxd.egress.jail import give_up
+from sandboxd.egress.messages import Serve, Setup, decode, encode, rules_of
+from sandboxd.egress.upstream import Resolver
+from sandboxd.kernel import descriptors
+from sandboxd.reach import Reach
+
+DESCRIPTORS = 65536
+MAX_MESSAGE = 1 << 20
+DOORS = 5
+MAX_FAULT = 8192
+
+
+class Worker:
+    """Serves the containers of one caller until the daemon closes its end."""
+
+    def __init__(self, sock: socket.socket, resolver: Resolver) -> None:
+        self._sock = sock
+        self._resolver = resolver
+        self._containers: dict[str, Container] = {}
+        self._rules: dict[str, tuple[Reach, dict[str, int]]] = {}
+
+    async def run(self) -> None:
+        """Until the end of the stream."""
+        async with anyio.create_task_group() as tasks:
+            while True:
+                await anyio.wait_readable(self._sock)
+                data, fds, _ = descriptors.receive(self._sock, MAX_MESSAGE, DOORS)
+                if not data:
+                    break
+                kind, content = decode(data)
+                match kind:
+                    case "rules":
+                        rules = rules_of(content["rules"])
+                        self._rules[content["name"]] = Reach(rules), dict(rules.budget)
+                    case "serve" if len(fds) == DOORS:
+                        asked = Serve(**content)
+                        reach, budget = self._rules[asked.rules]
+                        say = partial(self._say, id=asked.id)
+                        container = self._containers[asked.id] = Container(
+                            fds,
+                            say,
+                            reach=reach,
+                            budget=Budget(budget),
+                            names=asked.names,
+                            resolver=self._resolver,
+                        )
+                        container.begin(tasks, fresh=asked.fresh)
+                    case "end":
+                        self._containers.pop(content["id"]).end()
+                    case _:
+                        close_all(fds)
+            tasks.cancel_scope.cancel()
+
+    def _say(self, kind: str, **content: object) -> None:
+        self._sock.setblocking(True)  # the daemon reads at once; where it does not, this waits for it
+        try:
+            self._sock.send(encode(kind, content))
+        except (BrokenPipeError, ConnectionResetError):
+            sys.exit(0)
+        finally:
+            self._sock.setblocking(False)
+
+
+async def main(fd: int, uid: int) -> None:
+    """Become what serves, and serve."""
+    sock = socket.socket(fileno=fd)
+    try:
+        sock.setblocking(False)
+        # what is imported late elsewhere: no file can be opened later
+        dns.rdata.load_all_types()
+        dns.asyncbackend.get_backend("asyncio")
+        await anyio.wait_readable(sock)
+        _, said = decode(sock.recv(MAX_MESSAGE))
+        setup = Setup(**said)
+        give_up(uid, DESCRIPTORS, base64.b64decode(setup.filter))
+        gc.freeze()
+        await Worker(sock, Resolver(setup.nameservers, setup.hosts, setup.port)).run()
+    except Exception:  # noqa: BLE001  (it can write no file, and has nobody else to tell)
+        sock.setblocking(True)
+        with suppress(OSError):
+            sock.send(encode("fault", {"why": traceback.format_exc()[-MAX_FAULT:]}))
+        os._exit(1)
+    os._exit(0)  # the event loop's own end makes system calls that are not there any more
+
+
+if __name__ == "__main__":
+    anyio.run(main, int(sys.argv[1]), int(sys.argv[2]))

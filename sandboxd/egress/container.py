@@ -1,0 +1,449 @@
+"""One container: every connection, question and refused attempt of it, until its call is over."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import os
+import select
+import socket
+import struct
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from sandboxd.egress import hello, upstream
+from sandboxd.egress.names import Names
+from sandboxd.egress.refused import read_refused
+from sandboxd.egress.relay import Cut, Pump, cut, resets
+from sandboxd.reach import STANDINS, STANDINS6, Decision
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from anyio.abc import TaskGroup
+
+    from sandboxd.egress.budget import Budget
+    from sandboxd.reach import Reach
+
+__all__ = ["Container"]
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+HELLO_SECONDS = 10.0
+DNS_SECONDS = 10.0  # that a stream of questions may be silent
+MAX_OPEN = 4096  # connections at once
+MAX_EVENTS = 1000  # of a call; the rest is counted only
+MAX_KINDS = 256  # of refusals that are told apart
+IPV6_PKTINFO = 50
+FIRST_READ = 4096
+MAX_FAULT = 8192  # bytes told of one
+MAX_FAULTS = 3
+
+
+@dataclass
+class _Connection:
+    """What its event says of it."""
+
+    name: str | None
+    address: str
+    port: int
+    protocol: str = "tcp"
+    upstream: str | None = None
+    rule: str | None = None
+    begun: float = 0.0
+    sent: int = 0
+    received: int = 0
+
+
+class Container:
+    """Serves the sockets of one container; ``say`` takes what the daemon is told of it."""
+
+    def __init__(
+        self,
+        fds: Sequence[int],
+        say: Callable[..., None],
+        *,
+        reach: Reach,
+        budget: Budget,
+        names: dict[str, str],
+        resolver: upstream.Resolver,
+    ) -> None:
+        """``fds``: those of ``network.namespace.Doors``, in its order; this owns them from now on.
+
+        ``names``: those that it was told before, with their addresses.
+        """
+        self._reach = reach
+        self._budget = budget
+        self._resolver = resolver
+        self._say = say
+        self._sockets = [socket.socket(fileno=fd) for fd in fds]
+        self._names = Names(
+            self._reach,
+            known=names,
+            on_new=lambda name, address: say("name", name=name, address=address),
+            on_refused=self._on_refused_name,
+        )
+        self._events = self._faults = 0
+        self._open = 0
+        self._begun = time.monotonic()
+        self._refusals: dict[tuple[str, str, int | None, str], dict[str, Any]] = {}
+        self._scope = anyio.CancelScope()
+        self._awake = False
+        self._first_sign: select.epoll
+
+    def begin(self, tasks: TaskGroup, *, fresh: bool) -> None:
+        """Serve it from now on; most calls never connect, and cost no more than this.
+
+        ``fresh``: the command has not begun, and what was refused before is not its doing.
+        """
+        if fresh:
+            with suppress(OSError):
+                while self._sockets[4].recv(65536):
+                    pass
+        self._first_sign = select.epoll()
+        for sock in self._sockets:
+            self._first_sign.register(sock, select.EPOLLIN)
+        asyncio.get_running_loop().add_reader(self._first_sign, self._wake, tasks)
+
+    def _wake(self, tasks: TaskGroup) -> None:
+        self._sleep_no_more()
+        self._awake = True
+        tasks.start_soon(self._serve)
+
+    def _sleep_no_more(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._first_sign)
+        self._first_sign.close()
+
+    async def _serve(self) -> None:
+        try:
+            with self._scope:
+                async with anyio.create_task_group() as tasks:
+                    tcp, tcp6, dns, dns_tcp, refused = self._sockets
+                    for listener in (tcp, tcp6):
+                        tasks.start_soon(self._accept, tasks, listener, self._connection)
+                    tasks.start_soon(self._accept, tasks, dns_tcp, self._questions)
+                    tasks.start_soon(self._datagrams, dns)
+                    tasks.start_soon(self._read_refused, refused)
+        finally:
+            self._close()
+
+    def end(self) -> None:
+        """Cut everything; the sum of it is told when that is done."""
+        with suppress(OSError):
+            self._drain_refused(self._sockets[4])
+        if self._awake:
+            self._scope.cancel()
+        else:
+            self._sleep_no_more()
+            self._close()
+
+    def _close(self) -> None:
+        for sock in self._sockets:
+            sock.close()
+        self._say(
+            "ended",
+            refusals=list(self._refusals.values()),
+            limits=sorted(self._budget.reached),
+            connections=self._budget.connections,
+            bytes_in=self._budget.used["in"],
+            bytes_out=self._budget.used["out"],
+        )
+
+    # events
+
+    def _emit(self, verdict: str, connection: _Connection, why: str) -> None:
+        if verdict == "denied":
+            self._count_refusal(connection, why)
+        if self._events >= MAX_EVENTS:
+            return
+        self._events += 1
+        self._say(
+            "event",
+            verdict=verdict,
+            protocol=connection.protocol,
+            name=connection.name,
+            address=connection.address,
+            port=connection.port,
+            upstream=connection.upstream,
+            why=why,
+            rule=connection.rule,
+            bytes_out=connection.sent,
+            bytes_in=connection.received,
+            duration=int((time.monotonic() - connection.begun) * 1e6) if connection.begun else 0,
+        )
+
+    def _count_refusal(self, connection: _Connection, why: str) -> None:
+        what = connection.name or connection.address
+        key = (connection.protocol, what, connection.port or None, why)
+        if key not in self._refusals and len(self._refusals) >= MAX_KINDS:
+            key = (connection.protocol, "others", None, "")
+        found = self._refusals.setdefault(
+            key,
+            {
+                "protocol": key[0],
+                "target": key[1],
+                "port": key[2],
+                "why": key[3],
+                "rule": connection.rule,
+                "count": 0,
+            },
+        )
+        found["count"] += 1
+
+    def _on_refused_name(self, name: str, decision: Decision) -> None:
+        self._emit("denied", _Connection(name, "", 0, "dns", rule=decision.where), decision.why)
+
+    def _fault(self) -> None:
+        """Tell of what was raised and should not have been, as long as nobody makes it a habit."""
+        self._faults += 1
+        if self._faults <= MAX_FAULTS:
+            self._say("fault", why=traceback.format_exc()[-MAX_FAULT:])
+
+    # what the packet filter refused
+
+    async def _read_refused(self, log: socket.socket) -> None:
+        while True:
+            await anyio.wait_readable(log)
+            self._drain_refused(log)
+
+    def _drain_refused(self, log: socket.socket) -> None:
+        while True:
+            try:
+                data = log.recv(65536)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno == errno.ENOBUFS:
+                    continue  # more came than was kept
+                raise
+            for refused in read_refused(data):
+                self._on_refused_packet(refused.protocol, refused.address, refused.port or 0)
+
+    def _on_refused_packet(self, protocol: str, address: Address, port: int) -> None:
+        name = self._names.name_of(address) if _stands_for_a_name(address) else None
+        if protocol != "tcp":
+            decision = Decision(
+                allowed=False, why=f"{protocol} leaves no container, but for names to port 53"
+            )
+        elif name is not None:
+            decision = self._reach.at(name, port)
+        else:
+            decision = self._reach.address(address, port)
+        self._emit(
+            "denied", _Connection(name, str(address), port, protocol, rule=decision.where), decision.why
+        )
+
+    # connections
+
+    async def _accept(
+        self, tasks: TaskGroup, listener: socket.socket, serve: Callable[[socket.socket], Awaitable[None]]
+    ) -> None:
+        while True:
+            try:
+                accepted, _ = listener.accept()
+            except BlockingIOError:
+                await anyio.wait_readable(listener)
+                continue
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    await anyio.sleep(0.05)
+                continue
+            if self._open >= MAX_OPEN:
+                self._emit("limit", _Connection(None, "", 0), f"{MAX_OPEN} connections are open already")
+                cut(accepted)
+                await anyio.lowlevel.checkpoint()
+                continue
+            accepted.setblocking(False)
+            resets(accepted, reset=True)
+            self._open += 1
+            tasks.start_soon(self._guarded, serve, accepted)
+            await anyio.lowlevel.checkpoint()  # connections may come faster than they are taken
+
+    async def _guarded(
+        self, serve: Callable[[socket.socket], Awaitable[None]], accepted: socket.socket
+    ) -> None:
+        try:
+            await serve(accepted)
+        except OSError:
+            cut(accepted)
+        except Exception:  # noqa: BLE001  (one connection's, and no reason to end the others)
+            cut(accepted)
+            self._fault()
+        finally:
+            self._open -= 1
+            accepted.close()
+
+    async def _connection(self, client: socket.socket) -> None:
+        host, port = client.getsockname()[:2]
+        address = ipaddress.ip_address(host)
+        connection = _Connection(None, str(address), port, begun=time.monotonic())
+        if (limit := self._budget.connect()) is not None:
+            self._emit("limit", connection, f"network.budget.{limit} is used up")
+            cut(client)
+            return
+        if _stands_for_a_name(address):
+            connection.name = self._names.name_of(address)
+            if connection.name is None:
+                decision = Decision(allowed=False, why=f"{address} stands for no name that was asked for")
+            else:
+                decision = self._reach.at(connection.name, port)
+        else:
+            decision = self._reach.address(address, port)
+        connection.rule = decision.where
+        if not decision.allowed:
+            self._emit("denied", connection, decision.why)
+            cut(client)
+            return
+        try:
+            server, found = await self._connect(connection, address)
+        except upstream.Unreachable as error:
+            if error.refused is not None:
+                connection.rule = error.refused.where
+            self._emit("denied" if error.refused else "failed", connection, str(error))
+            cut(client)
+            return
+        connection.upstream = str(found)
+        with server:
+            await self._relay(client, server, connection)
+
+    async def _connect(self, connection: _Connection, address: Address) -> tuple[socket.socket, Address]:
+        if connection.name is None:
+            return await upstream.connect_to([address], connection.port)
+        addresses = await self._resolver.addresses(connection.name)
+        return await upstream.connect(addresses, connection.port, self._reach, connection.name)
+
+    async def _relay(self, client: socket.socket, server: socket.socket, connection: _Connection) -> None:
+        out = Pump(client, server, "out", self._budget)
+        back = Pump(server, client, "in", self._budget)
+        verdict, why = "allowed", "the call ended before the connection did"
+        refusal: list[str] = []
+
+        async def there() -> None:
+            try:
+                first = await self._first(client, connection)
+            except hello.HelloMalformed as error:
+                refusal.append(str(error))
+                with suppress(OSError):
+                    client.send(hello.alert(hello.UNRECOGNIZED_NAME))
+                tasks.cancel_scope.cancel()
+                return
+            await out.send(first)
+            await out.run()
+
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(there)
+                tasks.start_soon(back.run)
+            verdict, why = ("denied", refusal[0]) if refusal else ("allowed", "")
+        except* Cut as group:
+            limit = str(group.exceptions[0])
+            self._budget.reached.add(limit)
+            verdict, why = "limit", f"network.budget.{limit} is used up"
+        except* OSError as group:
+            why = f"the connection was reset: {group.exceptions[0]}"
+        finally:
+            connection.sent, connection.received = out.moved, back.moved
+            self._emit(verdict, connection, why)
+        if not why or refusal:  # all was said, or the alert
+            resets(client, reset=False)
+        resets(server, reset=bool(why))
+
+    async def _first(self, client: socket.socket, connection: _Connection) -> bytes:
+        """What the client says first: of TLS, all of its ClientHello, which has to name whom it should."""
+        data, reader = b"", hello.HelloReader()
+        with anyio.move_on_after(HELLO_SECONDS) as scope:
+            while True:
+                try:
+                    read = client.recv(FIRST_READ)
+                except BlockingIOError:
+                    if not data:
+                        scope.deadline = float("inf")
+                    await anyio.wait_readable(client)
+                    continue
+                if not data:
+                    scope.deadline = anyio.current_time() + HELLO_SECONDS
+                data += read
+                tls = hello.is_tls(data) if data else False
+                if connection.name is None or not read or tls is False:
+                    return data
+                if tls and (found := reader.feed(read)) is not None:
+                    self._check_hello(found, connection.name)
+                    return data
+        raise hello.HelloMalformed("the ClientHello did not come")
+
+    def _check_hello(self, found: hello.Hello, name: str) -> None:
+        if found.server_name == name:
+            return
+        if found.encrypted:
+            raise hello.HelloMalformed(
+                f"the ClientHello is encrypted for {found.server_name}; {name} is to be asked for in the open"
+            )
+        said = "no server" if found.server_name is None else found.server_name
+        raise hello.HelloMalformed(f"the ClientHello names {said}, and the connection is to {name}")
+
+    # names
+
+    async def _datagrams(self, sock: socket.socket) -> None:
+        while True:
+            try:
+                question, ancillary, _, sender = sock.recvmsg(4096, 256)
+            except BlockingIOError:
+                await anyio.wait_readable(sock)
+                continue
+            except OSError:
+                continue
+            try:
+                answer = self._names.answer(question)
+            except Exception:  # noqa: BLE001  (one question's, and no reason to end the others)
+                self._fault()
+                answer = None
+            if answer is not None:
+                with suppress(OSError):  # whoever asked may be gone
+                    sock.sendmsg([answer], list(_from_where(ancillary)), 0, sender)
+            await anyio.lowlevel.checkpoint()
+
+    async def _questions(self, client: socket.socket) -> None:
+        data = b""
+        with anyio.move_on_after(DNS_SECONDS) as scope:
+            while True:
+                while len(data) >= 2 and len(data) >= (size := 2 + int.from_bytes(data[:2])):
+                    answer = self._names.answer(data[2:size])
+                    data = data[size:]
+                    if answer is not None:
+                        await _send(client, struct.pack(">H", len(answer)) + answer)
+                    scope.deadline = anyio.current_time() + DNS_SECONDS
+                await anyio.wait_readable(client)
+                read = client.recv(FIRST_READ)
+                if not read:
+                    return
+                data += read
+
+
+async def _send(sock: socket.socket, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        try:
+            left = left[sock.send(left) :]
+        except BlockingIOError:
+            await anyio.wait_writable(sock)
+
+
+def _from_where(ancillary: list[tuple[int, int, bytes]]) -> list[tuple[int, int, bytes]]:
+    """So that an answer comes from where the question went."""
+    return [(level, kind, data[:16] + bytes(4)) for level, kind, data in ancillary if kind == IPV6_PKTINFO]
+
+
+def _stands_for_a_name(address: Address) -> bool:
+    return address in STANDINS or address in STANDINS6
+
+
+def close_all(fds: Sequence[int]) -> None:
+    """Close descriptors that nobody takes."""
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,67 @@
+"""What the daemon and a process of ``sandboxd.egress`` say to each other: JSON, each a datagram.
+
+The daemon reads what a process says as it reads any stranger's: its types are checked, its size is bounded.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from sandboxd.reach import Allow, Deny, NetworkRules
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Serve", "Setup", "decode", "encode", "rules_of"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a process is started with."""
+
+    nameservers: tuple[str, ...]
+    port: int
+    hosts: dict[str, list[str]]
+    filter: str
+    """Of system calls, as base64."""
+
+
+@dataclass(frozen=True)
+class Serve:
+    """A container that a call has now; its sockets come with the message."""
+
+    id: str
+    rules: str
+    """The name of rules that came before, in a message of their own."""
+    fresh: bool
+    """Whether the command has not begun."""
+    names: dict[str, str]
+    """Addresses of names that the container was told already, by a process that is gone."""
+
+
+def rules_of(content: Mapping[str, Any]) -> NetworkRules:
+    """Rules from what was decoded."""
+    return NetworkRules(
+        tuple(Allow(each["target"], tuple(each["ports"]), each["where"]) for each in content["allow"]),
+        tuple(Deny(each["target"], tuple(each["ports"]), each["where"]) for each in content["deny"]),
+        tuple((name, limit) for name, limit in content["budget"]),
+    )
+
+
+def encode(kind: str, content: object) -> bytes:
+    """A message."""
+    data = content if isinstance(content, dict) else asdict(content)  # type: ignore[call-overload]
+    return json.dumps([kind, data], separators=(",", ":")).encode()
+
+
+def decode(message: bytes) -> tuple[str, dict[str, Any]]:
+    """Kind and content. Raises ValueError for what is no message."""
+    found = json.loads(message)
+    if not (isinstance(found, list) and len(found) == 2 and isinstance(found[0], str)):
+        raise ValueError("no message")
+    kind, content = found
+    if not isinstance(content, dict):
+        raise ValueError("no message")  # noqa: TRY004
+    return kind, content

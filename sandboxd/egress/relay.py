@@ -1,0 +1,129 @@
+"""Bytes from one socket to another, without a look at them; many by splice(2) through a pipe."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from contextlib import suppress
+from typing import TYPE_CHECKING, Literal
+
+import anyio
+
+if TYPE_CHECKING:
+    from sandboxd.egress.budget import Budget
+
+__all__ = ["Cut", "Pump", "cut", "resets"]
+
+CHUNK = 1 << 20
+COPIED = 1 << 16  # bytes of one read that goes without a pipe
+FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+
+
+class Cut(Exception):
+    """Raised when a connection has used its share."""
+
+    def __init__(self, limit: str) -> None:
+        super().__init__(limit)
+        self.limit = limit
+
+
+def resets(sock: socket.socket, *, reset: bool) -> None:
+    """Whether the other end sees a reset when this is closed, by the end of this process too.
+
+    So it is until all was said: an end that comes early is not to look like one.
+    """
+    with suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", reset, 0))
+
+
+def cut(sock: socket.socket) -> None:
+    """Close so that the other end sees a reset."""
+    resets(sock, reset=True)
+    sock.close()
+
+
+class Pump:
+    """One direction of a connection."""
+
+    def __init__(
+        self, source: socket.socket, sink: socket.socket, way: Literal["in", "out"], budget: Budget
+    ) -> None:
+        self._source = source
+        self._sink = sink
+        self._way: Literal["in", "out"] = way
+        self._budget = budget
+        self.moved = 0
+
+    async def send(self, data: bytes) -> None:
+        """Bytes that were read already. Raises OSError, Cut."""
+        left = memoryview(data)
+        while left:
+            most = await self._budget.take(self._way, len(left))
+            sent = 0
+            try:
+                sent = self._sink.send(left[:most])
+            except BlockingIOError:
+                await anyio.wait_writable(self._sink)
+            finally:
+                self._budget.give_back(self._way, most - sent)
+            self.moved += sent
+            left = left[sent:]
+
+    async def run(self) -> None:
+        """Until the source ends, which the sink is told. Raises OSError, Cut."""
+        while data := await self._receive():
+            await self.send(data)
+            if len(data) == COPIED:  # there is more, and a pipe pays
+                await self._splice()
+                break
+        with suppress(OSError):
+            self._sink.shutdown(socket.SHUT_WR)
+
+    async def _receive(self) -> bytes:
+        while True:
+            try:
+                return self._source.recv(COPIED)
+            except BlockingIOError:
+                await anyio.wait_readable(self._source)
+
+    async def _splice(self) -> None:
+        there, here = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            with suppress(OSError):  # what all pipes of a user may hold is bounded
+                fcntl.fcntl(here, fcntl.F_SETPIPE_SZ, CHUNK)
+            while count := await self._fill(here):
+                await self._drain(there, count)
+        finally:
+            os.close(there)
+            os.close(here)
+
+    async def _fill(self, pipe: int) -> int:
+        """Some bytes; 0 at the end."""
+        while True:
+            try:
+                most = await self._budget.take(self._way, CHUNK)
+            except Cut:
+                await anyio.wait_readable(self._source)
+                if self._source.recv(1, socket.MSG_PEEK):
+                    raise
+                return 0  # it ends where its share does
+            moved = 0
+            try:
+                moved = os.splice(self._source.fileno(), pipe, most, flags=FLAGS)
+            except BlockingIOError:
+                pass
+            else:
+                self.moved += moved
+                return moved
+            finally:
+                self._budget.give_back(self._way, most - moved)
+            await anyio.wait_readable(self._source)
+
+    async def _drain(self, pipe: int, count: int) -> None:
+        while count:
+            try:
+                count -= os.splice(pipe, self._sink.fileno(), count, flags=FLAGS)
+            except BlockingIOError:
+                await anyio.wait_writable(self._sink)

@@ -1,0 +1,136 @@
+"""The other side of a connection: the addresses that a name has outside, and connecting to one of them."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import time
+from typing import TYPE_CHECKING
+
+import anyio
+import dns.asyncbackend
+import dns.asyncresolver
+import dns.exception
+import dns.resolver
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from sandboxd.reach import Decision, Reach
+
+__all__ = ["Resolver", "Unreachable", "connect"]
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+LOOKUP_SECONDS = 10.0
+CONNECT_SECONDS = 10.0  # for one address
+MAX_ADDRESSES = 8
+KEPT = 4096  # names
+
+
+class Unreachable(Exception):
+    """Raised when nothing can be connected to. ``refused``: where rules are in the way, not the network."""
+
+    def __init__(self, why: str, refused: Decision | None = None) -> None:
+        super().__init__(why)
+        self.refused = refused
+
+
+class Resolver:
+    """Asks the host's name servers. What was answered is kept as long as it says itself."""
+
+    def __init__(
+        self, nameservers: Sequence[str], hosts: Mapping[str, Sequence[str]], port: int = 53
+    ) -> None:
+        self._hosts = hosts
+        self._backend = dns.asyncbackend.get_backend("asyncio")
+        self._resolver = dns.asyncresolver.Resolver(configure=False)
+        self._resolver.nameservers = list(nameservers)
+        self._resolver.port = port
+        self._resolver.lifetime = LOOKUP_SECONDS
+        self._kept: dict[str, tuple[float, list[Address]]] = {}
+
+    async def addresses(self, name: str) -> list[Address]:
+        """Those of both families, none where the name has none. Raises Unreachable."""
+        if (fixed := self._hosts.get(name)) is not None:
+            return [ipaddress.ip_address(address) for address in fixed]
+        kept = self._kept.get(name)
+        if kept is not None and kept[0] > time.monotonic():
+            return kept[1]
+        found: dict[str, list[Address]] = {}
+        until = [time.monotonic() + 60]
+        failed: list[str] = []
+
+        async def ask(kind: str) -> None:
+            try:
+                answer = await self._resolver.resolve(
+                    name + ".", kind, raise_on_no_answer=False, backend=self._backend
+                )
+            except dns.resolver.NXDOMAIN:
+                return
+            except dns.exception.DNSException as error:
+                failed.append(str(error))
+                return
+            if answer.rrset is not None:
+                found[kind] = [ipaddress.ip_address(item.address) for item in answer.rrset]
+                until.append(time.monotonic() + answer.rrset.ttl)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask, "A")
+            tasks.start_soon(ask, "AAAA")
+        addresses = [*found.get("A", ()), *found.get("AAAA", ())]
+        if not addresses and failed:
+            raise Unreachable(f"the name {name} could not be looked up: {failed[0]}")
+        if len(self._kept) >= KEPT:
+            self._kept.clear()
+        self._kept[name] = min(until), addresses
+        return addresses
+
+
+async def connect(
+    addresses: Sequence[Address], port: int, reach: Reach, name: str
+) -> tuple[socket.socket, Address]:
+    """A connection to the first address that may be connected to and answers. Raises Unreachable.
+
+    What was checked is what is connected to: the name is not looked up again.
+    """
+    if not addresses:
+        raise Unreachable(f"the name {name} has no address")
+    decisions = {address: reach.upstream(address, port) for address in addresses}
+    allowed = [address for address, decision in decisions.items() if decision.allowed]
+    if not allowed:
+        refused = next(iter(decisions.values()))
+        raise Unreachable(f"{name} is not where it may be: {refused.why}", refused)
+    return await connect_to(allowed[:MAX_ADDRESSES], port)
+
+
+async def connect_to(addresses: Sequence[Address], port: int) -> tuple[socket.socket, Address]:
+    """A connection to the first of them that answers. Raises Unreachable."""
+    why = ""
+    for address in addresses:
+        try:
+            with anyio.fail_after(CONNECT_SECONDS):
+                return await _connect(address, port), address
+        except TimeoutError:
+            why = f"{address} does not answer at port {port}"
+        except OSError as error:
+            why = f"{address}, port {port}: {error.strerror or error}"
+    raise Unreachable(why)
+
+
+async def _connect(address: Address, port: int) -> socket.socket:
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        try:
+            sock.connect((str(address), port))
+        except BlockingIOError:
+            await anyio.wait_writable(sock)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, OSError(code, "").strerror) from None
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,322 @@
+"""The daemon's side of the network: which process serves which container, and what it reports.
+
+Theory of operation.  A container's sockets (``namespace.Doors``) are handed to a process of
+``sandboxd.egress`` when a call gets the container, and taken back when the call has ended. A process serves
+the containers of one caller. It is started when first needed, and until it is up, connections wait in the
+backlog of their sockets. When it dies, its connections die with it; the containers go to another, with the
+names that they were told.
+"""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import anyio
+import anyio.to_thread
+import structlog
+from pydantic import ValidationError
+
+from sandboxd import errors
+from sandboxd.egress.messages import Serve, Setup, decode, encode
+from sandboxd.kernel.cgroup import CgroupLimits
+from sandboxd.models import NetworkEvent, NetworkUse
+from sandboxd.network.filter import filter_program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anyio.abc import TaskGroup
+
+    from sandboxd.config import NetworkConfig
+    from sandboxd.engine.base import Slot
+    from sandboxd.network.namespace import Doors
+    from sandboxd.reach import NetworkRules
+
+__all__ = ["Gateway"]
+
+CONTAINERS = 32  # that one process serves before another is started beside it
+END_SECONDS = 2.0
+IDLE_SECONDS = 300.0  # that a process without a container is kept
+MAX_EVENTS = 2000  # of a call; a process says fewer
+MAX_MESSAGE = 1 << 20
+MAX_NAMES = 10_000
+MAX_THREADS = 8  # of a process, which needs one
+MAX_CRASHES = 3  # of the processes that served one container
+SO_SNDBUFFORCE = 32  # asm-generic/socket.h
+
+log = structlog.get_logger("sandboxd.network")
+
+
+@dataclass
+class _Served:
+    """One container, and the call that it belongs to."""
+
+    id: str
+    uid: int
+    doors: Doors
+    shape: str
+    rules: NetworkRules
+    on_event: Callable[[NetworkEvent], None]
+    worker: _Worker
+    names: dict[str, str] = field(default_factory=dict)
+    crashes: int = 0
+    events: int = 0
+    ending: bool = False
+    ended: anyio.Event = field(default_factory=anyio.Event)
+    use: NetworkUse = field(default_factory=NetworkUse)
+
+
+class _Worker:
+    """One process, and the socket to it."""
+
+    def __init__(self, caller: int, uid: int) -> None:
+        self.caller = caller
+        self.uid = uid
+        self.containers: dict[str, _Served] = {}
+        self.name = f"egress-{uid}"
+        self.ready = anyio.Event()
+        self.rules: set[str] = set()
+        """The names of those that it has."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for sock in (ours, theirs):
+            with suppress(PermissionError):
+                sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 4 * MAX_MESSAGE)
+        ours.setblocking(False)
+        self.sock = ours
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-m", "sandboxd.egress", str(theirs.fileno()), str(uid)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                env={"LANG": "C.UTF-8"},
+            )
+        self._full = anyio.Lock()
+
+    async def send(self, message: bytes, fds: tuple[int, ...] = ()) -> None:
+        """Send a message whole. Raises OSError when the process is gone."""
+        while True:
+            try:
+                socket.send_fds(self.sock, [message], fds)
+            except BlockingIOError:
+                async with self._full:
+                    await anyio.wait_writable(self.sock)
+            else:
+                return
+
+    async def stop(self) -> None:
+        """End the process and reap it."""
+        self.sock.close()
+        self.process.send_signal(signal.SIGKILL)
+        await anyio.to_thread.run_sync(self.process.wait)
+
+
+class Confining(Protocol):
+    """Who puts processes into cgroups."""
+
+    async def confine(self, name: str, pid: int, limits: CgroupLimits) -> None:
+        """Put a process into one of its own."""
+
+    async def release(self, name: str) -> None:
+        """Take it away."""
+
+
+class Gateway:
+    """Which process serves which container. ``tasks`` is the daemon's task group."""
+
+    def __init__(self, config: NetworkConfig, confining: Confining, tasks: TaskGroup) -> None:
+        self._config = config
+        self._confining = confining
+        self._tasks = tasks
+        self._workers: dict[int, list[_Worker]] = {}
+        self._uids = list(range(config.uid + config.count - 1, config.uid - 1, -1))
+        self._served: dict[str, _Served] = {}
+
+    async def serve(
+        self,
+        id: str,  # noqa: A002
+        uid: int,
+        slot: Slot,
+        on_event: Callable[[NetworkEvent], None],
+    ) -> None:
+        """Have a slot served, for the call ``id`` of the caller ``uid``. Raises HostFailed."""
+        rules, doors = slot.shape.network, slot.doors
+        assert rules is not None  # noqa: S101
+        assert doors is not None  # noqa: S101
+        worker = await self._worker_for(uid)
+        served = _Served(id, uid, doors, slot.shape.digest, rules, on_event, worker)
+        self._served[id] = served
+        await self._hand_over(served)
+
+    async def begin_end(self, id: str) -> None:  # noqa: A002
+        """Cut what is left of the call's connections; ``end`` waits for that."""
+        served = self._served[id]
+        served.ending = True
+        with suppress(OSError):
+            await served.worker.send(encode("end", {"id": id}))
+
+    async def end(self, id: str) -> NetworkUse:  # noqa: A002
+        """What the call used, and what it was refused, after ``begin_end``."""
+        served = self._served.pop(id)
+        try:
+            with anyio.move_on_after(END_SECONDS):
+                await served.ended.wait()
+        finally:
+            served.worker.containers.pop(id, None)
+        return served.use
+
+    async def _hand_over(self, served: _Served) -> None:
+        worker = served.worker
+        worker.containers[served.id] = served
+        try:
+            if served.shape not in worker.rules:
+                await worker.send(encode("rules", {"name": served.shape, "rules": asdict(served.rules)}))
+                worker.rules.add(served.shape)
+            asked = Serve(served.id, served.shape, not served.crashes, served.names)
+            await worker.send(encode("serve", asked), served.doors.descriptors)
+        except OSError as error:
+            worker.containers.pop(served.id, None)
+            raise errors.HostFailed(f"the network's process takes no container: {error}") from error
+
+    async def _worker_for(self, caller: int) -> _Worker:
+        workers = self._workers.setdefault(caller, [])
+        least = min(workers, key=lambda worker: len(worker.containers), default=None)
+        full = least is None or len(least.containers) >= CONTAINERS
+        if least is not None and not (full and len(workers) < (os.cpu_count() or 1)):
+            await least.ready.wait()
+            return least
+        if not self._uids:
+            raise errors.HostFailed("every id of the network's processes is in use; raise network.count")
+        worker = _Worker(caller, self._uids.pop())
+        workers.append(worker)
+        self._tasks.start_soon(self._hear, worker)
+        try:
+            limits = CgroupLimits(self._config.memory, MAX_THREADS, self._config.cpus)
+            await self._confining.confine(worker.name, worker.process.pid, limits)
+            await worker.send(encode("setup", self._setup()))
+        except (errors.SandboxdError, OSError) as error:
+            worker.sock.close()
+            raise errors.HostFailed(f"a process for the network could not be started: {error}") from error
+        worker.ready.set()
+        return worker
+
+    def _setup(self) -> Setup:
+        nameservers = tuple(map(str, self._config.nameservers)) or _host_nameservers()
+        return Setup(
+            nameservers, self._config.port, _host_names(), base64.b64encode(filter_program()).decode()
+        )
+
+    async def _hear(self, worker: _Worker) -> None:
+        try:
+            while True:
+                try:
+                    message = worker.sock.recv(MAX_MESSAGE)
+                except BlockingIOError:
+                    with anyio.move_on_after(IDLE_SECONDS) as scope:
+                        await anyio.wait_readable(worker.sock)
+                    if scope.cancelled_caught and not worker.containers:
+                        break
+                    continue
+                except OSError:
+                    break
+                if not message or not self._understood(worker, message):
+                    break
+                await anyio.lowlevel.checkpoint()  # it may say more than anybody wants to hear
+        finally:
+            self._workers[worker.caller].remove(worker)
+            with anyio.CancelScope(shield=True):
+                await worker.stop()
+                with suppress(errors.SandboxdError):
+                    await self._confining.release(worker.name)
+            worker.ready.set()
+            self._uids.append(worker.uid)
+        await self._after_crash(worker)
+
+    def _understood(self, worker: _Worker, message: bytes) -> bool:
+        """Take what a process says, as that of a stranger; False: it is not to be believed any more."""
+        try:
+            kind, content = decode(message)
+            served = worker.containers.get(str(content.pop("id", "")))
+            match kind:
+                case "event":
+                    event = NetworkEvent.model_validate(content)
+                    if served is not None and served.events < MAX_EVENTS:
+                        served.events += 1
+                        served.on_event(event)
+                case "name":
+                    if served is not None and len(served.names) < MAX_NAMES:
+                        served.names[str(content["name"])[:255]] = str(content["address"])[:15]
+                case "ended":
+                    if served is not None:
+                        served.use = NetworkUse.model_validate(content)
+                        served.ended.set()
+                case "fault":
+                    log.error(
+                        "a network process failed", pid=worker.process.pid, why=str(content["why"])[:8192]
+                    )
+                case _:
+                    raise ValueError(f"unknown message {kind[:32]!r}")
+        except (ValueError, KeyError, ValidationError, RecursionError) as error:
+            log.error(  # noqa: TRY400  (its words are hostile, and no trace of ours)
+                "a network process is not understood", pid=worker.process.pid, reason=str(error)[:500]
+            )
+            return False
+        return True
+
+    async def _after_crash(self, worker: _Worker) -> None:
+        left = list(worker.containers.values())
+        if left:
+            log.error("a network process ended", pid=worker.process.pid, status=worker.process.returncode)
+        for served in left:
+            served.crashes += 1
+            served.on_event(
+                NetworkEvent(
+                    verdict="failed", why="the process that served the connections ended, and they with it"
+                )
+            )
+            if served.ending or served.crashes > MAX_CRASHES:
+                served.doors.close()  # what connects now is refused at once, and does not wait
+                served.ended.set()
+                continue
+            try:
+                served.worker = await self._worker_for(served.uid)
+                await self._hand_over(served)
+            except (errors.HostFailed, OSError):
+                log.exception("a container's connections are not served any more", id=served.id)
+                served.doors.close()
+                served.ended.set()
+
+
+def _host_nameservers() -> tuple[str, ...]:
+    found = []
+    with suppress(OSError):
+        for line in Path("/etc/resolv.conf").read_text(errors="replace").splitlines():
+            word, _, rest = line.strip().partition(" ")
+            if word == "nameserver" and rest.strip():
+                found.append(rest.split()[0].partition("%")[0])
+    return tuple(found) or ("127.0.0.1",)
+
+
+def _host_names() -> dict[str, list[str]]:
+    """What /etc/hosts says, but of the host itself and of loopback names."""
+    found: dict[str, list[str]] = {}
+    with suppress(OSError):
+        for line in Path("/etc/hosts").read_text(errors="replace").splitlines():
+            address, *names = line.partition("#")[0].split() or [""]
+            with suppress(ValueError):
+                ipaddress.ip_address(address)
+                for name in names:
+                    found.setdefault(name.lower(), []).append(address)
+    return found

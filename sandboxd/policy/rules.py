@@ -1,0 +1,33 @@
+"""The network rules of a resolved policy, as data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sandboxd.reach import Allow, Deny, NetworkRules
+
+if TYPE_CHECKING:
+    from sandboxd.policy.network import Target
+    from sandboxd.policy.resolved import Policy
+
+__all__ = ["network_rules"]
+
+
+def network_rules(policy: Policy) -> NetworkRules | None:
+    """The rules of a resolved policy; None where it reaches nothing."""
+    network = policy.spec.network
+    if network is None or network.reaches_nothing:
+        return None
+
+    def target(rule: Target) -> str:
+        return rule.host or rule.cidr or ""
+
+    def where(kind: str, number: int) -> str:
+        return str(policy.origin(f"network.{kind}.{number}"))
+
+    budget = {} if network.budget is None else network.budget.model_dump(exclude_none=True)
+    return NetworkRules(
+        tuple(Allow(target(rule), rule.ports, where("allow", at)) for at, rule in enumerate(network.allow)),
+        tuple(Deny(target(rule), rule.ports, where("deny", at)) for at, rule in enumerate(network.deny)),
+        tuple(budget.items()),
+    )

@@ -1,0 +1,74 @@
+"""The network of one call: served from hand-over to the end, and what is told of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sandboxd.models import Denial, Event, LimitReached, NetworkUse
+
+if TYPE_CHECKING:
+    from sandboxd.engine.base import Slot
+    from sandboxd.journal.spool import Spool
+    from sandboxd.models import NetworkEvent
+    from sandboxd.network.gateway import Gateway
+    from sandboxd.reach import NetworkRules
+
+__all__ = ["CallNetwork"]
+
+
+class CallNetwork:
+    """Of the call ``id`` of the caller ``uid``; its events go to ``spool``."""
+
+    def __init__(self, gateway: Gateway, id: str, uid: int, spool: Spool) -> None:  # noqa: A002
+        self._gateway = gateway
+        self._id = id
+        self._uid = uid
+        self._spool = spool
+        self._served = self._ending = False
+
+    async def begin(self, slot: Slot) -> None:
+        """Have the connections of a slot served, if its policy has a network. Raises HostFailed."""
+        if slot.doors is not None:
+            await self._gateway.serve(self._id, self._uid, slot, self._on_event)
+            self._served = True
+
+    async def begin_end(self) -> None:
+        """Cut what is left; ``end`` waits for that, and something else can be done first."""
+        if self._served and not self._ending:
+            self._ending = True
+            await self._gateway.begin_end(self._id)
+
+    async def end(self) -> NetworkUse:
+        """Cut what is left; the sum. Safe to call twice."""
+        await self.begin_end()
+        if not self._served:
+            return NetworkUse()
+        self._served = False
+        return await self._gateway.end(self._id)
+
+    def _on_event(self, event: NetworkEvent) -> None:
+        self._spool.add(Event(seq=0, at=0, type="network", network=event))
+
+
+def denials(use: NetworkUse) -> list[Denial]:
+    """What was refused, as denials."""
+    return [
+        Denial(
+            kind="name" if refusal.protocol == "dns" else "connection",
+            name=refusal.target if not refusal.port else _endpoint(refusal.target, refusal.port),
+            count=refusal.count,
+            detail=refusal.why,
+            rule=refusal.rule or "",
+        )
+        for refusal in use.refusals
+    ]
+
+
+def limits(use: NetworkUse, rules: NetworkRules | None) -> list[LimitReached]:
+    """The budgets that were reached; none of them ends a call."""
+    budget = {} if rules is None else dict(rules.budget)
+    return [LimitReached(limit=f"network.budget.{name}", value=budget.get(name, 0)) for name in use.limits]
+
+
+def _endpoint(target: str, port: int) -> str:
+    return f"[{target}]:{port}" if ":" in target else f"{target}:{port}"

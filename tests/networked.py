@@ -1,0 +1,78 @@
+"""Daemons whose containers may reach some of a small internet."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import psutil
+from daemons import Daemon, start_daemon, until
+from world import DNS, OTHER, PRIVATE, WWW, Echo, World
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+CONFIG = f"network: {{nameservers: [{DNS}]}}\n"
+POLICY = """\
+version: 1
+name: net
+extends: python
+warm: !remove
+network:
+  allow:
+    - {host: www.example.test, ports: [80, 443]}
+    - {host: "*.api.test", ports: [443]}
+    - {host: echo.example.test, ports: [7]}
+    - {host: inside.example.test, ports: [80]}
+    - {host: gone.example.test, ports: [80]}
+    - {cidr: 10.91.7.0/24, ports: [80]}
+  deny:
+    - {host: bad.api.test}
+"""
+
+
+FETCH = "import urllib.request as u; print(u.urlopen('http://www.example.test/').read().decode(), end='')"
+FOUND = "www.example.test /\n"
+
+
+def workers(daemon: Daemon) -> list[psutil.Process]:
+    """The processes that serve the network for this daemon."""
+    found = []
+    for child in psutil.Process(daemon.process.pid).children():
+        with contextlib.suppress(psutil.Error):  # one that has just ended
+            if "sandboxd.egress" in child.cmdline():
+                found.append(child)
+    return found
+
+
+def add_policy(daemon: Daemon, name: str, text: str) -> None:
+    """Write a policy and wait until it is in force."""
+    (daemon.policies / f"{name}.yaml").write_text(text)
+    until(lambda: name in [policy.name for policy in daemon.client().policies()], f"{name} is in force")
+
+
+@contextmanager
+def start_networked(directory: Path, config: str = "") -> Iterator[Daemon]:
+    """A daemon that asks the DNS of the world, with the policy ``net``."""
+    with start_daemon(directory, config=f"{CONFIG}{config}") as daemon:
+        add_policy(daemon, "net", POLICY)
+        yield daemon
+
+
+def fill(world: World) -> None:
+    """Give the world the hosts that the policy speaks of."""
+    world.records |= {
+        "www.example.test": [WWW],
+        "one.api.test": [WWW],
+        "bad.api.test": [WWW],
+        "echo.example.test": [WWW],
+        "inside.example.test": [PRIVATE],
+        "rebound.api.test": [PRIVATE],
+        "other.example.test": [OTHER],
+    }
+    for address in (WWW, OTHER, PRIVATE):
+        world.serve(address, 80)
+    world.serve(WWW, 443, tls="www.example.test")
+    world.serve(WWW, 7, Echo)
