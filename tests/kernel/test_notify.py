@@ -251,10 +251,13 @@ print(time.monotonic() - start)
 
 def test_killed_callers_do_not_hold_the_server(launcher: Path, server: NotifyServer) -> None:
     storm = f"""
+ready, begins = os.pipe()
 for _ in range(150):
     child = os.fork()
     if child == 0:
+        os.write(begins, b"x")
         while True: call(5000)
+    os.read(ready, 1)
     time.sleep({0.001 * PATIENCE})
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
