@@ -97,15 +97,8 @@ class Container:
         self._awake = False
         self._first_sign: select.epoll
 
-    def begin(self, tasks: TaskGroup, *, fresh: bool) -> None:
-        """Serve it from now on; most calls never connect, and cost no more than this.
-
-        ``fresh``: the command has not begun, and what was refused before is not its doing.
-        """
-        if fresh:
-            with suppress(OSError):
-                while self._sockets[4].recv(65536):
-                    pass
+    def begin(self, tasks: TaskGroup) -> None:
+        """Serve it from now on; most calls never connect, and cost no more than this."""
         self._first_sign = select.epoll()
         for sock in self._sockets:
             self._first_sign.register(sock, select.EPOLLIN)

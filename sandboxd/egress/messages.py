@@ -23,7 +23,6 @@ class Setup:
 
     nameservers: tuple[str, ...]
     port: int
-    hosts: dict[str, list[str]]
     filter: str
     """Of system calls, as base64."""
 
@@ -35,10 +34,6 @@ class Serve:
     id: str
     rules: str
     """The name of rules that came before, in a message of their own."""
-    fresh: bool
-    """Whether the command has not begun."""
-    names: dict[str, str]
-    """Addresses of names that the container was told already, by a process that is gone."""
 
 
 def rules_of(content: Mapping[str, Any]) -> NetworkRules:
