@@ -1,7 +1,7 @@
 """nftables by its own library, libnftables(3): one transaction for each call.
 
-One at a time: the library uses functions of the C library, such as getprotobynumber(3), whose answers lie where
-those of another thread do, and then lists rules that are not there.
+One at a time: the library uses functions of the C library, such as getprotobynumber(3), whose answers lie
+where those of another thread do, and then lists rules that are not there.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,13 @@ import pytest
 
 from sandboxd import errors
 from sandboxd.config import NetworkConfig
+from sandboxd.journal.spool import Spool
 from sandboxd.kernel.inside import in_new_network_namespace
 from sandboxd.network.chain import write_chain
 from sandboxd.network.gateway import MAX_EVENTS, Gateway
 from sandboxd.network.namespace import open_doors
 from sandboxd.reach import Allow, NetworkRules, Reach
+from sandboxd.supervisor.network import CallNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -84,11 +87,12 @@ def slot() -> Iterator[Any]:
 
 
 @pytest.fixture
-def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def hostile(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Have every process that serves be one that says these messages, once it has a container."""
 
     def say(*messages: str) -> None:
-        said, program = tmp_path / "said", tmp_path / "program"
+        place = tmp_path_factory.mktemp("hostile")
+        said, program = place / "said", place / "program"
         said.write_text("\n".join(messages))
         program.write_text(HOSTILE.format(python=sys.executable, said=str(said)))
         program.chmod(0o700)
@@ -162,4 +166,34 @@ async def test_a_last_word_that_does_not_come_is_not_waited_for(hostile: Callabl
             await gateway.begin_end("call")
             await gateway.end("call")
         assert events[-1].verdict == "failed"
+        tasks.cancel_scope.cancel()
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Spool]:
+    """A spool that has no room for anything more."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], check=True)
+    try:
+        spool = Spool.create(tmp_path / "c", {"stdout": 1 << 20, "stderr": 0})
+        with pytest.raises(errors.HostFailed):
+            spool.append("stdout", bytes(100_000))
+        yield spool
+        with pytest.raises(errors.HostFailed):
+            spool.close(durable=False)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+async def test_an_event_that_the_disk_has_no_room_for_is_a_fault_of_its_call(
+    hostile: Callable[..., None], full: Spool
+) -> None:
+    hostile(EVENT)
+    async with anyio.create_task_group() as tasks:
+        network = CallNetwork(Gateway(NetworkConfig(), Unconfined(), tasks), "call", 0, full)
+        with slot() as made, anyio.fail_after(20):
+            await network.begin(made)
+            while network.fault is None:  # noqa: ASYNC110  (no event tells)
+                await anyio.sleep(0.01)
+            await network.end()
+        assert "no space" in str(network.fault)
         tasks.cancel_scope.cancel()
