@@ -38,7 +38,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 HELLO_SECONDS = 10.0
 DNS_SECONDS = 10.0  # that a stream of questions may be silent
 MAX_OPEN = 4096  # connections at once
-MAX_EVENTS = 1000  # of a call; the rest is counted only
+MAX_EVENTS = 1000  # of a call, for refusals and for connections each; the rest is counted only
 MAX_KINDS = 256  # of refusals that are told apart
 IPV6_PKTINFO = 50
 FIRST_READ = 4096
@@ -89,7 +89,8 @@ class Container:
             on_new=lambda name, address: say("name", name=name, address=address),
             on_refused=self._on_refused_name,
         )
-        self._events = self._faults = 0
+        self._events = {"refusals": 0, "connections": 0}
+        self._faults = 0
         self._open = 0
         self._begun = time.monotonic()
         self._refusals: dict[tuple[str, str, int | None, str], dict[str, Any]] = {}
@@ -153,9 +154,10 @@ class Container:
     def _emit(self, verdict: str, connection: _Connection, why: str) -> None:
         if verdict == "denied":
             self._count_refusal(connection, why)
-        if self._events >= MAX_EVENTS:
+        kind = "refusals" if verdict == "denied" else "connections"  # a flood of those does not hide these
+        if self._events[kind] >= MAX_EVENTS:
             return
-        self._events += 1
+        self._events[kind] += 1
         self._say(
             "event",
             verdict=verdict,

@@ -46,7 +46,7 @@ __all__ = ["Gateway"]
 CONTAINERS = 32  # that one process serves before another is started beside it
 END_SECONDS = 5.0  # that a process has for its last word on a container
 IDLE_SECONDS = 300.0  # that a process without a container is kept
-MAX_EVENTS = 1000  # of a call, by one process
+MAX_EVENTS = 2000  # of a call, by one process
 MAX_FAULTS = 100  # of a process
 MAX_MESSAGE = 1 << 20
 MAX_NAMES = 10_000
@@ -307,7 +307,8 @@ class Gateway:
             served.crashes += 1
             served.events = 0
             served.on_event(_failed("the process that served the connections ended, and they with it"))
-            if served.ending or served.crashes > MAX_CRASHES:
+            # what was used of a budget is not known any more
+            if served.ending or served.crashes > MAX_CRASHES or served.rules.budget:
                 served.give_up()
         for served in left:
             if served.ended.is_set():
