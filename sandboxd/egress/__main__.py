@@ -18,15 +18,13 @@ import dns.rdata
 from sandboxd.egress.budget import Budget
 from sandboxd.egress.container import Container, close_all
 from sandboxd.egress.jail import give_up
-from sandboxd.egress.messages import Serve, Setup, decode, encode, rules_of
+from sandboxd.egress.messages import MAX_FAULT, MAX_MESSAGE, Serve, Setup, decode, encode, rules_of
 from sandboxd.egress.upstream import Resolver, host_names
 from sandboxd.kernel import descriptors
 from sandboxd.reach import Reach
 
 DESCRIPTORS = 65536
-MAX_MESSAGE = 1 << 20
 DOORS = 5
-MAX_FAULT = 8192
 
 
 class Worker:

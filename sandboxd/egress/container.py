@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from sandboxd.egress import hello, upstream
+from sandboxd.egress.messages import MAX_FAULT
 from sandboxd.egress.names import Names
 from sandboxd.egress.refused import read_refused
 from sandboxd.egress.relay import Cut, Pump, cut, resets
@@ -42,7 +43,6 @@ MAX_EVENTS = 1000  # of a call, for refusals and for connections each; the rest 
 MAX_KINDS = 256  # of refusals that are told apart
 IPV6_PKTINFO = 50
 FIRST_READ = 4096
-MAX_FAULT = 8192  # bytes told of one
 MAX_FAULTS = 3
 
 

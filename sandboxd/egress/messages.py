@@ -14,7 +14,11 @@ from sandboxd.reach import Allow, Deny, NetworkRules
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Serve", "Setup", "decode", "encode", "rules_of"]
+__all__ = ["MAX_FAULT", "MAX_MESSAGE", "MAX_NAMES", "Serve", "Setup", "decode", "encode", "rules_of"]
+
+MAX_MESSAGE = 1 << 20
+MAX_NAMES = 10_000  # of a container
+MAX_FAULT = 8192  # characters told of one
 
 
 @dataclass(frozen=True)

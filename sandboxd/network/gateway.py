@@ -26,7 +26,7 @@ import anyio.to_thread
 import structlog
 
 from sandboxd import errors
-from sandboxd.egress.messages import Serve, Setup, decode, encode
+from sandboxd.egress.messages import MAX_FAULT, MAX_MESSAGE, MAX_NAMES, Serve, Setup, decode, encode
 from sandboxd.kernel.cgroup import CgroupLimits
 from sandboxd.models import NetworkEvent, NetworkUse
 from sandboxd.network.filter import filter_program
@@ -48,8 +48,6 @@ END_SECONDS = 5.0  # that a process has for its last word on a container
 IDLE_SECONDS = 300.0  # that a process without a container is kept
 MAX_EVENTS = 2000  # of a call, by one process
 MAX_FAULTS = 100  # of a process
-MAX_MESSAGE = 1 << 20
-MAX_NAMES = 10_000
 MAX_NAME = 255
 NAMES_AT_ONCE = 1000
 MAX_THREADS = 8  # of a process, which needs one
@@ -274,7 +272,9 @@ class Gateway:
             id = content.pop("id", None)  # noqa: A001
             if kind == "fault" and worker.faults < MAX_FAULTS:
                 worker.faults += 1
-                log.error("a network process failed", pid=worker.process.pid, why=str(content["why"])[:8192])
+                log.error(
+                    "a network process failed", pid=worker.process.pid, why=str(content["why"])[:MAX_FAULT]
+                )
                 return True
             served = worker.containers[id]
             if served.ended.is_set():
