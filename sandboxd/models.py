@@ -331,6 +331,10 @@ class Denial(Wire):
     """File and line of the rule that refused it; empty where no rule allowed it."""
 
 
+Counted = Annotated[int, Field(ge=0, le=units.MAX)]
+"""Told by a process that is not believed."""
+
+
 class NetworkRefusal(Wire):
     """What was refused, told apart by where it was to go and why."""
 
@@ -339,7 +343,7 @@ class NetworkRefusal(Wire):
     port: int | None = Field(default=None, ge=0, le=65535)
     why: str = Field(max_length=4096)
     rule: str | None = Field(default=None, max_length=8192)
-    count: int = Field(ge=1)
+    count: Counted = Field(ge=1)
 
 
 class NetworkUse(Wire):
@@ -348,9 +352,9 @@ class NetworkUse(Wire):
     refusals: list[NetworkRefusal] = Field(default_factory=list, max_length=1000)
     limits: list[Annotated[str, Field(max_length=32)]] = Field(default_factory=list, max_length=16)
     """Of ``network.budget``, those that were reached."""
-    connections: int = Field(default=0, ge=0)
-    bytes_in: int = Field(default=0, ge=0)
-    bytes_out: int = Field(default=0, ge=0)
+    connections: Counted = 0
+    bytes_in: Counted = 0
+    bytes_out: Counted = 0
 
 
 class NetworkEvent(Wire):
@@ -370,9 +374,9 @@ class NetworkEvent(Wire):
     why: str = Field(default="", max_length=4096)
     rule: str | None = Field(default=None, max_length=8192)
     """File and line of the rule that decided."""
-    bytes_out: int = Field(default=0, ge=0)
-    bytes_in: int = Field(default=0, ge=0)
-    duration: int = Field(default=0, ge=0)
+    bytes_out: Counted = 0
+    bytes_in: Counted = 0
+    duration: Counted = 0
 
 
 class LimitReached(Wire):

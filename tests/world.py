@@ -6,6 +6,7 @@ the test's process, on sockets that were opened in that namespace.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import socketserver
@@ -72,6 +73,13 @@ class _Server(socketserver.ThreadingTCPServer):
     def handle_error(self, *_: object) -> None: ...  # clients that go away are what is tested
 
 
+class _Wrapped(ssl.SSLSocket):
+    """Closed in the end, also where its peer was gone before it was whole: the library leaves that open."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class World:
     """The hosts. ``records`` are the names of its DNS: by name, addresses of both families."""
 
@@ -117,7 +125,6 @@ class World:
             def finish_request(self, request: Any, client_address: Any) -> None:
                 if context is not None:
                     try:
-                        request.getpeername()  # one that is gone already is not wrapped without a trace
                         request = context.wrap_socket(request, server_side=True)
                     except OSError:
                         return
@@ -156,6 +163,7 @@ class World:
 
     def _context(self, name: str) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.sslsocket_class = _Wrapped
         context.load_cert_chain(self.certificate(name))
         return context
 
@@ -202,6 +210,10 @@ def start_world(directory: Path) -> Iterator[World]:
         subprocess.run(argv, check=True, capture_output=True)
 
     with ExitStack() as stack:
+        lock = stack.enter_context(Path("/run/lock/tests-world").open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)  # its addresses are there once on a host
+        for left in Path("/run/netns").glob("sandboxd-world-*"):  # of a session that was killed
+            subprocess.run(["ip", "netns", "del", left.name], capture_output=True, check=False)
         run("ip", "netns", "add", name)
         stack.callback(run, "ip", "netns", "del", name)
         run("ip", "link", "add", here, "type", "veth", "peer", "name", "world", "netns", name)

@@ -18,15 +18,13 @@ import dns.rdata
 from sandboxd.egress.budget import Budget
 from sandboxd.egress.container import Container, close_all
 from sandboxd.egress.jail import give_up
-from sandboxd.egress.messages import Serve, Setup, decode, encode, rules_of
-from sandboxd.egress.upstream import Resolver
+from sandboxd.egress.messages import MAX_FAULT, MAX_MESSAGE, Serve, Setup, decode, encode, rules_of
+from sandboxd.egress.upstream import Resolver, host_names
 from sandboxd.kernel import descriptors
 from sandboxd.reach import Reach
 
 DESCRIPTORS = 65536
-MAX_MESSAGE = 1 << 20
 DOORS = 5
-MAX_FAULT = 8192
 
 
 class Worker:
@@ -36,6 +34,8 @@ class Worker:
         self._sock = sock
         self._resolver = resolver
         self._containers: dict[str, Container] = {}
+        self._known: dict[str, dict[str, str]] = {}
+        """Addresses of names that a container was told already, by a process that is gone."""
         self._rules: dict[str, tuple[Reach, dict[str, int]]] = {}
 
     async def run(self) -> None:
@@ -51,6 +51,8 @@ class Worker:
                     case "rules":
                         rules = rules_of(content["rules"])
                         self._rules[content["name"]] = Reach(rules), dict(rules.budget)
+                    case "names":
+                        self._known.setdefault(content["id"], {}).update(content["names"])
                     case "serve" if len(fds) == DOORS:
                         asked = Serve(**content)
                         reach, budget = self._rules[asked.rules]
@@ -60,10 +62,10 @@ class Worker:
                             say,
                             reach=reach,
                             budget=Budget(budget),
-                            names=asked.names,
+                            names=self._known.pop(asked.id, {}),
                             resolver=self._resolver,
                         )
-                        container.begin(tasks, fresh=asked.fresh)
+                        container.begin(tasks)
                     case "end":
                         self._containers.pop(content["id"]).end()
                     case _:
@@ -91,9 +93,10 @@ async def main(fd: int, uid: int) -> None:
         await anyio.wait_readable(sock)
         _, said = decode(sock.recv(MAX_MESSAGE))
         setup = Setup(**said)
+        hosts = host_names()
         give_up(uid, DESCRIPTORS, base64.b64decode(setup.filter))
         gc.freeze()
-        await Worker(sock, Resolver(setup.nameservers, setup.hosts, setup.port)).run()
+        await Worker(sock, Resolver(setup.nameservers, hosts, setup.port)).run()
     except Exception:  # noqa: BLE001  (it can write no file, and has nobody else to tell)
         sock.setblocking(True)
         with suppress(OSError):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from sandboxd.egress import hello, upstream
+from sandboxd.egress.messages import MAX_FAULT
 from sandboxd.egress.names import Names
 from sandboxd.egress.refused import read_refused
 from sandboxd.egress.relay import Cut, Pump, cut, resets
@@ -38,11 +39,10 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 HELLO_SECONDS = 10.0
 DNS_SECONDS = 10.0  # that a stream of questions may be silent
 MAX_OPEN = 4096  # connections at once
-MAX_EVENTS = 1000  # of a call; the rest is counted only
+MAX_EVENTS = 1000  # of a call, for refusals and for connections each; the rest is counted only
 MAX_KINDS = 256  # of refusals that are told apart
 IPV6_PKTINFO = 50
 FIRST_READ = 4096
-MAX_FAULT = 8192  # bytes told of one
 MAX_FAULTS = 3
 
 
@@ -89,7 +89,8 @@ class Container:
             on_new=lambda name, address: say("name", name=name, address=address),
             on_refused=self._on_refused_name,
         )
-        self._events = self._faults = 0
+        self._events = {"refusals": 0, "connections": 0}
+        self._faults = 0
         self._open = 0
         self._begun = time.monotonic()
         self._refusals: dict[tuple[str, str, int | None, str], dict[str, Any]] = {}
@@ -97,15 +98,8 @@ class Container:
         self._awake = False
         self._first_sign: select.epoll
 
-    def begin(self, tasks: TaskGroup, *, fresh: bool) -> None:
-        """Serve it from now on; most calls never connect, and cost no more than this.
-
-        ``fresh``: the command has not begun, and what was refused before is not its doing.
-        """
-        if fresh:
-            with suppress(OSError):
-                while self._sockets[4].recv(65536):
-                    pass
+    def begin(self, tasks: TaskGroup) -> None:
+        """Serve it from now on; most calls never connect, and cost no more than this."""
         self._first_sign = select.epoll()
         for sock in self._sockets:
             self._first_sign.register(sock, select.EPOLLIN)
@@ -160,9 +154,10 @@ class Container:
     def _emit(self, verdict: str, connection: _Connection, why: str) -> None:
         if verdict == "denied":
             self._count_refusal(connection, why)
-        if self._events >= MAX_EVENTS:
+        kind = "refusals" if verdict == "denied" else "connections"  # a flood of those does not hide these
+        if self._events[kind] >= MAX_EVENTS:
             return
-        self._events += 1
+        self._events[kind] += 1
         self._say(
             "event",
             verdict=verdict,

@@ -37,7 +37,6 @@ def give_up(uid: int, descriptors: int, filter_program: bytes) -> None:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
 
-    check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
     check(libc.unshare(CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS))
     empty = tempfile.mkdtemp(prefix="sandboxd-egress-")
     here = os.open(empty, os.O_PATH | os.O_DIRECTORY)
@@ -60,6 +59,7 @@ def give_up(uid: int, descriptors: int, filter_program: bytes) -> None:
         most = resource.getrlimit(limit)[1]
         lowered = value if most == resource.RLIM_INFINITY else min(value, most)
         resource.setrlimit(limit, (lowered, lowered))
+    check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))  # a change of user takes it away
     check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0))
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     asked = _Filter(len(filter_program) // 8, filter_program)

@@ -14,7 +14,11 @@ from sandboxd.reach import Allow, Deny, NetworkRules
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Serve", "Setup", "decode", "encode", "rules_of"]
+__all__ = ["MAX_FAULT", "MAX_MESSAGE", "MAX_NAMES", "Serve", "Setup", "decode", "encode", "rules_of"]
+
+MAX_MESSAGE = 1 << 20
+MAX_NAMES = 10_000  # of a container
+MAX_FAULT = 8192  # characters told of one
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,6 @@ class Setup:
 
     nameservers: tuple[str, ...]
     port: int
-    hosts: dict[str, list[str]]
     filter: str
     """Of system calls, as base64."""
 
@@ -35,10 +38,6 @@ class Serve:
     id: str
     rules: str
     """The name of rules that came before, in a message of their own."""
-    fresh: bool
-    """Whether the command has not begun."""
-    names: dict[str, str]
-    """Addresses of names that the container was told already, by a process that is gone."""
 
 
 def rules_of(content: Mapping[str, Any]) -> NetworkRules:

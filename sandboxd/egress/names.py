@@ -17,6 +17,7 @@ import dns.rdataclass
 import dns.rdatatype
 import dns.rrset
 
+from sandboxd.egress.messages import MAX_NAMES
 from sandboxd.reach import Decision, standin6
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["Names"]
 
 TTL = 60
-MAX_NAMES = 10_000
 MAX_QUESTION = 512  # bytes; the longest name needs fewer, and to read records that nobody needs takes long
 MAX_SIZE = 1232  # of a datagram; with one question, no answer comes near it
 MAX_WHY = 200  # bytes of an extended error

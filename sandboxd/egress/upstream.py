@@ -5,6 +5,9 @@ from __future__ import annotations
 import ipaddress
 import socket
 import time
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
     from sandboxd.reach import Decision, Reach
 
-__all__ = ["Resolver", "Unreachable", "connect"]
+__all__ = ["Resolver", "Unreachable", "connect", "host_names"]
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -26,6 +29,8 @@ LOOKUP_SECONDS = 10.0
 CONNECT_SECONDS = 10.0  # for one address
 MAX_ADDRESSES = 8
 KEPT = 4096  # names
+MAX_KEPT = 64  # addresses of one
+MAX_LINES = 200_000
 
 
 class Unreachable(Exception):
@@ -34,6 +39,19 @@ class Unreachable(Exception):
     def __init__(self, why: str, refused: Decision | None = None) -> None:
         super().__init__(why)
         self.refused = refused
+
+
+def host_names(file: Path = Path("/etc/hosts")) -> dict[str, list[str]]:
+    """The addresses of names that the host has by itself, hosts(5)."""
+    found: dict[str, list[str]] = {}
+    with suppress(OSError):
+        for line in file.read_text(errors="replace").splitlines()[:MAX_LINES]:
+            address, *names = line.partition("#")[0].split() or [""]
+            with suppress(ValueError):
+                ipaddress.ip_address(address)
+                for name in names:
+                    found.setdefault(name.lower(), []).append(address)
+    return found
 
 
 class Resolver:
@@ -72,7 +90,8 @@ class Resolver:
                 failed.append(str(error))
                 return
             if answer.rrset is not None:
-                found[kind] = [ipaddress.ip_address(item.address) for item in answer.rrset]
+                items = islice(answer.rrset, MAX_KEPT)
+                found[kind] = [ipaddress.ip_address(item.address) for item in items]
                 until.append(time.monotonic() + answer.rrset.ttl)
 
         async with anyio.create_task_group() as tasks:

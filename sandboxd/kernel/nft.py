@@ -1,13 +1,19 @@
-"""nftables by its own library, libnftables(3): one transaction for each call."""
+"""nftables by its own library, libnftables(3): one transaction for each call.
+
+One at a time: the library uses functions of the C library, such as getprotobynumber(3), whose answers lie
+where those of another thread do, and then lists rules that are not there.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import lru_cache
 
 __all__ = ["NftError", "run_nft"]
 
 SONAME = "libnftables.so.1"
+_one_at_a_time = threading.Lock()
 
 
 class NftError(OSError):
@@ -41,6 +47,11 @@ def run_nft(commands: str) -> str:
 
     Raises NftError.
     """
+    with _one_at_a_time:
+        return _run(commands)
+
+
+def _run(commands: str) -> str:
     library = _library()
     context = library.nft_ctx_new(0)
     if not context:

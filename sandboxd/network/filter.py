@@ -27,10 +27,15 @@ def _rules() -> tuple[Rule, ...]:
         Rule(
             "socket",
             "allow",
-            when=(ArgTest(0, "eq", family, INT), ArgTest(1, "masked_eq", kind, TYPE_MASK)),
+            when=(
+                ArgTest(0, "eq", family, INT),
+                ArgTest(1, "masked_eq", kind, TYPE_MASK),
+                ArgTest(2, "eq", protocol, INT),
+            ),
         )
         for family in (socket.AF_INET, socket.AF_INET6)
-        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM)
+        for kind, its in ((socket.SOCK_STREAM, socket.IPPROTO_TCP), (socket.SOCK_DGRAM, socket.IPPROTO_UDP))
+        for protocol in (0, its)
     )
     not_to_block = Rule("ioctl", "allow", when=(ArgTest(1, "eq", FIONBIO, INT),))
     return (*(Rule(name, "allow") for name in CALLS.split()), not_to_block, *internet)

@@ -12,22 +12,21 @@ from __future__ import annotations
 import base64
 import ipaddress
 import os
-import signal
 import socket
 import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import anyio
 import anyio.to_thread
 import structlog
-from pydantic import ValidationError
 
 from sandboxd import errors
-from sandboxd.egress.messages import Serve, Setup, decode, encode
+from sandboxd.egress.messages import MAX_FAULT, MAX_MESSAGE, MAX_NAMES, Serve, Setup, decode, encode
 from sandboxd.kernel.cgroup import CgroupLimits
 from sandboxd.models import NetworkEvent, NetworkUse
 from sandboxd.network.filter import filter_program
@@ -45,11 +44,12 @@ if TYPE_CHECKING:
 __all__ = ["Gateway"]
 
 CONTAINERS = 32  # that one process serves before another is started beside it
-END_SECONDS = 2.0
+END_SECONDS = 5.0  # that a process has for its last word on a container
 IDLE_SECONDS = 300.0  # that a process without a container is kept
-MAX_EVENTS = 2000  # of a call; a process says fewer
-MAX_MESSAGE = 1 << 20
-MAX_NAMES = 10_000
+MAX_EVENTS = 2000  # of a call, by one process
+MAX_FAULTS = 100  # of a process
+MAX_NAME = 255
+NAMES_AT_ONCE = 1000
 MAX_THREADS = 8  # of a process, which needs one
 MAX_CRASHES = 3  # of the processes that served one container
 SO_SNDBUFFORCE = 32  # asm-generic/socket.h
@@ -75,6 +75,11 @@ class _Served:
     ended: anyio.Event = field(default_factory=anyio.Event)
     use: NetworkUse = field(default_factory=NetworkUse)
 
+    def give_up(self) -> None:
+        """Nobody serves it any more: what connects now is refused at once, and does not wait."""
+        self.doors.close()
+        self.ended.set()
+
 
 class _Worker:
     """One process, and the socket to it."""
@@ -85,6 +90,8 @@ class _Worker:
         self.containers: dict[str, _Served] = {}
         self.name = f"egress-{uid}"
         self.ready = anyio.Event()
+        """Set when it takes containers, or never will."""
+        self.faults = 0
         self.rules: set[str] = set()
         """The names of those that it has."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -118,9 +125,9 @@ class _Worker:
 
     async def stop(self) -> None:
         """End the process and reap it."""
-        self.sock.close()
-        self.process.send_signal(signal.SIGKILL)
+        self.process.kill()
         await anyio.to_thread.run_sync(self.process.wait)
+        self.sock.close()  # not before: who waits until it can be written would never wake
 
 
 class Confining(Protocol):
@@ -155,10 +162,11 @@ class Gateway:
         rules, doors = slot.shape.network, slot.doors
         assert rules is not None  # noqa: S101
         assert doors is not None  # noqa: S101
+        doors.begin()
         worker = await self._worker_for(uid)
         served = _Served(id, uid, doors, slot.shape.digest, rules, on_event, worker)
-        self._served[id] = served
         await self._hand_over(served)
+        self._served[id] = served
 
     async def begin_end(self, id: str) -> None:  # noqa: A002
         """Cut what is left of the call's connections; ``end`` waits for that."""
@@ -171,10 +179,14 @@ class Gateway:
         """What the call used, and what it was refused, after ``begin_end``."""
         served = self._served.pop(id)
         try:
-            with anyio.move_on_after(END_SECONDS):
+            with anyio.move_on_after(END_SECONDS) as scope:
                 await served.ended.wait()
         finally:
             served.worker.containers.pop(id, None)
+        if scope.cancelled_caught:
+            log.error("a network process does not answer", pid=served.worker.process.pid)
+            served.worker.process.kill()  # nobody else is to wait for it; what it did is not known
+            served.on_event(_failed("the process that served the connections did not answer in the end"))
         return served.use
 
     async def _hand_over(self, served: _Served) -> None:
@@ -184,19 +196,25 @@ class Gateway:
             if served.shape not in worker.rules:
                 await worker.send(encode("rules", {"name": served.shape, "rules": asdict(served.rules)}))
                 worker.rules.add(served.shape)
-            asked = Serve(served.id, served.shape, not served.crashes, served.names)
-            await worker.send(encode("serve", asked), served.doors.descriptors)
-        except OSError as error:
+            names = iter(served.names.items())
+            while known := dict(islice(names, NAMES_AT_ONCE)):
+                await worker.send(encode("names", {"id": served.id, "names": known}))
+            await worker.send(encode("serve", Serve(served.id, served.shape)), served.doors.descriptors)
+        except BaseException as error:
             worker.containers.pop(served.id, None)
-            raise errors.HostFailed(f"the network's process takes no container: {error}") from error
+            if isinstance(error, OSError):
+                raise errors.HostFailed(f"the network's process takes no container: {error}") from error
+            raise
 
     async def _worker_for(self, caller: int) -> _Worker:
         workers = self._workers.setdefault(caller, [])
-        least = min(workers, key=lambda worker: len(worker.containers), default=None)
-        full = least is None or len(least.containers) >= CONTAINERS
-        if least is not None and not (full and len(workers) < (os.cpu_count() or 1)):
+        while workers:
+            least = min(workers, key=lambda worker: len(worker.containers))
+            if len(least.containers) >= CONTAINERS and len(workers) < (os.cpu_count() or 1):
+                break
             await least.ready.wait()
-            return least
+            if least in workers:  # it may have ended meanwhile
+                return least
         if not self._uids:
             raise errors.HostFailed("every id of the network's processes is in use; raise network.count")
         worker = _Worker(caller, self._uids.pop())
@@ -206,17 +224,17 @@ class Gateway:
             limits = CgroupLimits(self._config.memory, MAX_THREADS, self._config.cpus)
             await self._confining.confine(worker.name, worker.process.pid, limits)
             await worker.send(encode("setup", self._setup()))
-        except (errors.SandboxdError, OSError) as error:
-            worker.sock.close()
-            raise errors.HostFailed(f"a process for the network could not be started: {error}") from error
+        except BaseException as error:
+            worker.process.kill()  # the end of it is heard, and who waits for it looks for another
+            if isinstance(error, errors.SandboxdError | OSError):
+                raise errors.HostFailed(f"a process for the network could not be started: {error}") from error
+            raise
         worker.ready.set()
         return worker
 
     def _setup(self) -> Setup:
         nameservers = tuple(map(str, self._config.nameservers)) or _host_nameservers()
-        return Setup(
-            nameservers, self._config.port, _host_names(), base64.b64encode(filter_program()).decode()
-        )
+        return Setup(nameservers, self._config.port, base64.b64encode(filter_program()).decode())
 
     async def _hear(self, worker: _Worker) -> None:
         try:
@@ -245,30 +263,36 @@ class Gateway:
         await self._after_crash(worker)
 
     def _understood(self, worker: _Worker, message: bytes) -> bool:
-        """Take what a process says, as that of a stranger; False: it is not to be believed any more."""
+        """Take what a process says, as that of a stranger; False: it is not to be believed any more.
+
+        It says nothing of containers that it does not serve, and no more of any than it may.
+        """
         try:
             kind, content = decode(message)
-            served = worker.containers.get(str(content.pop("id", "")))
+            id = content.pop("id", None)  # noqa: A001
+            if kind == "fault" and worker.faults < MAX_FAULTS:
+                worker.faults += 1
+                log.error(
+                    "a network process failed", pid=worker.process.pid, why=str(content["why"])[:MAX_FAULT]
+                )
+                return True
+            served = worker.containers[id]
+            if served.ended.is_set():
+                raise ValueError("it speaks of what has ended")
             match kind:
-                case "event":
+                case "event" if served.events < MAX_EVENTS:
                     event = NetworkEvent.model_validate(content)
-                    if served is not None and served.events < MAX_EVENTS:
-                        served.events += 1
-                        served.on_event(event)
-                case "name":
-                    if served is not None and len(served.names) < MAX_NAMES:
-                        served.names[str(content["name"])[:255]] = str(content["address"])[:15]
+                    served.events += 1
+                    served.on_event(event)
+                case "name" if len(served.names) < MAX_NAMES:
+                    name, address = content["name"], ipaddress.IPv4Address(content["address"])
+                    served.names[str(name)[:MAX_NAME]] = str(address)
                 case "ended":
-                    if served is not None:
-                        served.use = NetworkUse.model_validate(content)
-                        served.ended.set()
-                case "fault":
-                    log.error(
-                        "a network process failed", pid=worker.process.pid, why=str(content["why"])[:8192]
-                    )
+                    served.use = NetworkUse.model_validate(content)
+                    served.ended.set()
                 case _:
-                    raise ValueError(f"unknown message {kind[:32]!r}")
-        except (ValueError, KeyError, ValidationError, RecursionError) as error:
+                    raise ValueError(f"unknown, or too often: {kind[:32]!r}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             log.error(  # noqa: TRY400  (its words are hostile, and no trace of ours)
                 "a network process is not understood", pid=worker.process.pid, reason=str(error)[:500]
             )
@@ -276,27 +300,33 @@ class Gateway:
         return True
 
     async def _after_crash(self, worker: _Worker) -> None:
-        left = list(worker.containers.values())
+        left = [served for served in worker.containers.values() if not served.ended.is_set()]
         if left:
             log.error("a network process ended", pid=worker.process.pid, status=worker.process.returncode)
         for served in left:
             served.crashes += 1
-            served.on_event(
-                NetworkEvent(
-                    verdict="failed", why="the process that served the connections ended, and they with it"
-                )
-            )
-            if served.ending or served.crashes > MAX_CRASHES:
-                served.doors.close()  # what connects now is refused at once, and does not wait
-                served.ended.set()
+            served.events = 0
+            served.on_event(_failed("the process that served the connections ended, and they with it"))
+            # what was used of a budget is not known any more
+            if served.ending or served.crashes > MAX_CRASHES or served.rules.budget:
+                served.give_up()
+        for served in left:
+            if served.ended.is_set():
                 continue
             try:
-                served.worker = await self._worker_for(served.uid)
+                worker = await self._worker_for(served.uid)
+                if served.ending:
+                    served.give_up()
+                    continue
+                served.worker = worker
                 await self._hand_over(served)
-            except (errors.HostFailed, OSError):
+            except errors.HostFailed:
                 log.exception("a container's connections are not served any more", id=served.id)
-                served.doors.close()
-                served.ended.set()
+                served.give_up()
+
+
+def _failed(why: str) -> NetworkEvent:
+    return NetworkEvent(verdict="failed", why=why)
 
 
 def _host_nameservers() -> tuple[str, ...]:
@@ -307,16 +337,3 @@ def _host_nameservers() -> tuple[str, ...]:
             if word == "nameserver" and rest.strip():
                 found.append(rest.split()[0].partition("%")[0])
     return tuple(found) or ("127.0.0.1",)
-
-
-def _host_names() -> dict[str, list[str]]:
-    """What /etc/hosts says, but of the host itself and of loopback names."""
-    found: dict[str, list[str]] = {}
-    with suppress(OSError):
-        for line in Path("/etc/hosts").read_text(errors="replace").splitlines():
-            address, *names = line.partition("#")[0].split() or [""]
-            with suppress(ValueError):
-                ipaddress.ip_address(address)
-                for name in names:
-                    found.setdefault(name.lower(), []).append(address)
-    return found

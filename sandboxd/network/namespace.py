@@ -10,14 +10,19 @@ import errno
 import os
 import socket
 import struct
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sandboxd.kernel.inside import in_network_namespace, in_new_network_namespace
 from sandboxd.kernel.nft import run_nft
 from sandboxd.network.chain import LISTEN_PORT, LOG_GROUP, SNAP
 from sandboxd.reach import DNS_PORT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["Doors", "InForce", "in_force", "mark", "open_doors", "reference"]
 
@@ -25,6 +30,7 @@ BACKLOG = 4096
 IP_TRANSPARENT, IPV6_TRANSPARENT = 19, 75  # linux/in.h, linux/in6.h
 IPV6_RECVPKTINFO = 49
 LOG_BUFFER = 1 << 20
+MAX_WAITING = 4096  # messages; their buffers hold fewer
 
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12  # linux/netlink.h
 NLM_F_REQUEST, NLM_F_ACK = 0x1, 0x4
@@ -53,13 +59,25 @@ class Doors:
     """The sockets of one namespace, as descriptors; who takes them has them to close."""
 
     tcp: int
-    """Listens for every TCP connection of IPv4 that the packet filter lets through."""
+    """Gets every TCP connection of IPv4 that the packet filter lets through, once ``begin`` was called."""
     tcp6: int
     dns: int
     """Datagrams to port 53 of any address."""
     dns_tcp: int
     refused: int
     """The log of what the packet filter refused (nfnetlink_log)."""
+
+    def begin(self) -> None:
+        """Take connections from now on, which are refused before, and forget what was asked and refused.
+
+        Raises OSError.
+        """
+        for fd in (self.tcp, self.tcp6, self.dns_tcp):
+            with _borrowed(fd) as listener:
+                listener.listen(BACKLOG)
+        for fd in (self.dns, self.refused):
+            with _borrowed(fd) as waiting:
+                _empty(waiting)
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -72,6 +90,26 @@ class Doors:
             for fd in self.descriptors:
                 os.close(fd)
             self.tcp = -1
+
+
+@contextmanager
+def _borrowed(fd: int) -> Iterator[socket.socket]:
+    sock = socket.socket(fileno=fd)
+    try:
+        yield sock
+    finally:
+        sock.detach()
+
+
+def _empty(sock: socket.socket) -> None:
+    for _ in range(MAX_WAITING):  # whoever fills it may go on
+        try:
+            sock.recv(1)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:  # more came than was kept
+                raise
 
 
 def open_doors(namespace: int, chain: str) -> Doors:
@@ -167,13 +205,13 @@ def _routes() -> bytes:
     """The requests that bring ``lo`` up and make every address its own; the same for every container."""
     from pyroute2 import IPBatch  # noqa: PLC0415  (slow to import, and few daemons have policies with a network)
 
-    batch = IPBatch()
-    batch.link("set", index=LO, state="up")
-    for family in (socket.AF_INET, socket.AF_INET6):
-        batch.route(
-            "add", family=family, dst="default", type="local", oif=LO, table=RT_TABLE_LOCAL, scope="host"
-        )
-    return bytes(batch.batch)
+    with IPBatch() as batch:
+        batch.link("set", index=LO, state="up")
+        for family in (socket.AF_INET, socket.AF_INET6):
+            batch.route(
+                "add", family=family, dst="default", type="local", oif=LO, table=RT_TABLE_LOCAL, scope="host"
+            )
+        return bytes(batch.batch)
 
 
 def _request(protocol: int, messages: bytes) -> None:
@@ -208,7 +246,6 @@ def _listener(family: int, level: int, transparent: int, port: int) -> int:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(level, transparent, 1)
         sock.bind(("", port))
-        sock.listen(BACKLOG)
         return sock.detach()
     finally:
         sock.close()
@@ -221,8 +258,6 @@ def _resolver(kind: int) -> int:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVPKTINFO, 1)
         sock.bind(("", DNS_PORT))
-        if kind == socket.SOCK_STREAM:
-            sock.listen(BACKLOG)
         return sock.detach()
     finally:
         sock.close()

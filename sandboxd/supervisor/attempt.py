@@ -202,6 +202,8 @@ class Attempt:
         try:
             evidence = self._evidence(slot, meter, tmp)
             used = await self._network.end()
+            if self._network.fault is not None:
+                raise self._network.fault
             self._result.usage = meter.usage(wall=wall, network=used, **self._written)
         except errors.HostFailed as error:
             if isinstance(ending, Lost):  # an engine may have removed the cgroup with it

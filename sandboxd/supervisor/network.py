@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sandboxd import errors
 from sandboxd.models import Denial, Event, LimitReached, NetworkUse
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ class CallNetwork:
         self._uid = uid
         self._spool = spool
         self._served = self._ending = False
+        self.fault: errors.AttemptFailed | None = None
+        """Why not all that happened is among the events."""
 
     async def begin(self, slot: Slot) -> None:
         """Have the connections of a slot served, if its policy has a network. Raises HostFailed."""
@@ -47,7 +50,10 @@ class CallNetwork:
         return await self._gateway.end(self._id)
 
     def _on_event(self, event: NetworkEvent) -> None:
-        self._spool.add(Event(seq=0, at=0, type="network", network=event))
+        try:
+            self._spool.add(Event(seq=0, at=0, type="network", network=event))
+        except errors.AttemptFailed as error:
+            self.fault = error
 
 
 def denials(use: NetworkUse) -> list[Denial]:

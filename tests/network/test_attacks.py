@@ -159,6 +159,8 @@ s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 q = b'\\1\\2\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0' + b'\\5' + b'%05d' + b'\\4evil\\0\\0\\1\\0\\1'
 for n in range(20000):
     s.sendto(q % n, ('127.0.0.1', 53))
+time.sleep(1)
+with socket.create_connection(('www.example.test', 80), timeout=30): pass
 print('done')
 """
     call = python(code)
@@ -166,7 +168,8 @@ print('done')
     assert len(call.denials) <= 260
     assert sum(denial.count for denial in call.denials) > 300
     seen = [event for event in networked.client().events(call.id) if event.network is not None]
-    assert len(seen) <= 1000
+    assert len(seen) <= 1001
+    assert seen[-1].network.name == "www.example.test"  # type: ignore[union-attr]
     assert said(python("print('next')")) == "next\n"
 
 

@@ -6,7 +6,8 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from networked import add_policy
+from daemons import PATIENCE, until
+from networked import add_policy, workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,3 +120,27 @@ def test_bandwidth(under: Callable[..., Invocation]) -> None:
     assert out(call) == f"({1 << 20}, 'whole')\n"
     assert time.monotonic() - begun > 1.5  # two MiB, there and back
     assert reached(call) == []
+
+
+def test_a_budget_does_not_begin_anew_when_the_process_that_counts_dies(networked: Daemon) -> None:
+    add_policy(networked, "recount", POLICY.format(name="recount", budget="connections: 1"))
+    code = """
+import socket, sys
+with socket.create_connection(('echo.example.test', 7), timeout=10) as s:
+    s.sendall(b'x'); s.recv(1)
+    address = s.getpeername()
+print('one', flush=True)
+sys.stdin.readline()
+try: socket.create_connection(address, timeout=10).recv(1)
+except OSError as error: print(type(error).__name__)
+"""
+    client = networked.client()
+    call = client.start(["python3", "-c", code], policy="recount", stdin="stream")
+    until(lambda: (out := client.get(call.id).stdout) and out.size, "a connection was made")
+    (worker,) = workers(networked)
+    worker.kill()
+    until(lambda: worker not in workers(networked), "it is gone")
+    client.write_stdin(call.id, b"go\n")
+    done = client.wait(call.id, timeout=60 * PATIENCE)
+    assert done.stdout is not None
+    assert done.stdout.text in {"one\nConnectionRefusedError\n", "one\nConnectionResetError\n"}

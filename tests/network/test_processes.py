@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,17 @@ if TYPE_CHECKING:
     from sandboxd.models import Invocation
 
     Python = Callable[..., Invocation]
+
+
+REFUSED = (
+    "python3",
+    "-c",
+    """
+import socket
+try: socket.create_connection(('10.9.9.9', 80), timeout=5)
+except ConnectionRefusedError: pass
+""",
+)
 
 
 @pytest.fixture
@@ -102,10 +114,33 @@ with socket.create_connection(address, timeout=10) as again:  # the address that
     assert world.records["echo.example.test"] == [WWW]
 
 
-def test_the_daemons_end_is_theirs(tmp_path: Path, world: World) -> None:
+def test_refusals_before_the_first_process_is_up_are_the_calls(tmp_path: Path, world: World) -> None:
+    with start_networked(tmp_path) as daemon:
+        call = daemon.run(*REFUSED, policy="net")
+        assert [denial.name for denial in call.denials] == ["10.9.9.9:80"]
+        del world
+
+
+@pytest.mark.parametrize("sent", [signal.SIGSTOP, signal.SIGKILL])
+def test_one_that_does_not_answer_holds_up_no_call(
+    networked: Daemon, python: Python, worker: psutil.Process, sent: signal.Signals
+) -> None:
+    worker.send_signal(sent)
+    before = time.monotonic()
+    python("print('no connection')")
+    assert time.monotonic() - before < 10 * PATIENCE
+    until(lambda: not worker.is_running(), "it was ended")
+    assert python(FETCH).stdout.text == FOUND  # type: ignore[union-attr]
+    del networked
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_daemons_end_is_theirs(tmp_path: Path, world: World, *, stopped: bool) -> None:
     with start_networked(tmp_path) as daemon:
         assert daemon.run("python3", "-c", FETCH, policy="net").stdout.text == FOUND  # type: ignore[union-attr]
         (found,) = workers(daemon)
+        if stopped:
+            found.suspend()
         daemon.stop(signal.SIGKILL)
         until(lambda: not found.is_running(), "the process that served has ended")
     with start_networked(tmp_path) as daemon:  # and removes what the killed one could not

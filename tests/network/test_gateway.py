@@ -1,0 +1,199 @@
+"""The daemon's side of a process that serves connections, when that process is somebody else's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+
+from sandboxd import errors
+from sandboxd.config import NetworkConfig
+from sandboxd.journal.spool import Spool
+from sandboxd.kernel.inside import in_new_network_namespace
+from sandboxd.network.chain import write_chain
+from sandboxd.network.gateway import MAX_EVENTS, Gateway
+from sandboxd.network.namespace import open_doors
+from sandboxd.reach import Allow, NetworkRules, Reach
+from sandboxd.supervisor.network import CallNetwork
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from sandboxd.kernel.cgroup import CgroupLimits
+    from sandboxd.models import NetworkEvent
+
+pytestmark = pytest.mark.anyio
+
+RULES = NetworkRules((Allow("www.example.test", (80,), "net.yaml:1"),), ())
+HOSTILE = """\
+#!{python}
+import json, socket, sys, time
+sock = socket.socket(fileno=int(sys.argv[4]))
+while True:
+    kind, content = json.loads(socket.recv_fds(sock, 1 << 20, 5)[0])
+    if kind == "serve":
+        for message in open({said!r}).read().split("\\n"):
+            sock.send(message.replace("ID", content["id"]).encode())
+        time.sleep(60)
+"""
+EVENT = '["event", {"id": "ID", "verdict": "denied"}]'
+
+
+class Unconfined:
+    """No cgroups."""
+
+    async def confine(self, name: str, pid: int, limits: CgroupLimits) -> None: ...
+
+    async def release(self, name: str) -> None: ...
+
+
+class Refusing(Unconfined):
+    """None can be made."""
+
+    async def confine(self, name: str, pid: int, limits: CgroupLimits) -> None:
+        raise errors.HostFailed("no cgroup")
+
+
+class Part:
+    """What of a slot concerns its network."""
+
+    def __init__(self, doors: Any) -> None:
+        self.doors, self.shape = doors, self
+        self.network, self.digest = RULES, "shape"
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@contextmanager
+def slot() -> Iterator[Any]:
+    namespace = in_new_network_namespace(lambda: os.open("/proc/thread-self/ns/net", os.O_RDONLY))
+    try:
+        doors = open_doors(namespace, write_chain(Reach(RULES)))
+    finally:
+        os.close(namespace)
+    try:
+        yield Part(doors)
+    finally:
+        doors.close()
+
+
+@pytest.fixture
+def hostile(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Have every process that serves be one that says these messages, once it has a container."""
+
+    def say(*messages: str) -> None:
+        place = tmp_path_factory.mktemp("hostile")
+        said, program = place / "said", place / "program"
+        said.write_text("\n".join(messages))
+        program.write_text(HOSTILE.format(python=sys.executable, said=str(said)))
+        program.chmod(0o700)
+        monkeypatch.setattr("sandboxd.network.gateway.sys.executable", str(program))
+
+    return say
+
+
+async def serve_until_given_up(confining: Unconfined) -> list[NetworkEvent]:
+    """The events of a call whose container no process serves in the end."""
+    events: list[NetworkEvent] = []
+    async with anyio.create_task_group() as tasks:
+        gateway = Gateway(NetworkConfig(), confining, tasks)
+        with slot() as made, anyio.fail_after(60):
+            await gateway.serve("call", 0, made, events.append)
+            while made.doors.tcp >= 0:  # noqa: ASYNC110  (no event tells)
+                await anyio.sleep(0.01)
+            await gateway.begin_end("call")
+            await gateway.end("call")
+        tasks.cancel_scope.cancel()
+    return events
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "{}",
+        "[" * 100_000,
+        '["event", []]',
+        '["event", {"id": "other", "verdict": "denied"}]',
+        '["event", {"id": ["ID"], "verdict": "denied"}]',
+        '["event", {"verdict": "denied"}]',
+        '["event", {"id": "ID", "verdict": "fine"}]',
+        '["event", {"id": "ID", "verdict": "denied", "why": "%s"}]' % ("x" * 5000),
+        '["event", {"id": "ID", "verdict": "denied", "why": "\\ud800"}]',
+        '["event", {"id": "ID", "verdict": "denied", "bytes_in": 1%s}]' % ("0" * 30),
+        '["name", {"id": "ID", "name": "a", "address": "::1"}]',
+        '["name", {"id": "ID", "name": "a"}]',
+        '["ended", {"id": "ID", "connections": -1}]',
+        '["ended", {"id": "ID", "bytes_out": 1%s}]' % ("0" * 30),
+        '["ended", {"id": "ID", "refusals": [{"protocol": "tcp"}]}]',
+        '["fault", {"id": "ID"}]',
+        '["serve", {"id": "ID"}]',
+        "\n".join([EVENT] * (MAX_EVENTS + 1)),
+    ],
+    ids=range(18),
+)
+async def test_what_says_more_than_it_may_is_ended(hostile: Callable[..., None], message: str) -> None:
+    hostile(message)
+    events = await serve_until_given_up(Unconfined())
+    assert len([event for event in events if event.verdict == "failed"]) == 4
+
+
+async def test_a_process_that_cannot_be_confined_serves_nobody_and_holds_up_nobody() -> None:
+    async with anyio.create_task_group() as tasks:
+        gateway = Gateway(NetworkConfig(), Refusing(), tasks)
+        with slot() as made, anyio.fail_after(20):
+            for _ in range(3):
+                with pytest.raises(errors.HostFailed, match="no cgroup"):
+                    await gateway.serve("call", 0, made, lambda _: None)
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_last_word_that_does_not_come_is_not_waited_for(hostile: Callable[..., None]) -> None:
+    hostile(EVENT)
+    events: list[NetworkEvent] = []
+    async with anyio.create_task_group() as tasks:
+        gateway = Gateway(NetworkConfig(), Unconfined(), tasks)
+        with slot() as made, anyio.fail_after(20):
+            await gateway.serve("call", 0, made, events.append)
+            await gateway.begin_end("call")
+            await gateway.end("call")
+        assert events[-1].verdict == "failed"
+        tasks.cancel_scope.cancel()
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Spool]:
+    """A spool that has no room for anything more."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], check=True)
+    try:
+        spool = Spool.create(tmp_path / "c", {"stdout": 1 << 20, "stderr": 0})
+        with pytest.raises(errors.HostFailed):
+            spool.append("stdout", bytes(100_000))
+        yield spool
+        with pytest.raises(errors.HostFailed):
+            spool.close(durable=False)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+async def test_an_event_that_the_disk_has_no_room_for_is_a_fault_of_its_call(
+    hostile: Callable[..., None], full: Spool
+) -> None:
+    hostile(EVENT)
+    async with anyio.create_task_group() as tasks:
+        network = CallNetwork(Gateway(NetworkConfig(), Unconfined(), tasks), "call", 0, full)
+        with slot() as made, anyio.fail_after(20):
+            await network.begin(made)
+            while network.fault is None:  # noqa: ASYNC110  (no event tells)
+                await anyio.sleep(0.01)
+            await network.end()
+        assert "no space" in str(network.fault)
+        tasks.cancel_scope.cancel()
