@@ -77,25 +77,25 @@ def test_artifacts_come_back(docker_daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "cause"),
+    ("script", "cause", "limits"),
     [
-        ("kill -9 $$", "signalled"),
-        ("sleep 100", "wall_time"),
-        ("while :; do :; done", "cpu_time"),
-        ("head -c 1G /dev/zero | tail", "memory"),
-        ("yes", "output"),
-        ("exec /nowhere", "exited"),
+        ("kill -9 $$", "signalled", {}),
+        ("sleep 100", "wall_time", {"wall": "3s"}),
+        ("while :; do :; done", "cpu_time", {"cpu_time": "300ms"}),
+        ("head -c 1G /dev/zero | tail", "memory", {}),
+        ("yes", "output", {}),
+        ("exec /nowhere", "exited", {}),
     ],
 )
-def test_each_cause_of_an_end(docker_daemon: Daemon, script: str, cause: str) -> None:
+def test_each_cause_of_an_end(docker_daemon: Daemon, script: str, cause: str, limits: dict[str, str]) -> None:
     add_policies(
         docker_daemon,
         ends=(
-            "extends: tiny\nprocess: {user_namespace: none}\nlimits:\n  wall: 5s\n  cpu_time: 300ms\n"
+            "extends: tiny\nprocess: {user_namespace: none}\nlimits:\n  wall: 60s\n  cpu_time: 60s\n"
             "  stdout: {size: 1MiB, on_limit: kill}\n  stderr: {size: 1MiB, on_limit: kill}\n"
         ),
     )
-    call = docker_daemon.run("sh", "-c", script, policy="ends")
+    call = docker_daemon.run("sh", "-c", script, policy="ends", limits=limits)
     assert call.outcome is not None
     assert call.outcome.cause == cause, call.outcome
 
