@@ -16,7 +16,7 @@ import dns.asyncbackend
 import dns.rdata
 
 from sandboxd.egress.budget import Budget
-from sandboxd.egress.container import Container, close_all
+from sandboxd.egress.container import Container
 from sandboxd.egress.jail import give_up
 from sandboxd.egress.messages import MAX_FAULT, MAX_MESSAGE, Serve, Setup, decode, encode, rules_of
 from sandboxd.egress.upstream import Resolver, host_names
@@ -69,7 +69,8 @@ class Worker:
                     case "end":
                         self._containers.pop(content["id"]).end()
                     case _:
-                        close_all(fds)
+                        for fd in fds:
+                            os.close(fd)
             tasks.cancel_scope.cancel()
 
     def _say(self, kind: str, **content: object) -> None:

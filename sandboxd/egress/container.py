@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import ipaddress
-import os
 import select
 import socket
 import struct
@@ -30,11 +29,9 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
     from sandboxd.egress.budget import Budget
-    from sandboxd.reach import Reach
+    from sandboxd.reach import Address, Reach
 
 __all__ = ["Container"]
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 HELLO_SECONDS = 10.0
 DNS_SECONDS = 10.0  # that a stream of questions may be silent
@@ -92,7 +89,6 @@ class Container:
         self._events = {"refusals": 0, "connections": 0}
         self._faults = 0
         self._open = 0
-        self._begun = time.monotonic()
         self._refusals: dict[tuple[str, str, int | None, str], dict[str, Any]] = {}
         self._scope = anyio.CancelScope()
         self._awake = False
@@ -436,9 +432,3 @@ def _from_where(ancillary: list[tuple[int, int, bytes]]) -> list[tuple[int, int,
 
 def _stands_for_a_name(address: Address) -> bool:
     return address in STANDINS or address in STANDINS6
-
-
-def close_all(fds: Sequence[int]) -> None:
-    """Close descriptors that nobody takes."""
-    for fd in fds:
-        os.close(fd)

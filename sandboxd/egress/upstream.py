@@ -19,11 +19,9 @@ import dns.resolver
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from sandboxd.reach import Decision, Reach
+    from sandboxd.reach import Address, Decision, Reach
 
 __all__ = ["Resolver", "Unreachable", "connect", "host_names"]
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 LOOKUP_SECONDS = 10.0
 CONNECT_SECONDS = 10.0  # for one address

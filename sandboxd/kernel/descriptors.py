@@ -1,11 +1,45 @@
-"""Descriptors that come over a Unix socket."""
+"""Messages with descriptors over a Unix socket."""
 
 from __future__ import annotations
 
 import array
 import socket
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
-__all__ = ["receive"]
+import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Sender", "let_wait", "receive"]
+
+SO_SNDBUFFORCE = 32  # asm-generic/socket.h: beyond net.core.wmem_max, for who has CAP_NET_ADMIN
+
+
+def let_wait(sock: socket.socket, size: int) -> None:
+    """Let so many bytes wait for the other end, where this process may say so."""
+    with suppress(PermissionError):
+        sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, size)
+
+
+class Sender:
+    """Sends messages over a socket that does not block and keeps their bounds; tasks may share it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._full = anyio.Lock()
+
+    async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send a message whole. Raises OSError when nobody is at the other end."""
+        while True:
+            try:
+                socket.send_fds(self._sock, [data], list(fds))
+            except BlockingIOError:
+                async with self._full:  # one task alone may wait for a socket
+                    await anyio.wait_writable(self._sock)
+            else:
+                return
 
 
 def receive(sock: socket.socket, size: int, most: int) -> tuple[bytes, list[int], int]:

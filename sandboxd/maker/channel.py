@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
-
-import anyio
 
 from sandboxd import errors
 from sandboxd.kernel import descriptors
@@ -20,7 +17,6 @@ __all__ = ["MAX_SHAPES", "Channel", "failure", "raised"]
 
 MAX_FDS = 32
 MAX_SHAPES = 256  # that either end remembers
-SO_SNDBUFFORCE = 32  # asm-generic/socket.h
 BUFFER = 8 << 20  # bytes that wait for the other end; the largest shape is that of a policy file of 1 MiB
 
 
@@ -29,10 +25,9 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._full = anyio.Lock()
+        self._sender = descriptors.Sender(sock)
         sock.setblocking(False)
-        with suppress(PermissionError):
-            sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, BUFFER)
+        descriptors.let_wait(sock, BUFFER)
 
     def fileno(self) -> int:
         """The descriptor."""
@@ -44,15 +39,7 @@ class Channel:
 
     async def send(self, message: object, fds: Sequence[int] = ()) -> None:
         """Send a message whole. Raises OSError when nobody is at the other end."""
-        data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-        while True:
-            try:
-                socket.send_fds(self._sock, [data], list(fds))
-            except BlockingIOError:
-                async with self._full:  # one task alone may wait for a socket
-                    await anyio.wait_writable(self._sock)
-            else:
-                return
+        await self._sender.send(pickle.dumps(message, pickle.HIGHEST_PROTOCOL), fds)
 
     def receive(self) -> tuple[Any, list[int]] | None:
         """The next message; None at the end of the stream. Raises BlockingIOError where there is none yet.

@@ -27,6 +27,7 @@ import structlog
 
 from sandboxd import errors
 from sandboxd.egress.messages import MAX_FAULT, MAX_MESSAGE, MAX_NAMES, Serve, Setup, decode, encode
+from sandboxd.kernel import descriptors
 from sandboxd.kernel.cgroup import CgroupLimits
 from sandboxd.models import NetworkEvent, NetworkUse
 from sandboxd.network.filter import filter_program
@@ -52,7 +53,6 @@ MAX_NAME = 255
 NAMES_AT_ONCE = 1000
 MAX_THREADS = 8  # of a process, which needs one
 MAX_CRASHES = 3  # of the processes that served one container
-SO_SNDBUFFORCE = 32  # asm-generic/socket.h
 
 log = structlog.get_logger("sandboxd.network")
 
@@ -96,10 +96,10 @@ class _Worker:
         """The names of those that it has."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for sock in (ours, theirs):
-            with suppress(PermissionError):
-                sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 4 * MAX_MESSAGE)
+            descriptors.let_wait(sock, 4 * MAX_MESSAGE)
         ours.setblocking(False)
         self.sock = ours
+        self.send = descriptors.Sender(ours).send
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-m", "sandboxd.egress", str(theirs.fileno()), str(uid)],
@@ -110,18 +110,6 @@ class _Worker:
                 cwd="/",
                 env={"LANG": "C.UTF-8"},
             )
-        self._full = anyio.Lock()
-
-    async def send(self, message: bytes, fds: tuple[int, ...] = ()) -> None:
-        """Send a message whole. Raises OSError when the process is gone."""
-        while True:
-            try:
-                socket.send_fds(self.sock, [message], fds)
-            except BlockingIOError:
-                async with self._full:
-                    await anyio.wait_writable(self.sock)
-            else:
-                return
 
     async def stop(self) -> None:
         """End the process and reap it."""
