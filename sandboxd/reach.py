@@ -193,8 +193,12 @@ class Reach:
 
     def networks(self) -> tuple[list[tuple[Cidr, Allow]], list[tuple[Cidr, Allow]]]:
         """The networks that are allowed: those inside one of ``NEVER``, and the others."""
-        special = [found for found in self._networks if any(_inside(found[0], never) for never in NEVER)]
-        return special, [found for found in self._networks if found not in special]
+        special: list[tuple[Cidr, Allow]] = []
+        others: list[tuple[Cidr, Allow]] = []
+        for network, rule in self._networks:
+            inside = any(_inside(network, never) for never in NEVER)
+            (special if inside else others).append((network, rule))
+        return special, others
 
     @property
     def refused(self) -> Sequence[tuple[Cidr, Deny]]:

@@ -80,6 +80,7 @@ class Container:
         self._resolver = resolver
         self._say = say
         self._sockets = [socket.socket(fileno=fd) for fd in fds]
+        *_, self._log = self._sockets
         self._names = Names(
             self._reach,
             known=names,
@@ -114,19 +115,19 @@ class Container:
         try:
             with self._scope:
                 async with anyio.create_task_group() as tasks:
-                    tcp, tcp6, dns, dns_tcp, refused = self._sockets
+                    tcp, tcp6, dns, dns_tcp, _ = self._sockets
                     for listener in (tcp, tcp6):
                         tasks.start_soon(self._accept, tasks, listener, self._connection)
                     tasks.start_soon(self._accept, tasks, dns_tcp, self._questions)
                     tasks.start_soon(self._datagrams, dns)
-                    tasks.start_soon(self._read_refused, refused)
+                    tasks.start_soon(self._read_refused)
         finally:
             self._close()
 
     def end(self) -> None:
         """Cut everything; the sum of it is told when that is done."""
         with suppress(OSError):
-            self._drain_refused(self._sockets[4])
+            self._drain_refused()
         if self._awake:
             self._scope.cancel()
         else:
@@ -198,15 +199,15 @@ class Container:
 
     # what the packet filter refused
 
-    async def _read_refused(self, log: socket.socket) -> None:
+    async def _read_refused(self) -> None:
         while True:
-            await anyio.wait_readable(log)
-            self._drain_refused(log)
+            await anyio.wait_readable(self._log)
+            self._drain_refused()
 
-    def _drain_refused(self, log: socket.socket) -> None:
+    def _drain_refused(self) -> None:
         while True:
             try:
-                data = log.recv(65536)
+                data = self._log.recv(65536)
             except BlockingIOError:
                 return
             except OSError as error:

@@ -35,8 +35,8 @@ from sandboxd.engine.bundle import INIT_PATH, temporary
 from sandboxd.engine.docker.accounts import check_accounts
 from sandboxd.engine.docker.door import Door
 from sandboxd.engine.docker.endpoint import MissingInEngine
+from sandboxd.engine.docker.facts import EngineFacts, look
 from sandboxd.engine.docker.finish import finish, root_of
-from sandboxd.engine.docker.host import EngineHost, look
 from sandboxd.engine.docker.request import INSTANCE_LABEL, Labels, make_request
 from sandboxd.engine.doors import doors_of
 from sandboxd.engine.interpreter import with_interpreter
@@ -108,7 +108,7 @@ class DockerEngine:
         self._notify = notify
         self._wanted = runtime
         self.runtime = DockerRuntime(runtime or "default")
-        self._host: EngineHost | None = None
+        self._host: EngineFacts | None = None
         self._directory = run_directory(instance)
         self._warming = Warming()
         self._resources: dict[str, ExitStack] = {}
@@ -194,7 +194,7 @@ class DockerEngine:
             self._threads = anyio.CapacityLimiter(REQUESTS)
         return await anyio.to_thread.run_sync(function, *arguments, limiter=self._threads)
 
-    def _look(self) -> EngineHost:
+    def _look(self) -> EngineFacts:
         """What the engine is, and that it has the runtime. Raises EngineFailed, HostUnsupported."""
         self._host = look(self._endpoint, self._wanted)
         self.runtime = DockerRuntime(self._host.runtime)
@@ -231,7 +231,7 @@ class DockerEngine:
         except errors.NotFound as error:  # the image, which was there when the call was accepted
             raise errors.EngineFailed(str(error)) from error
 
-    def _make(self, shape: Shape, host: EngineHost, stack: ExitStack) -> Slot:
+    def _make(self, shape: Shape, host: EngineFacts, stack: ExitStack) -> Slot:
         image = self.images.resolve(shape.image.digest)
         held = stack.enter_context(ExitStack())
         held.enter_context(self.images.hold(image.digest))
@@ -284,7 +284,7 @@ class DockerEngine:
         )
 
     def _create_container(
-        self, shape: Shape, image: Image, labels: Labels, door: Door, host: EngineHost
+        self, shape: Shape, image: Image, labels: Labels, door: Door, host: EngineFacts
     ) -> str:
         """The id of a container that is not started. What was imported and removed is imported again."""
         for last in (False, True):
@@ -314,7 +314,7 @@ class DockerEngine:
                 raise
         raise AssertionError
 
-    def _look_at(self, image: Image, request: dict[str, Any], labels: Labels, host: EngineHost) -> None:
+    def _look_at(self, image: Image, request: dict[str, Any], labels: Labels, host: EngineFacts) -> None:
         """Raise EngineFailed for an image that would hold up the engine itself."""
         asked = request["HostConfig"]
         covered = {one["Target"]: "" for one in asked["Mounts"]}  # else a volume of the image would be there

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
     from sandboxd.engine.docker.endpoint import DockerEndpoint
 
-__all__ = ["EngineHost", "look"]
+__all__ = ["EngineFacts", "look"]
 
 PID_MAX = Path("/proc/sys/kernel/pid_max")  # more processes there cannot be
 
 
 @dataclass(frozen=True)
-class EngineHost:
+class EngineFacts:
     """What the engine said of itself when it was opened."""
 
     root: str
@@ -38,7 +38,7 @@ class EngineHost:
         return str(client.create_container_from_config(request, name=name)["Id"])
 
 
-def look(endpoint: DockerEndpoint, wanted: str | None) -> EngineHost:
+def look(endpoint: DockerEndpoint, wanted: str | None) -> EngineFacts:
     """What the engine is; it has to have the runtime ``wanted``. Raises EngineFailed, HostUnsupported."""
     found = endpoint.info()
     podman = is_podman(endpoint.version())
@@ -55,7 +55,7 @@ def look(endpoint: DockerEndpoint, wanted: str | None) -> EngineHost:
     root = str(found.get("DockerRootDir") or "/var/lib/docker")
     remapped = any("name=userns" in option for option in options)
     base = _first_id(root) if remapped else 0
-    return EngineHost(root, base, remapped, podman, wanted or default)
+    return EngineFacts(root, base, remapped, podman, wanted or default)
 
 
 def _first_id(root: str) -> int:
