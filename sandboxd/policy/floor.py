@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sandboxd import units
 from sandboxd.policy import paths
-from sandboxd.policy.checks import check_network, check_syscalls
+from sandboxd.policy.checks import UNSUPPORTED, check_network, check_syscalls
 from sandboxd.policy.diagnosis import validate
 from sandboxd.policy.resolved import Places
 from sandboxd.policy.schema import FloorFile, Limits
@@ -159,4 +159,7 @@ def make_floor(tree: MappingNode, file: str) -> tuple[Floor | None, list[PolicyP
     problems += check_syscalls((), spec.syscalls.deny, places)
     if spec.network is not None:
         problems += check_network(spec.network, places)
+        if spec.network.deny:
+            said = "a floor's network.deny is not enforced by this release; leave it out of allow instead"
+            problems.append(places.problem("network.deny", UNSUPPORTED, said))
     return (None if problems else floor), problems

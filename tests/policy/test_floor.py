@@ -159,6 +159,10 @@ def test_a_broken_parent_is_named_with_its_reason(folder: Any) -> None:
         ("syscalls: {deny: [no_such_call]}\n", "unknown_syscall"),
         ("syscalls: {deny: [exit_group]}\n", "impossible"),
         ("network: {mode: host}\n", "control_not_supported"),
+        (
+            "network: {allow: [{host: '*.b', ports: [443]}], deny: [{host: a.b}]}\n",
+            "control_not_supported",
+        ),
         ("a: [\n", "syntax"),
     ],
 )
