@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sandboxd.api import identity
-from sandboxd.kernel import files, filesync, filters, mounts, notify, orphans, uts
-from sandboxd.maker import channel, server
+from sandboxd.egress import container, jail, refused
+from sandboxd.kernel import descriptors, files, filesync, filters, inside, mounts, notify, orphans, uts
+from sandboxd.maker import server
+from sandboxd.network import filter as egress_filter
+from sandboxd.network import namespace
 from sandboxd.policy import abi, bpf, syscalls
 from sandboxd.receipt import parked, reading
 
@@ -43,7 +46,15 @@ HEADERS = """
 #include <linux/personality.h>
 #include <linux/prctl.h>
 #include <linux/ptrace.h>
+#include <linux/in.h>
+#include <linux/in6.h>
+#include <linux/ipv6_route.h>
+#include <linux/netfilter/nf_tables.h>
+#include <linux/netfilter/nfnetlink.h>
+#include <linux/netfilter/nfnetlink_log.h>
+#include <linux/netlink.h>
 #include <linux/route.h>
+#include <linux/rtnetlink.h>
 #include <linux/sched.h>
 #include <linux/seccomp.h>
 #include <asm/ioctls.h>
@@ -117,10 +128,24 @@ FOR_BOTH = {
             WALL="__WALL"),
     **named(orphans, "PR_SET_CHILD_SUBREAPER", "WNOTHREAD", WNOTHREAD="__WNOTHREAD"),
     **named(uts, "CLONE_NEWUTS"),
-    **named(reading, "RTF_REJECT", "NS_GET_USERNS"),
+    **named(reading, "RTF_REJECT", "RTF_LOCAL", "NS_GET_USERNS"),
     **named(identity, "SO_PEERGROUPS"),
     **named(server, "PR_SET_PDEATHSIG", "PR_SET_NAME"),
-    **named(channel, "SO_SNDBUFFORCE"),
+    **named(descriptors, "SO_SNDBUFFORCE"),
+    **named(jail, "PR_SET_PDEATHSIG", "PR_SET_DUMPABLE", "PR_CAPBSET_DROP", "PR_SET_NO_NEW_PRIVS",
+            "SECCOMP_MODE_FILTER", "CLONE_NEWNS", "CLONE_NEWIPC", "CLONE_NEWUTS"),
+    **named(inside, "CLONE_FS", "CLONE_NEWNET"),
+    **named(container, "IPV6_PKTINFO"),
+    **named(egress_filter, "FIONBIO"),
+    **named(namespace, "IP_TRANSPARENT", "IPV6_TRANSPARENT", "IPV6_RECVPKTINFO", "NETLINK_ROUTE",
+            "NETLINK_NETFILTER", "NLM_F_REQUEST", "NLM_F_ACK", "NLMSG_ERROR", "RT_TABLE_LOCAL", "NFTA_GEN_ID",
+            "NFULA_CFG_CMD", "NFULA_CFG_MODE", "NFULA_CFG_QTHRESH", "NFULNL_CFG_CMD_BIND",
+            "NFULNL_COPY_PACKET"),
+    "NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWGEN": namespace.NFT_MSG_NEWGEN,
+    "NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETGEN": namespace.NFT_MSG_GETGEN,
+    "NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_CONFIG": namespace.NFULNL_MSG_CONFIG,
+    "NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET": refused.NFULNL_MSG_PACKET,
+    **named(refused, "NFULA_PAYLOAD"),
     **syscalls.NAMESPACE_FLAGS,
     **syscalls.REFUSED_IOCTLS,
     **named(syscalls, "TIOCSCTTY", "MAP_HUGETLB", "MFD_HUGETLB", "SHM_HUGETLB", "ADDR_NO_RANDOMIZE", "S_IFMT",
