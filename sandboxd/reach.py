@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
+from sandboxd.httprule import ambiguous
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from sandboxd.httprule import HttpRequest, HttpRule, Injection
 
 __all__ = [
     "DNS_PORT",
@@ -65,6 +68,8 @@ class Allow:
     ports: tuple[int, ...]
     where: str
     """File and line."""
+    http: HttpRule | None = None
+    """Which requests; None: any, and also what is no HTTP."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ class Deny:
     target: str
     ports: tuple[int, ...]
     where: str
+    http: HttpRule | None = None
+    """Which requests; None: nothing is connected to at all."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,12 @@ class NetworkRules:
     budget: tuple[tuple[str, int], ...] = ()
     """By the names of a policy's ``network.budget``."""
 
+    @property
+    def look_inside(self) -> bool:
+        """Whether TLS is ended on the way for any of them, so that a container has to trust who does it."""
+        rules: tuple[Allow | Deny, ...] = (*self.allow, *self.deny)
+        return any(rule.http is not None for rule in rules)
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -93,6 +106,8 @@ class Decision:
     allowed: bool
     why: str
     where: str | None = None
+    injections: tuple[Injection, ...] = ()
+    """What is put into a request that is allowed."""
 
 
 class Reach:
@@ -120,7 +135,8 @@ class Reach:
         """The ports at which a name may be reached; none of them: the name is not answered."""
         found = {port for rule in _matching(self._allow, name) for port in rule.ports}
         for deny in _matching(self._deny, name):
-            found.difference_update(deny.ports or tuple(found))
+            if deny.http is None:
+                found.difference_update(deny.ports or tuple(found))
         return frozenset(found)
 
     def name(self, name: str) -> Decision:
@@ -128,13 +144,14 @@ class Reach:
         if ports := self.ports(name):
             return Decision(allowed=True, why=f"{name} may be reached at {_said(ports)}")
         for deny in _matching(self._deny, name):
-            return Decision(allowed=False, why=f"{deny.target} is denied", where=deny.where)
+            if deny.http is None:
+                return Decision(allowed=False, why=f"{deny.target} is denied", where=deny.where)
         return Decision(allowed=False, why=f"no rule allows {name}")
 
     def at(self, name: str, port: int) -> Decision:
         """Whether a name may be reached at a port."""
         for deny in _matching(self._deny, name):
-            if port in (deny.ports or (port,)):
+            if deny.http is None and port in (deny.ports or (port,)):
                 return Decision(allowed=False, why=f"{deny.target} is denied", where=deny.where)
         for rule in _matching(self._allow, name):
             if port in rule.ports:
@@ -142,6 +159,49 @@ class Reach:
         ports = self.ports(name)
         said = f"{name} is allowed at {_said(ports)}, not at {port}" if ports else f"no rule allows {name}"
         return Decision(allowed=False, why=said)
+
+    def looks_inside(self, name: str, port: int) -> bool:
+        """Whether what is said to a name at a port is HTTP that rules have to see, and nothing else."""
+        rules: tuple[Allow | Deny, ...] = (*_matching(self._allow, name), *_matching(self._deny, name))
+        return any(rule.http is not None and port in (rule.ports or (port,)) for rule in rules)
+
+    def request(self, name: str, port: int, asked: HttpRequest) -> Decision:
+        """Whether a request may be made of a name where rules look inside."""
+        denied = [rule for rule in _matching(self._deny, name) if port in (rule.ports or (port,))]
+        allowed = [rule for rule in _matching(self._allow, name) if port in rule.ports]
+        rules: tuple[Allow | Deny, ...] = (*denied, *allowed)
+        said = f"{asked.method} {asked.path.decode(errors='replace')[:1024]}"
+        of_paths = any(rule.http is not None and rule.http.paths for rule in rules)
+        if of_paths and (why := ambiguous(asked.target)) is not None:
+            return Decision(allowed=False, why=f"{said}: {why}")
+        for deny in denied:
+            if deny.http is None or deny.http.matches(asked):
+                return Decision(allowed=False, why=f"{said} is denied", where=deny.where)
+        matching = [rule for rule in allowed if rule.http is None or rule.http.matches(asked)]
+        if asked.websocket:
+            matching = [rule for rule in matching if rule.http is None or rule.http.websocket]
+        if not matching:
+            what = "WebSocket " if asked.websocket else ""
+            return Decision(allowed=False, why=f"no rule allows the {what}request {said}")
+        injections: dict[str, Injection] = {}
+        for rule in matching:
+            if rule.http is not None and rule.http.inject is not None:
+                injections.setdefault(rule.http.inject.header.lower(), rule.http.inject)
+        first = matching[0]
+        return Decision(
+            allowed=True,
+            why=f"{first.target} is allowed",
+            where=first.where,
+            injections=tuple(injections.values()),
+        )
+
+    def offers(self, name: str, port: int) -> list[str]:
+        """What of HTTP the rules allow of a name at a port, a line for each rule; for who was refused."""
+        return [
+            rule.target if rule.http is None else f"{rule.target}: {rule.http.said}"
+            for rule in _matching(self._allow, name)
+            if port in rule.ports
+        ]
 
     @cached_property
     def blocks(self) -> tuple[tuple[frozenset[int], ipaddress.IPv4Network], ...]:

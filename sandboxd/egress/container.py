@@ -41,6 +41,7 @@ MAX_KINDS = 256  # of refusals that are told apart
 IPV6_PKTINFO = 50
 FIRST_READ = 4096
 MAX_FAULTS = 3
+TOO_LATE = "the call ended before anything was connected to"
 
 
 @dataclass
@@ -128,11 +129,24 @@ class Container:
         """Cut everything; the sum of it is told when that is done."""
         with suppress(OSError):
             self._drain_refused()
+        self._tell_of_waiting()
         if self._awake:
             self._scope.cancel()
         else:
             self._sleep_no_more()
             self._close()
+
+    def _tell_of_waiting(self) -> None:
+        """Of the connections that nobody has taken yet, since their program ended right after."""
+        for listener in self._sockets[:2]:
+            with suppress(OSError):
+                for _ in range(MAX_EVENTS):
+                    accepted, _ = listener.accept()
+                    with accepted:
+                        host, port = accepted.getsockname()[:2]
+                        address = ipaddress.ip_address(host)
+                        name = self._names.name_of(address) if _stands_for_a_name(address) else None
+                        self._emit("failed", _Connection(name, str(address), port), TOO_LATE)
 
     def _close(self) -> None:
         for sock in self._sockets:
@@ -300,6 +314,9 @@ class Container:
             self._emit("denied" if error.refused else "failed", connection, str(error))
             cut(client)
             return
+        except anyio.get_cancelled_exc_class():
+            self._emit("failed", connection, TOO_LATE)
+            raise
         connection.upstream = str(found)
         with server:
             await self._relay(client, server, connection)

@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from sandboxd.httprule import HttpRule, Injection
 from sandboxd.reach import Allow, Deny, NetworkRules
 
 if TYPE_CHECKING:
@@ -43,9 +44,26 @@ class Serve:
 def rules_of(content: Mapping[str, Any]) -> NetworkRules:
     """Rules from what was decoded."""
     return NetworkRules(
-        tuple(Allow(each["target"], tuple(each["ports"]), each["where"]) for each in content["allow"]),
-        tuple(Deny(each["target"], tuple(each["ports"]), each["where"]) for each in content["deny"]),
+        tuple(Allow(*_rule(each)) for each in content["allow"]),
+        tuple(Deny(*_rule(each)) for each in content["deny"]),
         tuple((name, limit) for name, limit in content["budget"]),
+    )
+
+
+def _rule(content: Mapping[str, Any]) -> tuple[str, tuple[int, ...], str, HttpRule | None]:
+    return content["target"], tuple(content["ports"]), content["where"], _http(content["http"])
+
+
+def _http(content: Mapping[str, Any] | None) -> HttpRule | None:
+    if content is None:
+        return None
+    inject = content["inject"]
+    return HttpRule(
+        tuple(content["methods"]),
+        tuple(content["paths"]),
+        tuple((name, glob) for name, glob in content["headers"]),
+        content["websocket"],
+        None if inject is None else Injection(**inject),
     )
 
 

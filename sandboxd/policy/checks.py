@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from sandboxd.models import PolicyProblem
-    from sandboxd.policy.network import Network
+    from sandboxd.policy.network import Denied, Network, Rule
     from sandboxd.policy.resolved import Places
     from sandboxd.policy.schema import PolicyFile
 
@@ -122,23 +122,33 @@ def check_network(network: Network, places: Places) -> Iterator[PolicyProblem]:
     if network.mode != "rules" and (network.allow or network.deny or network.budget):
         said = f"mode: {network.mode} leaves nothing for allow, deny and budget"
         yield places.problem("network.mode", IMPOSSIBLE, said)
-    if network.budget is not None and network.budget.requests is not None:
-        said = "HTTP requests are not counted by this release; connections and bytes are"
-        yield places.problem("network.budget.requests", UNSUPPORTED, said)
+    yield from _of_http(network, places)
     for number, rule in enumerate(network.allow):
-        for key in ("methods", "paths", "headers", "inject"):
-            if getattr(rule, key):
-                said = (
-                    f"{key}: HTTP is not looked into by this release; hosts, networks and ports are enforced"
-                )
-                yield places.problem(f"network.allow.{number}.{key}", UNSUPPORTED, said)
         if DNS_PORT in rule.ports:
             said = f"port {DNS_PORT} of every address is that of the container's own resolver; leave it out"
             yield places.problem(f"network.allow.{number}.ports", IMPOSSIBLE, said)
         for at, deny in enumerate(network.deny):
-            if deny.covers_target(rule) and not set(rule.ports) - set(deny.ports or rule.ports):
+            whole = not deny.looks_inside and not set(rule.ports) - set(deny.ports or rule.ports)
+            if whole and deny.covers_target(rule):
                 said = f"{rule.host or rule.cidr} is denied whole at {places.origin(f'network.deny.{at}')}"
                 yield places.problem(f"network.allow.{number}", IMPOSSIBLE, said)
+
+
+def _of_http(network: Network, places: Places) -> Iterator[PolicyProblem]:
+    listed: dict[str, tuple[Rule | Denied, ...]] = {"allow": network.allow, "deny": network.deny}
+    inside = [
+        (f"network.{kind}.{number}", rule)
+        for kind, rules in listed.items()
+        for number, rule in enumerate(rules)
+        if rule.looks_inside
+    ]
+    for path, rule in inside:
+        if rule.cidr is not None:
+            said = "HTTP is looked into by the name of its host: write host, or leave out what is of HTTP"
+            yield places.problem(path, IMPOSSIBLE, said)
+    if network.budget is not None and network.budget.requests is not None and not inside:
+        said = "requests are counted only where a rule looks into HTTP, as with methods or paths; none does"
+        yield places.problem("network.budget.requests", IMPOSSIBLE, said)
 
 
 def _repeated(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:

@@ -208,7 +208,8 @@ def _network(policy: Policy) -> Iterator[dict[str, Any]]:
         for number, rule in enumerate(listed):
             ports = ", ".join(map(str, rule.ports)) or "all ports"
             path = f"network.{kind}.{number}"
-            yield _line(path, f"{rule.target} {ports}", policy.origin(path))
+            inside = "" if rule.http is None else f", {rule.http.said}"
+            yield _line(path, f"{rule.target} {ports}{inside}", policy.origin(path))
     for name, value in rules.budget:
         yield _line(f"network.budget.{name}", str(value), policy.origin(f"network.budget.{name}"))
 

@@ -1,7 +1,7 @@
 """The network section of a policy: names, addresses, ports and what may be said over them.
 
 It is parsed and validated in full; what of it this release does not enforce, ``checks`` refuses. What the
-rules come to is in ``reach``.
+rules come to is in ``reach``, and what they say of HTTP in ``httprule``.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from sandboxd import units
+from sandboxd import errors, units
+from sandboxd.httprule import path_pattern
 from sandboxd.policy.quantities import Rate, Size  # noqa: TC001, pydantic reads it at run time
 from sandboxd.policy.section import Section
 
-__all__ = ["Budget", "Inject", "Network", "Rule"]
+__all__ = ["Budget", "Denied", "Inject", "Network", "Rule"]
 
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _SECRET = re.compile(r"\{secret:([A-Z][A-Z0-9_]{0,127})\}")
@@ -44,8 +45,17 @@ def _cidr(value: str) -> str:
 
 
 def _path(value: str) -> str:
-    if not value.startswith("/") or not value.isprintable() or " " in value:
-        raise ValueError(f"{value!r} is not a path; write a glob such as /repos/**")
+    if not value.startswith("/") or not value.isprintable() or set(value) & set(" %#\\"):
+        raise ValueError(
+            f"{value!r} is not a path, with no escapes and no query; write a glob such as /repos/**"
+        )
+    try:
+        path_pattern(value)
+    except errors.InvalidRequest:
+        raise ValueError(
+            f"{value!r} can match no path: it has an empty component, '.' or '..', an empty set, more than "
+            "64 components or four times '**'; write a glob such as /repos/**"
+        ) from None
     return value
 
 
@@ -55,22 +65,65 @@ def _header_value(value: str) -> str:
     return value
 
 
+_FRAMING = frozenset(
+    {"host", "content-length", "transfer-encoding", "connection", "te", "upgrade", "trailer", "keep-alive",
+     "proxy-connection", "expect"}
+)  # fmt: skip
+SecretName = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{0,127}$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 HeaderName = Annotated[str, Field(pattern=_TOKEN)]
 HeaderValue = Annotated[str, AfterValidator(_header_value), Field(max_length=8192)]
 Number = Annotated[int, Field(ge=1, le=units.MAX)]
 
 
-class Inject(Section):
-    """A header that is set on requests on their way out."""
+class SigV4(Section):
+    """A signature of AWS (version 4), made anew: the program signs with keys of no worth."""
 
-    header: HeaderName
-    value: HeaderValue
+    access_key: SecretName
+    """The secret that holds the access key's id."""
+    secret_key: SecretName
+    """The secret that holds the key itself."""
+    session_token: SecretName | None = None
+    """The secret that holds the token of temporary credentials."""
+
+
+class Inject(Section):
+    """What is set on requests on their way out: header and value, or sigv4."""
+
+    header: HeaderName | None = None
+    value: HeaderValue | None = None
     """May hold {secret:NAME} of a secret that the policy lists as: proxy."""
+    sigv4: SigV4 | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.header is None) != (self.value is None) or (self.header is None) == (self.sigv4 is None):
+            raise ValueError("give header and value, or sigv4")
+        if self.header is not None and self.header.lower() in _FRAMING:
+            raise ValueError(f"{self.header} says how a request is carried, and cannot be set")
+        return self
 
     def secrets(self) -> list[str]:
-        """The names of the secrets that the value holds."""
-        return _SECRET.findall(self.value)
+        """The names of the secrets that it holds."""
+        if self.sigv4 is not None:
+            return [name for name in self.sigv4.model_dump().values() if name is not None]
+        return _SECRET.findall(self.value or "")
+
+
+class Http(Section):
+    """What of HTTP a rule speaks of; without any of it, of everything, and also of what is no HTTP."""
+
+    methods: Annotated[tuple[Annotated[str, Field(pattern="^[A-Z]{1,32}$")], ...], Field(max_length=32)] = ()
+    """HTTP methods; without it, any."""
+    paths: Annotated[tuple[Annotated[str, AfterValidator(_path)], ...], Field(max_length=256)] = ()
+    """Globs of HTTP paths."""
+    headers: Annotated[dict[HeaderName, HeaderValue], Field(max_length=32)] = Field(default_factory=dict)
+    """Headers that a request has, each with a glob of its value."""
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether the rule speaks of HTTP at all."""
+        return bool(self.methods or self.paths or self.headers)
 
 
 class Target(Section):
@@ -104,24 +157,32 @@ class Target(Section):
         )
 
 
-class Rule(Target):
+class Rule(Target, Http):
     """Something that is allowed."""
 
     ports: Annotated[tuple[Port, ...], Field(min_length=1, max_length=64)]
-    methods: Annotated[tuple[Annotated[str, Field(pattern="^[A-Z]{1,32}$")], ...], Field(max_length=32)] = ()
-    """HTTP methods; without it, any, and also what is not HTTP."""
-    paths: Annotated[tuple[Annotated[str, AfterValidator(_path)], ...], Field(max_length=256)] = ()
-    """Globs of HTTP paths."""
-    headers: dict[HeaderName, HeaderValue] = Field(default_factory=dict)
-    """Headers that a request must have, each with a glob of its value."""
+    websocket: bool = False
+    """Whether a request may go on as a WebSocket, where the rule looks into HTTP."""
     inject: Inject | None = None
 
+    @property
+    def looks_inside(self) -> bool:
+        """Whether the rule speaks of HTTP at all."""
+        return super().looks_inside or self.websocket or self.inject is not None
+
     def covers(self, other: Rule) -> bool:
-        """Whether all that the other allows is allowed here."""
-        return self.covers_target(other) and set(other.ports) <= set(self.ports)
+        """Whether all that the other allows is surely allowed here."""
+        return (
+            self.covers_target(other)
+            and set(other.ports) <= set(self.ports)
+            and (not self.methods or (bool(other.methods) and set(other.methods) <= set(self.methods)))
+            and (not self.paths or (bool(other.paths) and set(other.paths) <= set(self.paths)))
+            and set(self.headers.items()) <= set(other.headers.items())
+            and (self.websocket or not self.looks_inside or (other.looks_inside and not other.websocket))
+        )
 
 
-class Denied(Target):
+class Denied(Target, Http):
     """Something that is denied, whatever is allowed."""
 
     ports: Annotated[tuple[Port, ...], Field(max_length=64)] = ()

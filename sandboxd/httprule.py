@@ -1,0 +1,125 @@
+"""What of HTTP a network rule speaks of, and whether a request is that. Pure, as ``reach``, which asks it.
+
+Paths are compared as a server would take them, with their escapes undone; one that servers take in different
+ways (a dot segment, an escaped slash) is none that a rule can speak of.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from urllib.parse import unquote_to_bytes
+
+from sandboxd.globs import Pattern
+
+__all__ = ["HttpRequest", "HttpRule", "Injection", "ambiguous"]
+
+_ODD = re.compile(rb"%(?![0-9A-Fa-f]{2})|%(2[fF]|5[cC]|25|0[0-9a-fA-F]|1[0-9a-fA-F]|7[fF])|[^!-~]|[\\#]")
+_DOTS = re.compile(rb"(^|/)\.{1,2}(;[^/]*)?(/|$)")
+
+
+@dataclass(frozen=True)
+class HttpRequest:
+    """The head of a request. Names of headers are in lower case."""
+
+    method: str
+    target: bytes
+    """Path and query."""
+    headers: tuple[tuple[bytes, bytes], ...]
+    websocket: bool = False
+
+    @cached_property
+    def path(self) -> bytes:
+        """Without the query, escapes undone."""
+        return unquote_to_bytes(self.target.partition(b"?")[0])
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What is put into requests on their way out: one header, or a signature of AWS (version 4)."""
+
+    header: str = ""
+    value: str = ""
+    """May hold ``{secret:NAME}``."""
+    access_key: str = ""
+    """Of a signature: the names of the secrets that it is made with."""
+    secret_key: str = ""
+    session_token: str = ""
+
+
+@dataclass(frozen=True)
+class HttpRule:
+    """Conditions that all have to hold; an empty one always does."""
+
+    methods: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+    headers: tuple[tuple[str, str], ...] = ()
+    """Names in lower case, each with a glob of the value; every header of that name has to match."""
+    websocket: bool = False
+    """Whether a request may go on as a WebSocket; where it may not, one that asks for it does not match."""
+    inject: Injection | None = None
+
+    def matches(self, request: HttpRequest) -> bool:
+        """Whether the rule speaks of a request."""
+        if self.methods and request.method not in self.methods:
+            return False
+        path = request.path
+        if self._paths and not (path[:1] == b"/" and any(each.matches(path[1:]) for each in self._paths)):
+            return False
+        for name, expression in self._headers:
+            values = [value for each, value in request.headers if each == name]
+            if not values or not all(expression.fullmatch(value.decode("latin-1")) for value in values):
+                return False
+        return True
+
+    @property
+    def said(self) -> str:
+        """The conditions, in a few words."""
+        parts = [
+            " ".join(self.methods) or "any method",
+            " ".join(self.paths) or "any path",
+            *(f"{name}: {glob}" for name, glob in self.headers),
+            *(["WebSocket"] if self.websocket else []),
+        ]
+        return ", ".join(parts)
+
+    @cached_property
+    def _paths(self) -> tuple[Pattern, ...]:
+        return tuple(map(path_pattern, self.paths))
+
+    @cached_property
+    def _headers(self) -> tuple[tuple[bytes, re.Pattern[str]], ...]:
+        return tuple((name.lower().encode(), value_pattern(glob)) for name, glob in self.headers)
+
+
+class _Root(Pattern):
+    """The pattern of the path ``/`` alone."""
+
+    def matches(self, path: bytes) -> bool:
+        return not path
+
+
+def path_pattern(glob: str) -> Pattern:
+    """The pattern of a glob that begins with a slash. Raises InvalidRequest where it can match nothing."""
+    return _Root(glob) if glob == "/" else Pattern.of(glob[1:])
+
+
+def value_pattern(glob: str) -> re.Pattern[str]:
+    """The expression of a glob of a header's value: ``*`` stands for any text, ``?`` for one character."""
+    first, *rest = (re.escape(part).replace(r"\?", ".") for part in re.split(r"\*+", glob))
+    if not rest:
+        return re.compile(first, re.DOTALL)
+    middle = "".join(f"(?>.*?{part})" for part in rest[:-1])  # each found once and never given back
+    return re.compile(f"{first}{middle}.*{rest[-1]}", re.DOTALL)
+
+
+def ambiguous(target: bytes) -> str | None:
+    """Why servers may take the path of a target in different ways; None: they do not."""
+    path = target.partition(b"?")[0]
+    if _ODD.search(path):
+        return "its path has an escape or a character that servers read in different ways"
+    plain = unquote_to_bytes(path)
+    if b"//" in plain or _DOTS.search(plain):
+        return "its path has an empty segment or one of dots, which servers resolve in different ways"
+    return None
