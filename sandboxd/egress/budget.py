@@ -22,7 +22,7 @@ class Budget:
 
     def __init__(self, limits: Mapping[str, int]) -> None:
         self._limits = limits
-        self.connections = 0
+        self.connections = self.requests = 0
         self.used = {"in": 0, "out": 0}
         self.reached: set[str] = set()
         """Those that something was cut for."""
@@ -44,6 +44,15 @@ class Budget:
                 return "connection_rate"
             self._begun.append(now)
         self.connections += 1
+        return None
+
+    def request(self) -> str | None:
+        """Count a request of HTTP; returns the limit that is in its way."""
+        most = self._limits.get("requests")
+        if most is not None and self.requests >= most:
+            self.reached.add("requests")
+            return "requests"
+        self.requests += 1
         return None
 
     async def take(self, way: Literal["in", "out"], asked: int) -> int:

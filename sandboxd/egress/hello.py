@@ -9,7 +9,7 @@ __all__ = ["MAX_HELLO", "Hello", "HelloMalformed", "HelloReader", "alert", "is_t
 MAX_HELLO = 32 * 1024  # bytes with what carries them; those with keys against quantum computers have 2 KiB
 HANDSHAKE, CLIENT_HELLO = 22, 1
 RECORDS = range(20, 24)
-SERVER_NAME, ENCRYPTED_CLIENT_HELLO = 0, 0xFE0D
+SERVER_NAME, PROTOCOLS, ENCRYPTED_CLIENT_HELLO = 0, 16, 0xFE0D
 HEADER, MAX_RECORD = 5, 2**14
 UNRECOGNIZED_NAME = 112
 
@@ -25,6 +25,8 @@ class Hello:
     server_name: str | None
     encrypted: bool
     """Whether it has the extension of Encrypted Client Hello, in earnest or as grease."""
+    protocols: tuple[str, ...] = ()
+    """That the client offers (ALPN, RFC 7301); those that are no ASCII are left out."""
 
 
 class _Bytes:
@@ -107,6 +109,7 @@ def _parse(body: _Bytes) -> Hello:
     for size in (1, 2, 1):  # session id, cipher suites, compression methods
         body.vector(size)
     name, encrypted = None, False
+    protocols: tuple[str, ...] = ()
     extensions = body.vector(2) if body else _Bytes(b"")
     seen = set()
     while extensions:
@@ -116,8 +119,19 @@ def _parse(body: _Bytes) -> Hello:
         seen.add(kind)
         if kind == SERVER_NAME:
             name = _server_name(content)
+        elif kind == PROTOCOLS:
+            protocols = _protocols(content)
         encrypted = encrypted or kind == ENCRYPTED_CLIENT_HELLO
-    return Hello(name, encrypted)
+    return Hello(name, encrypted, protocols)
+
+
+def _protocols(content: _Bytes) -> tuple[str, ...]:
+    listed, found = content.vector(2), []
+    while listed:
+        name = listed.vector(1).rest()
+        if name.isascii():
+            found.append(name.decode())
+    return tuple(found)
 
 
 def _server_name(content: _Bytes) -> str:
