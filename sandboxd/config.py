@@ -265,6 +265,8 @@ class NetworkConfig(Section):
     """Without any, those of the host's /etc/resolv.conf when a process starts."""
     port: Annotated[int, Field(strict=True, ge=1, le=65535)] = 53
     """Of the name servers."""
+    authorities: Annotated[tuple[AbsolutePath, ...], Field(max_length=64)] = ()
+    """Files of certificates (PEM) of who is believed beside the host's own, where rules look into HTTP."""
     uid: Annotated[Id, Field(ge=1)] = 1_878_982_656
     """The first of ``count`` host ids, user and group alike: each process has one that nobody else has."""
     count: Annotated[Count, Field(ge=1, le=65_536)] = 4096

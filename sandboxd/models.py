@@ -312,6 +312,8 @@ class Usage(Wire):
     stderr: int = 0
     connections: int = 0
     """Of a policy with a network, and so are the bytes."""
+    requests: int = 0
+    """Of HTTP, where rules look into it."""
     network_in: int = 0
     network_out: int = 0
 
@@ -320,7 +322,7 @@ class Denial(Wire):
     """Something that the policy refused while the tool ran."""
 
     kind: str
-    """``syscall``, ``connection``, or ``name``: one that was asked of the resolver."""
+    """``syscall``, ``connection``, ``request`` of HTTP, or ``name``: one that was asked of the resolver."""
     name: str
     """Of a connection, the host or address and the port."""
     count: int
@@ -353,6 +355,8 @@ class NetworkUse(Wire):
     limits: list[Annotated[str, Field(max_length=32)]] = Field(default_factory=list, max_length=16)
     """Of ``network.budget``, those that were reached."""
     connections: Counted = 0
+    requests: Counted = 0
+    """Of HTTP, where rules look into it."""
     bytes_in: Counted = 0
     bytes_out: Counted = 0
 
@@ -363,7 +367,8 @@ class NetworkEvent(Wire):
     verdict: Literal["allowed", "denied", "failed", "limit"]
     """failed: the policy allowed it, and the network did not let it happen; limit: a budget ended it."""
     protocol: str = Field(default="", max_length=32)
-    """``tcp``; ``dns`` of a question for a name; another one only where it was refused."""
+    """``tcp``; ``dns`` of a question for a name; ``http`` or ``https`` of a request in a connection; another
+    one only where it was refused."""
     name: str | None = Field(default=None, max_length=1024)
     """What the program asked the resolver for; None: it gave the address itself."""
     address: str = Field(default="", max_length=64)
@@ -377,6 +382,14 @@ class NetworkEvent(Wire):
     bytes_out: Counted = 0
     bytes_in: Counted = 0
     duration: Counted = 0
+    method: str = Field(default="", max_length=32)
+    """Of a request, where rules look into HTTP; its bytes are those of the bodies."""
+    path: str = Field(default="", max_length=4096)
+    """Of a request, without the query."""
+    status: int = Field(default=0, ge=0, le=999)
+    """Of the answer; 0: there was none."""
+    secrets: list[Annotated[str, Field(max_length=160)]] = Field(default_factory=list, max_length=64)
+    """Those that were put into the request, as NAME@VERSION."""
 
 
 class LimitReached(Wire):

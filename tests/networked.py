@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-CONFIG = f"network: {{nameservers: [{DNS}]}}\n"
+CONFIG = "network: {{nameservers: [{}], authorities: [{}]}}\n"
 POLICY = """\
 version: 1
 name: net
@@ -54,9 +54,9 @@ def add_policy(daemon: Daemon, name: str, text: str) -> None:
 
 
 @contextmanager
-def start_networked(directory: Path, config: str = "") -> Iterator[Daemon]:
+def start_networked(directory: Path, config: str = "", authorities: str = "") -> Iterator[Daemon]:
     """A daemon that asks the DNS of the world, with the policy ``net``."""
-    with start_daemon(directory, config=f"{CONFIG}{config}") as daemon:
+    with start_daemon(directory, config=CONFIG.format(DNS, authorities) + config) as daemon:
         add_policy(daemon, "net", POLICY)
         yield daemon
 

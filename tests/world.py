@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["DNS", "PRIVATE", "WWW", "World", "start_world"]
 
 HERE, WWW, OTHER, FILES = "93.184.216.1", "93.184.216.34", "93.184.216.35", "93.184.216.36"
+WEB = "93.184.216.37"
 DNS = "93.184.216.53"
 PRIVATE, METADATA = "10.91.7.2", "169.254.169.254"
 
@@ -229,6 +230,7 @@ def start_world(directory: Path) -> Iterator[World]:
             f"{WWW}/24",
             f"{OTHER}/24",
             f"{FILES}/24",
+            f"{WEB}/24",
             f"{DNS}/24",
             f"{PRIVATE}/32",
             f"{METADATA}/32",

@@ -10,6 +10,7 @@ import sys
 import traceback
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import anyio
 import dns.asyncbackend
@@ -17,8 +18,11 @@ import dns.rdata
 
 from sandboxd.egress.budget import Budget
 from sandboxd.egress.container import Container
+from sandboxd.egress.injection import Secret
 from sandboxd.egress.jail import give_up
+from sandboxd.egress.leaves import Leaves
 from sandboxd.egress.messages import MAX_FAULT, MAX_MESSAGE, Serve, Setup, decode, encode, rules_of
+from sandboxd.egress.servers import Servers, host_authorities
 from sandboxd.egress.upstream import Resolver, host_names
 from sandboxd.kernel import descriptors
 from sandboxd.reach import Reach
@@ -30,12 +34,15 @@ DOORS = 5
 class Worker:
     """Serves the containers of one caller until the daemon closes its end."""
 
-    def __init__(self, sock: socket.socket, resolver: Resolver) -> None:
+    def __init__(self, sock: socket.socket, resolver: Resolver, servers: Servers, leaves: Leaves) -> None:
         self._sock = sock
         self._resolver = resolver
+        self._servers = servers
+        self._leaves = leaves
         self._containers: dict[str, Container] = {}
         self._known: dict[str, dict[str, str]] = {}
         """Addresses of names that a container was told already, by a process that is gone."""
+        self._secrets: dict[str, dict[str, Secret]] = {}
         self._rules: dict[str, tuple[Reach, dict[str, int]]] = {}
 
     async def run(self) -> None:
@@ -64,14 +71,26 @@ class Worker:
                             budget=Budget(budget),
                             names=self._known.pop(asked.id, {}),
                             resolver=self._resolver,
+                            servers=self._servers,
+                            leaves=self._leaves,
                         )
+                        container.secrets.update(self._secrets.pop(asked.id, {}))
                         container.begin(tasks)
+                    case "secrets":
+                        self._take_secrets(content["id"], content["values"])
                     case "end":
                         self._containers.pop(content["id"]).end()
                     case _:
                         for fd in fds:
                             os.close(fd)
             tasks.cancel_scope.cancel()
+
+    def _take_secrets(self, id: str, values: dict[str, list[Any]]) -> None:  # noqa: A002
+        found = {name: Secret(version, base64.b64decode(value)) for name, (version, value) in values.items()}
+        if (container := self._containers.get(id)) is not None:
+            container.secrets.update(found)
+        else:
+            self._secrets[id] = found  # the container is about to come
 
     def _say(self, kind: str, **content: object) -> None:
         self._sock.setblocking(True)  # the daemon reads at once; where it does not, this waits for it
@@ -94,10 +113,11 @@ async def main(fd: int, uid: int) -> None:
         await anyio.wait_readable(sock)
         _, said = decode(sock.recv(MAX_MESSAGE))
         setup = Setup(**said)
-        hosts = host_names()
+        hosts, servers = host_names(), Servers(host_authorities() + setup.authorities)
+        leaves = Leaves(setup.authority, setup.authority_key)
         give_up(uid, DESCRIPTORS, base64.b64decode(setup.filter))
         gc.freeze()
-        await Worker(sock, Resolver(setup.nameservers, hosts, setup.port)).run()
+        await Worker(sock, Resolver(setup.nameservers, hosts, setup.port), servers, leaves).run()
     except Exception:  # noqa: BLE001  (it can write no file, and has nobody else to tell)
         sock.setblocking(True)
         with suppress(OSError):

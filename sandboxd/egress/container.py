@@ -11,16 +11,22 @@ import struct
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import anyio
 
 from sandboxd.egress import hello, upstream
+from sandboxd.egress.injection import inject
+from sandboxd.egress.inspect import Inspection
 from sandboxd.egress.messages import MAX_FAULT
 from sandboxd.egress.names import Names
 from sandboxd.egress.refused import read_refused
 from sandboxd.egress.relay import Cut, Pump, cut, resets
+from sandboxd.egress.site import Site
+from sandboxd.egress.streams import Counted
+from sandboxd.egress.told import Connection, Told
 from sandboxd.reach import STANDINS, STANDINS6, Decision
 
 if TYPE_CHECKING:
@@ -29,6 +35,10 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
     from sandboxd.egress.budget import Budget
+    from sandboxd.egress.injection import Secret
+    from sandboxd.egress.leaves import Leaves
+    from sandboxd.egress.servers import Servers
+    from sandboxd.egress.site import Exchange
     from sandboxd.reach import Address, Reach
 
 __all__ = ["Container"]
@@ -36,27 +46,10 @@ __all__ = ["Container"]
 HELLO_SECONDS = 10.0
 DNS_SECONDS = 10.0  # that a stream of questions may be silent
 MAX_OPEN = 4096  # connections at once
-MAX_EVENTS = 1000  # of a call, for refusals and for connections each; the rest is counted only
-MAX_KINDS = 256  # of refusals that are told apart
 IPV6_PKTINFO = 50
 FIRST_READ = 4096
 MAX_FAULTS = 3
 TOO_LATE = "the call ended before anything was connected to"
-
-
-@dataclass
-class _Connection:
-    """What its event says of it."""
-
-    name: str | None
-    address: str
-    port: int
-    protocol: str = "tcp"
-    upstream: str | None = None
-    rule: str | None = None
-    begun: float = 0.0
-    sent: int = 0
-    received: int = 0
 
 
 class Container:
@@ -71,6 +64,8 @@ class Container:
         budget: Budget,
         names: dict[str, str],
         resolver: upstream.Resolver,
+        servers: Servers,
+        leaves: Leaves,
     ) -> None:
         """``fds``: those of ``network.namespace.Doors``, in its order; this owns them from now on.
 
@@ -79,6 +74,10 @@ class Container:
         self._reach = reach
         self._budget = budget
         self._resolver = resolver
+        self._servers = servers
+        self._leaves = leaves
+        self.secrets: dict[str, Secret] = {}
+        """What requests may be given on their way out; what is written here, the next request has."""
         self._say = say
         self._sockets = [socket.socket(fileno=fd) for fd in fds]
         *_, self._log = self._sockets
@@ -88,10 +87,9 @@ class Container:
             on_new=lambda name, address: say("name", name=name, address=address),
             on_refused=self._on_refused_name,
         )
-        self._events = {"refusals": 0, "connections": 0}
+        self._told = Told(say)
         self._faults = 0
         self._open = 0
-        self._refusals: dict[tuple[str, str, int | None, str], dict[str, Any]] = {}
         self._scope = anyio.CancelScope()
         self._awake = False
         self._first_sign: select.epoll
@@ -140,70 +138,31 @@ class Container:
         """Of the connections that nobody has taken yet, since their program ended right after."""
         for listener in self._sockets[:2]:
             with suppress(OSError):
-                for _ in range(MAX_EVENTS):
+                for _ in range(MAX_OPEN):
                     accepted, _ = listener.accept()
                     with accepted:
                         host, port = accepted.getsockname()[:2]
                         address = ipaddress.ip_address(host)
                         name = self._names.name_of(address) if _stands_for_a_name(address) else None
-                        self._emit("failed", _Connection(name, str(address), port), TOO_LATE)
+                        self._told.emit("failed", Connection(name, str(address), port), TOO_LATE)
 
     def _close(self) -> None:
         for sock in self._sockets:
             sock.close()
         self._say(
             "ended",
-            refusals=list(self._refusals.values()),
+            refusals=self._told.refusals,
             limits=sorted(self._budget.reached),
             connections=self._budget.connections,
+            requests=self._budget.requests,
             bytes_in=self._budget.used["in"],
             bytes_out=self._budget.used["out"],
         )
 
     # events
 
-    def _emit(self, verdict: str, connection: _Connection, why: str) -> None:
-        if verdict == "denied":
-            self._count_refusal(connection, why)
-        kind = "refusals" if verdict == "denied" else "connections"  # a flood of those does not hide these
-        if self._events[kind] >= MAX_EVENTS:
-            return
-        self._events[kind] += 1
-        self._say(
-            "event",
-            verdict=verdict,
-            protocol=connection.protocol,
-            name=connection.name,
-            address=connection.address,
-            port=connection.port,
-            upstream=connection.upstream,
-            why=why,
-            rule=connection.rule,
-            bytes_out=connection.sent,
-            bytes_in=connection.received,
-            duration=int((time.monotonic() - connection.begun) * 1e6) if connection.begun else 0,
-        )
-
-    def _count_refusal(self, connection: _Connection, why: str) -> None:
-        what = connection.name or connection.address
-        key = (connection.protocol, what, connection.port or None, why)
-        if key not in self._refusals and len(self._refusals) >= MAX_KINDS:
-            key = (connection.protocol, "others", None, "")
-        found = self._refusals.setdefault(
-            key,
-            {
-                "protocol": key[0],
-                "target": key[1],
-                "port": key[2],
-                "why": key[3],
-                "rule": connection.rule,
-                "count": 0,
-            },
-        )
-        found["count"] += 1
-
     def _on_refused_name(self, name: str, decision: Decision) -> None:
-        self._emit("denied", _Connection(name, "", 0, "dns", rule=decision.where), decision.why)
+        self._told.emit("denied", Connection(name, "", 0, "dns", rule=decision.where), decision.why)
 
     def _fault(self) -> None:
         """Tell of what was raised and should not have been, as long as nobody makes it a habit."""
@@ -241,8 +200,8 @@ class Container:
             decision = self._reach.at(name, port)
         else:
             decision = self._reach.address(address, port)
-        self._emit(
-            "denied", _Connection(name, str(address), port, protocol, rule=decision.where), decision.why
+        self._told.emit(
+            "denied", Connection(name, str(address), port, protocol, rule=decision.where), decision.why
         )
 
     # connections
@@ -261,7 +220,7 @@ class Container:
                     await anyio.sleep(0.05)
                 continue
             if self._open >= MAX_OPEN:
-                self._emit("limit", _Connection(None, "", 0), f"{MAX_OPEN} connections are open already")
+                self._told.emit("limit", Connection(None, "", 0), f"{MAX_OPEN} connections are open already")
                 cut(accepted)
                 await anyio.lowlevel.checkpoint()
                 continue
@@ -288,9 +247,9 @@ class Container:
     async def _connection(self, client: socket.socket) -> None:
         host, port = client.getsockname()[:2]
         address = ipaddress.ip_address(host)
-        connection = _Connection(None, str(address), port, begun=time.monotonic())
+        connection = Connection(None, str(address), port, begun=time.monotonic())
         if (limit := self._budget.connect()) is not None:
-            self._emit("limit", connection, f"network.budget.{limit} is used up")
+            self._told.emit("limit", connection, f"network.budget.{limit} is used up")
             cut(client)
             return
         if _stands_for_a_name(address):
@@ -303,31 +262,34 @@ class Container:
             decision = self._reach.address(address, port)
         connection.rule = decision.where
         if not decision.allowed:
-            self._emit("denied", connection, decision.why)
+            self._told.emit("denied", connection, decision.why)
             cut(client)
+            return
+        if connection.name is not None and self._reach.looks_inside(connection.name, port):
+            await self._inspect(client, connection, connection.name)
             return
         try:
             server, found = await self._connect(connection, address)
         except upstream.Unreachable as error:
             if error.refused is not None:
                 connection.rule = error.refused.where
-            self._emit("denied" if error.refused else "failed", connection, str(error))
+            self._told.emit("denied" if error.refused else "failed", connection, str(error))
             cut(client)
             return
         except anyio.get_cancelled_exc_class():
-            self._emit("failed", connection, TOO_LATE)
+            self._told.emit("failed", connection, TOO_LATE)
             raise
         connection.upstream = str(found)
         with server:
             await self._relay(client, server, connection)
 
-    async def _connect(self, connection: _Connection, address: Address) -> tuple[socket.socket, Address]:
+    async def _connect(self, connection: Connection, address: Address) -> tuple[socket.socket, Address]:
         if connection.name is None:
             return await upstream.connect_to([address], connection.port)
         addresses = await self._resolver.addresses(connection.name)
         return await upstream.connect(addresses, connection.port, self._reach, connection.name)
 
-    async def _relay(self, client: socket.socket, server: socket.socket, connection: _Connection) -> None:
+    async def _relay(self, client: socket.socket, server: socket.socket, connection: Connection) -> None:
         out = Pump(client, server, "out", self._budget)
         back = Pump(server, client, "in", self._budget)
         verdict, why = "allowed", "the call ended before the connection did"
@@ -335,7 +297,7 @@ class Container:
 
         async def there() -> None:
             try:
-                first = await self._first(client, connection)
+                first, _ = await self._first(client, connection)
             except hello.HelloMalformed as error:
                 refusal.append(str(error))
                 with suppress(OSError):
@@ -358,12 +320,67 @@ class Container:
             why = f"the connection was reset: {group.exceptions[0]}"
         finally:
             connection.sent, connection.received = out.moved, back.moved
-            self._emit(verdict, connection, why)
+            self._told.emit(verdict, connection, why)
         if not why or refusal:  # all was said, or the alert
             resets(client, reset=False)
         resets(server, reset=bool(why))
 
-    async def _first(self, client: socket.socket, connection: _Connection) -> bytes:
+    async def _inspect(self, client: socket.socket, connection: Connection, name: str) -> None:
+        """Serve a connection whose rules look into HTTP."""
+        verdict, why, counted = "failed", TOO_LATE, None
+        try:
+            first, found = await self._first(client, connection)
+            counted = Counted(client, first, self._budget)
+            site = Site(
+                name,
+                connection.port,
+                "http" if found is None else "https",
+                reach=self._reach,
+                budget=self._budget,
+                inject=partial(inject, self.secrets),
+                tell=partial(self._on_exchange, connection),
+            )
+
+            async def connect() -> socket.socket:
+                addresses = await self._resolver.addresses(name)
+                server, at = await upstream.connect(addresses, connection.port, self._reach, name)
+                connection.upstream = str(at)
+                return server
+
+            inspection = Inspection(counted, site, connect, leaves=self._leaves, servers=self._servers)
+            await inspection.run(found, first)
+            verdict, why = "allowed", ""
+        except hello.HelloMalformed as error:
+            verdict, why = "denied", str(error)
+            with suppress(OSError):
+                client.send(hello.alert(hello.UNRECOGNIZED_NAME))
+        except Cut as error:
+            self._budget.reached.add(error.limit)
+            verdict, why = "limit", f"network.budget.{error.limit} is used up"
+        except OSError as error:
+            why = str(error)
+        finally:
+            if counted is not None:
+                connection.sent, connection.received = counted.sent, counted.received
+            self._told.emit(verdict, connection, why)
+        resets(client, reset=verdict != "allowed")
+
+    def _on_exchange(self, connection: Connection, exchange: Exchange, verdict: str, why: str) -> None:
+        told = replace(
+            connection,
+            protocol=exchange.protocol,
+            rule=exchange.rule,
+            begun=exchange.begun,
+            sent=exchange.sent,
+            received=exchange.received,
+            method=exchange.method,
+            path=exchange.path,
+            status=exchange.status,
+            secrets=exchange.secrets,
+        )
+        self._told.emit(verdict, told, why)
+
+    async def _first(self, client: socket.socket, connection: Connection) -> tuple[bytes, hello.Hello | None]:
         """What the client says first: of TLS, all of its ClientHello, which has to name whom it should."""
         data, reader = b"", hello.HelloReader()
         with anyio.move_on_after(HELLO_SECONDS) as scope:
@@ -380,10 +397,10 @@ class Container:
                 data += read
                 tls = hello.is_tls(data) if data else False
                 if connection.name is None or not read or tls is False:
-                    return data
+                    return data, None
                 if tls and (found := reader.feed(read)) is not None:
                     self._check_hello(found, connection.name)
-                    return data
+                    return data, found
         raise hello.HelloMalformed("the ClientHello did not come")
 
     def _check_hello(self, found: hello.Hello, name: str) -> None:

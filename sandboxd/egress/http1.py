@@ -100,12 +100,15 @@ class Http1:
             if self._http.our_state is not h11.SEND_RESPONSE:
                 raise Broken(str(error)) from error
             theirs = self._http.their_state is h11.ERROR
-            return await self._refuse(Refused(400 if theirs else 502, "failed", str(error)))
+            why = f"the request is malformed: {error}" if theirs else f"no answer came: {error}"
+            return await self._refuse(Refused(400 if theirs else 502, "failed", why))
 
     def _understood(self, head: h11.Request) -> HttpRequest:
         listed = list(head.headers)
         authority = [value for name, value in listed if name == b"host"]
         target = head.target
+        if head.http_version not in (b"1.0", b"1.1"):
+            raise Refused(505, "failed", "on this connection HTTP/1.0 and 1.1 are spoken")
         if head.method == b"CONNECT":
             raise Refused(405, "denied", "CONNECT: this is no proxy; connect to the host itself")
         if target[:1] != b"/" and not (target == b"*" and head.method == b"OPTIONS"):

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from sandboxd.egress.servers import Servers
     from sandboxd.egress.site import Site
     from sandboxd.egress.streams import Stream
-    from sandboxd.reach import Address
 
 __all__ = ["Inspection"]
 
@@ -39,7 +38,7 @@ class Inspection:
         self,
         client: Counted,
         site: Site,
-        connect: Callable[[], Awaitable[tuple[socket.socket, Address]]],
+        connect: Callable[[], Awaitable[socket.socket]],
         *,
         leaves: Leaves,
         servers: Servers,
@@ -70,11 +69,12 @@ class Inspection:
             server, chosen = await self._reach_with_protocol()
         except (Broken, Unreachable):  # it is tried again for each request, whose answer says why
             chosen = HTTP1 if HTTP1 in self._offered or not self._offered else H2
-        client = ServerTls(self._client, self._leaves.context(self._site.name, chosen))
+        protocol = H2 if chosen == H2 else HTTP1  # a server that chooses none speaks that
+        client = ServerTls(self._client, self._leaves.connection(self._site.name, [protocol.encode()]))
         await client.handshake()
-        self._offered = () if chosen is None else (chosen,)  # what follows is of what was agreed on
-        protocol = Http2 if chosen == H2 else Http1
-        await protocol(client, self._site, self._reach, server).run()
+        self._offered = (protocol,) if self._offered else ()  # what follows is of what was agreed on
+        serve = Http2 if protocol == H2 else Http1
+        await serve(client, self._site, self._reach, server).run()
 
     async def _reach(self) -> Stream:
         stream, chosen = await self._reach_with_protocol()
@@ -85,8 +85,7 @@ class Inspection:
     async def _reach_with_protocol(self) -> tuple[Stream, str | None]:
         """A connection to the server; the one before it ends. Raises Broken, Unreachable."""
         self._held.close()
-        sock, _ = await self._connect()
-        self._held.enter_context(sock)
+        sock = self._held.enter_context(await self._connect())
         stream = Plain(sock)
         if self._site.scheme == "http":
             return stream, None

@@ -6,7 +6,7 @@ The daemon reads what a process says as it reads any stranger's: its types are c
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sandboxd.httprule import HttpRule, Injection
@@ -30,6 +30,11 @@ class Setup:
     port: int
     filter: str
     """Of system calls, as base64."""
+    authorities: str = ""
+    """Certificates of those that it believes beside the host's, as PEM."""
+    authority: str = ""
+    """Whom containers trust, as PEM, and its key: makes the certificates of the hosts' names."""
+    authority_key: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,8 @@ class Exchange:
     """Bytes of the request's body."""
     received: int = 0
     """Bytes of the answer's body."""
+    secrets: tuple[str, ...] = ()
+    """Name and version of each that was put into the request."""
     told: bool = False
 
 
@@ -79,10 +81,12 @@ class Site:
         *,
         reach: Reach,
         budget: Budget,
-        inject: Callable[[Decision, HttpRequest], Headers],
+        inject: Callable[[Decision, HttpRequest], tuple[Headers, tuple[str, ...]]],
         tell: Callable[[Exchange, Verdict, str], None],
     ) -> None:
-        """``inject`` gives the headers that a request goes out with, for a decision; it raises Refused."""
+        """``inject`` gives the headers that a request goes out with, for a decision, and the secrets in them;
+        it raises Refused.
+        """
         self.name = name
         self.port = port
         self.scheme: Literal["http", "https"] = scheme
@@ -118,7 +122,8 @@ class Site:
             raise Refused(403, "denied", decision.why, decision.where)
         if not decision.injections:
             return list(request.headers)
-        return self._inject(decision, request)
+        headers, exchange.secrets = self._inject(decision, request)
+        return headers
 
     def tell(self, exchange: Exchange, verdict: Verdict, why: str = "") -> None:
         """An exchange is over; told once."""

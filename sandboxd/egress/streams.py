@@ -123,11 +123,11 @@ class Counted(Plain):
 class ServerTls:
     """TLS over a stream, as its server."""
 
-    def __init__(self, stream: Stream, context: SSL.Context) -> None:
+    def __init__(self, stream: Stream, tls: SSL.Connection) -> None:
+        """``tls`` is over memory."""
         self._stream = stream
         self._writing = anyio.Lock(fast_acquire=True)  # what both ways write is not to be mixed
-        self._tls = SSL.Connection(context, None)
-        self._tls.set_accept_state()
+        self._tls = tls
 
     async def handshake(self) -> None:
         """Raises Broken."""

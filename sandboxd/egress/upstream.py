@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 import time
 from contextlib import suppress
@@ -145,7 +146,7 @@ async def _connect(address: Address, port: int) -> socket.socket:
             await anyio.wait_writable(sock)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code:
-                raise OSError(code, OSError(code, "").strerror) from None
+                raise OSError(code, os.strerror(code)) from None
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except BaseException:
         sock.close()

@@ -15,10 +15,12 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 import anyio
@@ -30,6 +32,7 @@ from sandboxd.egress.messages import MAX_FAULT, MAX_MESSAGE, MAX_NAMES, Serve, S
 from sandboxd.kernel import descriptors
 from sandboxd.kernel.cgroup import CgroupLimits
 from sandboxd.models import NetworkEvent, NetworkUse
+from sandboxd.network.authority import Authority
 from sandboxd.network.filter import filter_program
 
 if TYPE_CHECKING:
@@ -54,6 +57,9 @@ NAMES_AT_ONCE = 1000
 MAX_THREADS = 8  # of a process, which needs one
 MAX_CRASHES = 3  # of the processes that served one container
 
+Secrets = Mapping[str, tuple[int, bytes]]
+"""Version and value, by name."""
+
 log = structlog.get_logger("sandboxd.network")
 
 
@@ -68,6 +74,7 @@ class _Served:
     rules: NetworkRules
     on_event: Callable[[NetworkEvent], None]
     worker: _Worker
+    secrets: Secrets
     names: dict[str, str] = field(default_factory=dict)
     crashes: int = 0
     events: int = 0
@@ -135,6 +142,7 @@ class Gateway:
         self._config = config
         self._confining = confining
         self._tasks = tasks
+        self._authority = Authority.make()
         self._workers: dict[int, list[_Worker]] = {}
         self._uids = list(range(config.uid + config.count - 1, config.uid - 1, -1))
         self._served: dict[str, _Served] = {}
@@ -145,16 +153,27 @@ class Gateway:
         uid: int,
         slot: Slot,
         on_event: Callable[[NetworkEvent], None],
+        secrets: Secrets = MappingProxyType({}),
     ) -> None:
-        """Have a slot served, for the call ``id`` of the caller ``uid``. Raises HostFailed."""
+        """Have a slot served, for the call ``id`` of the caller ``uid``. Raises HostFailed.
+
+        ``secrets``: what its requests may be given on their way out, by name: version and value.
+        """
         rules, doors = slot.shape.network, slot.doors
         assert rules is not None  # noqa: S101
         assert doors is not None  # noqa: S101
         doors.begin()
         worker = await self._worker_for(uid)
-        served = _Served(id, uid, doors, slot.shape.digest, rules, on_event, worker)
+        served = _Served(id, uid, doors, slot.shape.digest, rules, on_event, worker, dict(secrets))
         await self._hand_over(served)
         self._served[id] = served
+
+    async def renew(self, id: str, secrets: Secrets) -> None:  # noqa: A002
+        """Secrets have new values; the next request of the call has them. Of a call that ended: nothing."""
+        if (served := self._served.get(id)) is not None:
+            served.secrets = {**served.secrets, **secrets}
+            with suppress(OSError):  # who dies is followed by one that is told all
+                await served.worker.send(encode("secrets", _told(served, secrets)))
 
     async def begin_end(self, id: str) -> None:  # noqa: A002
         """Cut what is left of the call's connections; ``end`` waits for that."""
@@ -187,6 +206,8 @@ class Gateway:
             names = iter(served.names.items())
             while known := dict(islice(names, NAMES_AT_ONCE)):
                 await worker.send(encode("names", {"id": served.id, "names": known}))
+            if served.secrets:
+                await worker.send(encode("secrets", _told(served, served.secrets)))
             await worker.send(encode("serve", Serve(served.id, served.shape)), served.doors.descriptors)
         except BaseException as error:
             worker.containers.pop(served.id, None)
@@ -214,7 +235,7 @@ class Gateway:
             await worker.send(encode("setup", self._setup()))
         except BaseException as error:
             worker.process.kill()  # the end of it is heard, and who waits for it looks for another
-            if isinstance(error, errors.SandboxdError | OSError):
+            if isinstance(error, errors.SandboxdError | OSError | UnicodeDecodeError):
                 raise errors.HostFailed(f"a process for the network could not be started: {error}") from error
             raise
         worker.ready.set()
@@ -222,7 +243,12 @@ class Gateway:
 
     def _setup(self) -> Setup:
         nameservers = tuple(map(str, self._config.nameservers)) or _host_nameservers()
-        return Setup(nameservers, self._config.port, base64.b64encode(filter_program()).decode())
+        authorities = "\n".join(file.read_text(encoding="ascii") for file in self._config.authorities)
+        program = base64.b64encode(filter_program()).decode()
+        authority = self._authority
+        return Setup(
+            nameservers, self._config.port, program, authorities, authority.certificate, authority.key
+        )
 
     async def _hear(self, worker: _Worker) -> None:
         try:
@@ -311,6 +337,11 @@ class Gateway:
             except errors.HostFailed:
                 log.exception("a container's connections are not served any more", id=served.id)
                 served.give_up()
+
+
+def _told(served: _Served, secrets: Secrets) -> dict[str, object]:
+    values = {name: (version, base64.b64encode(value).decode()) for name, (version, value) in secrets.items()}
+    return {"id": served.id, "values": values}
 
 
 def _failed(why: str) -> NetworkEvent:

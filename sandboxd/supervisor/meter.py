@@ -57,6 +57,7 @@ class Meter:
             stdout=stdout,
             stderr=stderr,
             connections=network.connections,
+            requests=network.requests,
             network_in=network.bytes_in,
             network_out=network.bytes_out,
         )

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["CallNetwork"]
 
 
+KINDS = {"dns": "name", "http": "request", "https": "request"}
+
+
 class CallNetwork:
     """Of the call ``id`` of the caller ``uid``; its events go to ``spool``."""
 
@@ -60,7 +63,7 @@ def denials(use: NetworkUse) -> list[Denial]:
     """What was refused, as denials."""
     return [
         Denial(
-            kind="name" if refusal.protocol == "dns" else "connection",
+            kind=KINDS.get(refusal.protocol, "connection"),
             name=refusal.target if not refusal.port else _endpoint(refusal.target, refusal.port),
             count=refusal.count,
             detail=refusal.why,

@@ -1,0 +1,63 @@
+"""What is put into requests on their way out: the container never has it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sandboxd.egress.site import Refused
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sandboxd.httprule import HttpRequest, Injection
+    from sandboxd.reach import Decision
+
+__all__ = ["Secret", "inject"]
+
+_SECRET = re.compile(r"\{secret:([A-Z][A-Z0-9_]{0,127})\}")
+_FORBIDDEN = re.compile(rb"[\0\r\n]")
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A value, and which version of it this is."""
+
+    version: int
+    value: bytes
+
+    def __repr__(self) -> str:
+        return f"Secret(version={self.version})"
+
+
+def inject(
+    secrets: Mapping[str, Secret], decision: Decision, request: HttpRequest
+) -> tuple[list[tuple[bytes, bytes]], tuple[str, ...]]:
+    """The headers that a request goes out with, and which secrets are in them. Raises Refused."""
+    headers = list(request.headers)
+    used: list[str] = []
+    for injection in decision.injections:
+        name = injection.header.lower().encode()
+        value = _value(secrets, injection, used)
+        headers = [(each, old) for each, old in headers if each != name]  # the program's own is no use
+        headers.append((name, value))
+    return headers, tuple(dict.fromkeys(used))
+
+
+def _value(secrets: Mapping[str, Secret], injection: Injection, used: list[str]) -> bytes:
+    def put(match: re.Match[str]) -> str:
+        secret = _secret(secrets, match[1], used)
+        return secret.value.decode("latin-1")
+
+    value = _SECRET.sub(put, injection.value).encode("latin-1").strip()
+    if _FORBIDDEN.search(value):
+        raise Refused(502, "failed", f"what is to be put into {injection.header} is no value of a header")
+    return value
+
+
+def _secret(secrets: Mapping[str, Secret], name: str, used: list[str]) -> Secret:
+    if (secret := secrets.get(name)) is None:
+        raise Refused(502, "failed", f"the secret {name} is not there any more")
+    used.append(f"{name}@{secret.version}")
+    return secret
