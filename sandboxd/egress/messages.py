@@ -6,7 +6,7 @@ The daemon reads what a process says as it reads any stranger's: its types are c
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sandboxd.httprule import HttpRule, Injection
@@ -30,6 +30,9 @@ class Setup:
     port: int
     filter: str
     """Of system calls, as base64."""
+    authority: str
+    """The certificate that containers trust, and below its key, as PEM."""
+    authority_key: str = field(repr=False)
 
 
 @dataclass(frozen=True)
