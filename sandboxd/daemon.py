@@ -35,6 +35,7 @@ from sandboxd.engine.host import enter_private_mounts, instance_name
 from sandboxd.journal import Journal
 from sandboxd.kernel.orphans import adopt_orphans
 from sandboxd.maker.process import EngineProcess
+from sandboxd.network.authority import Authority
 from sandboxd.network.gateway import Gateway
 from sandboxd.policy import shipped_policies
 from sandboxd.pool import Pool
@@ -138,7 +139,8 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
     async with AsyncExitStack() as stack:
         journal = await stack.enter_async_context(Journal.open(config.state))
         await stack.enter_async_context(engine)
-        removed = await engine.open()
+        authority = Authority.make()  # here, and not before the engine's process was made: that has no key
+        removed = await engine.open((authority.certificate, authority.fingerprint))
         if removed:
             log.warning("containers of an earlier daemon were removed", count=len(removed))
         policies = PolicyStore(policy_directories(config), config.floor)
@@ -175,7 +177,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
             policies=policies,
             images=engine.images,
             pool=pool,
-            gateway=Gateway(config.network, engine, tasks),
+            gateway=Gateway(config.network, engine, tasks, authority),
             journal=journal,
             scheduler=scheduler,
             blobs=blobs,

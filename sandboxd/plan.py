@@ -20,6 +20,7 @@ from sandboxd.policy.explain import on_output
 from sandboxd.policy.fixed import DEFAULT_ENV
 from sandboxd.policy.quantities import MIN_MEMORY
 from sandboxd.policy.rules import network_rules
+from sandboxd.policy.trust import trust_env
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -230,7 +231,7 @@ def make_shape(policy: Policy, image: ImageRef) -> Shape:
     limits, process, root = spec.limits, spec.process, spec.filesystem
     overlay = root.root == "overlay"
     warm = spec.warm
-    env = tuple({**DEFAULT_ENV, **process.env}.items())
+    env = tuple({**DEFAULT_ENV, **trust_env(spec), **process.env}.items())
     return Shape(
         policy=policy.name,
         policy_digest=policy.digest,
@@ -340,7 +341,7 @@ def _command(policy: Policy, request: Request) -> Command:
         argv.append(Bytes.of(data).model_dump(exclude_none=True))
     if argv[0] == {"text": ""}:
         raise InvalidRequest("argv.0 is empty; it names the program to run", field="argv.0")
-    env = {**DEFAULT_ENV, **policy.spec.process.env}
+    env = {**DEFAULT_ENV, **trust_env(policy.spec), **policy.spec.process.env}
     for name, value in request.env.items():
         if "=" in name or "\0" in name:
             raise InvalidRequest(f"env: {name!r} is not the name of a variable", field="env")

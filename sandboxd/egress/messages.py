@@ -30,11 +30,11 @@ class Setup:
     port: int
     filter: str
     """Of system calls, as base64."""
-    authorities: str = ""
+    authorities: str
     """Certificates of those that it believes beside the host's, as PEM."""
-    authority: str = ""
-    """Whom containers trust, as PEM, and its key: makes the certificates of the hosts' names."""
-    authority_key: str = field(default="", repr=False)
+    authority: str
+    """The certificate that containers trust, and below its key, as PEM."""
+    authority_key: str = field(repr=False)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sandboxd.plan import Shape
     from sandboxd.receipt import Reading
 
-__all__ = ["Capabilities", "Check", "Engine", "Slot"]
+__all__ = ["Capabilities", "Check", "Engine", "Slot", "Trusted"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,16 @@ class Lacks:
             raise error(self.overlay_root, control="root_overlay")
 
 
+@dataclass(frozen=True)
+class Trusted:
+    """Whom a container was made to trust: the daemon's authority."""
+
+    authority: str
+    """``sha256:…`` of its certificate."""
+    files: Mapping[str, str]
+    """Digests of the bundles that have it, by their places in the container."""
+
+
 @dataclass
 class Slot:
     """One container that an engine has made; its tool process is parked before ``execve``."""
@@ -96,6 +106,8 @@ class Slot:
     """``O_PATH`` descriptor of the writable layer of the root, where there is one."""
     doors: Doors | None = None
     """The sockets of its network namespace, where its policy has a network."""
+    trusted: Trusted | None = None
+    """Where its policy looks into HTTP."""
     spares_init: bool = False
     """Whether a kill leaves PID 1 alone, with which the engine would remove the cgroup before it is read."""
     warm: bool = False

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from sandboxd import canonical, errors
 from sandboxd.engine.oci import OciEngine
 from sandboxd.engine.runtime import find_runtimes
+from sandboxd.engine.trust import Trust
 from sandboxd.images import ImageStore
 from sandboxd.init import LAUNCH, require_programs
 from sandboxd.kernel import mounts
@@ -88,13 +89,24 @@ class EngineHost(ExitStack):
     ``name`` is that of ``run``.
     """
 
-    def __init__(self, config: Config, run: Path, name: str, processes: Sequence[int] = (0,)) -> None:
-        """Raises HostUnsupported."""
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        name: str,
+        processes: Sequence[int] = (0,),
+        authority: tuple[str, str] | None = None,
+    ) -> None:
+        """``authority`` is the certificate (PEM) that containers trust, and its digest.
+
+        Raises HostUnsupported.
+        """
         super().__init__()
         require_programs()
         self._config = config
         self._run = run
         self._name = name
+        self._trust = None if authority is None else Trust(run, *authority)
         self.images = images_of(config, "oci")
         self.callback(leave_private_mounts, run)
         self.cgroups = CgroupTree.open(name, processes)
@@ -121,6 +133,7 @@ class EngineHost(ExitStack):
                 cgroups=self.cgroups,
                 namespaces=self.namespaces,
                 notify=self.notify,
+                trust=self._trust,
             )
             for found in find_runtimes(self._config.runtime)
         ]
@@ -137,6 +150,7 @@ class EngineHost(ExitStack):
             cgroups=self.cgroups,
             notify=self.notify,
             runtime=self._config.docker.runtime,
+            trust=self._trust,
         )
 
     async def open_engine(self) -> OciEngine | DockerEngine:

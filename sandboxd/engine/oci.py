@@ -28,6 +28,7 @@ from sandboxd.engine.interpreter import with_interpreter
 from sandboxd.engine.killing import DEATH_TIMEOUT, kill
 from sandboxd.engine.parking import parked_process, whole_disk
 from sandboxd.engine.presented import SlotMounts
+from sandboxd.engine.trust import trusted_by
 from sandboxd.engine.warming import Warming
 from sandboxd.init.protocol import Rlimit, Setup
 from sandboxd.kernel.cgroup import CgroupLimits
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sandboxd.engine.runtime import Runtime
+    from sandboxd.engine.trust import Trust
     from sandboxd.images import ImageStore
     from sandboxd.kernel.cgroup import CgroupTree
     from sandboxd.kernel.notify import Listener, NotifyServer
@@ -105,13 +107,18 @@ class OciEngine:
         cgroups: CgroupTree,
         namespaces: UserNamespaces,
         notify: NotifyServer,
+        trust: Trust | None = None,
     ) -> None:
-        """``run`` is a directory on a tmpfs of the daemon's own mount namespace."""
+        """``run`` is a directory on a tmpfs of the daemon's own mount namespace.
+
+        Without ``trust``, there is no container for a policy that looks into HTTP.
+        """
         self.runtime = runtime
         self._run = run
         self._images = images
         self._berths = Berths(run, runtime, cgroups, namespaces)
         self._notify = notify
+        self._trust = trust
         self._warming = Warming()
         self._resources: dict[str, ExitStack] = {}
         for part in ("slots", "runtime"):
@@ -200,6 +207,7 @@ class OciEngine:
         init_pid, pidfd, listener = self._start(berth, shape, made, stack)
         stack.callback(end_process, pidfd, DEATH_TIMEOUT)
         tool_pid = parked_process(cgroup, init_pid)
+        trusted, bundles = trusted_by(shape, self._trust, init_pid=init_pid, image=image, owner=ids.base)
         cgroup.set(cgroup_limits(shape.limits, image.rootfs))
         return Slot(
             berth.name,
@@ -215,9 +223,10 @@ class OciEngine:
             made.workspace_fd,
             ids.base,
             os.fstat(ids.namespace).st_ino,
-            made.identities,
+            made.identities | bundles,
             made.upper_fd,
             doors_of(shape, init_pid, stack),
+            trusted=trusted,
             held=held,
         )
 

@@ -74,13 +74,14 @@ class EngineProcess:
         theirs.close()
         return cls(config, pid, Channel(ours))
 
-    async def open(self) -> list[str]:
+    async def open(self, authority: tuple[str, str]) -> list[str]:
         """Find the engine that serves; returns the containers of an earlier daemon that were removed.
 
+        ``authority`` is the certificate (PEM) that containers trust, and its digest.
         Raises HostUnsupported, ConfigInvalid.
         """
         asyncio.get_running_loop().add_reader(self._channel, self._hear)
-        (self.name, self.runtime, self.lacks, removed), _ = await self._ask("open")
+        (self.name, self.runtime, self.lacks, removed), _ = await self._ask("open", authority)
         self.images = images_of(self._config, self.name)
         self._notify = self._stack.enter_context(NotifyServer())
         return list(removed)

@@ -127,7 +127,7 @@ class Server:
                 case "probe":
                     content = await self._engine.probe()
                 case "open":
-                    content = await self._open()
+                    content = await self._open(*arguments)
                 case _:
                     raise errors.EngineFailed(f"an unknown request {what!r}")
         except Exception as error:  # noqa: BLE001  (whatever it is, the daemon is told)
@@ -139,8 +139,10 @@ class Server:
         with suppress(BrokenPipeError, ConnectionResetError):  # the end of the stream says it
             await self._channel.send((number, ok, content), fds)
 
-    async def _open(self) -> tuple[str, str, Lacks, list[str]]:
-        host = self._host.enter_context(EngineHost(self._config, self._run, self._name, self._processes))
+    async def _open(self, authority: tuple[str, str]) -> tuple[str, str, Lacks, list[str]]:
+        host = self._host.enter_context(
+            EngineHost(self._config, self._run, self._name, self._processes, authority)
+        )
         self._cgroups = host.cgroups
         removed = host.clean_leftovers()
         engine = self._engine = await host.open_engine()

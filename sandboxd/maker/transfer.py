@@ -28,7 +28,7 @@ __all__ = ["pack", "unpack"]
 
 PLAIN = (
     "id", "engine", "runtime", "init_pid", "tool_pid", "cgroup", "id_base", "user_namespace", "presented",
-    "spares_init", "warm",
+    "trusted", "spares_init", "warm",
 )  # fmt: skip
 
 

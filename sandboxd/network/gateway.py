@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from sandboxd.config import NetworkConfig
     from sandboxd.engine.base import Slot
+    from sandboxd.network.authority import Authority
     from sandboxd.network.namespace import Doors
     from sandboxd.reach import NetworkRules
 
@@ -138,11 +139,13 @@ class Confining(Protocol):
 class Gateway:
     """Which process serves which container. ``tasks`` is the daemon's task group."""
 
-    def __init__(self, config: NetworkConfig, confining: Confining, tasks: TaskGroup) -> None:
+    def __init__(
+        self, config: NetworkConfig, confining: Confining, tasks: TaskGroup, authority: Authority
+    ) -> None:
         self._config = config
         self._confining = confining
         self._tasks = tasks
-        self._authority = Authority.make()
+        self._authority = authority
         self._workers: dict[int, list[_Worker]] = {}
         self._uids = list(range(config.uid + config.count - 1, config.uid - 1, -1))
         self._served: dict[str, _Served] = {}
@@ -243,8 +246,8 @@ class Gateway:
 
     def _setup(self) -> Setup:
         nameservers = tuple(map(str, self._config.nameservers)) or _host_nameservers()
-        authorities = "\n".join(file.read_text(encoding="ascii") for file in self._config.authorities)
         program = base64.b64encode(filter_program()).decode()
+        authorities = "\n".join(file.read_text(encoding="ascii") for file in self._config.authorities)
         authority = self._authority
         return Setup(
             nameservers, self._config.port, program, authorities, authority.certificate, authority.key

@@ -14,6 +14,7 @@ from sandboxd.policy.fixed import ALWAYS, DEFAULT_ENV, shm_size
 from sandboxd.policy.floor import FORMATS, limit
 from sandboxd.policy.rules import network_rules
 from sandboxd.policy.source import BUILT_IN, Origin
+from sandboxd.policy.trust import TRUSTED, looks_inside, trust_env
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["explain"]
 
+OF_HTTP = "for rules that look into HTTP"
 REQUEST = Origin("(the request)", 0, 0)
 MAX_COMMAND = 1000  # characters of a command: it is in the plan as a whole
 
@@ -123,12 +125,15 @@ def _command(plan: Planned) -> dict[str, Any]:
 
 
 def _env(policy: Policy, plan: Planned | None) -> Iterator[dict[str, Any]]:
-    own = policy.spec.process.env
+    given, own = trust_env(policy.spec), policy.spec.process.env
     asked = {} if plan is None else plan.command.env
-    for name, value in {**DEFAULT_ENV, **own, **asked}.items():
+    policys = {**DEFAULT_ENV, **given, **own}
+    for name, value in {**policys, **asked}.items():
         path = f"process.env.{name}"
-        if value != {**DEFAULT_ENV, **own}.get(name):
+        if value != policys.get(name):
             yield _line(path, value, REQUEST)
+        elif name in given and name not in own:
+            yield _line(path, value, policy.origin("network"), OF_HTTP)
         else:
             yield _line(path, value, policy.origin(path))
 
@@ -210,6 +215,9 @@ def _network(policy: Policy) -> Iterator[dict[str, Any]]:
             path = f"network.{kind}.{number}"
             inside = "" if rule.http is None else f", {rule.http.said}"
             yield _line(path, f"{rule.target} {ports}{inside}", policy.origin(path))
+    if looks_inside(policy.spec):
+        trusted = f"the daemon's authority, at {TRUSTED} and on the image's bundle"
+        yield _line("network.trust", trusted, policy.origin("network"), OF_HTTP)
     for name, value in rules.budget:
         yield _line(f"network.budget.{name}", str(value), policy.origin(f"network.budget.{name}"))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sandboxd.policy import paths
+from sandboxd.policy.trust import TRUSTED, looks_inside
 
 if TYPE_CHECKING:
     from sandboxd.policy.schema import PolicyFile
@@ -41,7 +42,8 @@ class Mounted:
 def mount_table(spec: PolicyFile) -> tuple[Mounted, ...]:
     """Everything that is mounted, the deepest last.
 
-    There is no /sys: a directory of that name is the image's.
+    There is no /sys: a directory of that name is the image's. Which file is an image's bundle of authorities,
+    on which another lies where a rule looks into HTTP, only the image tells.
     """
     table = [
         Mounted("/", writable=spec.filesystem.root == "overlay"),
@@ -52,6 +54,7 @@ def mount_table(spec: PolicyFile) -> tuple[Mounted, ...]:
         Mounted("/dev", writable=spec.process.user == 0),
         *(Mounted(device, writable=True) for device in DEVICES),
         Mounted("/dev/.sandboxd", writable=False),
+        *([Mounted(TRUSTED, writable=False)] if looks_inside(spec) else []),
         Mounted("/dev/pts", writable=False),  # terminals come of opening ptmx, and no other file can be made
         Mounted("/dev/pts/ptmx", writable=True),
         Mounted("/dev/ptmx", writable=True),  # a link to the one before

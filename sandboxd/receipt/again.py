@@ -21,6 +21,8 @@ Not read again, since nothing can have changed it while that process lives:
   our code, or is a warm interpreter under the filter and without a capability. Their owner and the id maps
   are written once (user_namespaces(7)).
 - What PID 1 executes. Its filter, which it has taken before it says that it is parked, has no execve.
+- The content of the bundle of authorities: the file is the daemon's own, on a file system that is mounted
+  read-only wherever it is mounted.
 - Which file system is behind a mount, and the numbers of device nodes. Neither can be changed in place; one
   that is put in its stead has another line of ``mountinfo``, or changes ``/dev``.
 """

@@ -9,16 +9,18 @@ with those of the mount that the engine made (``Slot.presented``).
 
 from __future__ import annotations
 
+import base64
 import os
 import stat
 from typing import TYPE_CHECKING
 
-from sandboxd.engine.bundle import INIT_PATH, MASKED, READ_ONLY, shm_size
+from sandboxd import canonical
+from sandboxd.engine.bundle import MASKED, READ_ONLY, shm_size
 from sandboxd.kernel.mounts import MountEntry, parse_mountinfo
 from sandboxd.models import Control
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator, Mapping
 
     from sandboxd.engine.base import Slot
     from sandboxd.receipt.parked import Parked
@@ -35,6 +37,8 @@ DEVICES = {  # Documentation/admin-guide/devices.txt
     "tty": (5, 0),
 }
 DEV_DIRECTORIES = {"pts", "shm"}
+MAX_TRUSTED = 8 * 2**20
+"""Bytes of a bundle that are read: an image's, and one certificate."""
 HIDDEN = {"invisible", "2"}  # hidepid= by name, and by number before Linux 5.8
 
 
@@ -53,6 +57,7 @@ def mount_controls(slot: Slot, process: Parked) -> Iterator[Control]:
     yield from _root(slot, at.get("/"))
     yield from _presented(slot, process)
     yield from _temporary(slot, at)
+    yield from _trust(slot, process)
     loose = [
         entry.target
         for entry in entries
@@ -71,7 +76,7 @@ def mount_controls(slot: Slot, process: Parked) -> Iterator[Control]:
     extra = [entry.target for entry in entries if entry.target not in expected]
     twice = [entry.target for entry in entries if at[entry.target] is not entry]
     yield _all("mounts", "nothing else", extra + twice, "mountinfo")
-    yield _all("devices", " ".join(sorted(DEVICES)), _wrong_devices(process), "/dev")
+    yield _all("devices", " ".join(sorted(DEVICES)), _wrong_devices(process, slot.presented), "/dev")
 
 
 def _all(name: str, asked: str, wrong: list[str], read_from: str) -> Control:
@@ -102,6 +107,39 @@ def _presented(slot: Slot, process: Parked) -> Iterator[Control]:
         found = process.stat_inside(target)
         shown = "nothing" if found is None else f"{found.st_dev:x}:{found.st_ino}"
         yield _equal(f"mount {target}", f"{device:x}:{inode}", shown, f"device and inode of {target}")
+
+
+def _trust(slot: Slot, process: Parked) -> Iterator[Control]:
+    """The bundles have the content that was written, and whose certificate stands last in them."""
+    network, trusted = slot.shape.network, slot.trusted
+    if network is None or not network.look_inside:
+        return
+    if trusted is None:
+        yield _equal("trust", "the daemon's authority", "nobody", "the engine")
+        return
+    found = {}
+    for place, digest in trusted.files.items():
+        content = process.read_inside(place, MAX_TRUSTED) or b""
+        other = "" if canonical.digest_bytes(content) == digest else " in another file"
+        found[place] = _last_certificate(content) + other
+    asked = dict.fromkeys(trusted.files, trusted.authority)
+    yield _equal("trust", _by_place(asked), _by_place(found), "content of " + ", ".join(sorted(found)))
+
+
+def _by_place(found: Mapping[str, str]) -> str:
+    """``sha256:… at /a, /b``, of each who is trusted."""
+    places = {who: [place for place in sorted(found) if found[place] == who] for who in found.values()}
+    return "; ".join(f"{who} at {', '.join(at)}" for who, at in sorted(places.items()))
+
+
+def _last_certificate(content: bytes) -> str:
+    """``sha256:…`` of the last certificate of a bundle, as ``openssl x509 -fingerprint -sha256`` has it."""
+    _, begun, rest = content.rpartition(b"-----BEGIN CERTIFICATE-----")
+    body, ended, _ = rest.partition(b"-----END CERTIFICATE-----")
+    try:
+        return canonical.digest_bytes(base64.b64decode(body)) if begun and ended else "nobody"
+    except ValueError:
+        return "nobody"
 
 
 def _temporary(slot: Slot, at: dict[str, MountEntry]) -> Iterator[Control]:
@@ -159,7 +197,7 @@ def _is_device(found: os.stat_result, number: tuple[int, int]) -> bool:
     return stat.S_ISCHR(found.st_mode) and (os.major(found.st_rdev), os.minor(found.st_rdev)) == number
 
 
-def _wrong_devices(process: Parked) -> list[str]:
+def _wrong_devices(process: Parked, presented: Collection[str]) -> list[str]:
     """Names in ``/dev`` that are a device of another number, or anything but links and known directories."""
     wrong = []
     for name in process.list_inside("/dev"):
@@ -169,7 +207,7 @@ def _wrong_devices(process: Parked) -> list[str]:
             if name in DEVICES
             else stat.S_ISLNK(found.st_mode)
             or (stat.S_ISDIR(found.st_mode) and name in DEV_DIRECTORIES)
-            or f"/dev/{name}" == INIT_PATH  # its identity is a control of its own
+            or f"/dev/{name}" in presented  # their identities are controls of their own
         )
         if not known:
             wrong.append(name)

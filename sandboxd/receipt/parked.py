@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from typing import TYPE_CHECKING, Self
 
 from sandboxd.kernel import files
@@ -85,6 +86,18 @@ class Parked:
             return sorted(os.listdir(fd))  # noqa: PTH208  (a descriptor)
         finally:
             os.close(fd)
+
+    def read_inside(self, path: str, most: int) -> bytes | None:
+        """A regular file of the process, no link followed at its end; None for what is none, or is larger."""
+        handle = self._open_inside(path, os.O_PATH | os.O_NOFOLLOW)
+        try:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+                return None
+            with open(f"/proc/self/fd/{handle}", "rb") as file:  # noqa: PTH123
+                return file.read(most)
+        finally:
+            os.close(handle)
 
     def _open_inside(self, path: str, flags: int) -> int:
         return files.openat2(self._root, os.fsencode(path), flags, resolve=RESOLVE_IN_ROOT)

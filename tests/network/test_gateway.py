@@ -15,6 +15,7 @@ from sandboxd import errors
 from sandboxd.config import NetworkConfig
 from sandboxd.journal.spool import Spool
 from sandboxd.kernel.inside import in_new_network_namespace
+from sandboxd.network.authority import Authority
 from sandboxd.network.chain import write_chain
 from sandboxd.network.gateway import MAX_EVENTS, Gateway
 from sandboxd.network.namespace import open_doors
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
+AUTHORITY = Authority.make()
 RULES = NetworkRules((Allow("www.example.test", (80,), "net.yaml:1"),), ())
 HOSTILE = """\
 #!{python}
@@ -105,7 +107,7 @@ async def serve_until_given_up(confining: Unconfined) -> list[NetworkEvent]:
     """The events of a call whose container no process serves in the end."""
     events: list[NetworkEvent] = []
     async with anyio.create_task_group() as tasks:
-        gateway = Gateway(NetworkConfig(), confining, tasks)
+        gateway = Gateway(NetworkConfig(), confining, tasks, AUTHORITY)
         with slot() as made, anyio.fail_after(60):
             await gateway.serve("call", 0, made, events.append)
             while made.doors.tcp >= 0:  # noqa: ASYNC110  (no event tells)
@@ -148,7 +150,7 @@ async def test_what_says_more_than_it_may_is_ended(hostile: Callable[..., None],
 
 async def test_a_process_that_cannot_be_confined_serves_nobody_and_holds_up_nobody() -> None:
     async with anyio.create_task_group() as tasks:
-        gateway = Gateway(NetworkConfig(), Refusing(), tasks)
+        gateway = Gateway(NetworkConfig(), Refusing(), tasks, AUTHORITY)
         with slot() as made, anyio.fail_after(20):
             for _ in range(3):
                 with pytest.raises(errors.HostFailed, match="no cgroup"):
@@ -160,7 +162,7 @@ async def test_a_last_word_that_does_not_come_is_not_waited_for(hostile: Callabl
     hostile(EVENT)
     events: list[NetworkEvent] = []
     async with anyio.create_task_group() as tasks:
-        gateway = Gateway(NetworkConfig(), Unconfined(), tasks)
+        gateway = Gateway(NetworkConfig(), Unconfined(), tasks, AUTHORITY)
         with slot() as made, anyio.fail_after(20):
             await gateway.serve("call", 0, made, events.append)
             await gateway.begin_end("call")
@@ -189,7 +191,7 @@ async def test_an_event_that_the_disk_has_no_room_for_is_a_fault_of_its_call(
 ) -> None:
     hostile(EVENT)
     async with anyio.create_task_group() as tasks:
-        network = CallNetwork(Gateway(NetworkConfig(), Unconfined(), tasks), "call", 0, full)
+        network = CallNetwork(Gateway(NetworkConfig(), Unconfined(), tasks, AUTHORITY), "call", 0, full)
         with slot() as made, anyio.fail_after(20):
             await network.begin(made)
             while network.fault is None:  # noqa: ASYNC110  (no event tells)

@@ -127,10 +127,10 @@ def requests(daemon: Daemon, call: Invocation) -> list[NetworkEvent]:
 
 
 ASK = """
-import http.client, json, ssl
+import http.client, json
 def ask(method, path, body=None, headers={}, host='api.http.test', tls=False):
     if tls:
-        made = http.client.HTTPSConnection(host, timeout=20, context=ssl._create_unverified_context())
+        made = http.client.HTTPSConnection(host, timeout=20)
     else:
         made = http.client.HTTPConnection(host, timeout=20)
     made.request(method, path, body, headers)
@@ -250,9 +250,7 @@ def test_what_is_of_another_host_or_malformed_goes_nowhere(
     call = ask(f"{RAW}\nprint(raw(b'{message}').decode('latin-1'))")
     assert said(call).split()[:2] == ["HTTP/1.1", str(status)]
     assert Mirror.requests == []
-    (event,) = requests(http, call) or [None]
-    if event is not None:
-        assert event.verdict in ("denied", "failed")
+    assert {event.verdict for event in requests(http, call)} <= {"denied", "failed"}
 
 
 def test_absolute_form_and_old_requests_are_rewritten(ask: Python) -> None:

@@ -44,6 +44,7 @@ from sandboxd.engine.killing import DEATH_TIMEOUT, kill
 from sandboxd.engine.oci import cgroup_limits, tool_setup
 from sandboxd.engine.parking import parked_process
 from sandboxd.engine.presented import new_workspace
+from sandboxd.engine.trust import trusted_by
 from sandboxd.engine.warming import Warming
 from sandboxd.init import INIT
 from sandboxd.init.protocol import Control
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 
     from sandboxd.engine.docker.endpoint import DockerEndpoint
     from sandboxd.engine.docker.images import DockerImages
+    from sandboxd.engine.trust import Trust
     from sandboxd.images import HostBind, Image
     from sandboxd.kernel.cgroup import CgroupTree
     from sandboxd.kernel.notify import NotifyServer
@@ -99,13 +101,18 @@ class DockerEngine:
         cgroups: CgroupTree,
         notify: NotifyServer,
         runtime: str | None = None,
+        trust: Trust | None = None,
     ) -> None:
-        """``runtime`` is one that the engine has by this name; without it, the engine's default."""
+        """``runtime`` is one that the engine has by this name; without it, the engine's default.
+
+        Without ``trust``, there is no container for a policy that looks into HTTP.
+        """
         self._endpoint = endpoint
         self._instance = instance
         self.images = images
         self._cgroups = cgroups
         self._notify = notify
+        self._trust = trust
         self._wanted = runtime
         self.runtime = DockerRuntime(runtime or "default")
         self._host: EngineFacts | None = None
@@ -259,6 +266,7 @@ class DockerEngine:
             control.setup(tool_setup(shape), SETUP_TIMEOUT), answer=seccomp.answer, on_denied=None
         )
         stack.callback(listener.close)
+        trusted, bundles = trusted_by(shape, self._trust, init_pid=init_pid, image=image, owner=host.base)
         cgroup = self._cgroups.of_process(labels.slot, init_pid)
         tool_pid = parked_process(cgroup, init_pid)
         cgroup.set(cgroup_limits(shape.limits, Path(host.root)))
@@ -276,9 +284,10 @@ class DockerEngine:
             workspace,
             host.base,
             Path(f"/proc/{init_pid}/ns/user").stat().st_ino if host.remapped else None,
-            _identities(init_pid, workspace, binds),
+            _identities(init_pid, workspace, binds) | bundles,
             None,
             doors_of(shape, init_pid, stack),
+            trusted=trusted,
             spares_init=True,
             held=held,
         )
