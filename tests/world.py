@@ -29,10 +29,11 @@ from sandboxd.kernel.inside import in_network_namespace
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["DNS", "PRIVATE", "WWW", "World", "start_world"]
+__all__ = ["DNS", "FILES_NAME", "PRIVATE", "WWW", "World", "start_world"]
 
 HERE, WWW, OTHER, FILES = "93.184.216.1", "93.184.216.34", "93.184.216.35", "93.184.216.36"
 WEB = "93.184.216.37"
+FILES_NAME = "files.example.test"
 DNS = "93.184.216.53"
 PRIVATE, METADATA = "10.91.7.2", "169.254.169.254"
 

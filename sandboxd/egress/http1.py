@@ -54,7 +54,8 @@ class Http1:
         self._connect = connect
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
         self._server = None if first is None else _Server(first)
-        self._body_less = False
+        self._body_less = self._chunked = False
+        """Of the request that is served: whether its answer has no body; how its own is framed."""
 
     async def run(self) -> None:
         """Until either side ends. Raises OSError, Cut."""
@@ -67,6 +68,7 @@ class Http1:
             if not isinstance(event, h11.Request):
                 return
             self._body_less = event.method == b"HEAD"
+            self._chunked = any(name == b"transfer-encoding" for name, _ in event.headers)
             if not await self._one(event):
                 break
             if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
@@ -152,7 +154,10 @@ class Http1:
         again = False
         try:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._send_body, server, exchange)
+                if self._chunked or any(name == b"content-length" for name, _ in headers):
+                    tasks.start_soon(self._send_body, server, exchange)
+                else:
+                    await self._send_body(server, exchange)  # the end of it, which is there
                 again = await self._answer_of(server, request, exchange)
                 if not again:
                     tasks.cancel_scope.cancel()  # whatever of the request is still to come, nobody reads
@@ -168,7 +173,7 @@ class Http1:
     def _framing(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         names = {name for name, _ in headers}
         found = [] if b"host" in names else [(b"host", self._site.authority)]  # HTTP/1.0 need not say it
-        if self._http.their_state is h11.SEND_BODY and b"content-length" not in names:
+        if self._chunked:
             found.append((b"transfer-encoding", b"chunked"))
         return found
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from networked import fill, start_networked
-from world import World, start_world
+from world import FILES_NAME, World, start_world
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,7 +32,8 @@ def world(
 @pytest.fixture(scope="session")
 def networked(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon that asks the DNS of the world."""
-    with start_networked(tmp_path_factory.mktemp("networked")) as daemon:
+    authority = world.certificate(FILES_NAME)
+    with start_networked(tmp_path_factory.mktemp("networked"), authorities=f"{authority}.crt") as daemon:
         yield daemon
 
 

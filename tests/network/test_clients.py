@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from networked import add_policy
 from world import FILES, OTHER
+from world import FILES_NAME as NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from sandboxd.models import Invocation
 
 
-NAME = "files.example.test"
 RULES = f"""\
 version: 1
 name: {{name}}
@@ -89,6 +89,11 @@ def run(networked: Daemon, world: World, served: Path) -> Callable[..., Invocati
     add_policy(
         networked, "python-net", RULES.format(name="python-net", parent="python", more="warm: !remove\n")
     )
+    for parent in ("host", "python"):
+        rules = RULES.format(
+            name=f"{parent}-http", parent=parent, more="warm: !remove\n" * (parent == "python")
+        )
+        add_policy(networked, f"{parent}-http", rules.replace("443]", "443], methods: [GET]"))
     certificate = world.certificate(NAME).with_name(f"{NAME}.pem.crt").read_text()
 
     def script(text: str, policy: str = "host-net") -> Invocation:
@@ -176,3 +181,40 @@ def test_node(run: Callable[..., Invocation]) -> None:
     code = f"fetch('https://{NAME}/page').then(r => r.text()).then(t => process.stdout.write(t))"
     call = run(f'NODE_EXTRA_CA_CERTS=ca.pem node -e "{code}"')
     assert out(call) == "a page\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "parent", "printed"),
+    [
+        (f"curl -sS https://{NAME}/page", "host", "a page"),
+        (f"curl -sS --http2 -o /dev/null -w '%{{http_version}}' https://{NAME}/page", "host", "1.1"),
+        (f"git clone -q https://{NAME}/repo.git && git -C repo rev-list --count HEAD", "host", "1"),
+        (f"python3 -c \"import urllib.request as u; print(u.urlopen('https://{NAME}/page').read())\"", "python",
+         "b'a page\\n'"),
+        (f"python3 -c \"import requests; print(requests.get('https://{NAME}/page').text)\"", "python", "a page"),
+        (f"pip install -q --index-url https://{NAME}/simple/ --target lib tiny-thing 2>&1 && PYTHONPATH=lib "
+         "python3 -m tiny_thing", "python", "installed"),
+        (f"echo | openssl s_client -connect {NAME}:443 -verify_return_error 2>&1 | grep -o 'sandboxd CA' | head -1",
+         "host", "sandboxd CA"),
+        (f"curl -sS -X POST -d x -o /dev/null -w '%{{http_code}}' https://{NAME}/page", "host", "403"),
+        (f"node -e \"fetch('https://{NAME}/page').then(r => r.text()).then(console.log)\"", "host", "a page"),
+    ],
+)  # fmt: skip
+def test_programs_need_no_settings_where_rules_look_into_https(
+    run: Callable[..., Invocation], script: str, parent: str, printed: str
+) -> None:
+    if script.startswith("node") and shutil.which("node") is None:
+        pytest.skip("no node on this host")
+    assert out(run(script, f"{parent}-http")).strip() == printed
+
+
+def test_a_name_that_another_host_is_fronted_by_is_seen_where_rules_look_into_https(
+    run: Callable[..., Invocation],
+) -> None:
+    call = run(f"curl -sS -H 'Host: hidden.example.test' https://{NAME}/page", "host-http")
+    assert "421" in out(call)
+    assert "hidden.example.test" in call.denials[0].detail
+    # where they do not, nothing but the name of the connection is seen: SECURITY.md
+    assert (
+        out(run(f"curl -sS --cacert ca.pem -H 'Host: hidden.example.test' https://{NAME}/page")) == "a page\n"
+    )

@@ -178,6 +178,8 @@ def test_requests(http: Daemon, ask: Python, request_: str, tls: bool, allowed: 
         assert (event.verdict, event.status) == ("allowed", 200)
         (asked,) = Mirror.requests
         assert asked["body"] in ("body", "")
+        framed = {name for name, _ in asked["headers"]} & {"content-length", "transfer-encoding"}
+        assert len(framed) == (1 if asked["body"] else 0)
         assert not call.denials
     else:
         assert status == "403"
