@@ -225,6 +225,8 @@ class Container:
                 await anyio.lowlevel.checkpoint()
                 continue
             accepted.setblocking(False)
+            with suppress(OSError):
+                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             resets(accepted, reset=True)
             self._open += 1
             tasks.start_soon(self._guarded, serve, accepted)

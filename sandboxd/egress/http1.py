@@ -54,6 +54,7 @@ class Http1:
         self._connect = connect
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
         self._server = None if first is None else _Server(first)
+        self._unsent = bytearray()
         self._body_less = self._chunked = False
         """Of the request that is served: whether its answer has no body; how its own is framed."""
 
@@ -150,7 +151,8 @@ class Http1:
         asked = h11.Request(method=request.method, target=request.target, headers=[*headers, *framing])
         await self._say(server, asked)
         if self._http.they_are_waiting_for_100_continue:
-            await self._answer(h11.InformationalResponse(status_code=100, headers=[]))
+            self._answer(h11.InformationalResponse(status_code=100, headers=[]))
+            await self._flush()
         again = False
         try:
             async with anyio.create_task_group() as tasks:
@@ -196,7 +198,7 @@ class Http1:
             match event:
                 case h11.InformationalResponse() if event.status_code == 101:
                     exchange.status = 101
-                    await self._answer(
+                    self._answer(
                         h11.InformationalResponse(
                             status_code=101,
                             headers=[
@@ -206,18 +208,19 @@ class Http1:
                             ],
                         )
                     )
+                    await self._flush()
                     await self._switch(server, exchange)
                     return False
                 case h11.InformationalResponse():
                     if event.status_code != 100:
-                        await self._answer(
+                        self._answer(
                             h11.InformationalResponse(
                                 status_code=event.status_code, headers=_passed_on(event.headers)
                             )
                         )
                 case h11.Response():
                     exchange.status = event.status_code
-                    await self._answer(
+                    self._answer(
                         h11.Response(
                             status_code=event.status_code,
                             headers=_passed_on(event.headers),
@@ -226,10 +229,11 @@ class Http1:
                     )
                 case h11.Data():
                     exchange.received += len(event.data)
-                    await self._answer(h11.Data(data=event.data))
+                    self._answer(h11.Data(data=event.data))
                 case h11.EndOfMessage():
                     chunked = request.method != "HEAD" and event.headers
-                    await self._answer(h11.EndOfMessage(headers=event.headers if chunked else []))
+                    self._answer(h11.EndOfMessage(headers=event.headers if chunked else []))
+                    await self._flush()
                     states = (self._http.our_state, self._http.their_state, *server.http.states.values())
                     return all(state is h11.DONE for state in states)
                 case _:
@@ -275,10 +279,11 @@ class Http1:
         headers, body = self._site.explain(refused)
         if close:
             headers.append((b"connection", b"close"))
-        await self._answer(h11.Response(status_code=status, headers=headers))
+        self._answer(h11.Response(status_code=status, headers=headers))
         if not self._body_less:
-            await self._answer(h11.Data(data=body))
-        await self._answer(h11.EndOfMessage())
+            self._answer(h11.Data(data=body))
+        self._answer(h11.EndOfMessage())
+        await self._flush()
 
     async def _drain(self) -> bool:
         read = 0
@@ -313,10 +318,16 @@ class Http1:
             event = server.http.next_event()
             if event is not h11.NEED_DATA:
                 return event
+            await self._flush()
             server.http.receive_data(await server.stream.receive())
 
-    async def _answer(self, event: h11.Event) -> None:
-        if (data := self._http.send(event)) is not None and data:
+    def _answer(self, event: h11.Event) -> None:
+        """To be sent by ``_flush``: the head of an answer and what is there of its body go together."""
+        self._unsent += self._http.send(event) or b""
+
+    async def _flush(self) -> None:
+        if self._unsent:
+            data, self._unsent = bytes(self._unsent), bytearray()
             await self._client.send(data)
 
     async def _say(self, server: _Server, event: h11.Event) -> None:

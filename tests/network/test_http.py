@@ -47,6 +47,7 @@ class Mirror(BaseHTTPRequestHandler):
     """Says what it was asked."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     requests: list[dict[str, Any]] = []  # noqa: RUF012
 
     def answer(self) -> None:
