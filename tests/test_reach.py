@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sandboxd.httprule import HttpRequest, HttpRule, Injection
 from sandboxd.reach import NEVER, STANDINS, Allow, Deny, NetworkRules, Reach, standin6
 
 ip = ipaddress.ip_address
@@ -150,3 +151,41 @@ def test_a_name_that_is_answered_has_a_block_and_deny_wins(
     assert all(found.at(name, port).allowed == (port in expected) for port in range(1, 6))
     if expected:
         assert frozenset(expected) in dict(found.blocks)
+
+
+def test_rules_of_http_are_of_names_and_deny_wins() -> None:
+    first, second = Injection("X-Key", "{secret:A}"), Injection("x-key", "{secret:B}")
+    rules = Reach(
+        NetworkRules(
+            (
+                Allow("a.test", (80,), "p:1", HttpRule(("GET",), ("/x/**",), inject=first)),
+                Allow("*.test", (80, 81), "p:2", HttpRule(headers=(("x-a", "b*"),), inject=second)),
+                Allow("b.test", (80,), "p:3"),
+                Allow("ws.test", (82,), "p:4", HttpRule(websocket=True)),
+            ),
+            (Deny("*.test", (), "d:1", HttpRule(("DELETE",))), Deny("c.test", (), "d:2")),
+        )
+    )
+    assert rules.ports("a.test") == {80, 81}  # a rule that denies some requests denies no connection
+    assert rules.ports("c.test") == frozenset()
+    assert [rules.looks_inside(name, 80) for name in ("a.test", "b.test", "a.else")] == [True, True, False]
+
+    def ask(
+        name: str, port: int, method: str, target: str, *, websocket: bool = False, **headers: str
+    ) -> object:
+        said = tuple((key.replace("_", "-").encode(), value.encode()) for key, value in headers.items())
+        found = rules.request(name, port, HttpRequest(method, target.encode(), said, websocket))
+        return found.where if found.allowed else found.where or False
+
+    assert ask("a.test", 80, "GET", "/x/y") == "p:1"
+    assert ask("a.test", 80, "GET", "/y") is False
+    assert ask("a.test", 80, "GET", "/y", x_a="bc") == "p:2"
+    assert ask("a.test", 80, "GET", "/x/y", x_a="bc") == "p:1"
+    assert ask("a.test", 80, "DELETE", "/x/y", x_a="bc") == "d:1"
+    assert ask("a.test", 80, "GET", "/x/../y", x_a="bc") is False  # ambiguous where a rule is of paths
+    assert ask("b.test", 80, "PUT", "/any/../thing") == "p:3"
+    assert ask("b.test", 80, "DELETE", "/") == "d:1"
+    assert ask("ws.test", 82, "GET", "/", websocket=True) == "p:4"
+    assert ask("a.test", 80, "GET", "/x/y", websocket=True) is False
+    both = rules.request("a.test", 80, HttpRequest("GET", b"/x/y", ((b"x-a", b"b"),)))
+    assert both.injections == (first,)  # the closest pattern's, once for each header

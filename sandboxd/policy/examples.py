@@ -1,9 +1,9 @@
 """The examples of a policy, judged by the rules that are enforced.
 
 A ``syscall`` is judged by running the compiled filter, the very bytes that are installed; ``read`` and
-``write`` by the mounts of the container; ``connect`` by the compiled rules of the network. Modes of files and
-what is in the image are not part of a policy, so a path is judged by whether its mount lets it be reached,
-read or written at all.
+``write`` by the mounts of the container; ``connect`` and ``request`` by the compiled rules of the network.
+Modes of files and what is in the image are not part of a policy, so a path is judged by whether its mount
+lets it be reached, read or written at all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import ipaddress
 import re
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
+from sandboxd.httprule import HttpRequest
 from sandboxd.policy import paths
 from sandboxd.policy.filesystem import mount_table, mounted_at
 from sandboxd.policy.inherit import nearest
@@ -29,8 +31,15 @@ if TYPE_CHECKING:
 __all__ = ["ExampleError", "check_examples", "judge"]
 
 _MOUNTS = ("filesystem", "mounts", "process.user")
-KINDS = {"syscall": ("syscalls",), "read": _MOUNTS, "write": _MOUNTS, "connect": ("network",)}
+KINDS = {
+    "syscall": ("syscalls",),
+    "read": _MOUNTS,
+    "write": _MOUNTS,
+    "connect": ("network",),
+    "request": ("network",),
+}
 """The kinds of examples, and what of a policy each is judged by."""
+DEFAULT_PORTS = {"http": 80, "https": 443}
 _NUMBER = re.compile(r"0x[0-9a-fA-F]{1,16}|[0-9]{1,20}")
 _OWN = re.compile(r"(/proc/(self|thread-self|[0-9]+)|/dev/(fd|stdin|stdout|stderr))(/|$)")
 _ENDPOINT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):([0-9]{1,5})")
@@ -99,6 +108,31 @@ def _connect(endpoint: str) -> Verdict:
     return verdict
 
 
+def _request(words: list[str]) -> Verdict:
+    method, url = words if len(words) == 2 else ("", "")
+    try:
+        parts = urlsplit(url)
+        host, port = (parts.hostname or "").removesuffix("."), parts.port
+    except ValueError:
+        host, port = "", None
+    if not host or parts.scheme not in DEFAULT_PORTS or parts.username is not None or not method.isupper():
+        raise ExampleError("write request METHOD URL, such as 'request GET https://example.org/path'")
+    target = f"{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}".encode()
+    port = DEFAULT_PORTS[parts.scheme] if port is None else port
+
+    def verdict(policy: Policy) -> tuple[bool, str]:
+        rules = network_rules(policy)
+        if rules is None:
+            return False, "the policy has no network"
+        reach = Reach(rules)
+        decision = reach.at(host, port)
+        if decision.allowed and reach.looks_inside(host, port):
+            decision = reach.request(host, port, HttpRequest(method, target, ()))
+        return decision.allowed, decision.why
+
+    return verdict
+
+
 def _read(example: str) -> tuple[str, Verdict]:
     """The kind of an example, and what judges it. Raises ExampleError if it cannot be judged."""
     kind, *words = example.split()[: MAX_ARGS + 3] or [""]
@@ -108,6 +142,8 @@ def _read(example: str) -> tuple[str, Verdict]:
         raise ExampleError(f"write what {kind} is about after it")
     if kind == "syscall":
         return kind, _syscall(words[0], words[1:])
+    if kind == "request":
+        return kind, _request(words)
     subject = example.split(maxsplit=1)[1].strip()
     return kind, _connect(subject) if kind == "connect" else _file(kind, subject)
 

@@ -273,8 +273,8 @@ class Warm(Section):
 class Examples(Section):
     """What must and what must not be possible, judged by the compiled rules whenever the file is loaded.
 
-    Each is ``syscall NAME [ARG…]``, ``read PATH``, ``write PATH`` or ``connect HOST:PORT``. They speak
-    of this file's policy and are not inherited.
+    Each is ``syscall NAME [ARG…]``, ``read PATH``, ``write PATH``, ``connect HOST:PORT`` or
+    ``request METHOD URL``. They speak of this file's policy and are not inherited.
     """
 
     allows: Annotated[tuple[str, ...], Field(max_length=256)] = ()

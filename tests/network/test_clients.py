@@ -183,19 +183,25 @@ def test_node(run: Callable[..., Invocation]) -> None:
     assert out(call) == "a page\n"
 
 
+PIP = (
+    f"pip install -q --index-url https://{NAME}/simple/ --target lib tiny-thing 2>&1"
+    " && PYTHONPATH=lib python3 -m tiny_thing"
+)
+URLLIB = f"import urllib.request as u; print(u.urlopen('https://{NAME}/page').read().decode())"
+REQUESTS = f"import requests; print(requests.get('https://{NAME}/page').text)"
+ISSUER = "| grep -o 'sandboxd CA' | head -1"
+
+
 @pytest.mark.parametrize(
     ("script", "parent", "printed"),
     [
         (f"curl -sS https://{NAME}/page", "host", "a page"),
         (f"curl -sS --http2 -o /dev/null -w '%{{http_version}}' https://{NAME}/page", "host", "1.1"),
         (f"git clone -q https://{NAME}/repo.git && git -C repo rev-list --count HEAD", "host", "1"),
-        (f"python3 -c \"import urllib.request as u; print(u.urlopen('https://{NAME}/page').read())\"", "python",
-         "b'a page\\n'"),
-        (f"python3 -c \"import requests; print(requests.get('https://{NAME}/page').text)\"", "python", "a page"),
-        (f"pip install -q --index-url https://{NAME}/simple/ --target lib tiny-thing 2>&1 && PYTHONPATH=lib "
-         "python3 -m tiny_thing", "python", "installed"),
-        (f"echo | openssl s_client -connect {NAME}:443 -verify_return_error 2>&1 | grep -o 'sandboxd CA' | head -1",
-         "host", "sandboxd CA"),
+        (f'python3 -c "{URLLIB}"', "python", "a page"),
+        (f'python3 -c "{REQUESTS}"', "python", "a page"),
+        (PIP, "python", "installed"),
+        (f"echo | openssl s_client -connect {NAME}:443 2>&1 {ISSUER}", "host", "sandboxd CA"),
         (f"curl -sS -X POST -d x -o /dev/null -w '%{{http_code}}' https://{NAME}/page", "host", "403"),
         (f"node -e \"fetch('https://{NAME}/page').then(r => r.text()).then(console.log)\"", "host", "a page"),
     ],

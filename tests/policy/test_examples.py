@@ -64,6 +64,12 @@ def test_judge(policy: str, example: str, allowed: bool) -> None:  # noqa: FBT00
         ("connect example.org", "HOST:PORT"),
         ("connect example.org:0", "HOST:PORT"),
         ("connect example.org:99999", "HOST:PORT"),
+        ("request GET", "METHOD URL"),
+        ("request GET example.org/x", "METHOD URL"),
+        ("request get https://example.org/x", "METHOD URL"),
+        ("request GET https://u@example.org/x", "METHOD URL"),
+        ("request GET https://example.org:0x/x", "METHOD URL"),
+        ("request GET https://example.org/x y", "METHOD URL"),
     ],
 )
 def test_what_cannot_be_judged_says_why(folder: Any, example: str, said: str) -> None:
@@ -156,3 +162,29 @@ def test_a_call_that_one_machine_lacks_is_judged_by_the_filter_of_the_other() ->
             if kind == "syscall" and name in abi.arch_of(machine).numbers:
                 answer = seccomp.compile_filter(build.syscalls, machine).judge(name)
                 assert (answer == "allow") == allowed, (text, machine, audit)
+
+
+@pytest.mark.parametrize(
+    ("example", "allowed"),
+    [
+        ("request GET https://api.test/open/x?q", True),
+        ("request GET http://api.test/open/x", False),  # the port is in no rule
+        ("request GET https://api.test:8443/open/x", True),
+        ("request POST https://api.test/open/x", False),
+        ("request GET https://api.test/open/%2e%2e/x", False),
+        ("request GET https://api.test/open/secret", False),
+        ("request GET https://api.test", False),
+        ("request PUT https://plain.test/anything", True),
+        ("request PUT https://other.test/anything", False),
+    ],
+)
+def test_requests_are_judged_by_the_rules_of_http(folder: Any, example: str, allowed: bool) -> None:  # noqa: FBT001
+    folder.write(
+        "p",
+        "network:\n  allow:\n"
+        "    - {host: api.test, ports: [443, 8443], methods: [GET], paths: [/open/**]}\n"
+        "    - {host: plain.test, ports: [443]}\n"
+        "  deny:\n    - {host: api.test, paths: [/open/secret]}\n"
+        f"examples:\n  {'allows' if allowed else 'denies'}:\n    - {example}\n",
+    )
+    assert folder.load().problems == ()

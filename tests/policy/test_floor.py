@@ -42,6 +42,29 @@ def test_a_wider_policy_is_refused_with_both_values(folder: Any, floor: str, pol
     assert folder.load().names() == []
 
 
+@pytest.mark.parametrize(
+    ("rule", "wider"),
+    [
+        ("methods: [GET], paths: [/a/**], headers: {x: y}", False),
+        ("methods: [GET], paths: [/a/**], headers: {x: y, z: w}, inject: {header: q, value: v}", False),
+        ("methods: [GET, PUT], paths: [/a/**], headers: {x: y}", True),
+        ("paths: [/a/**], headers: {x: y}", True),
+        ("methods: [GET], paths: [/**], headers: {x: y}", True),
+        ("methods: [GET], headers: {x: y}", True),
+        ("methods: [GET], paths: [/a/**], headers: {x: z}", True),
+        ("methods: [GET], paths: [/a/**]", True),
+        ("methods: [GET], paths: [/a/**], headers: {x: y}, websocket: true", True),
+        ("", True),
+    ],
+)
+def test_rules_of_http_lie_within_those_of_the_floor(folder: Any, rule: str, wider: bool) -> None:  # noqa: FBT001
+    target = "host: a.test, ports: [443]"
+    floor = "methods: [GET, HEAD], paths: [/a/**, /b], headers: {x: y}"
+    folder.write("floor", f"network: {{allow: [{{{target}, {floor}}}]}}\n")
+    folder.write("p", f"network: {{allow: [{{{target}{', ' * bool(rule)}{rule}}}]}}\n")
+    assert [code for code, _ in folder.codes()] == ["wider_than_floor"] * wider
+
+
 def test_a_network_needs_one_in_the_floor(folder: Any) -> None:
     folder.write("floor")
     folder.write("p", "network: {allow: [{host: a.b, ports: [443]}]}\n")

@@ -79,7 +79,7 @@ PTRACE = "examples: {allows: [syscall ptrace]}\n"
         (f"mounts: [{{source: /a, target: x}}]\n{WRITABLE}", ["bad_value"]),
         (
             f"secrets: [{{nam: A, as: proxy}}]\n{INJECTED}",
-            ["control_not_supported", "missing_key", "unknown_key"],
+            ["missing_key", "unknown_key"],
         ),
     ],
 )
