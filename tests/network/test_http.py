@@ -31,6 +31,8 @@ network:
     - {host: api.http.test, ports: [80, 443], methods: [GET, HEAD], paths: [/open/**, /]}
     - {host: api.http.test, ports: [80, 443], methods: [POST, PUT], paths: [/put/*], headers: {x-kind: "a*"}}
     - {host: plain.http.test, ports: [80]}
+    - {host: api.http.test, ports: [84, 444], paths: [/ws], websocket: true}
+    - {host: api.http.test, ports: [84], paths: [/no]}
     - {host: down.http.test, ports: [81], methods: [GET]}
     - {host: cut.http.test, ports: [82, 83], methods: [GET]}
     - {host: nowhere.http.test, ports: [80], methods: [GET]}
@@ -87,6 +89,25 @@ class Cut(socketserver.BaseRequestHandler):
         self.request.sendall(self.answer)
 
 
+class Socket(socketserver.BaseRequestHandler):
+    """Agrees to a WebSocket, or to whatever it is asked for, and says everything twice from then on."""
+
+    def handle(self) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += self.request.recv(65536)
+        head, _, early = head.partition(b"\r\n\r\n")
+        Mirror.requests.append({"head": head})
+        self.request.sendall(
+            b"HTTP/1.1 101 Switching\r\nUpgrade: websocket\r\nConnection: upgrade\r\n"
+            b"Sec-WebSocket-Accept: x\r\n\r\nhello"
+        )
+        data = early
+        while data or (data := self.request.recv(65536)):
+            self.request.sendall(data * 2)
+            data = b""
+
+
 class Nonsense(Cut):
     """Answers what is no HTTP."""
 
@@ -100,6 +121,8 @@ def http(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dae
     world.records |= {f"{name}.http.test": [WEB] for name in hosts} | {"inside.http.test": [PRIVATE]}
     world.serve(WEB, 82, Cut)
     world.serve(WEB, 83, Nonsense)
+    world.serve(WEB, 84, Socket)
+    world.serve(WEB, 444, Socket, tls="api.http.test")
     world.serve(WEB, 80, Mirror)
     world.serve(WEB, 443, Mirror, tls="api.http.test")
     authority = world.certificate("api.http.test")
@@ -384,3 +407,56 @@ for tls in (False, True):
     assert said(call) == "200 True\n" * 4
     assert call.usage is not None
     assert call.usage.network_out > 4 * 10 * 2**20
+
+
+WEBSOCKET = """
+import socket, ssl
+def open_socket(port, path, upgrade='websocket', early=b''):
+    sock = socket.create_connection(('api.http.test', port), timeout=10)
+    if port == 444:
+        sock = ssl.create_default_context().wrap_socket(sock, server_hostname='api.http.test')
+    sock.sendall(f'GET {path} HTTP/1.1\\r\\nHost: api.http.test:{port}\\r\\n'
+                 f'Connection: keep-alive, Upgrade\\r\\nUpgrade: {upgrade}\\r\\nSec-WebSocket-Key: k\\r\\n\\r\\n'.encode() + early)
+    got = b''
+    while b'\\r\\n\\r\\n' not in got:
+        got += sock.recv(65536)
+    return sock, got
+def read(sock, size, got=b''):
+    while len(got) < size:
+        got += sock.recv(65536)
+    return got
+"""
+
+
+@pytest.mark.parametrize("port", [84, 444])
+def test_a_websocket_goes_where_a_rule_says_so(http: Daemon, ask: Python, port: int) -> None:
+    Mirror.requests.clear()
+    code = f"""{WEBSOCKET}
+sock, got = open_socket({port}, '/ws', early=b'ab')
+head, _, rest = got.partition(b'\\r\\n\\r\\n')
+print(head.split()[1], b'sec-websocket-accept: x' in head.lower(), read(sock, 9, rest))
+sock.sendall(b'GET /no HTTP/1.1\\r\\n\\r\\n' + bytes(300000))
+print(len(read(sock, 600040)))
+sock.close()
+"""
+    call = ask(code)
+    assert said(call) == "b'101' True b'helloabab'\n600040\n"
+    (event,) = requests(http, call)
+    assert (event.verdict, event.status, event.path) == ("allowed", 101, "/ws")
+    assert event.bytes_out > 300000
+    assert event.bytes_in > 600000
+    head = Mirror.requests[0]["head"].lower()
+    assert b"upgrade: websocket" in head
+    assert b"keep-alive" not in head
+
+
+@pytest.mark.parametrize(
+    ("path", "upgrade", "status"),
+    [("/no", "websocket", 403), ("/no", "h2c", 502), ("/ws", "h2c", 502), ("/ws", "h2c, websocket", 502)],
+)
+def test_no_other_protocol_follows_http(ask: Python, path: str, upgrade: str, status: int) -> None:
+    Mirror.requests.clear()
+    call = ask(f"{WEBSOCKET}\nprint(open_socket(84, {path!r}, {upgrade!r})[1][:13])")
+    assert said(call) == f"b'HTTP/1.1 {status} '\n"
+    # a server that changes the protocol when nobody asked is believed nothing
+    assert not any(b"upgrade" in each["head"].lower() for each in Mirror.requests)
