@@ -258,7 +258,7 @@ limits:
   io: {read: 50MiB, write: 50MiB}
 filesystem: {root: overlay, size: 16MiB}
 mounts: [{source: SOURCE, target: /lent}]
-network: {allow: [{host: example.org, ports: [443]}]}
+network: {allow: [{host: example.org, ports: [443], methods: [GET]}]}
 """
 
 
