@@ -20,6 +20,7 @@ from sandboxd.engine.oci import rlimits
 from sandboxd.kernel import mounts
 from sandboxd.kernel.inside import in_network_namespace
 from sandboxd.kernel.nft import run_nft
+from sandboxd.policy.trust import TRUSTED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -222,6 +223,7 @@ LIVE: dict[str, tuple[Callable[[Slot], None], str]] = {
     "overlay_size": (_larger_overlay, "root_overlay"),
     "mounted": (_covered("/usr", None), "mounts"),
     "device": (_covered("/dev/full", "/dev/kmsg"), "devices"),
+    "bundle": (_covered(TRUSTED, "/etc/hostname"), "trust"),
     "oom_score_adj": (_oom_score_adj, "oom_score_adj"),
     "killed": (_killed, "process"),
 }

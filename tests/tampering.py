@@ -23,6 +23,8 @@ from sandboxd import errors
 from sandboxd.config import Config
 from sandboxd.engine.host import EngineHost, enter_private_mounts, instance_name
 from sandboxd.engine.probe import probe_shape
+from sandboxd.httprule import HttpRule
+from sandboxd.network.authority import Authority
 from sandboxd.plan import Root
 from sandboxd.policy import seccomp
 from sandboxd.reach import Allow, NetworkRules
@@ -40,7 +42,7 @@ WHOLE = replace(  # with every control that a shape may lack
     SHAPE,
     root=Root("overlay", 2**20, 64),
     limits=replace(SHAPE.limits, file_size=2**20, io_read=50 * 2**20, io_write=50 * 2**20),
-    network=NetworkRules((Allow("example.org", (443,), "here"),), ()),
+    network=NetworkRules((Allow("example.org", (443,), "here", HttpRule(("GET",))),), ()),
 )
 
 
@@ -151,7 +153,8 @@ async def waiting(engine: OciEngine) -> dict[str, list[str]]:
 async def main(config: Config, run: Path, name: str) -> dict[str, list[str]]:
     """Make a slot, tamper, and take it away."""
     found: dict[str, list[str]] = {}
-    with EngineHost(config, run, name) as host:
+    authority = Authority.make()
+    with EngineHost(config, run, name, (0,), (authority.certificate, authority.fingerprint)) as host:
         [engine] = host.engines()
         if sys.argv[3:] == ["waiting"]:
             return await waiting(engine)

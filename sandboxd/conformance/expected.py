@@ -81,6 +81,7 @@ RECEIPT: dict[str, str] = {
     "io": "policy io",
     "network_filter": "policy network",
     "network_sysctls": "policy network",
+    "trust": "policy https",
 }  # fmt: skip
 """Every line of a receipt, and the trait of a subject or of a policy with which it is there."""
 

@@ -72,6 +72,10 @@ network:
     - {host: served.conformance.test, ports: [$port]}
     - {cidr: 127.0.0.0/8, ports: [$port]}
 """,
+    "https": """
+extends: conformance-python
+network: {allow: [{host: served.conformance.test, ports: [$port], methods: [GET]}]}
+""",
     "network-budget": "extends: conformance-network\nnetwork: {budget: {connections: 2}}\n",
     "network-outside": """
 extends: conformance-python

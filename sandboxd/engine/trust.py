@@ -60,7 +60,7 @@ class Trust:
         found = _bundles(init_pid, {"/", *(bind.target for bind in image.binds)})
         first = next(iter(found.values()), b"")
         contents = {
-            place: bundle + (b"\n" if bundle else b"") + self._certificate
+            place: bundle + (b"" if bundle.endswith(b"\n") or not bundle else b"\n") + self._certificate
             for place, bundle in {TRUSTED: first, **found}.items()
         }
         with ExitStack() as stack:

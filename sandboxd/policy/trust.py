@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sandboxd.policy.network import Http
     from sandboxd.policy.schema import PolicyFile
 
-__all__ = ["BUNDLES", "TRUSTED", "looks_inside", "trust_env"]
+__all__ = ["BUNDLES", "TRUSTED", "VARIABLES", "looks_inside", "trust_env"]
 
 TRUSTED = "/dev/.sandboxd-ca.pem"
 """Below /dev, where a mount point can be made in any image, and where no program can take it away."""

@@ -13,6 +13,7 @@ import pytest
 from daemons import SANDBOXD, until
 from dockerd import own_engine
 from podman import Podman
+from trusting import PLACE, RULES, trust_of
 
 from sandboxd import errors
 
@@ -85,7 +86,9 @@ def test_an_engine_that_remaps_ids(
             'artifacts: [{path: "**"}]\n'
         ),
         root="extends: tiny\nimage: host\nprocess: {user_namespace: engine, user: 0}\n",
+        look=f"extends: tiny\nimage: host\nprocess: {{user_namespace: engine}}\n{RULES}",
     )
+    assert PLACE in trust_of(daemon.run("true", policy="look"))[1]
     call = daemon.run("sh", "-c", "id -u; cat in; echo x > made", policy="mapped", inputs={"in": b"given"})
     assert call.stdout is not None
     assert call.stdout.text == "1000\ngiven", call.outcome

@@ -27,6 +27,7 @@ from sandboxd.policy import load_policies, shipped_policies
 from sandboxd.policy.floor import FORMATS
 from sandboxd.policy.network import Network
 from sandboxd.policy.schema import FloorFile, PolicyFile
+from sandboxd.policy.trust import BUNDLES, TRUSTED, VARIABLES
 from sandboxd.supervisor.ending import Ended, Ending, Evidence, Stopped, limits_reached
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ limits:
   io: {read: 50MiB, write: 50MiB}
 filesystem: {root: overlay, size: 16MiB}
 mounts: [{source: SOURCE, target: /lent}]
-network: {allow: [{host: example.org, ports: [443]}]}
+network: {allow: [{host: example.org, ports: [443], methods: [GET]}]}
 """
 
 
@@ -272,6 +273,12 @@ def test_every_control_of_a_receipt_is_documented(daemon_factory: Any, tmp_path:
     assert receipt is not None
     names = {re.sub("^mount /.*", "mount TARGET", control.name) for control in receipt.controls}
     assert names == {name for row in CALLS.rows("control") for name in code(row[0])}
+
+
+def test_what_programs_are_made_to_trust_is_documented() -> None:
+    rows = {row[0]: set(code(row[1])) for row in page("docs/https.md").rows("") if len(row) == 2}
+    assert rows["variables"] == {*VARIABLES, TRUSTED, "process.env"}
+    assert rows["the image's bundle"] == set(BUNDLES)
 
 
 def test_every_method_of_the_clients_is_documented() -> None:

@@ -8,7 +8,7 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["sandboxd.egress"]):
-    from sandboxd.egress import hello, messages, refused
+    from sandboxd.egress import hello, messages, refused, sigv4
 
 
 def fuzz_hello(data: bytes) -> None:
@@ -31,7 +31,18 @@ def fuzz_messages(data: bytes) -> None:
         messages.decode(data)
 
 
-TARGETS = {"hello": fuzz_hello, "refused": fuzz_refused, "messages": fuzz_messages}
+def fuzz_sigv4(data: bytes) -> None:
+    """A target, and headers: each a line."""
+    target, *lines = data.split(b"\n")
+    headers = [line.partition(b":")[::2] for line in lines]
+    keys = {"access_key": "AKID", "secret_key": "secret", "session_token": "token"}
+    with contextlib.suppress(sigv4.SigningRefused):
+        sigv4.resign("GET", target, headers, **keys, body_digest=sigv4.EMPTY)
+
+
+TARGETS = {
+    "hello": fuzz_hello, "refused": fuzz_refused, "messages": fuzz_messages, "sigv4": fuzz_sigv4,
+}  # fmt: skip
 
 if __name__ == "__main__":
     name = sys.argv.pop(1)

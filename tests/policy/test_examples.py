@@ -90,6 +90,16 @@ def test_mounts_of_the_policy_count(folder: Any) -> None:
     assert judge(policy, "write /other") == (True, "/ is writable")
 
 
+def test_what_programs_trust_where_rules_look_into_http_cannot_be_written(folder: Any) -> None:
+    network = "network: {allow: [{host: a.test, ports: [443], methods: [GET]}]}\n"
+    folder.write("p", f"filesystem: {{root: overlay, size: 1MiB}}\nprocess: {{user: 0}}\n{network}")
+    policy = folder.load().get("p")
+    assert judge(policy, "write /dev/.sandboxd-ca.pem") == (False, "/dev/.sandboxd-ca.pem is read-only")
+    assert judge(policy, "read /dev/.sandboxd-ca.pem")[0]
+    folder.write("p", "process: {user: 0}\n")
+    assert judge(folder.load().get("p"), "write /dev/.sandboxd-ca.pem") == (True, "/dev is writable")
+
+
 def test_a_filter_that_changes_makes_the_example_wrong(folder: Any) -> None:
     text = "examples: {denies: [syscall ptrace]}\n"
     folder.write("p", text)

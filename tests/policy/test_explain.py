@@ -13,6 +13,7 @@ from sandboxd.plan import ImageRef, make_plan, make_shape
 from sandboxd.policy import explain, fixed, load_policies, shipped_policies
 from sandboxd.policy.filesystem import DEVICES
 from sandboxd.policy.floor import FORMATS
+from sandboxd.policy.trust import looks_inside, trust_env
 from sandboxd.receipt import mounted
 from sandboxd.receipt.reading import RLIMIT_LINES
 from sandboxd.units import format_size
@@ -85,6 +86,29 @@ def test_a_plan_shows_its_command_and_the_environment_of_the_request() -> None:
     assert len(explain(PYTHON, long)[0]["value"]) < 2000
 
 
+def test_what_rules_of_http_bring_has_their_line(folder: Any) -> None:
+    network = "network:\n  allow: [{host: a.test, ports: [443], methods: [GET]}]\n"
+    folder.write("p", f"process: {{env: {{PIP_CERT: /mine}}}}\n{network}")
+    folder.write("q", network.replace(", methods: [GET]", ""))
+    policies = folder.load()
+    policy, plain = policies.get("p"), policies.get("q")
+    found = rows(policy)
+    for name in ("network.trust", "process.env.SSL_CERT_FILE", "process.env.NODE_EXTRA_CA_CERTS"):
+        assert "/dev/.sandboxd-ca.pem" in found[name]["value"]
+        assert (found[name]["line"], found[name]["note"]) == (4, "for rules that look into HTTP")
+    assert (found["process.env.PIP_CERT"]["value"], found["process.env.PIP_CERT"]["line"]) == ("/mine", 3)
+    shape = make_shape(policy, ImageRef("python", "sha256:0"))
+    plan = make_plan(policy, shape, Request(argv=["true"], env={"SSL_CERT_FILE": "/asked"}))
+    asked = {line["control"]: line for line in explain(policy, plan)}["process.env.SSL_CERT_FILE"]
+    assert (asked["value"], asked["file"]) == ("/asked", "(the request)")
+    assert plan.command.env["DENO_CERT"] == "/dev/.sandboxd-ca.pem"
+    assert not [name for name in rows(plain) if "trust" in name or "CERT" in name or "CA_" in name]
+    assert not make_plan(plain, shape, Request(argv=["true"])).command.env.keys() & trust_env(policy.spec)
+    for each in (policy, plain, PYTHON):
+        rules = make_shape(each, ImageRef("python", "sha256:0")).network
+        assert looks_inside(each.spec) is (rules is not None and rules.look_inside)
+
+
 def test_every_list_item_has_a_line_of_its_own() -> None:
     controls = [line["control"] for line in explain(BUILD)]
     assert controls.count("artifacts.0") == controls.count("artifacts.1") == 1
@@ -118,6 +142,7 @@ ELSEWHERE = {
     "network": "network",
     **dict.fromkeys(["network_routes", "network_filter", "network_sysctls"], "network"),
     "hostname": "process.hostname",
+    "trust": "network.trust",
     "root": "filesystem.root",
     "root_overlay": "filesystem.size",
     "workspace": "limits.workspace.size",
@@ -140,7 +165,9 @@ ELSEWHERE = {
 
 def test_every_control_of_a_receipt_has_a_row(folder: Any) -> None:
     controls = [name for row in page("docs/calls.md").rows("control") for name in code(row[0])]
-    folder.write("all", "filesystem: {root: overlay, size: 1MiB}\nmounts: [{source: /srv, target: /x}]\n")
+    network = "network: {allow: [{host: a.test, ports: [443], methods: [GET]}]}\n"
+    mounts = "mounts: [{source: /srv, target: /x}]\n"
+    folder.write("all", f"filesystem: {{root: overlay, size: 1MiB}}\n{mounts}{network}")
     found = rows(folder.load().get("all"))
     without = [name for name in controls if ELSEWHERE.get(name, f"isolation.{name}") not in found]
     assert controls

@@ -25,7 +25,7 @@ POLICIES = {
     "whole": (
         "filesystem: {{root: overlay, size: 16MiB}}\n"
         "limits:\n  file_size: 1MiB\n  io: {{read: 50MiB, write: 50MiB}}\n"
-        "network: {{allow: [{{host: example.org, ports: [443]}}]}}\n"
+        "network: {{allow: [{{host: example.org, ports: [443], methods: [GET]}}]}}\n"
     ),
 }
 
