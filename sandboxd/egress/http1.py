@@ -6,6 +6,7 @@ does not understand ends the connection. One request is on its way at a time.
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import suppress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -13,8 +14,9 @@ from urllib.parse import urlsplit
 import anyio
 import h11
 
+from sandboxd.egress.relay import Cut
 from sandboxd.egress.site import Refused, exchange_of, head_of, not_reached, without_hops
-from sandboxd.egress.streams import Broken
+from sandboxd.egress.streams import Broken, first_of
 from sandboxd.egress.upstream import Unreachable
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Http1"]
 
 MAX_HEAD = 64 * 1024
+MAX_SIGNED = 8 * 2**20  # bytes of a body that is read before it is sent
 DRAINED = 256 * 1024  # bytes of the body of a refused request that are read for the sake of the next one
 FINISH_SECONDS = 2.0
 
@@ -55,6 +58,8 @@ class Http1:
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
         self._server = None if first is None else _Server(first)
         self._unsent = bytearray()
+        self._read, self._whole = bytearray(), False
+        """Of the request's body, what was read before it was sent, and whether that is all of it."""
         self._body_less = self._chunked = False
         """Of the request that is served: whether its answer has no body; how its own is framed."""
 
@@ -68,6 +73,7 @@ class Http1:
                 break
             if not isinstance(event, h11.Request):
                 return
+            self._read, self._whole = bytearray(), False
             self._body_less = event.method == b"HEAD"
             self._chunked = any(name == b"transfer-encoding" for name, _ in event.headers)
             if not await self._one(event):
@@ -83,7 +89,8 @@ class Http1:
         try:
             request = self._understood(head)
             exchange = exchange_of(request, self._site.scheme)
-            headers = self._site.decide(request, exchange)
+            digest = await self._body_digest() if self._site.signs(request) else None
+            headers = self._site.decide(request, exchange, digest)
             server = await self._reach_server()
         except Refused as refused:
             self._site.tell(exchange, refused.verdict, refused.why)
@@ -97,6 +104,9 @@ class Http1:
         except anyio.get_cancelled_exc_class():
             self._site.tell(exchange, "failed", "the call ended before the answer did")
             raise
+        except Cut as error:
+            self._site.tell(exchange, "limit", f"network.budget.{error.limit} is used up")
+            raise
         except (OSError, h11.ProtocolError) as error:
             self._server = None
             self._site.tell(exchange, "failed", f"the connection ended in the middle: {error}")
@@ -105,6 +115,20 @@ class Http1:
             theirs = self._http.their_state is h11.ERROR
             why = f"the request is malformed: {error}" if theirs else f"no answer came: {error}"
             return await self._refuse(Refused(400 if theirs else 502, "failed", why))
+
+    async def _body_digest(self) -> str:
+        """The SHA-256 of the request's body, which is read for that and kept. Raises Refused."""
+        if self._http.they_are_waiting_for_100_continue:
+            self._answer(h11.InformationalResponse(status_code=100, headers=[]))
+            await self._flush()
+        while not isinstance(event := await self._next(), h11.EndOfMessage):
+            if not isinstance(event, h11.Data):
+                raise Broken("the program ended its connection in the middle of a request")
+            self._read += event.data
+            if len(self._read) > MAX_SIGNED:
+                raise Refused(413, "denied", f"a body of more than {MAX_SIGNED} bytes cannot be signed anew")
+        self._whole = True
+        return hashlib.sha256(self._read).hexdigest()
 
     def _understood(self, head: h11.Request) -> HttpRequest:
         listed = list(head.headers)
@@ -164,7 +188,7 @@ class Http1:
                 if not again:
                     tasks.cancel_scope.cancel()  # whatever of the request is still to come, nobody reads
         except ExceptionGroup as group:
-            raise group.exceptions[0] from group
+            raise first_of(group) from group
         if exchange.status == 101:
             return False
         self._site.tell(exchange, "allowed")
@@ -180,6 +204,12 @@ class Http1:
         return found
 
     async def _send_body(self, server: _Server, exchange: Exchange) -> None:
+        if self._whole:
+            exchange.sent += len(self._read)
+            if self._read:
+                await self._say(server, h11.Data(data=bytes(self._read)))
+            await self._say(server, h11.EndOfMessage())
+            return
         while True:
             event = await self._next()
             if isinstance(event, h11.Data):
@@ -254,17 +284,21 @@ class Http1:
             with suppress(OSError):
                 await sink.finish()
 
-        async with anyio.create_task_group() as tasks:
-            ours, theirs = self._http.trailing_data[0], server.http.trailing_data[0]
-            tasks.start_soon(lambda: move(self._client, server.stream, ours, out=True))
-            tasks.start_soon(lambda: move(server.stream, self._client, theirs, out=False))
-        self._site.tell(exchange, "allowed")
+        ours, theirs = self._http.trailing_data[0], server.http.trailing_data[0]
+        why = ""
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(lambda: move(self._client, server.stream, ours, out=True))
+                tasks.start_soon(lambda: move(server.stream, self._client, theirs, out=False))
+        except* OSError as group:  # the end of most of them
+            why = f"one side ended it: {first_of(group)}"
+        self._site.tell(exchange, "allowed", why)
 
     # what is not passed on
 
     async def _refuse(self, refused: Refused) -> bool:
         """Say why a request is not made; whether another may follow on the connection."""
-        drained = not self._http.they_are_waiting_for_100_continue and await self._drain()
+        drained = self._whole or (not self._http.they_are_waiting_for_100_continue and await self._drain())
         await self._explain(refused, refused.status, close=not drained)
         return drained
 

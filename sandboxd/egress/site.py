@@ -81,7 +81,7 @@ class Site:
         *,
         reach: Reach,
         budget: Budget,
-        inject: Callable[[Decision, HttpRequest], tuple[Headers, tuple[str, ...]]],
+        inject: Callable[[Decision, HttpRequest, str | None], tuple[Headers, tuple[str, ...]]],
         tell: Callable[[Exchange, Verdict, str], None],
     ) -> None:
         """``inject`` gives the headers that a request goes out with, for a decision, and the secrets in them;
@@ -112,8 +112,17 @@ class Site:
                 421, "denied", f"the request is of {said!r}, and the connection to {self.name}:{self.port}"
             )
 
-    def decide(self, request: HttpRequest, exchange: Exchange) -> Headers:
-        """The headers that a request goes out with, with what is put into it. Raises Refused."""
+    def signs(self, request: HttpRequest) -> bool:
+        """Whether what is put into a request depends on its body, which has to be read first."""
+        decision = self._reach.request(self.name, self.port, request)
+        named = any(name == b"x-amz-content-sha256" for name, _ in request.headers)
+        return not named and any(injection.secret_key for injection in decision.injections)
+
+    def decide(self, request: HttpRequest, exchange: Exchange, body_digest: str | None = None) -> Headers:
+        """The headers that a request goes out with, with what is put into it. Raises Refused.
+
+        ``body_digest``: the SHA-256 of its body in hex, where that is known.
+        """
         if (limit := self._budget.request()) is not None:
             raise Refused(429, "limit", f"network.budget.{limit} is used up")
         decision = self._reach.request(self.name, self.port, request)
@@ -122,7 +131,7 @@ class Site:
             raise Refused(403, "denied", decision.why, decision.where)
         if not decision.injections:
             return list(request.headers)
-        headers, exchange.secrets = self._inject(decision, request)
+        headers, exchange.secrets = self._inject(decision, request, body_digest)
         return headers
 
     def tell(self, exchange: Exchange, verdict: Verdict, why: str = "") -> None:

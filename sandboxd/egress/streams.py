@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sandboxd.egress.budget import Budget
 
-__all__ = ["Broken", "ClientTls", "Counted", "Plain", "ServerTls", "Stream"]
+__all__ = ["Broken", "ClientTls", "Counted", "Plain", "ServerTls", "Stream", "first_of"]
 
 READ = 1 << 16
 HANDSHAKE_SECONDS = 10.0
@@ -276,3 +276,11 @@ class ClientTls:
 def _reason(error: SSL.Error) -> str:
     entries = error.args[0] if error.args and isinstance(error.args[0], list) else []
     return ", ".join(str(entry[-1]) for entry in entries) or "the connection ended"
+
+
+def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first that was raised of what tasks raised."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -416,7 +416,8 @@ def open_socket(port, path, upgrade='websocket', early=b''):
     if port == 444:
         sock = ssl.create_default_context().wrap_socket(sock, server_hostname='api.http.test')
     sock.sendall(f'GET {path} HTTP/1.1\\r\\nHost: api.http.test:{port}\\r\\n'
-                 f'Connection: keep-alive, Upgrade\\r\\nUpgrade: {upgrade}\\r\\nSec-WebSocket-Key: k\\r\\n\\r\\n'.encode() + early)
+                 f'Connection: keep-alive, Upgrade\\r\\nUpgrade: {upgrade}\\r\\n'
+                 'Sec-WebSocket-Key: k\\r\\n\\r\\n'.encode() + early)
     got = b''
     while b'\\r\\n\\r\\n' not in got:
         got += sock.recv(65536)
