@@ -89,7 +89,10 @@ class Parked:
 
     def read_inside(self, path: str, most: int) -> bytes | None:
         """A regular file of the process, no link followed at its end; None for what is none, or is larger."""
-        handle = self._open_inside(path, os.O_PATH | os.O_NOFOLLOW)
+        try:
+            handle = self._open_inside(path, os.O_PATH | os.O_NOFOLLOW)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         try:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode) or status.st_size > most:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 from archives import shell_tar
-from daemons import start_daemon, until
+from cryptography.hazmat.primitives.serialization import Encoding
+from daemons import start_daemon, until, waited
 from trusting import (
     DEBIAN,
     OURS,
@@ -30,6 +31,7 @@ from trusting import (
     trust_of,
 )
 
+from sandboxd.egress.leaves import Leaves
 from sandboxd.images import ImageStore
 from sandboxd.policy import load_policies, shipped_policies
 from sandboxd.policy.filesystem import mount_table
@@ -164,8 +166,11 @@ def test_the_table_that_examples_are_judged_by_is_what_a_container_has(trusting:
 
 
 def key_in(authority_key: bytes, where: bytes) -> bool:
+    """As PEM, or the number itself, in either order of its bytes."""
     body = b"".join(authority_key.splitlines()[1:-1])
-    return body[:40] in where or body[40:80] in where or base64.b64decode(body)[7:39] in where
+    number = base64.b64decode(body)[36:68]  # PKCS #8 of P-256, RFC 5208 and 5915
+    assert len(set(number)) > 8
+    return any(part in where for part in (body[40:80], body[80:120], number, number[::-1]))
 
 
 def memory_of(pid: int) -> Iterator[bytes]:
@@ -198,7 +203,8 @@ def test_the_key_is_in_the_daemons_memory_and_nowhere_else(trusting: Daemon) -> 
             assert not key_in(key, Path(f"/proc/{process.pid}/{name}").read_bytes()), process
         if any(key_in(key, piece) for piece in memory_of(process.pid)):
             held.add("egress" if "sandboxd.egress" in process.cmdline() else process.name())
-    assert held == {psutil.Process(trusting.process.pid).name(), "egress"}
+    daemon = psutil.Process(trusting.process.pid).name()
+    assert {daemon} <= held <= {daemon, "egress"}
     for top in (trusting.state, trusting.log.parent):
         for path, _, names in os.walk(top):
             for name in names:
@@ -213,6 +219,40 @@ def test_each_daemon_has_another(trusting: Daemon, tmp_path: Path) -> None:
         add(other, "look", f"extends: default\n{RULES}")
         here, there = (one.run("true", policy="look") for one in (trusting, other))
         assert trust_of(here)[0] != trust_of(there)[0]
+
+
+def test_a_certificate_made_with_its_key_is_believed_for_its_name_alone(trusting: Daemon) -> None:
+    [key] = {key for piece in memory_of(trusting.process.pid) for key in PEM_KEY.findall(piece)}
+    add(trusting, "host-look", f"extends: default\nimage: host\n{RULES}")
+    bundle = printed(trusting.run("cat", PLACE, policy="host-look"))
+    authority = bundle[bundle.rindex("-----BEGIN CERTIFICATE-----") :]
+    connection = Leaves(authority, key.decode()).connection("www.example.test", ())
+    leaf = connection.get_certificate(as_cryptography=True)
+    assert leaf is not None
+    for name, status in (("www.example.test", 0), ("other.example.test", 2)):
+        call = trusting.run(
+            *("openssl", "verify", "-x509_strict", "-verify_hostname", name, "leaf.pem"),
+            policy="host-look",
+            inputs={"leaf.pem": leaf.public_bytes(Encoding.PEM)},
+        )
+        assert call.outcome is not None
+        assert call.outcome.exit_code == status, call
+
+
+def test_a_container_that_waits_has_it(tmp_path: Path) -> None:
+    with start_daemon(tmp_path, config="pool: {min: 1, max: 2}\n") as daemon:
+        add(daemon, "look", f"extends: default\n{RULES}")
+        first = daemon.run("true", policy="look")
+        until(
+            lambda: [
+                one for one in daemon.client().slots() if one.policy == "look" and one.state == "waiting"
+            ],
+            "a container waits",
+        )
+        second = daemon.run("cat", PLACE, policy="look")
+        assert waited(second)
+        assert trust_of(second) == trust_of(first)
+        assert "BEGIN CERTIFICATE" in printed(second)
 
 
 SECRET = "not for the tool\n"
