@@ -76,6 +76,17 @@ network:
 extends: conformance-python
 network: {allow: [{host: served.conformance.test, ports: [$port], methods: [GET]}]}
 """,
+    "requests": """
+extends: conformance-python
+network:
+  allow:
+    - host: served.conformance.test
+      ports: [$web]
+      methods: [GET]
+      paths: [/open/**]
+      inject: {header: X-Given, value: on the way}
+  budget: {requests: 3}
+""",
     "network-budget": "extends: conformance-network\nnetwork: {budget: {connections: 2}}\n",
     "network-outside": """
 extends: conformance-python

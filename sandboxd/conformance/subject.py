@@ -237,6 +237,7 @@ def _policies(subject: Subject, lent: Path) -> Iterator[None]:
             root=ROOT[choice],
             lent=str(lent),
             port=str(subject.outside.port),
+            web=str(subject.outside.web_port),
         )
         files = {watched / f"{name}.yaml": text for name, text in texts.items()}
         if there := [file.name for file in files if os.path.lexists(file)]:
