@@ -70,6 +70,8 @@ class Allow:
     """File and line."""
     http: HttpRule | None = None
     """Which requests; None: any, and also what is no HTTP."""
+    within: tuple[str, ...] = ()
+    """Of a name: networks inside one of ``NEVER`` that it may lead to."""
 
 
 @dataclass(frozen=True)
@@ -225,15 +227,19 @@ class Reach:
             allowed=False, why=f"no rule allows the address {address} at port {port}"
         )
 
-    def upstream(self, address: Address, port: int) -> Decision:
+    def upstream(self, name: str, address: Address, port: int) -> Decision:
         """Whether an address that an allowed name stands for outside may be connected to."""
         if (deny := self._denied(address, port)) is not None:
             return deny
         if (never := _never(address)) is None:
             return Decision(allowed=True, why=f"{address} is a public address")
+        for rule in _matching(self._allow, name):
+            if port in rule.ports and any(_leads(network, never, address) for network in rule.within):
+                return Decision(allowed=True, why=f"{name} may lead to {address}", where=rule.where)
         return self._allowed(address, port) or Decision(
             allowed=False,
-            why=f"{address} is in {never}, which is reached only where a rule with a cidr inside it says so",
+            why=f"{address} is in {never}, which is reached only where the name's own rule (within) or "
+            "a rule with a cidr inside it says so",
         )
 
     def _denied(self, address: Address, port: int) -> Decision | None:
@@ -301,6 +307,11 @@ def _never(address: Address) -> Cidr | None:
         if address.version == network.version and address in network:
             return network
     return None
+
+
+def _leads(within: str, never: Cidr, address: Address) -> bool:
+    network = ipaddress.ip_network(within)
+    return address.version == network.version and address in network and _inside(network, never)
 
 
 def _inside(network: Cidr, other: Cidr) -> bool:

@@ -93,17 +93,17 @@ def test_addresses(address: str, port: int, allowed: bool) -> None:  # noqa: FBT
      "fd00::1", "fe80::1", "fec0::1", "ff02::1", "fd00:ec2::254"],
 )  # fmt: skip
 def test_no_name_leads_inside(address: str) -> None:
-    decision = reach([("a.test", (80,))]).upstream(ip(address), 80)
+    decision = reach([("a.test", (80,))]).upstream("a.test", ip(address), 80)
     assert not decision.allowed
     assert "a rule with a cidr inside it" in decision.why
 
 
 def test_a_name_may_lead_to_where_a_network_is_allowed_or_denied() -> None:
-    assert RULES.upstream(ip("10.1.0.1"), 5432).allowed
-    assert not RULES.upstream(ip("10.1.0.1"), 443).allowed
-    assert not RULES.upstream(ip("10.1.2.1"), 5432).allowed
-    assert RULES.upstream(ip("8.8.8.8"), 443).allowed
-    assert RULES.upstream(ip("2606:4700::1111"), 443).allowed
+    assert RULES.upstream("a.test", ip("10.1.0.1"), 5432).allowed
+    assert not RULES.upstream("a.test", ip("10.1.0.1"), 443).allowed
+    assert not RULES.upstream("a.test", ip("10.1.2.1"), 5432).allowed
+    assert RULES.upstream("a.test", ip("8.8.8.8"), 443).allowed
+    assert RULES.upstream("a.test", ip("2606:4700::1111"), 443).allowed
 
 
 def test_everything_private_is_never_reached_by_itself() -> None:
@@ -189,3 +189,23 @@ def test_rules_of_http_are_of_names_and_deny_wins() -> None:
     assert ask("a.test", 80, "GET", "/x/y", websocket=True) is False
     both = rules.request("a.test", 80, HttpRequest("GET", b"/x/y", ((b"x-a", b"b"),)))
     assert both.injections == (first,)  # the closest pattern's, once for each header
+
+
+def test_a_name_leads_within_what_its_own_rule_says() -> None:
+    rules = Reach(
+        NetworkRules(
+            (
+                Allow("in.test", (443,), "p:1", within=("10.1.0.0/16", "fd00::/8", "0.0.0.0/0")),
+                Allow("out.test", (443,), "p:2"),
+            ),
+            (Deny("10.1.9.0/24", (), "d:1"),),
+        )
+    )
+    assert rules.upstream("in.test", ip("10.1.2.3"), 443).where == "p:1"
+    assert rules.upstream("in.test", ip("fd00::1"), 443).allowed
+    assert not rules.upstream("in.test", ip("10.2.0.1"), 443).allowed
+    assert not rules.upstream("in.test", ip("127.0.0.1"), 443).allowed  # 0.0.0.0/0 is inside of nothing
+    assert not rules.upstream("in.test", ip("10.1.2.3"), 80).allowed
+    assert not rules.upstream("in.test", ip("10.1.9.1"), 443).allowed
+    assert not rules.upstream("out.test", ip("10.1.2.3"), 443).allowed
+    assert not rules.address(ip("10.1.2.3"), 443).allowed  # the address itself is in no rule

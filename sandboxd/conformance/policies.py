@@ -82,6 +82,7 @@ network:
   allow:
     - host: served.conformance.test
       ports: [$web]
+      within: [127.0.0.0/8]
       methods: [GET]
       paths: [/open/**]
       inject: {header: X-Given, value: on the way}

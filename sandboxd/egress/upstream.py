@@ -114,7 +114,7 @@ async def connect(
     """
     if not addresses:
         raise Unreachable(f"the name {name} has no address")
-    decisions = {address: reach.upstream(address, port) for address in addresses}
+    decisions = {address: reach.upstream(name, address, port) for address in addresses}
     allowed = [address for address, decision in decisions.items() if decision.allowed]
     if not allowed:
         refused = next(iter(decisions.values()))

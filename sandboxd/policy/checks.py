@@ -124,6 +124,9 @@ def check_network(network: Network, places: Places) -> Iterator[PolicyProblem]:
         yield places.problem("network.mode", IMPOSSIBLE, said)
     yield from _of_http(network, places)
     for number, rule in enumerate(network.allow):
+        if rule.within and rule.cidr is not None:
+            said = "within says where a name may lead: write host, or leave it out"
+            yield places.problem(f"network.allow.{number}.within", IMPOSSIBLE, said)
         if DNS_PORT in rule.ports:
             said = f"port {DNS_PORT} of every address is that of the container's own resolver; leave it out"
             yield places.problem(f"network.allow.{number}.ports", IMPOSSIBLE, said)

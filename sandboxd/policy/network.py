@@ -44,6 +44,13 @@ def _cidr(value: str) -> str:
         raise ValueError(f"{error}; write a network such as 192.0.2.0/24") from None
 
 
+def _inside(network: str, other: str) -> bool:
+    one, most = ipaddress.ip_network(network), ipaddress.ip_network(other)
+    return one.version == most.version and (
+        most.network_address <= one.network_address and one.broadcast_address <= most.broadcast_address  # type: ignore[operator]
+    )
+
+
 def _path(value: str) -> str:
     if not value.startswith("/") or not value.isprintable() or set(value) & set(" %#\\"):
         raise ValueError(
@@ -161,6 +168,8 @@ class Rule(Target, Http):
     """Something that is allowed."""
 
     ports: Annotated[tuple[Port, ...], Field(min_length=1, max_length=64)]
+    within: Annotated[tuple[Annotated[str, AfterValidator(_cidr)], ...], Field(max_length=64)] = ()
+    """Networks of private or other special addresses that the host's name may lead to."""
     websocket: bool = False
     """Whether a request may go on as a WebSocket, where the rule looks into HTTP."""
     inject: Inject | None = None
@@ -178,6 +187,7 @@ class Rule(Target, Http):
             and (not self.methods or (bool(other.methods) and set(other.methods) <= set(self.methods)))
             and (not self.paths or (bool(other.paths) and set(other.paths) <= set(self.paths)))
             and set(self.headers.items()) <= set(other.headers.items())
+            and all(any(_inside(each, most) for most in self.within) for each in other.within)
             and (self.websocket or not self.looks_inside or (other.looks_inside and not other.websocket))
         )
 

@@ -30,7 +30,7 @@ def network_rules(policy: Policy) -> NetworkRules | None:
     budget = {} if network.budget is None else network.budget.model_dump(exclude_none=True)
     return NetworkRules(
         tuple(
-            Allow(target(rule), rule.ports, where("allow", at), _http(rule))
+            Allow(target(rule), rule.ports, where("allow", at), _http(rule), rule.within)
             for at, rule in enumerate(network.allow)
         ),
         tuple(

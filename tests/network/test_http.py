@@ -37,6 +37,7 @@ network:
     - {host: cut.http.test, ports: [82, 83], methods: [GET]}
     - {host: nowhere.http.test, ports: [80], methods: [GET]}
     - {host: inside.http.test, ports: [80], methods: [GET]}
+    - {host: within.http.test, ports: [80], methods: [GET], within: [10.91.7.0/24]}
     - {host: another.http.test, ports: [443], methods: [GET]}
   deny:
     - {host: api.http.test, paths: [/open/secret/**]}
@@ -119,6 +120,7 @@ def http(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dae
     """A daemon whose containers may make some requests of ``Mirror``."""
     hosts = ("api", "plain", "down", "another", "cut")
     world.records |= {f"{name}.http.test": [WEB] for name in hosts} | {"inside.http.test": [PRIVATE]}
+    world.records["within.http.test"] = [PRIVATE]
     world.serve(WEB, 82, Cut)
     world.serve(WEB, 83, Nonsense)
     world.serve(WEB, 84, Socket)
@@ -385,6 +387,17 @@ def test_what_is_in_the_way_is_told(http: Daemon, ask: Python, asked: str, statu
     (event,) = requests(http, call)
     assert event.verdict == problem["verdict"] == ("denied" if status == 403 else "failed")
     assert bool(problem.get("allowed")) == (status == 403)
+
+
+def test_a_private_host_is_asked_by_its_name_alone(ask: Python) -> None:
+    call = ask(f"""{ASK}
+print(*ask('GET', '/', host='within.http.test'))
+print(ask('POST', '/', host='within.http.test')[0])
+import socket
+try: socket.create_connection(('{PRIVATE}', 80), timeout=5)
+except OSError as error: print(type(error).__name__)
+""")
+    assert said(call).split() == ["200", "within.http.test", "/", "403", "ConnectionRefusedError"]
 
 
 def test_a_rule_without_conditions_lets_other_requests_through(ask: Python) -> None:

@@ -65,6 +65,15 @@ def test_rules_of_http_lie_within_those_of_the_floor(folder: Any, rule: str, wid
     assert [code for code, _ in folder.codes()] == ["wider_than_floor"] * wider
 
 
+@pytest.mark.parametrize(
+    ("within", "wider"), [("[10.1.0.0/16]", False), ("[10.0.0.0/8]", False), ("[10.0.0.0/8, fd00::/8]", True)]
+)
+def test_where_a_name_may_lead_lies_within_the_floor(folder: Any, within: str, wider: bool) -> None:  # noqa: FBT001
+    folder.write("floor", "network: {allow: [{host: a.test, ports: [443], within: [10.0.0.0/8]}]}\n")
+    folder.write("p", f"network: {{allow: [{{host: a.test, ports: [443], within: {within}}}]}}\n")
+    assert [code for code, _ in folder.codes()] == ["wider_than_floor"] * wider
+
+
 def test_a_network_needs_one_in_the_floor(folder: Any) -> None:
     folder.write("floor")
     folder.write("p", "network: {allow: [{host: a.b, ports: [443]}]}\n")
