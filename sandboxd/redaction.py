@@ -91,12 +91,13 @@ class _Joined:
 
 
 def _base64(value: bytes) -> Iterator[bytes]:
-    """What is the same in the base64 of any text that has the value in it, for each place that it can have."""
+    """What is the same in the base64 of any text that has the value in it, for each of its places."""
     for before, unsure in ((0, 0), (1, 2), (2, 3)):
         whole = base64.b64encode(b"\0" * before + value).rstrip(b"=")
-        end = len(whole) - (1 if (before + len(value)) % 3 else 0)
-        yield whole[unsure:end]
-        yield whole[unsure:end].replace(b"+", b"-").replace(b"/", b"_")
+        ends = {len(whole), len(whole) - (1 if (before + len(value)) % 3 else 0)}  # with the text, or within
+        for end in ends:
+            yield whole[unsure:end]
+            yield whole[unsure:end].replace(b"+", b"-").replace(b"/", b"_")
 
 
 def _percent(value: bytes) -> Iterator[bytes]:
@@ -129,6 +130,7 @@ class _Patterns:
     """The forms of all secrets, and the automaton that finds them."""
 
     def __init__(self, secrets: Iterable[tuple[str, bytes]], *, folded: bool = False) -> None:
+        self._folded = folded
         named: dict[bytes, str] = {}
         for name, value in secrets:
             for form in forms(value):
@@ -150,6 +152,8 @@ class _Patterns:
         merged: list[tuple[int, int, str | None]] = [(0, covered, None)] if covered else []
         if self._automaton is None:
             return merged
+        if self._folded:
+            text = text.lower()  # of ASCII alone: each byte stays where it is
         found = self._automaton.find_matches_as_indexes(text, overlapping=True)
         for start, neg, which in sorted((start, -end, which) for which, start, end in found):
             if merged and start < merged[-1][1]:
@@ -168,7 +172,7 @@ def _open(text: bytes, form: bytes) -> int:
     size = len(text)
     start = max(0, size - len(form) + 1)
     head = form[:HEAD]
-    while 0 <= (start := text.find(head, start)):
+    while (start := text.find(head, start)) >= 0:
         if form.startswith(text[start:]):
             return size - start
         start += 1
@@ -211,9 +215,7 @@ class Redactor:
         if self._folded is None:
             self._folded = _Patterns(self._secrets, folded=True)
         data = text.encode("utf-8", "surrogatepass")
-        lowered = data.lower()  # of ASCII alone: each byte stays where it is
-        found = self._folded.regions(_Joined(lowered).text, 0)
-        return self._run(self._folded, lowered, 0, last=True)[0].decode() if found else text
+        return self._run(self._folded, data, 0, last=True)[0].decode("utf-8", "surrogatepass")
 
     def _run(self, patterns: _Patterns, raw: bytes, covered: int, *, last: bool) -> tuple[bytes, bytes, int]:
         """What may go out, what is held back, and how much of that is behind a marker that went out."""

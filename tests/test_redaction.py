@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import json
 import urllib.parse
 from typing import TYPE_CHECKING
@@ -146,9 +147,9 @@ def test_texts_and_names() -> None:
 
 letters = st.sampled_from(b"ab\n\r")
 blob = st.lists(letters, min_size=1, max_size=60).map(bytes)
-value = blob.filter(lambda data: len(significant(data)) >= SHORTEST) | st.binary(min_size=8, max_size=40).filter(
-    lambda data: len(significant(data)) >= SHORTEST
-)
+value = blob.filter(lambda data: len(significant(data)) >= SHORTEST) | st.binary(
+    min_size=8, max_size=40
+).filter(lambda data: len(significant(data)) >= SHORTEST)
 
 
 @st.composite
@@ -162,7 +163,9 @@ def said(draw: st.DrawFn) -> tuple[dict[str, bytes], bytes]:
     parts = st.one_of(
         blob,
         st.sampled_from(values),
-        st.sampled_from(values).flatmap(lambda one: st.sampled_from([one[:-1], one[1:], one[: len(one) // 2]])),
+        st.sampled_from(values).flatmap(
+            lambda one: st.sampled_from([one[:-1], one[1:], one[: len(one) // 2]])
+        ),
         st.builds(lambda how, one: how(one), st.sampled_from(encode), st.sampled_from(values)),
         st.sampled_from(values).map(base64.b64encode),
     )
@@ -193,5 +196,5 @@ def test_nothing_of_a_whole_secret_is_left(given_: tuple[dict[str, bytes], bytes
 def test_what_has_no_secret_stays_as_it_is(text: bytes, cuts: list[int]) -> None:
     secrets = {"TOKEN": b"\xff\xfe\xfd\xfc" * 8}
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    pieces = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
     assert redacted(secrets, pieces) == (text, 0)

@@ -217,6 +217,7 @@ class OciEngine:
             os.fstat(ids.namespace).st_ino,
             made.identities,
             made.upper_fd,
+            made.secrets_fd,
             doors_of(shape, init_pid, stack),
             held=held,
         )
