@@ -7,6 +7,7 @@ answered or logged says more of it than its length. No route gives one back.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -52,7 +53,7 @@ class Secrets:
         """Store a secret whose value is the body, as it is; one that is there is not replaced."""
         value = await self._value(request)
         found = await self.service.set_secret(caller_of(request), request.path_params["name"], value)
-        return json_response(found, 201, {"location": f"/v1/secrets/{found.name}"})
+        return json_response(found, 201, {"location": f"/v1/secrets/{quote(found.name)}"})
 
     async def rotate(self, request: Request) -> Response:
         """Give a secret a new value, the body, which the next call has."""
