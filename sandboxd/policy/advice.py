@@ -1,4 +1,4 @@
-"""What a policy file may say and had better not: for ``sandboxd policy check``, and no problem of the file."""
+"""What a policy file may say and had better not: for ``sandboxd policy check``; no problem of the file."""
 
 from __future__ import annotations
 

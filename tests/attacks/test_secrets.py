@@ -112,7 +112,7 @@ def everywhere(daemon: Daemon, call: Invocation | None = None) -> Iterator[tuple
         for stream in (client.stdout, client.stderr):
             with stream(call.id) as pieces:
                 yield "a stream", b"".join(pieces)
-        argv = [SANDBOXD, "inspect", call.id, "--json", "--socket", str(daemon.socket)]
+        argv = [str(SANDBOXD), "inspect", call.id, "--json", "--socket", str(daemon.socket)]
         yield "inspect", subprocess.run(argv, capture_output=True, check=True).stdout
     database = sqlite3.connect(f"file:{daemon.state}/journal.sqlite3?mode=ro", uri=True)
     try:
