@@ -33,6 +33,7 @@ BREAKS = b"\r\n"
 RUN = 2  # line breaks that are looked over between two bytes: a CR and a LF
 _RUNS = re.compile(rb"[\r\n]+")
 _LONG_RUNS = re.compile(rb"[\r\n]{3,}")
+PART = 256  # bytes of a beginning that are compared before all of it is
 HEAD = 8  # bytes by which a long beginning of a pattern is found first
 URI_SAFE = ("", "/", "!'()*", "!'()*;/?:@&=+$,#")  # what encoders leave: Python's, JavaScript's
 QUICK = 4096  # bytes of a pattern from which on another automaton is made in less time
@@ -173,7 +174,8 @@ def _open(text: bytes, form: bytes) -> int:
     start = max(0, size - len(form) + 1)
     head = form[:HEAD]
     while (start := text.find(head, start)) >= 0:
-        if form.startswith(text[start:]):
+        # first a part, which costs nothing: a tool can write beginnings without end
+        if text.startswith(form[: min(PART, size - start)], start) and form.startswith(text[start:]):
             return size - start
         start += 1
     for left in range(min(HEAD, len(form)) - 1, 0, -1):
