@@ -13,9 +13,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sandboxd import errors, redaction
 from sandboxd.secrets import MAX_VALUE, KeyPlace, SecretStore, place_of, store
+from sandboxd.secrets.record import Damaged, Known, Record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -301,6 +304,18 @@ def test_files_that_lead_elsewhere(tmp_path: Path, opened: Callable[..., SecretS
         "DIR": True, "FIFO": True, "LINK": True,
     }  # fmt: skip
     assert (directory / "notes.txt").exists()
+
+
+@given(st.binary(max_size=400), st.integers(0, 400), st.integers(0, 50))
+def test_any_bytes_are_a_record_or_damaged(noise: bytes, at: int, cut: int) -> None:
+    key, known = b"k" * 32, Known("TOKEN", 3, 5, 6, "", len(VALUE), has_nul=True)
+    good = Record.seal(known, VALUE, key).encode()
+    for data in (noise, good[:at] + noise + good[at + cut :]):
+        try:
+            found = Record.decode(data, "TOKEN").unseal(key)
+        except Damaged:
+            continue
+        assert found == VALUE
 
 
 def test_many_writers_at_once(opened: Callable[..., SecretStore]) -> None:

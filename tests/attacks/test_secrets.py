@@ -323,11 +323,8 @@ def test_nothing_is_left_after_the_call(keeper: Daemon) -> None:
     before = mounts(), descriptors()
     call = keeper.client().start(["sleep", "60"], policy="both")
     until(lambda: keeper.client().get(call.id).state == "running", "it runs")
-    (tool,) = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if process.info["cmdline"] == ["sleep", "60"] and str(keeper.engine) in parents(process)
-    ]
+    until(lambda: sleeping(keeper), "the command is executed")
+    (tool,) = sleeping(keeper)
     inside = Path(f"/proc/{tool.pid}/root/run/secrets/FILE_SECRET")
     assert inside.read_bytes() == values["FILE_SECRET"]
     assert values["ENV_SECRET"] in Path(f"/proc/{tool.pid}/environ").read_bytes(), "as the documentation says"
@@ -339,10 +336,13 @@ def test_nothing_is_left_after_the_call(keeper: Daemon) -> None:
     assert not inside.exists()
 
 
-def parents(process: psutil.Process) -> list[str]:
-    with suppress(psutil.Error):
-        return [str(one.pid) for one in process.parents()]
-    return []
+def sleeping(daemon: Daemon) -> list[psutil.Process]:
+    """The commands ``sleep 60`` in the daemon's containers."""
+    found = []
+    for process in psutil.Process(daemon.engine).children(recursive=True):
+        with suppress(psutil.Error):
+            found += [process] if process.cmdline() == ["sleep", "60"] else []
+    return found
 
 
 def test_a_key_gives_the_same_outcome_whatever_the_value(keeper: Daemon) -> None:
@@ -390,6 +390,8 @@ def test_a_daemon_that_is_killed_while_it_stores(daemon_factory: Callable[..., D
     daemon = daemon_factory()
     with_policies(daemon)
     values = store(daemon)
+    running = daemon.client().start(["sleep", "60"], policy="both")
+    until(lambda: daemon.client().get(running.id).state == "running", "it runs")
     told: list[int] = []
 
     def rotate() -> None:
@@ -406,6 +408,11 @@ def test_a_daemon_that_is_killed_while_it_stores(daemon_factory: Callable[..., D
     thread.join()
     again = daemon_factory(state=daemon.state, name="again")
     with_policies(again)
+    interrupted = again.client().get(running.id)
+    assert interrupted.outcome is not None
+    assert interrupted.outcome.error is not None
+    assert interrupted.outcome.error.code == "interrupted"
+    assert [(use.name, use.version) for use in interrupted.secrets] == [("FILE_SECRET", 1), ("ENV_SECRET", 1)]
     info = again.client().secret("FILE_SECRET")
     assert info.version is not None
     assert told[-1] <= info.version <= told[-1] + 1
