@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sandboxd.room import Held
     from sandboxd.supervisor.attempt import Attempt
     from sandboxd.supervisor.ending import Deadline
+    from sandboxd.supervisor.secrets import CallSecrets
 
 __all__ = ["Call", "off_the_loop", "payload_of", "request_digest"]
 
@@ -44,6 +45,7 @@ class Call:
     spool: Spool
     deadline: Deadline | None
     held: Held
+    secrets: CallSecrets
     cancelled: bool = False
     attempt: Attempt | None = None
     stdin: Stdin = field(default_factory=Stdin)

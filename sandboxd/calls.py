@@ -41,6 +41,7 @@ from sandboxd.room import Held
 from sandboxd.supervisor.attempt import Attempt, Payload, Result
 from sandboxd.supervisor.ending import Deadline
 from sandboxd.supervisor.network import CallNetwork
+from sandboxd.supervisor.secrets import CallSecrets
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from sandboxd.reload import PolicyStore
     from sandboxd.room import Room
     from sandboxd.scheduler import Scheduler
+    from sandboxd.secrets import SecretStore
 
 __all__ = ["Calls"]
 
@@ -87,6 +89,7 @@ class Calls(Ledger):
         blobs: BlobStore,
         tasks: TaskGroup,
         inputs: Room,
+        secrets: SecretStore,
     ) -> None:
         super().__init__(spools=state / "calls", journal=journal, blobs=blobs)
         self._policies = policies
@@ -96,6 +99,7 @@ class Calls(Ledger):
         self._scheduler = scheduler
         self._tasks = tasks
         self._inputs = inputs
+        self._secrets = secrets
         self._accepting = 0
         self.ended: Counter[Cause] = Counter()
         self.draining = False
@@ -115,6 +119,7 @@ class Calls(Ledger):
         image = self._images.resolve(policy.image)
         shape = plan.make_shape(policy, plan.ImageRef(image.name, image.digest))
         self._pool.lacks.refuse(shape)
+        self._check_secrets(caller, shape)
         made = plan.make_plan(policy, shape, request)
         if made.holds > self._scheduler.memory:
             inputs = "" if made.holds == made.limits.memory else " and the inputs"
@@ -126,6 +131,20 @@ class Calls(Ledger):
                 allowed=self._scheduler.memory,
             )
         return policy, made
+
+    def _check_secrets(self, caller: Caller, shape: plan.Shape) -> None:
+        """Raise what keeps a call from the secrets of its policy: first whether it may have them."""
+        if not shape.secrets:
+            return
+        for grant in shape.secrets:
+            if not caller.may_have(grant.name):
+                raise errors.NotPermitted(
+                    f"policy {shape.policy!r} grants the secret {grant.name}, which is not yours to have; an "
+                    "operator grants it by `secrets:` of your entry in the configuration's `callers`",
+                    secret=grant.name,
+                )
+        names = [grant.name for grant in shape.secrets]
+        self._secrets.check(names, environment=shape.granted("env"))
 
     async def know_image(self, caller: Caller, request: Request) -> None:
         """Have an engine that keeps images by reference say what one stands for that is used first.
@@ -193,7 +212,8 @@ class Calls(Ledger):
         limits = made.limits
         spool = Spool.create(self._spools / invocation.id, {"stdout": limits.stdout, "stderr": limits.stderr})
         spool.add(Event(seq=0, at=accepted, type="accepted", id=invocation.id))
-        call = Call(invocation, caller, made, payload, spool, deadline, held)
+        secrets = CallSecrets(self._secrets, made.shape)
+        call = Call(invocation, caller, made, payload, spool, deadline, held, secrets)
         self._tasks.start_soon(self._run, call)  # makes ready while the disk writes
         try:
             existing = await self._journal.accept(records.Accepted(invocation, digest))
@@ -253,16 +273,19 @@ class Calls(Ledger):
             invocation.state = State(state)
             if state == "running":
                 invocation.times.started = _now()
+                invocation.secrets = secrets.uses
                 call.spool.add(Event(seq=0, at=invocation.times.started, type="started"))
                 self._journal.attempt_started(invocation)
 
+        secrets = call.secrets
         async with Attempt(
             call.plan,
             call.payload,
             stdin=call.stdin,
             pool=self._pool,
             spool=call.spool,
-            network=CallNetwork(self._gateway, invocation.id, call.caller.uid, call.spool),
+            network=CallNetwork(self._gateway, invocation.id, call.caller.uid, call.spool, secrets),
+            secrets=secrets,
             blobs=self._blobs,
             deadline=call.deadline,
             accepted=call.decided,
@@ -290,6 +313,7 @@ class Calls(Ledger):
                 "limits_reached": result.limits_reached,
                 "artifacts": result.artifacts,
                 "withheld": result.withheld,
+                "secrets": list(call.secrets.uses),
                 **_streams(call.spool, invocation.id),
                 "times": invocation.times.model_copy(update={"ended": _now()}),
             }
@@ -308,6 +332,7 @@ class Calls(Ledger):
             log.exception("the end of the events could not be written", id=done.id)
         call.stdin.close()
         call.held.release()
+        call.secrets.close()
         self._flying.pop(done.id, None)
         call.ended.set()
         if done.outcome is not None:

@@ -40,6 +40,7 @@ __all__ = [
     "IdRange",
     "Match",
     "PoolSize",
+    "SecretsConfig",
     "SocketConfig",
     "default_socket",
     "load_config",
@@ -50,6 +51,7 @@ RUNTIMES = ("auto", "builtin", "crun", "runc")
 SYSTEM_SOCKET = Path("/run/sandboxd/sandboxd.sock")
 MAX_ID = 2**32 - 2  # (uid_t)-1 means "no id", chown(2)
 MAX_SOCKET_PATH = 107  # sun_path without its NUL, unix(7)
+_GLOB = re.compile(r"[A-Z0-9_*?]{1,128}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}\$?")
 
 
@@ -197,6 +199,24 @@ class CallerRule(Section):
     concurrent: Annotated[Count, Field(ge=1, le=100_000)] | None = None
     """Calls that run at once; None: only the budget bounds them."""
     weight: Annotated[Count, Field(ge=1, le=1000)] = 1
+    secrets: Annotated[tuple[str, ...], Field(max_length=1000)] | None = None
+    """Names and globs of the secrets that a policy may give to calls of these; None: an operator's may have
+    all, an agent's none."""
+
+    @property
+    def granted(self) -> tuple[str, ...]:
+        """The same without a default."""
+        if self.secrets is None:
+            return ("*",) if self.role == "operator" else ()
+        return self.secrets
+
+    @field_validator("secrets", mode="after")
+    @classmethod
+    def _globs(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in value or ():
+            if not _GLOB.fullmatch(name):
+                raise ValueError(f"{name[:80]!r} is not a secret's name or a glob of one, such as GITHUB_*")
+        return value
 
     @field_validator("policies", mode="after")
     @classmethod
@@ -276,6 +296,14 @@ class NetworkConfig(Section):
     """Thousandths of a CPU that each may use."""
 
 
+class SecretsConfig(Section):
+    """The store of secrets."""
+
+    key: AbsolutePath | None = None
+    """A file, 0600, of 32 bytes or 64 hexadecimal digits. Without it: systemd's credential
+    ``sandboxd-secrets-key``, else a file in the state directory that the daemon makes."""
+
+
 def _default_callers() -> tuple[CallerRule, ...]:
     return (
         CallerRule(match=Match(uid=0), role="operator"),
@@ -310,6 +338,7 @@ class Config(Section):
     """Calls that may wait."""
     ids: IdRange = IdRange()
     network: NetworkConfig = NetworkConfig()
+    secrets: SecretsConfig = SecretsConfig()
 
     @model_validator(mode="after")
     def _apart(self) -> Self:

@@ -43,6 +43,7 @@ from sandboxd.pool import Room as SlotRoom
 from sandboxd.reload import PolicyStore
 from sandboxd.room import Room
 from sandboxd.scheduler import Scheduler
+from sandboxd.secrets import SecretStore, place_of
 from sandboxd.service import DaemonService
 
 if TYPE_CHECKING:
@@ -148,6 +149,11 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
             log.warning("policy not in force", problem=str(problem))
         blobs = BlobStore(config.state / "blobs")
         blobs.clean()
+        secrets = SecretStore.open(
+            config.state / "secrets", place_of(config.secrets.key, config.state, os.environ)
+        )
+        if (why := secrets.problem()) is not None:
+            log.error("secrets cannot be used", reason=why)
         scheduler = Scheduler(
             memory=config.budget.bytes_of(psutil.virtual_memory().total),
             slots=config.budget.slots,
@@ -183,6 +189,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
             blobs=blobs,
             tasks=tasks,
             inputs=Room(config.budget.inputs),
+            secrets=secrets,
         )
         interrupted = await service.close_interrupted()
         if interrupted:

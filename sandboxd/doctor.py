@@ -28,6 +28,7 @@ from sandboxd.network.namespace import reference
 from sandboxd.reach import Allow, NetworkRules, Reach
 from sandboxd.receipt import read_receipt
 from sandboxd.rights import rights
+from sandboxd.secrets import SecretStore, place_of
 
 if TYPE_CHECKING:
     from sandboxd.config import Config
@@ -64,7 +65,23 @@ def examine(config: Config) -> list[Check]:
         ]
     checks.append(Check("mount namespace", ok=True, found="the daemon's mounts are its own"))
     checks += anyio.run(_containers, config, run, name)
-    return [*checks, *_tools()]
+    return [*checks, _secrets(config), *_tools()]
+
+
+def _secrets(config: Config) -> Check:
+    place = place_of(config.secrets.key, config.state, os.environ)
+    problem = SecretStore.open(config.state / "secrets", place, serving=False).problem()
+    if problem is None:
+        found = f"the key is {place.path}"
+        if place.own and not place.path.exists():
+            found = f"the key will be made with the first secret, at {place.path}"
+    return Check(
+        "secrets",
+        ok=problem is None,
+        found=found if problem is None else problem,
+        advice="mend the key; calls whose policy grants no secret do without",
+        required=False,
+    )
 
 
 def _kernel() -> Check:

@@ -14,8 +14,11 @@ SandboxdError
 │   ├── PolicyInvalid              policy_invalid           422
 │   ├── ControlNotSupported        control_not_supported    422
 │   ├── ImageInvalid               image_invalid            422
+│   ├── SecretMissing              secret_missing           422
+│   ├── SecretUnfit                secret_unfit             422
 │   ├── QueueFull                  queue_full               429
 │   ├── RequestTimeout             request_timeout          408
+│   ├── SecretsUnavailable         secrets_unavailable      503
 │   └── Draining                   draining                 503
 ├── AttemptFailed                  an accepted call that failed through a fault of ours
 │   ├── EngineFailed               engine
@@ -58,6 +61,9 @@ __all__ = [
     "RequestTimeout",
     "RequestTooWide",
     "SandboxdError",
+    "SecretMissing",
+    "SecretUnfit",
+    "SecretsUnavailable",
     "StateConflict",
     "TooLarge",
     "Unavailable",
@@ -171,6 +177,20 @@ class ImageInvalid(Refused):
     status = 422
 
 
+class SecretMissing(Refused):
+    """Raised when a policy grants a secret that is not stored; ``details["secret"]`` names it."""
+
+    code = "secret_missing"
+    status = 422
+
+
+class SecretUnfit(Refused):
+    """Raised when a secret cannot be given as the policy grants it, such as one with a NUL as a variable."""
+
+    code = "secret_unfit"
+    status = 422
+
+
 class QueueFull(Refused):
     """Raised when the queue holds as many calls as it may; ``details["retry_after"]`` is in seconds."""
 
@@ -183,6 +203,13 @@ class RequestTimeout(Refused):
 
     code = "request_timeout"
     status = 408
+
+
+class SecretsUnavailable(Refused):
+    """Raised when secrets are needed and their key is not there or is another one, or one is damaged."""
+
+    code = "secrets_unavailable"
+    status = 503
 
 
 class Draining(Refused):

@@ -48,6 +48,8 @@ __all__ = [
     "Problem",
     "Receipt",
     "Request",
+    "SecretInfo",
+    "SecretUse",
     "SlotInfo",
     "State",
     "Times",
@@ -254,6 +256,8 @@ class Outcome(Wire):
     error: Failure | None = None
     evidence: dict[str, Any] = Field(default_factory=dict)
     """The kernel's counters that the cause was read from."""
+    redacted: int | None = None
+    """How many places of output, names and texts had a secret of the call; None: it was granted none."""
 
     def exit_status(self) -> int:
         """The status that ``run-in-sandbox`` exits with."""
@@ -447,6 +451,16 @@ class Withheld(Wire):
     detail: str = ""
 
 
+class SecretUse(Wire):
+    """A secret that a call was given: which version, and how."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    name: str
+    version: int
+    as_: Annotated[Literal["env", "file", "proxy"], Field(alias="as")]
+
+
 class Invocation(Wire):
     """One accepted call."""
 
@@ -470,6 +484,8 @@ class Invocation(Wire):
     limits_reached: list[LimitReached] = Field(default_factory=list)
     artifacts: list[Artifact] = Field(default_factory=list)
     withheld: list[Withheld] = Field(default_factory=list)
+    secrets: list[SecretUse] = Field(default_factory=list)
+    """The secrets that its command was given."""
     attempts: int = 0
 
 
@@ -540,6 +556,19 @@ class ImageInfo(Wire):
     source: str
     architecture: str
     used_by: list[str] = Field(default_factory=list)
+
+
+class SecretInfo(Wire):
+    """A stored secret. Its value is never given back, nor what would tell something of it."""
+
+    name: str
+    version: int | None = None
+    """Counts from 1; no number is used twice for a name. None where the record is damaged."""
+    created: int | None = None
+    rotated: int | None = None
+    """When this version was stored."""
+    problem: str | None = None
+    """Why it cannot be used."""
 
 
 class SlotInfo(Wire):

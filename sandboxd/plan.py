@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Command",
+    "Grant",
     "ImageRef",
     "InputRef",
     "Limits",
@@ -141,6 +142,14 @@ class Warm:
 
 
 @dataclass(frozen=True)
+class Grant:
+    """A secret by its name, and how the command gets it. Its value is in no plan."""
+
+    name: str
+    kind: Literal["env", "file", "proxy"]
+
+
+@dataclass(frozen=True)
 class Shape(Data):
     """Everything that a container needs before its command is known."""
 
@@ -155,6 +164,11 @@ class Shape(Data):
     network: NetworkRules | None
     """None: no network but a loopback."""
     warm: Warm | None = None
+    secrets: tuple[Grant, ...] = ()
+
+    def granted(self, kind: Literal["env", "file", "proxy"]) -> tuple[str, ...]:
+        """The names of the secrets that are given in this way."""
+        return tuple(grant.name for grant in self.secrets if grant.kind == kind)
 
     @cached_property
     def program(self) -> Program:
@@ -266,6 +280,7 @@ def make_shape(policy: Policy, image: ImageRef) -> Shape:
         syscalls=policy.syscalls,
         network=network_rules(policy),
         warm=None if warm is None else Warm(warm.command, warm.preload, env),
+        secrets=tuple(Grant(secret.name, secret.as_) for secret in spec.secrets),
     )
 
 
@@ -277,6 +292,11 @@ def make_plan(policy: Policy, shape: Shape, request: Request) -> Plan:
     """
     if request.session is not None:
         raise ControlNotSupported("sessions are not supported by this release", field="session")
+    for name in shape.granted("env"):
+        if name in request.env:
+            raise InvalidRequest(
+                f"env: {name} is a secret that the policy puts there; leave it out", field=f"env.{name}"
+            )
     inputs = _inputs(request.inputs, shape.limits)
     return Plan(
         shape=shape,

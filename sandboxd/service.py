@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any, get_args
 
 import anyio.to_thread
+import structlog
 
 from sandboxd import errors, models
 from sandboxd.call import off_the_loop
@@ -21,12 +22,16 @@ from sandboxd.policy import check_text, explain
 from sandboxd.pool import Fate, HandOver
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sandboxd.api.identity import Caller
     from sandboxd.config import Config
     from sandboxd.policy import Policy
     from sandboxd.pool import Pool
 
 __all__ = ["DaemonService"]
+
+log = structlog.get_logger("sandboxd.secrets")
 
 
 class DaemonService(Calls):
@@ -110,6 +115,47 @@ class DaemonService(Calls):
             memory=self._scheduler.memory,
         )
         return await anyio.to_thread.run_sync(exposition, numbers)
+
+    def may_store(self, caller: Caller) -> None:
+        """Raise NotPermitted for who may not deal with secrets."""
+        _operators_only(caller)
+
+    async def secrets(self, caller: Caller) -> list[models.SecretInfo]:
+        """The stored secrets. Raises NotPermitted."""
+        _operators_only(caller)
+        return await anyio.to_thread.run_sync(self._secrets.list)
+
+    async def secret(self, caller: Caller, name: str) -> models.SecretInfo:
+        """One of them. Raises NotPermitted, NotFound."""
+        _operators_only(caller)
+        return self._secrets.get(name)
+
+    async def set_secret(self, caller: Caller, name: str, value: bytes) -> models.SecretInfo:
+        """Store one. Raises what ``SecretStore.set`` does, and NotPermitted."""
+        return await self._changed("set", caller, self._secrets.set, name, value)
+
+    async def rotate_secret(self, caller: Caller, name: str, value: bytes) -> models.SecretInfo:
+        """Give one a new value. Raises what ``SecretStore.rotate`` does, and NotPermitted."""
+        return await self._changed("rotated", caller, self._secrets.rotate, name, value)
+
+    async def remove_secret(self, caller: Caller, name: str) -> None:
+        """Forget one. Raises NotPermitted, NotFound."""
+        _operators_only(caller)
+        await anyio.to_thread.run_sync(self._secrets.remove, name)
+        log.info("secret removed", name=name, uid=caller.uid)
+
+    async def _changed(
+        self,
+        what: str,
+        caller: Caller,
+        change: Callable[[str, bytes], models.SecretInfo],
+        name: str,
+        value: bytes,
+    ) -> models.SecretInfo:
+        _operators_only(caller)
+        info = await anyio.to_thread.run_sync(change, name, value)
+        log.info("secret stored", how=what, name=name, version=info.version, uid=caller.uid)
+        return info
 
     async def refused(self, caller: Caller, error: errors.Refused, summary: dict[str, Any]) -> None:
         """Keep a refusal for the operator; a journal that cannot be written does not hide the refusal."""

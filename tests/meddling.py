@@ -221,6 +221,7 @@ LIVE: dict[str, tuple[Callable[[Slot], None], str]] = {
     "workspace_size": (_remounted("/workspace", "size", "1g"), "workspace"),
     "proc_shows_all": (_remounted("/proc", "hidepid", "0"), "proc"),
     "overlay_size": (_larger_overlay, "root_overlay"),
+    "secrets_size": (_remounted("/run/secrets", "size", "1m"), "secrets"),
     "mounted": (_covered("/usr", None), "mounts"),
     "device": (_covered("/dev/full", "/dev/kmsg"), "devices"),
     "bundle": (_covered(TRUSTED, "/etc/hostname"), "trust"),

@@ -25,7 +25,7 @@ from sandboxd.engine.host import EngineHost, enter_private_mounts, instance_name
 from sandboxd.engine.probe import probe_shape
 from sandboxd.httprule import HttpRule
 from sandboxd.network.authority import Authority
-from sandboxd.plan import Root
+from sandboxd.plan import Grant, Root
 from sandboxd.policy import seccomp
 from sandboxd.reach import Allow, NetworkRules
 from sandboxd.receipt import read_receipt, reading, take_reading
@@ -43,6 +43,7 @@ WHOLE = replace(  # with every control that a shape may lack
     root=Root("overlay", 2**20, 64),
     limits=replace(SHAPE.limits, file_size=2**20, io_read=50 * 2**20, io_write=50 * 2**20),
     network=NetworkRules((Allow("example.org", (443,), "here", HttpRule(("GET",))),), ()),
+    secrets=(Grant("TOKEN", "file"),),
 )
 
 

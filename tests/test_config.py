@@ -71,6 +71,21 @@ def test_the_example_of_the_documentation(tmp_path: Path) -> None:
     assert found.callers[1].match.group == "sandboxd"
 
 
+def test_who_may_have_which_secrets(tmp_path: Path) -> None:
+    found = load(
+        tmp_path,
+        "callers:\n  - {match: {uid: 0}, role: operator}\n  - {match: {uid: 1}, role: agent}\n"
+        '  - {match: {uid: 2}, role: agent, secrets: ["GITHUB_*", TOKEN]}\n'
+        "  - {match: {uid: 3}, role: operator, secrets: []}\n",
+    )
+    assert [rule.granted for rule in found.callers] == [("*",), (), ("GITHUB_*", "TOKEN"), ()]
+    wrong = problems(
+        tmp_path, "callers: [{match: {uid: 2}, role: agent, secrets: [github]}]\nsecrets: {key: x}\n"
+    )
+    assert "callers.0.secrets: 'github' is not a secret's name or a glob of one" in wrong[0]
+    assert "secrets.key: 'x' is not an absolute path" in wrong[1]
+
+
 def test_the_configuration_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Config().queue = 1

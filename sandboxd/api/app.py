@@ -25,6 +25,7 @@ from sandboxd.api.identity import Identity
 from sandboxd.api.invocations import JSON, Invocations, json_response
 from sandboxd.api.openapi import document
 from sandboxd.api.protocol import CALLER, ServerConfig
+from sandboxd.api.secrets import Secrets
 from sandboxd.errors import InvalidRequest, NotFound, NotIdentified, SandboxdError, TooLarge
 from sandboxd.room import Room
 
@@ -46,7 +47,7 @@ VERSION = "1"
 DOCUMENTED: set[type[BaseModel]] = {
     models.Request, models.Invocation, models.InvocationList, models.PolicyInfo, models.PolicyProblem,
     models.PlanDocument, models.ImageInfo, models.SlotInfo, models.Health, models.Artifact, models.Withheld,
-    queries.SignalBody, queries.CheckBody,
+    models.SecretInfo, queries.SignalBody, queries.CheckBody,
 }  # fmt: skip
 
 log = structlog.get_logger(__name__)
@@ -79,7 +80,11 @@ class Edge:
 def build(service: Service) -> Edge:
     """The ASGI application over a service."""
     bodies = Room(service.config.budget.inputs)
-    routes = [*Invocations(service, bodies).routes(), *Catalogue(service, bodies).routes()]
+    routes = [
+        *Invocations(service, bodies).routes(),
+        *Catalogue(service, bodies).routes(),
+        *Secrets(service, bodies).routes(),
+    ]
 
     @cache  # most daemons are never asked
     def described() -> bytes:

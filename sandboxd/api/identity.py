@@ -18,6 +18,7 @@ import socket
 import struct
 import time
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from sandboxd.models import CallerInfo
@@ -65,6 +66,11 @@ class Caller:
     policies: tuple[str, ...] = ()
     concurrent: int | None = None
     weight: int = 1
+    secrets: tuple[str, ...] = ()
+
+    def may_have(self, secret: str) -> bool:
+        """Whether a policy may give this secret to the caller's calls."""
+        return any(fnmatchcase(secret, pattern) for pattern in self.secrets)
 
     def may_use(self, policy: str) -> bool:
         """Whether the configuration grants this policy to the caller."""
@@ -123,6 +129,7 @@ class Identity:
                     policies=rule.policies,
                     concurrent=rule.concurrent,
                     weight=rule.weight,
+                    secrets=rule.granted,
                 )
         return Caller(peer.uid, peer.gid, peer.groups, "none")
 

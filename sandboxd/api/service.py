@@ -134,6 +134,30 @@ class Service(Protocol):
         """What the daemon counts, in the text format of Prometheus. Raises NotPermitted likewise."""
         ...
 
+    def may_store(self, caller: Caller) -> None:
+        """Raise NotPermitted for who may not deal with secrets; as do the methods that follow."""
+        ...
+
+    async def secrets(self, caller: Caller) -> Sequence[models.SecretInfo]:
+        """The stored secrets, without their values."""
+        ...
+
+    async def secret(self, caller: Caller, name: str) -> models.SecretInfo:
+        """One of them."""
+        ...
+
+    async def set_secret(self, caller: Caller, name: str, value: bytes) -> models.SecretInfo:
+        """Store one. Raises StateConflict if it is there."""
+        ...
+
+    async def rotate_secret(self, caller: Caller, name: str, value: bytes) -> models.SecretInfo:
+        """Give one a new value."""
+        ...
+
+    async def remove_secret(self, caller: Caller, name: str) -> None:
+        """Forget one."""
+        ...
+
     async def refused(self, caller: Caller, error: errors.Refused, summary: dict[str, Any]) -> None:
         """Record a refusal. A caller with the role ``none`` matched no rule."""
         ...

@@ -63,6 +63,15 @@ GROUPS = {
             "rm": "image:rm",
         },
     ),
+    "secret": (
+        "The daemon's store of secrets, which policies give to calls.",
+        {
+            "set": "secret:set_secret",
+            "rotate": "secret:rotate",
+            "ls": "secret:ls",
+            "rm": "secret:rm",
+        },
+    ),
     "journal": (
         "The chained records of all calls.",
         {

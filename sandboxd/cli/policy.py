@@ -58,22 +58,27 @@ def check(
 ) -> int:
     """Check policy files, without a daemon: every problem of every file as FILE:LINE:COLUMN: MESSAGE.
 
-    A file may extend the shipped policies, the configured ones, and those beside it. Exit status 1 if
-    there is any problem.
+    A file may extend the shipped policies, the configured ones, and those beside it. What is allowed and
+    discouraged is a note on standard error. Exit status 1 if there is any problem.
     """
-    from sandboxd.policy import check_text  # noqa: PLC0415 - `--help` must not pay for it
+    from sandboxd.policy import advice, check_text  # noqa: PLC0415 - `--help` must not pay for it
     from sandboxd.policy.source import read  # noqa: PLC0415 - same
 
     base = load(config, [file.resolve().parent for file in files])
     problems: list[PolicyProblem] = []
+    notes: list[PolicyProblem] = []
     for file in files:
         text, unreadable = read(file)
         problems += unreadable if text is None else check_text(text, str(file), base)
+        notes += [] if text is None else advice(text, str(file))
     if output.json:
-        terminal.print_json({"problems": [terminal.wire(problem) for problem in problems]})
+        found = {"problems": problems, "notes": notes}
+        terminal.print_json({name: [terminal.wire(one) for one in listed] for name, listed in found.items()})
     else:
         for problem in problems:
             terminal.print_text(str(problem))
+        for note in notes:
+            terminal.complain(str(note))
     return 1 if problems else 0
 
 

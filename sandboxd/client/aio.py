@@ -231,6 +231,26 @@ class AsyncClient:
         """The containers that the daemon holds. Raises NotPermitted for who is no operator."""
         return await self._do(calls.slots())
 
+    async def secrets(self) -> Sequence[models.SecretInfo]:
+        """The stored secrets, without their values. Raises NotPermitted for who is no operator."""
+        return await self._do(calls.secrets())
+
+    async def secret(self, name: str) -> models.SecretInfo:
+        """What is known of one secret; its value is never given back. Raises NotFound, NotPermitted."""
+        return await self._do(calls.secret(name))
+
+    async def set_secret(self, name: str, value: bytes) -> models.SecretInfo:
+        """Store a secret. Raises StateConflict if it is there, SecretsUnavailable without a key."""
+        return await self._do(calls.set_secret(name, value))
+
+    async def rotate_secret(self, name: str, value: bytes) -> models.SecretInfo:
+        """Give a secret a new value. Raises NotFound, SecretsUnavailable."""
+        return await self._do(calls.rotate_secret(name, value))
+
+    async def remove_secret(self, name: str) -> None:
+        """Forget a secret. Raises NotFound."""
+        await self._do(calls.remove_secret(name))
+
     async def health(self) -> models.Health:
         """Whether the daemon takes calls, and with what."""
         return await self._do(calls.health())

@@ -24,6 +24,7 @@ __all__ = ["Call", "RequestFields"]
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 Stream = Literal["stdout", "stderr"]
+_OCTETS = {"Content-Type": "application/octet-stream"}
 
 
 class RequestFields(TypedDict):
@@ -296,6 +297,33 @@ def images() -> Call[list[models.ImageInfo]]:
 def slots() -> Call[list[models.SlotInfo]]:
     """The containers that the daemon holds."""
     return Call(wire.Exchange("GET", wire.target("slots")), _many(models.SlotInfo, "slots"))
+
+
+def secrets() -> Call[list[models.SecretInfo]]:
+    """The stored secrets."""
+    return Call(wire.Exchange("GET", wire.target("secrets")), _many(models.SecretInfo, "secrets"))
+
+
+def secret(name: str) -> Call[models.SecretInfo]:
+    """One of them."""
+    return Call(wire.Exchange("GET", wire.target("secrets", name)), _one(models.SecretInfo))
+
+
+def set_secret(name: str, value: bytes) -> Call[models.SecretInfo]:
+    """Store one."""
+    exchange = wire.Exchange("PUT", wire.target("secrets", name), value, _OCTETS)
+    return Call(exchange, _one(models.SecretInfo))
+
+
+def rotate_secret(name: str, value: bytes) -> Call[models.SecretInfo]:
+    """Give one a new value."""
+    exchange = wire.Exchange("POST", wire.target("secrets", name, "rotate"), value, _OCTETS)
+    return Call(exchange, _one(models.SecretInfo))
+
+
+def remove_secret(name: str) -> Call[None]:
+    """Forget one."""
+    return Call(wire.Exchange("DELETE", wire.target("secrets", name)), _none)
 
 
 def health() -> Call[models.Health]:

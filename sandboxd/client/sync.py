@@ -248,6 +248,26 @@ class Client:
         """The containers that the daemon holds. Raises NotPermitted for who is no operator."""
         return self._do(calls.slots())
 
+    def secrets(self) -> Sequence[models.SecretInfo]:
+        """The stored secrets, without their values. Raises NotPermitted for who is no operator."""
+        return self._do(calls.secrets())
+
+    def secret(self, name: str) -> models.SecretInfo:
+        """What is known of one secret; its value is never given back. Raises NotFound, NotPermitted."""
+        return self._do(calls.secret(name))
+
+    def set_secret(self, name: str, value: bytes) -> models.SecretInfo:
+        """Store a secret. Raises StateConflict if it is there, SecretsUnavailable without a key."""
+        return self._do(calls.set_secret(name, value))
+
+    def rotate_secret(self, name: str, value: bytes) -> models.SecretInfo:
+        """Give a secret a new value. Raises NotFound, SecretsUnavailable."""
+        return self._do(calls.rotate_secret(name, value))
+
+    def remove_secret(self, name: str) -> None:
+        """Forget a secret. Raises NotFound."""
+        self._do(calls.remove_secret(name))
+
     def health(self) -> models.Health:
         """Whether the daemon takes calls, and with what."""
         return self._do(calls.health())

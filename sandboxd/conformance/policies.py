@@ -65,6 +65,15 @@ artifacts: [{path: "out/**", max_size: 1MiB}, {path: "*.txt"}]
     "root": "extends: conformance-python\nprocess: {user: $root}\n",
     "warm": "extends: conformance-python\nwarm: {command: python3, preload: [json]}\n",
     "fresh": "extends: conformance-warm\nwarm: !remove\n",
+    "secrets": """
+extends: conformance-python
+secrets: [{name: CONFORMANCE_FILE, as: file}, {name: CONFORMANCE_ENV, as: env}]
+artifacts: [{path: "**"}]
+""",
+    "secrets-warm": """
+extends: conformance-warm
+secrets: [{name: CONFORMANCE_FILE, as: file}, {name: CONFORMANCE_ENV, as: env}]
+""",
     "network": """
 extends: conformance-python
 network:

@@ -104,6 +104,8 @@ class Slot:
     """What the engine mounted, by its place in the container: device and inode of its root."""
     upper_fd: int | None
     """``O_PATH`` descriptor of the writable layer of the root, where there is one."""
+    secrets_fd: int | None = None
+    """``O_PATH`` descriptor of the root of ``/run/secrets``, by a mount that can be written to."""
     doors: Doors | None = None
     """The sockets of its network namespace, where its policy has a network."""
     trusted: Trusted | None = None

@@ -61,6 +61,7 @@ class Bind:
     source: Path
     target: str
     read_only: bool
+    executable: bool = True
 
 
 @dataclass(frozen=True)
@@ -160,4 +161,5 @@ def _mount(target: str, kind: str, *options: str) -> dict[str, Any]:
 
 def _bind(bind: Bind) -> dict[str, Any]:
     options = ["bind", "nosuid", "nodev", "ro" if bind.read_only else "rw"]
+    options += [] if bind.executable else ["noexec"]
     return {"destination": bind.target, "type": "bind", "source": str(bind.source), "options": options}

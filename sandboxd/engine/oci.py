@@ -225,6 +225,7 @@ class OciEngine:
             os.fstat(ids.namespace).st_ino,
             made.identities | bundles,
             made.upper_fd,
+            made.secrets_fd,
             doors_of(shape, init_pid, stack),
             trusted=trusted,
             held=held,

@@ -16,6 +16,8 @@ from sandboxd import errors
 from sandboxd.engine.bundle import INIT_PATH, Bind, BundlePaths
 from sandboxd.init import INIT
 from sandboxd.kernel import mounts
+from sandboxd.policy.paths import SECRETS
+from sandboxd.secrets import MAX_VALUE
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from sandboxd.kernel.userns import IdRange
     from sandboxd.plan import Mount, Shape
 
-__all__ = ["Presented", "SlotMounts", "new_workspace"]
+__all__ = ["Presented", "SlotMounts", "new_secrets", "new_workspace", "secrets_size"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Presented:
     target: str
     mount: int
     directory: bool
+    executable: bool = True
 
 
 class SlotMounts:
@@ -46,6 +49,7 @@ class SlotMounts:
         self._ids = ids
         self._stack = stack
         self.upper_fd: int | None = None
+        self.secrets_fd: int | None = None
         workspace = self._workspace()
         self.workspace_fd = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=workspace)
         """The workspace's root; outlives the container."""
@@ -56,6 +60,7 @@ class SlotMounts:
             Presented(INIT_PATH, self._init(), directory=False),
             Presented("/workspace", workspace, directory=True),
             *(self._lent(Path(bind.source), bind.target) for bind in lent),
+            *(self._secrets() if shape.granted("file") else ()),
         )
         """The root first, then in the order in which they are attached."""
 
@@ -71,7 +76,10 @@ class SlotMounts:
             self._attach(one.mount, f"mount{number}", directory=one.directory)
             for number, one in enumerate(self.all)
         ]
-        binds = [Bind(path, one.target, read_only=True) for path, one in zip(lent, self.all[3:], strict=True)]
+        binds = [
+            Bind(path, one.target, read_only=True, executable=one.executable)
+            for path, one in zip(lent, self.all[3:], strict=True)
+        ]
         return BundlePaths(root, workspace, init, tuple(binds))
 
     def _attach(self, mount: int, name: str, *, directory: bool = True) -> Path:
@@ -110,6 +118,13 @@ class SlotMounts:
     def _workspace(self) -> int:
         return self._kept(new_workspace(self._shape, self._ids.base))
 
+    def _secrets(self) -> tuple[Presented]:
+        place = self._directory / "secrets"
+        place.mkdir(mode=0o700)
+        mount, self.secrets_fd = new_secrets(self._shape, self._ids.base, place)
+        self._stack.callback(os.close, self.secrets_fd)
+        return (Presented(SECRETS, self._kept(mount), directory=True, executable=False),)
+
     def _root(self) -> int:
         rootfs = self._image.rootfs
         if rootfs is None:
@@ -124,7 +139,9 @@ class SlotMounts:
                 "container, put the state directory on a volume"
             ) from error
         self._attach(lower, "image")  # a layer has to be in a mount namespace
-        missing = [mount.target for mount in self._shape.mounts if not _is_there(rootfs, mount)]
+        wanted = [(mount.target, Path(mount.source).is_dir()) for mount in self._shape.mounts]
+        wanted += [(SECRETS, True)] if self._shape.granted("file") else []
+        missing = [at for at, directory in wanted if not _is_there(rootfs, at, directory=directory)]
         if self._shape.root.mode == "read-only" and not missing:
             return self._image_alone(lower)
         return self._overlay(lower)
@@ -178,11 +195,55 @@ def new_workspace(shape: Shape, base: int) -> int:
     )
 
 
-def _is_there(rootfs: Path, mount: Mount) -> bool:
+def secrets_size(shape: Shape) -> tuple[int, int]:
+    """Bytes and inodes of the tmpfs for the secrets that a shape has as files."""
+    count = len(shape.granted("file"))
+    return count * MAX_VALUE, count + 1
+
+
+def new_secrets(shape: Shape, base: int, place: Path) -> tuple[int, int]:
+    """A detached tmpfs that can only be read, and an ``O_PATH`` descriptor through which it is written.
+
+    It is never swapped out, where the kernel can promise that (``noswap``, Linux 6.4). ``place`` is an empty
+    directory in a mount namespace of our own, used for a moment. Both are the caller's to close. Raises
+    OSError.
+    """
+    owner = shape.process
+    size, inodes = secrets_size(shape)
+    options: dict[str, str | None] = {
+        "size": str(size),
+        "nr_inodes": str(inodes),
+        "mode": "0500",
+        "uid": str(base + owner.uid),
+        "gid": str(base + owner.gid),
+    }
+    try:
+        mount = mounts.new_mount("tmpfs", options | {"noswap": None}, executable=False)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        mount = mounts.new_mount("tmpfs", options, executable=False)
+    try:
+        mounts.attach(mount, place)  # what is at no path cannot be copied
+        try:
+            shown = mounts.clone_tree(place)
+            try:
+                mounts.set_attributes(shown, read_only=True, userns=None)
+                return shown, os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            except BaseException:
+                os.close(shown)
+                raise
+        finally:
+            mounts.detach(place)
+    finally:
+        os.close(mount)
+
+
+def _is_there(rootfs: Path, target: str, *, directory: bool) -> bool:
     """Whether the image has the mount point, as a directory or file that is reached through no link."""
     at = rootfs
-    for part in Path(mount.target).parts[1:]:
+    for part in Path(target).parts[1:]:
         at = at / part
         if at.is_symlink() or not at.exists():
             return False
-    return at.is_dir() == Path(mount.source).is_dir()
+    return at.is_dir() == directory

@@ -121,4 +121,5 @@ def outcome_header(
         "checkpoint_before": None,
         "checkpoint_after": None,
         "attempts": invocation.attempts,
+        **({"secrets": [use.model_dump() for use in invocation.secrets]} if invocation.secrets else {}),
     }

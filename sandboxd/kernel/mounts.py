@@ -41,7 +41,7 @@ AT_SYMLINK_NOFOLLOW, AT_EMPTY_PATH = 0x100, 0x1000
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
 MOVE_MOUNT_F_EMPTY_PATH = 0x4
 FSOPEN_CLOEXEC = FSMOUNT_CLOEXEC = 1
-FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 1, 6
+FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 0, 1, 6
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 1, 2, 4, 8
 MOUNT_ATTR_IDMAP = 0x00100000
 # The numbers of the system calls added since Linux 5.0 are the same on every architecture.
@@ -110,11 +110,11 @@ def _mount(mount: int, target: Path) -> None:
 
 
 def new_mount(
-    kind: str, options: Mapping[str, str], *, executable: bool = True, devices: bool = False
+    kind: str, options: Mapping[str, str | None], *, executable: bool = True, devices: bool = False
 ) -> int:
     """A detached mount of a new file system, ``nosuid`` and, but for ``devices``, ``nodev``.
 
-    Returns its descriptor. Raises OSError.
+    An option that is a word alone has None. Returns its descriptor. Raises OSError.
     """
     context = _call(f"fsopen {kind}", SYS_FSOPEN, kind.encode(), FSOPEN_CLOEXEC)
     try:
@@ -123,9 +123,9 @@ def new_mount(
                 f"fsconfig {key}={value}",
                 SYS_FSCONFIG,
                 context,
-                FSCONFIG_SET_STRING,
+                FSCONFIG_SET_FLAG if value is None else FSCONFIG_SET_STRING,
                 key.encode(),
-                value.encode(),
+                None if value is None else value.encode(),
                 0,
             )
         _call(f"fsconfig {kind}", SYS_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)

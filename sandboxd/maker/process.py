@@ -173,7 +173,7 @@ class EngineProcess:
                 await self._ask("destroy", slot_id)
             raise
         owned = self._owned[slot.id] = ExitStack()
-        for fd in (slot.init_pidfd, slot.workspace_fd, slot.upper_fd):
+        for fd in (slot.init_pidfd, slot.workspace_fd, slot.upper_fd, slot.secrets_fd):
             if fd is not None:
                 owned.callback(os.close, fd)
         for part in (slot.control, slot.listener, slot.cgroup, slot.reading, slot.doors):

@@ -40,7 +40,7 @@ def pack(slot: Slot, listener: int) -> tuple[bytes, list[int]]:
     reading = slot.reading
     if reading is None:
         raise ValueError("a slot is handed over with its reading")
-    optional = (slot.upper_fd, slot.cgroup.peak_fd)
+    optional = (slot.upper_fd, slot.secrets_fd, slot.cgroup.peak_fd)
     fds = [slot.init_pidfd, slot.control.fileno(), listener, slot.workspace_fd]
     fds += [fd for fd in optional if fd is not None]
     doors = () if slot.doors is None else slot.doors.descriptors
@@ -65,7 +65,7 @@ def unpack(data: bytes, fds: Sequence[int], shape: Shape, notify: NotifyServer) 
         served = notify.add(listener, answer=seccomp.answer, on_denied=None)
         stack.pop_all()
     left = iter(others)
-    upper, peak = (next(left) if there else None for there in present)
+    upper, secrets, peak = (next(left) if there else None for there in present)
     slot = Slot(
         **dict(zip(PLAIN, plain, strict=True)),
         shape=shape,
@@ -74,6 +74,7 @@ def unpack(data: bytes, fds: Sequence[int], shape: Shape, notify: NotifyServer) 
         listener=served,
         workspace_fd=workspace,
         upper_fd=upper,
+        secrets_fd=secrets,
         doors=Doors(*islice(left, doors)) if doors else None,
     )
     slot.cgroup.peak_fd = peak

@@ -5,6 +5,7 @@ a policy with its parent, ``floor`` and ``checks`` refuse what may not be, ``exa
 policy by its compiled rules, ``load`` drives all of it, ``explain`` tells a person.
 """
 
+from sandboxd.policy.advice import advice
 from sandboxd.policy.examples import ExampleError, judge
 from sandboxd.policy.explain import explain
 from sandboxd.policy.load import PolicySet, check_text, load_policies, shipped_policies
@@ -16,6 +17,7 @@ __all__ = [
     "Origin",
     "Policy",
     "PolicySet",
+    "advice",
     "check_text",
     "explain",
     "judge",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from sandboxd import units
 from sandboxd.policy import paths
+from sandboxd.policy.fixed import DEFAULT_ENV
 from sandboxd.policy.source import MAX_PROBLEMS
 from sandboxd.reach import DNS_PORT
 
@@ -41,6 +42,7 @@ def check(spec: PolicyFile, places: Places) -> dict[str, list[PolicyProblem]]:
         "process": [*_process(spec, places)],
         "mounts": [*_mounts(spec, places)],
         "network": [*_network(spec, places)],
+        "secrets": [*_secrets(spec, places), *_proxied(spec, places)],
         "syscalls": [*_contradicted(spec, places), *syscalls],
         "others": [*_repeated(spec, places), *_unsupported(spec, places)],
     }
@@ -114,6 +116,30 @@ def _network(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
                 yield places.problem(f"network.allow.{number}.inject", IMPOSSIBLE, said)
 
 
+def _secrets(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
+    """Secrets that something else of the policy is in the way of."""
+    taken = {**DEFAULT_ENV, **spec.process.env}
+    for number, secret in enumerate(spec.secrets):
+        path = f"secrets.{number}"
+        if secret.as_ == "env" and secret.name in taken and places.stand("secrets", path):
+            said = f"{secret.name} is a variable already, by process.env or by default: grant it `as: file`"
+            yield places.problem(path, IMPOSSIBLE, said)
+    if not any(secret.as_ == "file" for secret in spec.secrets) or not places.sure("secrets"):
+        return
+    for number, mount in enumerate(spec.mounts):
+        over = paths.within(mount.target, paths.SECRETS) or paths.within(paths.SECRETS, mount.target)
+        if over and places.stand("mounts", f"mounts.{number}"):
+            said = f"{mount.target!r} and {paths.SECRETS}, where secrets are as files, lie over each other"
+            yield places.problem(f"mounts.{number}", IMPOSSIBLE, said)
+
+
+def _proxied(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
+    for number, secret in enumerate(spec.secrets):
+        if secret.as_ == "proxy":
+            said = "as: proxy is not enforced by this release; as: file is"
+            yield places.problem(f"secrets.{number}.as", UNSUPPORTED, said)
+
+
 def check_network(network: Network, places: Places) -> Iterator[PolicyProblem]:
     """What a network section says that makes no sense, or that is not enforced."""
     if network.mode == "host":
@@ -180,7 +206,6 @@ def _contradicted(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
 
 def _unsupported(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
     declared = {
-        "secrets": (bool(spec.secrets), "secrets are"),
         "retry": (spec.retry is not None, "retries are"),
         "isolation": (spec.isolation == "session", "isolation: session is"),
         "expose": (bool(spec.expose), "exposed ports are"),

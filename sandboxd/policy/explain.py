@@ -179,6 +179,25 @@ def _syscalls(policy: Policy) -> Iterator[dict[str, Any]]:
             yield _line(f"syscalls.{key}", name, policy.origin(f"syscalls.{key}.{number}"))
 
 
+ENV_NOTE = (
+    "discouraged: every child process inherits it, /proc/PID/environ shows it, and programs print their "
+    "environment when they fail; as: file is not"
+)
+SECRETS_AS = {
+    "env": ("the variable {}", ENV_NOTE),
+    "file": ("the file /run/secrets/{}", "in memory, mode 0400, the tool's own"),
+    "proxy": ("{}, in requests on their way out", "it never enters the container"),
+}
+
+
+def _secrets(policy: Policy) -> Iterator[dict[str, Any]]:
+    if not policy.spec.secrets:
+        yield _line("secrets", "none", policy.origin("secrets"))
+    for number, secret in enumerate(policy.spec.secrets):
+        value, note = SECRETS_AS[secret.as_]
+        yield _line(f"secrets.{number}", value.format(secret.name), policy.origin(f"secrets.{number}"), note)
+
+
 def _artifacts(policy: Policy, plan: Planned | None) -> Iterator[dict[str, Any]]:
     note = ""
     if plan is not None and plan.narrowed_artifacts is not None:
@@ -237,6 +256,7 @@ def explain(policy: Policy, plan: Planned | None = None) -> list[dict[str, Any]]
         *_files(policy),
         *_syscalls(policy),
         *_network(policy),
+        *_secrets(policy),
         *_artifacts(policy, plan),
         _line("commit", policy.commit, policy.origin("commit")),
         _line("isolation", policy.spec.isolation, policy.origin("isolation")),

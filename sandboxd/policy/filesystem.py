@@ -62,6 +62,7 @@ def mount_table(spec: PolicyFile) -> tuple[Mounted, ...]:
         Mounted("/workspace", writable=True),
         Mounted("/tmp", writable=True),  # noqa: S108, the container's own tmpfs
         *(Mounted(mount.target, writable=mount.mode == "read-write") for mount in spec.mounts),
+        *([Mounted(paths.SECRETS, writable=False)] if any(one.as_ == "file" for one in spec.secrets) else []),
     ]
     return tuple(sorted(table, key=lambda mounted: mounted.target.count("/") if mounted.target != "/" else 0))
 

@@ -9,12 +9,23 @@ import posixpath
 
 from sandboxd import errors, globs
 
-__all__ = ["MAX_PATH", "RESERVED", "absolute", "artifact_pattern", "mount_source", "mount_target", "within"]
+__all__ = [
+    "MAX_PATH",
+    "RESERVED",
+    "SECRETS",
+    "absolute",
+    "artifact_pattern",
+    "mount_source",
+    "mount_target",
+    "within",
+]
 
 MAX_PATH = 4095  # PATH_MAX less its NUL, limits.h
 MAX_COMPONENT = 255  # NAME_MAX, limits.h
 RESERVED = ("/proc", "/sys", "/dev", "/workspace", "/tmp")  # noqa: S108, the container's own mounts
 """What the container mounts itself: no mount of a policy goes there."""
+SECRETS = "/run/secrets"
+"""Where secrets are as files, in a container whose policy grants some so."""
 
 
 def within(path: str, directory: str) -> bool:

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 
 from sandboxd import canonical
 from sandboxd.engine.bundle import MASKED, READ_ONLY, shm_size
+from sandboxd.engine.presented import secrets_size
 from sandboxd.kernel.mounts import MountEntry, parse_mountinfo
 from sandboxd.models import Control
+from sandboxd.policy.paths import SECRETS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -58,6 +60,8 @@ def mount_controls(slot: Slot, process: Parked) -> Iterator[Control]:
     yield from _presented(slot, process)
     yield from _temporary(slot, at)
     yield from _trust(slot, process)
+    if slot.secrets_fd is not None:
+        yield from _secrets(slot, at.get(SECRETS))
     loose = [
         entry.target
         for entry in entries
@@ -151,6 +155,21 @@ def _temporary(slot: Slot, at: dict[str, MountEntry]) -> Iterator[Control]:
     ):
         asked = f"tmpfs of {_pages(size)} bytes, {inodes} inodes"
         yield _equal(name, asked, _tmpfs(at.get(target)), f"mountinfo: {target}")
+
+
+def _secrets(slot: Slot, entry: MountEntry | None) -> Iterator[Control]:
+    size, inodes = secrets_size(slot.shape)
+    options = ("ro", "nosuid", "nodev", "noexec")
+    asked = f"tmpfs of {_pages(size)} bytes, {inodes} inodes, {' '.join(options)}"
+    found = " ".join(option for option in options if entry is not None and option in entry.options)
+    yield _equal("secrets", asked, f"{_tmpfs(entry)}, {found}", f"mountinfo: {SECRETS}")
+    kept = entry is not None and "noswap" in entry.super_options
+    yield Control(
+        name="secrets_swap",
+        asked="never swapped out, where the kernel can promise it",
+        in_force="noswap" if kept else "no promise before Linux 6.4",
+        read_from=f"mountinfo: {SECRETS}",
+    )
 
 
 def _tmpfs(entry: MountEntry | None) -> str:

@@ -75,13 +75,13 @@ class Parked:
         above, _, name = path.rpartition("/")
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if above not in self._inside:
-                self._inside[above] = self._open_inside(above or "/", os.O_PATH | os.O_DIRECTORY)
+                self._inside[above] = self.open_inside(above or "/", os.O_PATH | os.O_DIRECTORY)
             return os.stat(name or ".", dir_fd=self._inside[above], follow_symlinks=False)
         return None
 
     def list_inside(self, path: str) -> list[str]:
         """The names in a directory of the process."""
-        fd = self._open_inside(path, os.O_RDONLY | os.O_DIRECTORY)
+        fd = self.open_inside(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             return sorted(os.listdir(fd))  # noqa: PTH208  (a descriptor)
         finally:
@@ -90,7 +90,7 @@ class Parked:
     def read_inside(self, path: str, most: int) -> bytes | None:
         """A regular file of the process, no link followed at its end; None for what is none, or is larger."""
         try:
-            handle = self._open_inside(path, os.O_PATH | os.O_NOFOLLOW)
+            handle = self.open_inside(path, os.O_PATH | os.O_NOFOLLOW)
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
@@ -102,5 +102,6 @@ class Parked:
         finally:
             os.close(handle)
 
-    def _open_inside(self, path: str, flags: int) -> int:
+    def open_inside(self, path: str, flags: int) -> int:
+        """A descriptor of what the process has at an absolute path, links of the image followed."""
         return files.openat2(self._root, os.fsencode(path), flags, resolve=RESOLVE_IN_ROOT)

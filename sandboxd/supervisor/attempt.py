@@ -49,8 +49,10 @@ if TYPE_CHECKING:
     from sandboxd.models import Artifact, LimitReached, NetworkUse, Receipt, Usage, Withheld
     from sandboxd.plan import Plan
     from sandboxd.pool import Pool
+    from sandboxd.redaction import Stream
     from sandboxd.supervisor.ending import Deadline, Ending
     from sandboxd.supervisor.network import CallNetwork
+    from sandboxd.supervisor.secrets import CallSecrets
 
 __all__ = ["Attempt", "Payload", "Result"]
 
@@ -98,6 +100,7 @@ class Attempt:
         pool: Pool,
         spool: Spool,
         network: CallNetwork,
+        secrets: CallSecrets,
         blobs: BlobStore,
         deadline: Deadline | None,
         accepted: anyio.Event,
@@ -109,6 +112,8 @@ class Attempt:
         self._pool = pool
         self._spool = spool
         self._network = network
+        self._secrets = secrets
+        self._filters: dict[Literal["stdout", "stderr"], Stream] = {}
         self._blobs = blobs
         self._deadline = deadline
         self._accepted = accepted
@@ -153,10 +158,15 @@ class Attempt:
         except (errors.AttemptFailed, errors.TooLarge, errors.InvalidRequest) as error:
             # the latter two: the workspace cannot hold the inputs, or members of the tar are in their own way
             result.outcome = _failed(error)
+        except errors.SecretMissing as error:
+            result.outcome = _withdrawn(error)
+        except (errors.SecretsUnavailable, errors.SecretUnfit) as error:
+            result.outcome = _failed(error)
         except OSError as error:
             result.outcome = _failed(errors.HostFailed(f"the host refused what the call needs: {error}"))
         finally:
             self._stdin.close()
+        result.outcome = self._secrets.outcome(result.outcome)
         return result
 
     async def _try(self, *, waiting: bool) -> bool:
@@ -236,6 +246,7 @@ class Attempt:
                 if self._deadline is not None and time.monotonic() >= self._deadline.at:
                     self._end(Stopped("deadline"))
                 if self._ending is None:
+                    receipt = await self._give_secrets(slot, receipt)
                     await self._hand_over(slot, [stdin, pipes["stdout"].inner, pipes["stderr"].inner])
                     receipt.digest()  # its record needs it, and the command has only begun
             finally:
@@ -251,25 +262,42 @@ class Attempt:
                 await self._pool.kill(slot)
         for pipe in pipes.values():
             await pipe.finished()
+        for stream, waiting in self._filters.items():
+            self._store(stream, waiting.finish())
         if self._fault is not None:
             raise self._fault
         assert self._ending is not None  # noqa: S101  (that is what over means)
         return meter, self._ending, int((ended - self._handed_over) * 1e6) if self._handed_over else 0
 
+    async def _give_secrets(self, slot: Slot, receipt: Receipt) -> Receipt:
+        """Take the call's secrets and write those that are files; the receipt then speaks of them too."""
+        await self._secrets.take()
+        if self._secrets.redactor is None:
+            return receipt
+        self._filters = {"stdout": self._secrets.redactor.stream(), "stderr": self._secrets.redactor.stream()}
+        if more := self._secrets.put(slot):
+            receipt = receipt.model_copy(update={"controls": [*receipt.controls, *more]})
+            self._result.receipt = receipt
+            receipts.check(receipt)
+        return receipt
+
     async def _hand_over(self, slot: Slot, stdio: list[int]) -> None:
         command = self._plan.command
         argv = [_decode(item) for item in command.argv]
         waiting = slot.shape.warm if slot.warm else None
+        env = [f"{key}={value}".encode() for key, value in command.env.items()]
+        env += self._secrets.environment()
+        named = {**command.env, **dict.fromkeys(slot.shape.granted("env"), "")}
         slot.listener.reset()  # what was denied before was not the command's
         await self._network.begin(slot)
         self._handed_over = time.monotonic()
         await slot.control.execute(
             argv,
-            [f"{key}={value}".encode() for key, value in command.env.items()],
+            env,
             command.cwd.encode(),
             self._plan.limits.wall + GRACE,
             stdio,
-            warm=waiting is not None and serves(waiting, argv, command.env),
+            warm=waiting is not None and serves(waiting, argv, named),
         )
         self._running = True  # not before: a signal's frame must not come amid the command's
         self._on_state("running")
@@ -297,22 +325,27 @@ class Attempt:
         await self._stdin.finish()
 
     def _sink(self, stream: Literal["stdout", "stderr"]) -> Callable[[memoryview], None]:
-        kill = self._plan.limits.on_output == "kill"
-
         def sink(data: memoryview) -> None:
-            if self._fault is not None:
-                return  # what is lost was lost loudly; only the end of the pipe is waited for
-            try:
-                stored = self._spool.append(stream, data)
-            except errors.AttemptFailed as error:
-                self._break(error)
-                return
-            self._written[stream] += stored
-            self._dropped[stream] += len(data) - stored
-            if kill and stored < len(data):
-                self._end(Stopped(stream))
+            searched = self._filters.get(stream)
+            if searched is None or self._dropped[stream]:  # of what is dropped nobody sees anything
+                self._store(stream, data)
+            else:
+                self._store(stream, searched.feed(data))
 
         return sink
+
+    def _store(self, stream: Literal["stdout", "stderr"], data: memoryview | bytes) -> None:
+        if self._fault is not None:
+            return  # what is lost was lost loudly; only the end of the pipe is waited for
+        try:
+            stored = self._spool.append(stream, data)
+        except errors.AttemptFailed as error:
+            self._break(error)
+            return
+        self._written[stream] += stored
+        self._dropped[stream] += len(data) - stored
+        if self._plan.limits.on_output == "kill" and stored < len(data):
+            self._end(Stopped(stream))
 
     def _end(self, ending: Ending) -> None:
         if self._ending is None:
@@ -394,7 +427,7 @@ class Attempt:
         outcome = classify(ending, evidence, self._plan.limits, argv0, self._deadline)
         result.limits_reached = reached(ending, evidence, self._plan.limits, self._deadline)
         result.limits_reached += network.limits(used, slot.shape.network)
-        result.denials = _denials(slot) + network.denials(used)
+        result.denials = self._secrets.denials(_denials(slot) + network.denials(used))
         for denial in result.denials:
             self._spool.add(Event(seq=0, at=0, type="denied", denial=denial))
         for limit in result.limits_reached:
@@ -410,6 +443,8 @@ class Attempt:
             result.artifacts, result.withheld = await anyio.to_thread.run_sync(
                 artifacts.collect, slot.workspace_fd, plan.artifacts, plan.narrowed_artifacts, self._blobs
             )
+            result.artifacts = self._secrets.artifacts(result.artifacts)
+            result.withheld = self._secrets.withheld(result.withheld)
 
 
 def _denials(slot: Slot) -> list[Denial]:
@@ -433,6 +468,14 @@ def _decode(item: dict[str, str]) -> bytes:
     if "base64" in item:
         return base64.b64decode(item["base64"])
     return item["text"].encode()
+
+
+def _withdrawn(error: errors.SecretMissing) -> Outcome:
+    return Outcome(
+        cause=Cause.DENIED,
+        message=f"A secret was removed after the call had been accepted: {error}.",
+        error=Failure(code=error.code, message=str(error), details=error.details),
+    )
 
 
 def _failed(error: errors.SandboxdError) -> Outcome:

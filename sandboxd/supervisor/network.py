@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sandboxd.models import NetworkEvent
     from sandboxd.network.gateway import Gateway
     from sandboxd.reach import NetworkRules
+    from sandboxd.supervisor.secrets import CallSecrets
 
 __all__ = ["CallNetwork"]
 
@@ -23,11 +24,19 @@ KINDS = {"dns": "name", "http": "request", "https": "request"}
 class CallNetwork:
     """Of the call ``id`` of the caller ``uid``; its events go to ``spool``."""
 
-    def __init__(self, gateway: Gateway, id: str, uid: int, spool: Spool) -> None:  # noqa: A002
+    def __init__(
+        self,
+        gateway: Gateway,
+        id: str,  # noqa: A002
+        uid: int,
+        spool: Spool,
+        secrets: CallSecrets,
+    ) -> None:
         self._gateway = gateway
         self._id = id
         self._uid = uid
         self._spool = spool
+        self._secrets = secrets
         self._served = self._ending = False
         self.fault: errors.AttemptFailed | None = None
         """Why not all that happened is among the events."""
@@ -54,7 +63,7 @@ class CallNetwork:
 
     def _on_event(self, event: NetworkEvent) -> None:
         try:
-            self._spool.add(Event(seq=0, at=0, type="network", network=event))
+            self._spool.add(Event(seq=0, at=0, type="network", network=self._secrets.event(event)))
         except errors.AttemptFailed as error:
             self.fault = error
 

@@ -54,6 +54,7 @@ class MemoryService:
         self.refusals: list[tuple[Caller, str, dict[str, Any]]] = []
         self.callers: list[Caller] = []
         self.closed_streams = 0
+        self.stored: dict[str, bytes] = {}
 
     def call(self, caller: Caller, id: str) -> Call:
         found = self.calls.get(id)
@@ -96,6 +97,36 @@ class MemoryService:
         call.invocation.state = models.State.ENDED
         call.invocation.outcome = models.Outcome(cause=cause, message="it ended", exit_code=0)
         call.ended.set()
+
+    def may_store(self, caller: Caller) -> None:
+        if not caller.sees_all:
+            raise errors.NotPermitted("only operators see what the daemon holds for all callers")
+
+    async def secrets(self, caller: Caller) -> list[models.SecretInfo]:
+        self.may_store(caller)
+        return [models.SecretInfo(name=name, version=1) for name in self.stored]
+
+    async def secret(self, caller: Caller, name: str) -> models.SecretInfo:
+        self.may_store(caller)
+        if name not in self.stored:
+            raise errors.NotFound("there is no such secret")
+        return models.SecretInfo(name=name, version=1)
+
+    async def set_secret(self, caller: Caller, name: str, value: bytes) -> models.SecretInfo:
+        self.may_store(caller)
+        if name in self.stored:
+            raise errors.StateConflict("it is there")
+        self.stored[name] = value
+        return models.SecretInfo(name=name, version=1)
+
+    async def rotate_secret(self, caller: Caller, name: str, value: bytes) -> models.SecretInfo:
+        await self.secret(caller, name)
+        self.stored[name] = value
+        return models.SecretInfo(name=name, version=2)
+
+    async def remove_secret(self, caller: Caller, name: str) -> None:
+        await self.secret(caller, name)
+        del self.stored[name]
 
     async def wait(self, caller: Caller, id: str) -> models.Invocation:
         call = self.call(caller, id)

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
+from daemons import until
 from docker_policies import add_policies
 
 from sandboxd import errors
@@ -175,3 +176,37 @@ def test_containers_are_gone_when_their_calls_are(docker_daemon: Daemon, dockerd
     docker_daemon.run("true", policy="plain")
     until(lambda: not dockerd.containers(), "the container is removed")
     assert dockerd.volumes() == []
+
+
+SECRETS = (
+    "extends: plain\nsecrets: [{name: FILE_SECRET, as: file}, {name: ENV_SECRET, as: env}]\n"
+    'artifacts: [{path: "**"}]\n'
+)
+TELL = """
+cat /run/secrets/FILE_SECRET; echo; base64 /run/secrets/FILE_SECRET; echo "$ENV_SECRET"; echo > "$ENV_SECRET"
+stat -c '%a %u' /run/secrets/FILE_SECRET; echo x 2>&1 > /run/secrets/FILE_SECRET
+"""
+
+
+def test_secrets_are_given_and_not_told(docker_daemon: Daemon, dockerd: Dockerd) -> None:
+    add_policies(docker_daemon, secretive=SECRETS)
+    client = docker_daemon.client()
+    values = {"FILE_SECRET": b"the value of the file!", "ENV_SECRET": b"the-value-of-the-variable"}
+    for name, value in values.items():
+        client.set_secret(name, value)
+    call = client.run(["sh", "-c", TELL], policy="secretive")
+    assert call.stdout is not None
+    lines = (call.stdout.text or "").splitlines()
+    assert [line[:22] for line in lines[:3]] == ["[redacted:FILE_SECRET]"] * 2 + ["[redacted:ENV_SECRET]"]
+    assert lines[3] == "400 1000"
+    assert [one.path for one in call.artifacts] == ["[redacted:ENV_SECRET]"]
+    found = controls(call)
+    assert found["secrets"].endswith("ro nosuid nodev noexec")
+    assert found["secret FILE_SECRET"] == "0400 1000:1000, 1 link, version 1"
+    running = client.start(["sleep", "60"], policy="secretive")
+    until(lambda: client.get(running.id).state == "running", "it runs")
+    (container,) = dockerd.containers()
+    told = str(dockerd.inspect(container)) + docker_daemon.log.read_text()
+    for value in values.values():
+        assert value.decode() not in told, "the engine knows nothing of it"
+    client.cancel(running.id)

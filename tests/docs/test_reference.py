@@ -163,6 +163,7 @@ SECTIONS = {
     **dict.fromkeys(("ps", "inspect", "logs", "cancel", "bench"), "### Calls"),
     "policy": "### Policies",
     "image": "### Images",
+    "secret": "### Secrets",
     "journal": "### Journal",
 }
 
@@ -260,6 +261,7 @@ limits:
 filesystem: {root: overlay, size: 16MiB}
 mounts: [{source: SOURCE, target: /lent}]
 network: {allow: [{host: example.org, ports: [443], methods: [GET]}]}
+secrets: [{name: TOKEN, as: file}]
 """
 
 
@@ -269,9 +271,12 @@ def test_every_control_of_a_receipt_is_documented(daemon_factory: Any, tmp_path:
     (tmp_path / "own" / "policies").mkdir(parents=True)
     policy = tmp_path / "own" / "policies" / "everything.yaml"
     policy.write_text(EVERYTHING.replace("SOURCE", str(lent)))
-    receipt = daemon_factory().run("true", policy="everything").receipt
+    daemon = daemon_factory()
+    daemon.client().set_secret("TOKEN", b"a secret that is stored")
+    receipt = daemon.run("true", policy="everything").receipt
     assert receipt is not None
-    names = {re.sub("^mount /.*", "mount TARGET", control.name) for control in receipt.controls}
+    said = (re.sub("^secret .*", "secret NAME", control.name) for control in receipt.controls)
+    names = {re.sub("^mount /.*", "mount TARGET", name) for name in said}
     assert names == {name for row in CALLS.rows("control") for name in code(row[0])}
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from sandboxd import errors
 from sandboxd.config import NetworkConfig
+from sandboxd.engine.probe import probe_shape
 from sandboxd.journal.spool import Spool
 from sandboxd.kernel.inside import in_new_network_namespace
 from sandboxd.network.authority import Authority
@@ -20,7 +21,9 @@ from sandboxd.network.chain import write_chain
 from sandboxd.network.gateway import MAX_EVENTS, Gateway
 from sandboxd.network.namespace import open_doors
 from sandboxd.reach import Allow, NetworkRules, Reach
+from sandboxd.secrets import SecretStore, place_of
 from sandboxd.supervisor.network import CallNetwork
+from sandboxd.supervisor.secrets import CallSecrets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -187,11 +190,13 @@ def full(tmp_path: Path) -> Iterator[Spool]:
 
 
 async def test_an_event_that_the_disk_has_no_room_for_is_a_fault_of_its_call(
-    hostile: Callable[..., None], full: Spool
+    hostile: Callable[..., None], full: Spool, tmp_path: Path
 ) -> None:
     hostile(EVENT)
+    secrets = CallSecrets(SecretStore(tmp_path, place_of(None, tmp_path, {})), probe_shape())
     async with anyio.create_task_group() as tasks:
-        network = CallNetwork(Gateway(NetworkConfig(), Unconfined(), tasks, AUTHORITY), "call", 0, full)
+        gateway = Gateway(NetworkConfig(), Unconfined(), tasks, AUTHORITY)
+        network = CallNetwork(gateway, "call", 0, full, secrets)
         with slot() as made, anyio.fail_after(20):
             await network.begin(made)
             while network.fault is None:  # noqa: ASYNC110  (no event tells)

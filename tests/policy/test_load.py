@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandboxd import errors
-from sandboxd.policy import PolicySet, check_text, load_policies, shipped_policies
+from sandboxd.policy import PolicySet, advice, check_text, explain, load_policies, shipped_policies
 from sandboxd.policy.schema import Io, Limits
 
 if TYPE_CHECKING:
@@ -202,6 +202,42 @@ def test_a_secret_that_is_injected_has_to_be_listed(folder: Any) -> None:
     assert ("impossible", 5) in folder.codes()
     folder.write("p", f"network:\n  allow:\n    - {rule}\nsecrets: [{{name: TOKEN, as: proxy}}]\n")
     assert {code for code, _ in folder.codes()} == {"control_not_supported"}
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("secrets: [{name: PATH, as: env}]\n", 3, "PATH is a variable already"),
+        ("process: {env: {T: x}}\nsecrets:\n  - {name: T, as: env}\n", 5, "T is a variable already"),
+        ("secrets: [{name: T, as: file}]\nmounts: [{source: /srv, target: /run}]\n", 4, "/run/secrets"),
+        (
+            "secrets: [{name: T, as: file}]\nmounts: [{source: /srv, target: /run/secrets/T}]\n",
+            4,
+            "lie over each other",
+        ),
+        ("secrets: [{name: T, as: file}, {name: T, as: env}]\n", 3, "T is listed before"),
+    ],
+)
+def test_secrets_that_something_is_in_the_way_of(problem_of: Found, text: str, line: int, said: str) -> None:
+    code, at, message = problem_of(text)
+    assert (code, at) == ("impossible", line)
+    assert said in message
+
+
+def test_secrets_as_files_and_as_variables(folder: Any) -> None:
+    folder.write(
+        "p",
+        "mounts: [{source: /srv, target: /srv}]\nsecrets: [{name: A, as: file}, {name: B, as: env}]\n"
+        "examples: {allows: [read /run/secrets/A], denies: [write /run/secrets/A]}\n",
+    )
+    loaded = folder.load()
+    assert loaded.problems == ()
+    rows = {row["control"]: row for row in explain(loaded.get("p"))}
+    assert rows["secrets.0"]["value"] == "the file /run/secrets/A"
+    assert rows["secrets.1"]["value"] == "the variable B"
+    assert "discouraged" in rows["secrets.1"]["note"]
+    (note,) = advice((folder.path / "p.yaml").read_text(), "p.yaml")
+    assert (note.line, note.code) == (4, "discouraged")
 
 
 def test_a_chain_of_parents_and_where_each_value_came_from(folder: Any) -> None:

@@ -26,6 +26,7 @@ POLICIES = {
         "filesystem: {{root: overlay, size: 16MiB}}\n"
         "limits:\n  file_size: 1MiB\n  io: {{read: 50MiB, write: 50MiB}}\n"
         "network: {{allow: [{{host: example.org, ports: [443], methods: [GET]}}]}}\n"
+        "secrets: [{{name: TOKEN, as: file}}]\n"
     ),
 }
 
@@ -60,6 +61,7 @@ def robbed(
                 head = f"version: 1\nname: {policy}\nextends: tiny\n"
                 (daemon.policies / f"{policy}.yaml").write_text(head + text.format(lent=directory / "lent"))
             client = daemon.client()
+            client.set_secret("TOKEN", b"a secret that is stored")
             until(
                 lambda: POLICIES.keys() <= {one.name for one in client.policies()}, "the policies are loaded"
             )

@@ -43,13 +43,14 @@ from sandboxd.engine.interpreter import with_interpreter
 from sandboxd.engine.killing import DEATH_TIMEOUT, kill
 from sandboxd.engine.oci import cgroup_limits, tool_setup
 from sandboxd.engine.parking import parked_process
-from sandboxd.engine.presented import new_workspace
+from sandboxd.engine.presented import new_secrets, new_workspace
 from sandboxd.engine.trust import trusted_by
 from sandboxd.engine.warming import Warming
 from sandboxd.init import INIT
 from sandboxd.init.protocol import Control
 from sandboxd.kernel.orphans import end_process
 from sandboxd.policy import seccomp
+from sandboxd.policy.paths import SECRETS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,6 +68,7 @@ __all__ = ["DockerEngine", "DockerRuntime", "run_directory"]
 CONNECT_TIMEOUT = 20.0  # seconds from the start of a container until PID 1 has connected
 SETUP_TIMEOUT = 30.0  # seconds for each step of PID 1
 REQUESTS = 32  # threads that wait for the engine at once: the daemon has others
+WORKSPACE = "/workspace"
 REMAINS = 256  # containers that could not be removed and are tried again
 
 T = TypeVar("T")
@@ -255,13 +257,17 @@ class DockerEngine:
         root_of(init_pid, upper)
         lent: list[HostBind | Mount] = [*image.binds, *shape.mounts]
         binds = {one.target: one.source for one in lent}
-        mount = new_workspace(shape, host.base)
-        try:
+        with ExitStack() as opened:
+            mount = new_workspace(shape, host.base)
+            opened.callback(os.close, mount)
             workspace = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
             stack.callback(os.close, workspace)
-            finish(init_pid, binds, mount, temporary(shape) if host.podman else ())
-        finally:
-            os.close(mount)
+            ours, secrets = {WORKSPACE: mount}, None
+            if shape.granted("file"):
+                ours[SECRETS], secrets = self._secrets(shape, host.base, labels.slot)
+                opened.callback(os.close, ours[SECRETS])
+                stack.callback(os.close, secrets)
+            finish(init_pid, binds, ours, temporary(shape) if host.podman else ())
         listener = self._notify.add(
             control.setup(tool_setup(shape), SETUP_TIMEOUT), answer=seccomp.answer, on_denied=None
         )
@@ -284,13 +290,23 @@ class DockerEngine:
             workspace,
             host.base,
             Path(f"/proc/{init_pid}/ns/user").stat().st_ino if host.remapped else None,
-            _identities(init_pid, workspace, binds) | bundles,
+            _identities(init_pid, workspace, secrets, binds) | bundles,
             None,
+            secrets,
             doors_of(shape, init_pid, stack),
             trusted=trusted,
             spares_init=True,
             held=held,
         )
+
+    def _secrets(self, shape: Shape, base: int, slot: str) -> tuple[int, int]:
+        """The tmpfs for secrets, made in the mount namespace that is this process's own."""
+        place = self._directory / f"{slot}-secrets"
+        place.mkdir(mode=0o700)
+        try:
+            return new_secrets(shape, base, place)
+        finally:
+            place.rmdir()
 
     def _create_container(
         self, shape: Shape, image: Image, labels: Labels, door: Door, host: EngineFacts
@@ -376,9 +392,13 @@ class DockerEngine:
                 return
 
 
-def _identities(init_pid: int, workspace: int, binds: dict[str, str]) -> dict[str, tuple[int, int]]:
+def _identities(
+    init_pid: int, workspace: int, secrets: int | None, binds: dict[str, str]
+) -> dict[str, tuple[int, int]]:
     """Device and inode of the root of each mount: but for ``/``, as this daemon has it on the host."""
     found = {target: os.stat(source) for target, source in (*binds.items(), (INIT_PATH, str(INIT)))}  # noqa: PTH116
     found["/"] = os.stat(f"/proc/{init_pid}/root")  # noqa: PTH116
-    found["/workspace"] = os.fstat(workspace)
+    found[WORKSPACE] = os.fstat(workspace)
+    if secrets is not None:
+        found[SECRETS] = os.fstat(secrets)
     return {target: (one.st_dev, one.st_ino) for target, one in found.items()}

@@ -25,7 +25,7 @@ from sandboxd.kernel import mounts
 from sandboxd.kernel.inside import in_mount_namespace
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from sandboxd.kernel.mounts import MountEntry
 
@@ -35,30 +35,32 @@ NODES = {f"/dev/{name}" for name in DEVICES}  # mounts where root of a user name
 WITH_DEVICES = {"/dev", "/dev/pts", *NODES, *MASKED, *READ_ONLY}
 """A masked path shows the null device; one that is read-only is of ``/proc``, whose options are its own."""
 KEPT = {"/", "/proc", "/dev/shm", "/tmp", INIT_PATH, *WITH_DEVICES}
-WORKSPACE = "/workspace"
 NO_PROGRAMS = "noexec"  # an option of a mount, and not of its file system
 LEFT_EMPTY = ("/dev/mqueue", DOOR_PATH)
 
 
 def finish(
-    pid: int, lent: Collection[str], workspace: int, temporary: Collection[tuple[str, tuple[str, ...]]]
+    pid: int,
+    lent: Collection[str],
+    ours: Mapping[str, int],
+    temporary: Collection[tuple[str, tuple[str, ...]]],
 ) -> None:
     """Finish the container of PID 1 ``pid``.
 
-    ``lent`` are the targets of host paths, ``workspace`` is a detached mount, ``temporary`` what has a tmpfs
-    whose options the engine did not take. Raises OSError, and ControlNotEnforced for an image that has
-    something in the place of one of them.
+    ``lent`` are the targets of host paths, ``ours`` detached mounts by their targets, ``temporary`` what has
+    a tmpfs whose options the engine did not take. Raises OSError, and ControlNotEnforced for an image that
+    has something in the place of one of them.
     """
     entries = _entries(pid)
     at = {entry.target for entry in entries}
-    for target in (WORKSPACE, *(target for target, _ in temporary)):
+    for target in (*ours, *(target for target, _ in temporary)):
         if target not in at:
             raise errors.ControlNotEnforced(
                 f"the image has something at {target} that is no directory", control=target.rpartition("/")[2]
             )
     namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        in_mount_namespace(namespace, lambda: _inside(entries, lent, workspace, temporary))
+        in_mount_namespace(namespace, lambda: _inside(entries, lent, ours, temporary))
     finally:
         os.close(namespace)
 
@@ -66,7 +68,7 @@ def finish(
 def _inside(
     entries: list[MountEntry],
     lent: Collection[str],
-    workspace: int,
+    ours: Mapping[str, int],
     temporary: Collection[tuple[str, tuple[str, ...]]],
 ) -> None:
     for entry in reversed(entries):  # a later one may lie on an earlier one
@@ -75,7 +77,8 @@ def _inside(
                 mounts.detach(Path(entry.target))
         elif entry.target not in WITH_DEVICES:
             mounts.set_attributes_at(entry.target, read_only=entry.target == "/" or entry.target in lent)
-    mounts.attach(workspace, Path(WORKSPACE))
+    for target, mount in ours.items():
+        mounts.attach(mount, Path(target))
     for target, options in temporary:
         of_files = ",".join(option for option in options if option != NO_PROGRAMS)
         mounts.remount(target, of_files, executable=NO_PROGRAMS not in options)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sandboxd.engine.bundle import INIT_CAPABILITIES, INIT_PATH, MASKED, READ_ONLY, temporary
 from sandboxd.engine.oci import rlimits
 from sandboxd.init import INIT
+from sandboxd.policy.paths import SECRETS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -111,6 +112,7 @@ def make_request(
             **{path: PLACEHOLDER for path in image.volumes if path not in bound},
             **{target: _tmpfs(*options) for target, options in temporary(shape)},
             "/workspace": PLACEHOLDER,  # ours is put in its place
+            **({SECRETS: PLACEHOLDER} if shape.granted("file") else {}),  # likewise
         },
         "Ulimits": [
             {"Name": ULIMITS[one.resource], "Soft": one.soft, "Hard": one.hard} for one in rlimits(limits)
