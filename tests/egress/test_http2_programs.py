@@ -6,16 +6,20 @@ import datetime as dt
 import json
 import re
 import socket
+import ssl
 import subprocess
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.to_thread
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from h2.connection import H2Connection
 from http2_peers import RULES
 from OpenSSL import SSL
 
@@ -23,7 +27,7 @@ from sandboxd.egress.budget import Budget
 from sandboxd.egress.http2 import Http2
 from sandboxd.egress.relay import Cut
 from sandboxd.egress.site import Exchange, Site
-from sandboxd.egress.streams import Counted, Plain, ServerTls
+from sandboxd.egress.streams import Broken, Counted, Plain, ServerTls
 from sandboxd.egress.upstream import Unreachable
 from sandboxd.reach import Allow, NetworkRules, Reach
 
@@ -194,3 +198,49 @@ async def test_h2load(gateway: tuple[Gateway, str]) -> None:
     )
     assert re.search(r"2000 succeeded, 0 failed, 0 errored", said), said
     assert found.told == [("allowed", 200, 0, 5)] * 2000
+
+
+@pytest.mark.parametrize("gateway", [True], indirect=True, ids=["tls"])
+async def test_a_program_that_breaks_tls_ends_its_own_connection(gateway: tuple[Gateway, str]) -> None:
+    found, url = gateway
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+
+    def speak() -> None:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as sock:
+            there, here = ssl.MemoryBIO(), ssl.MemoryBIO()
+            tls = context.wrap_bio(there, here)
+            while True:
+                try:
+                    tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    sock.sendall(here.read())
+                    there.write(sock.recv(65536))
+            http = H2Connection()
+            http.initiate_connection()
+            http.increment_flow_control_window(1 << 30)
+            head = [
+                (":method", "GET"),
+                (":scheme", "https"),
+                (":authority", "api.test"),
+                (":path", "/ok/large"),
+            ]
+            http.send_headers(1, head, end_stream=True)
+            http.increment_flow_control_window(1 << 30, 1)
+            tls.write(http.data_to_send())
+            sock.sendall(here.read())
+            time.sleep(0.5)  # until no more of the answer fits between
+            sock.sendall(b"\x17\3\3\0\x20" + bytes(32))  # a record that is none
+            time.sleep(0.5)
+            sock.settimeout(20)
+            with suppress(ConnectionResetError):
+                while sock.recv(65536):
+                    pass
+
+    await anyio.to_thread.run_sync(speak)
+    with anyio.fail_after(20):
+        while not found.raised:  # noqa: ASYNC110  (nothing says so)
+            await anyio.sleep(0.01)
+    assert [type(error) for error in found.raised] == [Broken]
