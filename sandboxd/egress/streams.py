@@ -161,7 +161,10 @@ class ServerTls:
         """Send all of it."""
         left = memoryview(data)
         while left:
-            sent = self._tls.send(bytes(left[:READ]))
+            try:
+                sent = self._tls.send(bytes(left[:READ]))
+            except SSL.Error as error:  # after an alert, of either side
+                raise Broken(f"TLS with the program: {_reason(error)}") from error
             left = left[sent:]
             await self._flush()
 

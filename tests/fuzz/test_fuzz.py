@@ -36,7 +36,7 @@ def _seeds(directory: Path, name: str) -> list[Path]:
     importlib.util.find_spec("atheris") is None, reason="atheris has no wheel for this Python"
 )
 @pytest.mark.timeout(60 + 2 * SECONDS)
-@pytest.mark.parametrize("name", ["hello", "refused", "messages", "sigv4"])
+@pytest.mark.parametrize("name", ["hello", "refused", "messages", "sigv4", "http2"])
 def test_nothing_else_is_raised(name: str, tmp_path: Path) -> None:
     target = Path(__file__).with_name("target.py")
     options = [f"-max_total_time={SECONDS}", "-max_len=2000", "-timeout=5", "-rss_limit_mb=1024"]

@@ -143,6 +143,7 @@ ELSEWHERE = {
     **dict.fromkeys(["network_routes", "network_filter", "network_sysctls"], "network"),
     "hostname": "process.hostname",
     "trust": "network.trust",
+    **dict.fromkeys(["secrets", "secrets_swap", "secret_files", "secret NAME"], "secrets.0"),
     "root": "filesystem.root",
     "root_overlay": "filesystem.size",
     "workspace": "limits.workspace.size",
@@ -166,7 +167,7 @@ ELSEWHERE = {
 def test_every_control_of_a_receipt_has_a_row(folder: Any) -> None:
     controls = [name for row in page("docs/calls.md").rows("control") for name in code(row[0])]
     network = "network: {allow: [{host: a.test, ports: [443], methods: [GET]}]}\n"
-    mounts = "mounts: [{source: /srv, target: /x}]\n"
+    mounts = "mounts: [{source: /srv, target: /x}]\nsecrets: [{name: TOKEN, as: file}]\n"
     folder.write("all", f"filesystem: {{root: overlay, size: 1MiB}}\n{mounts}{network}")
     found = rows(folder.load().get("all"))
     without = [name for name in controls if ELSEWHERE.get(name, f"isolation.{name}") not in found]
