@@ -362,6 +362,8 @@ class NetworkEvent(Wire):
 
     verdict: Literal["allowed", "denied", "failed", "limit"]
     """failed: the policy allowed it, and the network did not let it happen; limit: a budget ended it."""
+    direction: Literal["out", "in"] = "out"
+    """in: the caller's, to a port that the policy exposes."""
     protocol: str = Field(default="", max_length=32)
     """``tcp``; ``dns`` of a question for a name; another one only where it was refused."""
     name: str | None = Field(default=None, max_length=1024)

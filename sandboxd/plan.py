@@ -154,6 +154,8 @@ class Shape(Data):
     network: NetworkRules | None
     """None: no network but a loopback."""
     warm: Warm | None = None
+    expose: tuple[int, ...] = ()
+    """Ports of servers inside that the caller may reach."""
 
     @cached_property
     def program(self) -> Program:
@@ -265,6 +267,7 @@ def make_shape(policy: Policy, image: ImageRef) -> Shape:
         syscalls=policy.syscalls,
         network=network_rules(policy),
         warm=None if warm is None else Warm(warm.command, warm.preload, env),
+        expose=spec.expose,
     )
 
 

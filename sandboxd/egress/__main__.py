@@ -17,8 +17,9 @@ import dns.rdata
 
 from sandboxd.egress.budget import Budget
 from sandboxd.egress.container import Container
+from sandboxd.egress.inward import Inward
 from sandboxd.egress.jail import give_up
-from sandboxd.egress.messages import MAX_FAULT, MAX_MESSAGE, Serve, Setup, decode, encode, rules_of
+from sandboxd.egress.messages import MAX_FAULT, MAX_MESSAGE, Enter, Serve, Setup, decode, encode, rules_of
 from sandboxd.egress.upstream import Resolver, host_names
 from sandboxd.kernel import descriptors
 from sandboxd.reach import Reach
@@ -34,6 +35,7 @@ class Worker:
         self._sock = sock
         self._resolver = resolver
         self._containers: dict[str, Container] = {}
+        self._inward = Inward(self._say)
         self._known: dict[str, dict[str, str]] = {}
         """Addresses of names that a container was told already, by a process that is gone."""
         self._rules: dict[str, tuple[Reach, dict[str, int]]] = {}
@@ -66,6 +68,10 @@ class Worker:
                             resolver=self._resolver,
                         )
                         container.begin(tasks)
+                    case "enter" if len(fds) == Inward.DESCRIPTORS:
+                        self._inward.begin(tasks, Enter(**content), fds)
+                    case "cut":
+                        self._inward.cut(content["id"])
                     case "end":
                         self._containers.pop(content["id"]).end()
                     case _:

@@ -33,11 +33,12 @@ from sandboxd.models import NetworkEvent, NetworkUse
 from sandboxd.network.filter import filter_program
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from anyio.abc import TaskGroup
 
     from sandboxd.config import NetworkConfig
+    from sandboxd.egress.messages import Enter
     from sandboxd.engine.base import Slot
     from sandboxd.network.namespace import Doors
     from sandboxd.reach import NetworkRules
@@ -88,6 +89,8 @@ class _Worker:
         self.caller = caller
         self.uid = uid
         self.containers: dict[str, _Served] = {}
+        self.inward: dict[int, Callable[[dict[str, object] | None], None]] = {}
+        """Who is told of the end of a connection into a container, or that nobody will say how it ended."""
         self.name = f"egress-{uid}"
         self.ready = anyio.Event()
         """Set when it takes containers, or never will."""
@@ -177,6 +180,29 @@ class Gateway:
             served.on_event(_failed("the process that served the connections did not answer in the end"))
         return served.use
 
+    async def enter(
+        self,
+        uid: int,
+        asked: Enter,
+        fds: Sequence[int],
+        on_end: Callable[[dict[str, object] | None], None],
+    ) -> Callable[[bytes], Awaitable[None]]:
+        """Have a connection into a container of the caller ``uid`` served; what tells its process more.
+
+        The descriptors stay the caller's to close. ``on_end`` is called once, unless this raises HostFailed.
+        """
+        worker = await self._worker_for(uid)
+        worker.inward[asked.number] = on_end
+        try:
+            await worker.send(encode("enter", asked), fds)
+        except BaseException as error:
+            told = worker.inward.pop(asked.number, None) is None
+            if isinstance(error, OSError) and not told:
+                raise errors.HostFailed(f"the network's process takes no connection: {error}") from error
+            if not isinstance(error, OSError):
+                raise
+        return worker.send
+
     async def _hand_over(self, served: _Served) -> None:
         worker = served.worker
         worker.containers[served.id] = served
@@ -232,7 +258,7 @@ class Gateway:
                 except BlockingIOError:
                     with anyio.move_on_after(IDLE_SECONDS) as scope:
                         await anyio.wait_readable(worker.sock)
-                    if scope.cancelled_caught and not worker.containers:
+                    if scope.cancelled_caught and not worker.containers and not worker.inward:
                         break
                     continue
                 except OSError:
@@ -248,6 +274,8 @@ class Gateway:
                     await self._confining.release(worker.name)
             worker.ready.set()
             self._uids.append(worker.uid)
+            while worker.inward:
+                worker.inward.popitem()[1](None)
         await self._after_crash(worker)
 
     def _understood(self, worker: _Worker, message: bytes) -> bool:
@@ -263,6 +291,9 @@ class Gateway:
                 log.error(
                     "a network process failed", pid=worker.process.pid, why=str(content["why"])[:MAX_FAULT]
                 )
+                return True
+            if kind == "inward":
+                worker.inward.pop(content["number"])(content)
                 return True
             served = worker.containers[id]
             if served.ended.is_set():

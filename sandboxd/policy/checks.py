@@ -170,7 +170,6 @@ def _unsupported(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
         "secrets": (bool(spec.secrets), "secrets are"),
         "retry": (spec.retry is not None, "retries are"),
         "isolation": (spec.isolation == "session", "isolation: session is"),
-        "expose": (bool(spec.expose), "exposed ports are"),
     }
     for path, (asked, what) in declared.items():
         if asked:

@@ -213,6 +213,14 @@ def _network(policy: Policy) -> Iterator[dict[str, Any]]:
         yield _line(f"network.budget.{name}", str(value), policy.origin(f"network.budget.{name}"))
 
 
+def _expose(policy: Policy) -> Iterator[dict[str, Any]]:
+    if not policy.spec.expose:
+        yield _line("expose", "none", policy.origin("expose"))
+    for number, port in enumerate(policy.spec.expose):
+        at = policy.origin(f"expose.{number}")
+        yield _line("expose", str(port), at, "the caller reaches a server inside")
+
+
 def explain(policy: Policy, plan: Planned | None = None) -> list[dict[str, Any]]:
     """Every control: ``control``, ``value`` for a person, ``file`` and ``line`` of its origin, ``note``.
 
@@ -228,6 +236,7 @@ def explain(policy: Policy, plan: Planned | None = None) -> list[dict[str, Any]]
         *_files(policy),
         *_syscalls(policy),
         *_network(policy),
+        *_expose(policy),
         *_artifacts(policy, plan),
         _line("commit", policy.commit, policy.origin("commit")),
         _line("isolation", policy.spec.isolation, policy.origin("isolation")),

@@ -195,6 +195,13 @@ def _namespace_controls(slot: Slot, process: Parked) -> Iterator[Control]:
     yield _equal("network_routes", "0", routes, "net/route, net/ipv6_route")
     if networked:
         yield from _network_controls(slot, process)
+    if slot.shape.expose:
+        ports = ", ".join(map(str, slot.shape.expose))
+        place = os.readlink(f"/proc/{slot.init_pid}/ns/net")
+        said = f"{ports} to the caller, in the tool's {{}}"
+        yield _equal(
+            "expose", said.format(process.link("ns/net")), said.format(place), "ns/net; ns/net of PID 1"
+        )
     yield _equal("hostname", slot.shape.process.hostname, uts.hostname_of(process.open("ns/uts")), "ns/uts")
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sandboxd.engine.base import Slot
     from sandboxd.journal.spool import Spool
     from sandboxd.models import NetworkEvent
+    from sandboxd.network.entrance import Entrance, Entrances
     from sandboxd.network.gateway import Gateway
     from sandboxd.reach import NetworkRules
 
@@ -20,23 +21,40 @@ __all__ = ["CallNetwork"]
 class CallNetwork:
     """Of the call ``id`` of the caller ``uid``; its events go to ``spool``."""
 
-    def __init__(self, gateway: Gateway, id: str, uid: int, spool: Spool) -> None:  # noqa: A002
+    def __init__(
+        self,
+        gateway: Gateway,
+        entrances: Entrances,
+        id: str,  # noqa: A002
+        uid: int,
+        spool: Spool,
+    ) -> None:
         self._gateway = gateway
+        self._entrances = entrances
         self._id = id
         self._uid = uid
         self._spool = spool
         self._served = self._ending = False
+        self.entrance: Entrance | None = None
+        """The way to the servers inside, where the policy exposes ports."""
         self.fault: errors.AttemptFailed | None = None
         """Why not all that happened is among the events."""
 
     async def begin(self, slot: Slot) -> None:
-        """Have the connections of a slot served, if its policy has a network. Raises HostFailed."""
+        """Have the connections of a slot served, and let its caller in, as far as the policy says so.
+
+        Raises HostFailed, EngineFailed.
+        """
+        if slot.shape.expose:
+            self.entrance = self._entrances.enter(self._id, self._uid, slot, self._on_event)
         if slot.doors is not None:
             await self._gateway.serve(self._id, self._uid, slot, self._on_event)
             self._served = True
 
     async def begin_end(self) -> None:
         """Cut what is left; ``end`` waits for that, and something else can be done first."""
+        if self.entrance is not None:
+            await self.entrance.begin_end()
         if self._served and not self._ending:
             self._ending = True
             await self._gateway.begin_end(self._id)
@@ -44,6 +62,8 @@ class CallNetwork:
     async def end(self) -> NetworkUse:
         """Cut what is left; the sum. Safe to call twice."""
         await self.begin_end()
+        if self.entrance is not None:
+            await self.entrance.end()
         if not self._served:
             return NetworkUse()
         self._served = False

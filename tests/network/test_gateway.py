@@ -16,6 +16,7 @@ from sandboxd.config import NetworkConfig
 from sandboxd.journal.spool import Spool
 from sandboxd.kernel.inside import in_new_network_namespace
 from sandboxd.network.chain import write_chain
+from sandboxd.network.entrance import Entrances
 from sandboxd.network.gateway import MAX_EVENTS, Gateway
 from sandboxd.network.namespace import open_doors
 from sandboxd.reach import Allow, NetworkRules, Reach
@@ -189,7 +190,8 @@ async def test_an_event_that_the_disk_has_no_room_for_is_a_fault_of_its_call(
 ) -> None:
     hostile(EVENT)
     async with anyio.create_task_group() as tasks:
-        network = CallNetwork(Gateway(NetworkConfig(), Unconfined(), tasks), "call", 0, full)
+        gateway = Gateway(NetworkConfig(), Unconfined(), tasks)
+        network = CallNetwork(gateway, Entrances(gateway), "call", 0, full)
         with slot() as made, anyio.fail_after(20):
             await network.begin(made)
             while network.fault is None:  # noqa: ASYNC110  (no event tells)
