@@ -43,7 +43,7 @@ UPGRADED = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade:
 ENDED = "the call ended before the connection did"
 
 
-@dataclass
+@dataclass(eq=False)
 class _Connection:
     """One of them, and how it stands."""
 
