@@ -17,7 +17,7 @@ version: 1
 name: exposing
 extends: python
 warm: !remove
-limits: {wall: 60s}
+limits: {wall: 60s, pids: 1k}
 expose: [8080, 8081, 40000]
 """
 # Listens on 8080, and gives each connection to `serve`, in a thread of its own.

@@ -48,6 +48,7 @@ __all__ = ["Gateway"]
 CONTAINERS = 32  # that one process serves before another is started beside it
 END_SECONDS = 5.0  # that a process has for its last word on a container
 IDLE_SECONDS = 300.0  # that a process without a container is kept
+AT_ONCE = 16  # messages of a process, before others have their turn
 MAX_EVENTS = 2000  # of a call, by one process
 MAX_FAULTS = 100  # of a process
 MAX_NAME = 255
@@ -251,6 +252,7 @@ class Gateway:
         return Setup(nameservers, self._config.port, base64.b64encode(filter_program()).decode())
 
     async def _hear(self, worker: _Worker) -> None:
+        heard = 0
         try:
             while True:
                 try:
@@ -265,7 +267,9 @@ class Gateway:
                     break
                 if not message or not self._understood(worker, message):
                     break
-                await anyio.lowlevel.checkpoint()  # it may say more than anybody wants to hear
+                heard += 1
+                if heard % AT_ONCE == 0:
+                    await anyio.lowlevel.checkpoint()  # it may say more than anybody wants to hear
         finally:
             self._workers[worker.caller].remove(worker)
             with anyio.CancelScope(shield=True):

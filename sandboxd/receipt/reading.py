@@ -198,7 +198,7 @@ def _namespace_controls(slot: Slot, process: Parked) -> Iterator[Control]:
     if slot.shape.expose:
         ports = ", ".join(map(str, slot.shape.expose))
         place = os.readlink(f"/proc/{slot.init_pid}/ns/net")
-        said = f"{ports} to the caller, in the tool's {{}}"
+        said = f"{ports} to the caller, in {{}}"
         yield _equal(
             "expose", said.format(process.link("ns/net")), said.format(place), "ns/net; ns/net of PID 1"
         )
