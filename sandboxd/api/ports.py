@@ -51,7 +51,9 @@ class Ports:
     async def tunnel(self, request: Request) -> Response:
         """A connection to a server: after status 101 bytes both ways, each side ending its own."""
         asked = [each.strip().lower() for each in request.headers.getlist("upgrade")]
-        if asked != [TUNNEL] or request.method != "GET":
+        connection = ",".join(request.headers.getlist("connection")).lower()
+        upgrade = "upgrade" in {each.strip() for each in connection.split(",")}
+        if not upgrade or asked != [TUNNEL] or request.method != "GET":
             raise InvalidRequest(
                 "a tunnel is asked for by GET with `Connection: Upgrade` and `Upgrade: tcp`; the path of an "
                 "HTTP request goes on after the port, at least with a `/`",

@@ -180,7 +180,8 @@ def test_a_websocket(exposing: Daemon, serving: Callable[..., str]) -> None:
     with raw(exposing) as sock:
         target = f"/v1/invocations/{call}/ports/8080/chat".encode()
         sock.sendall(
-            b"GET " + target + b" HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: keep-alive, Upgrade\r\n"
+            b"GET " + target + b" HTTP/1.1\r\nHost: x\r\n"
+            b"Upgrade: websocket\r\nConnection: keep-alive, Upgrade\r\n"
             b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + key + b"\r\n\r\n"
         )  # fmt: skip
         got = b""
@@ -200,7 +201,7 @@ def test_a_websocket(exposing: Daemon, serving: Callable[..., str]) -> None:
 
 
 def test_a_server_that_upgrades_unasked_is_refused(exposing: Daemon, serving: Callable[..., str]) -> None:
-    """Also to another protocol than the one that was asked for: the caller would take its bytes for answers."""
+    """Also to another protocol than was asked for: the caller would take its bytes for answers."""
     code = SERVER + (
         "def serve(c):\n head(c); c.sendall(b'HTTP/1.1 101 X\\r\\nUpgrade: other\\r\\nConnection: Upgrade\\r\\n\\r\\n"
         "HTTP/1.1 200 OK\\r\\nContent-Length: 6\\r\\n\\r\\nforged')\nmain()"
