@@ -410,6 +410,8 @@ class Receipt(Wire):
     """When every control was read: as soon as the slot was made, unless it had to be done once more."""
     checked_at: int | None = None
     """When the slot was read again, at hand-over, and found to be as it was at ``read_at``."""
+    warnings: list[str] = Field(default_factory=list)
+    """Boundaries that the policy takes away, each as a sentence."""
     _digest: str | None = PrivateAttr(None)
 
     def digest(self) -> str:

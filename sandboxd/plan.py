@@ -154,6 +154,8 @@ class Shape(Data):
     network: NetworkRules | None
     """None: no network but a loopback."""
     warm: Warm | None = None
+    host_network: bool = False
+    """Whether its network is the host's own; ``network`` is None then too."""
     expose: tuple[int, ...] = ()
     """Ports of servers inside that the caller may reach."""
 
@@ -267,6 +269,7 @@ def make_shape(policy: Policy, image: ImageRef) -> Shape:
         syscalls=policy.syscalls,
         network=network_rules(policy),
         warm=None if warm is None else Warm(warm.command, warm.preload, env),
+        host_network=policy.shares_host_network,
         expose=spec.expose,
     )
 

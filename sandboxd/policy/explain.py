@@ -10,7 +10,7 @@ import shlex
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from sandboxd import units
-from sandboxd.policy.fixed import ALWAYS, DEFAULT_ENV, shm_size
+from sandboxd.policy.fixed import ALWAYS, DEFAULT_ENV, HOST_NETWORK, NAMESPACES_HOST_NETWORK, shm_size
 from sandboxd.policy.floor import FORMATS, limit
 from sandboxd.policy.rules import network_rules
 from sandboxd.policy.source import BUILT_IN, Origin
@@ -198,6 +198,9 @@ def _warm(policy: Policy) -> Iterator[dict[str, Any]]:
 
 
 def _network(policy: Policy) -> Iterator[dict[str, Any]]:
+    if policy.shares_host_network:
+        yield _line("network", "host", policy.origin("network.mode"), f"WARNING: {HOST_NETWORK}")
+        return
     rules = network_rules(policy)
     if rules is None:
         yield _line("network", "none", policy.origin("network"))
@@ -211,6 +214,10 @@ def _network(policy: Policy) -> Iterator[dict[str, Any]]:
             yield _line(path, f"{rule.target} {ports}", policy.origin(path))
     for name, value in rules.budget:
         yield _line(f"network.budget.{name}", str(value), policy.origin(f"network.budget.{name}"))
+
+
+def _always(policy: Policy) -> dict[str, str]:
+    return ALWAYS | ({"namespaces": NAMESPACES_HOST_NETWORK} if policy.shares_host_network else {})
 
 
 def _expose(policy: Policy) -> Iterator[dict[str, Any]]:
@@ -243,6 +250,6 @@ def explain(policy: Policy, plan: Planned | None = None) -> list[dict[str, Any]]
         *_warm(policy),
         *(
             _line(f"isolation.{name}", value, BUILT_IN, "part of every policy")
-            for name, value in ALWAYS.items()
+            for name, value in _always(policy).items()
         ),
     ]

@@ -158,11 +158,14 @@ def exactly(c, n, got=b''):
 def serve(c):
     asked = head(c).decode()
     fields = dict(line.lower().split(': ', 1) for line in asked.split('\\r\\n')[1:] if ': ' in line)
-    original = next(line.split(': ', 1)[1] for line in asked.split('\\r\\n') if line.lower().startswith('sec-websocket-key'))
+    lines = asked.split('\\r\\n')
+    original = next(line.split(': ')[1] for line in lines if line.lower().startswith('sec-websocket-key'))
     assert fields['upgrade'] == 'websocket' and 'upgrade' in fields['connection'], asked
-    accept = base64.b64encode(hashlib.sha1((original + '258EAFA5-E914-47DA-95CA-C5AB0DC85B11').encode()).digest()).decode()
+    proof = hashlib.sha1((original + '258EAFA5-E914-47DA-95CA-C5AB0DC85B11').encode()).digest()
+    accept = base64.b64encode(proof).decode()
     c.sendall(('HTTP/1.1 101 Switching Protocols\\r\\nUpgrade: websocket\\r\\nConnection: Upgrade\\r\\n'
-               'Keep-Alive: x\\r\\nSec-WebSocket-Accept: %s\\r\\n\\r\\n' % accept).encode() + b'\\x81\\x05hello')
+               'Keep-Alive: x\\r\\nSec-WebSocket-Accept: %s\\r\\n\\r\\n' % accept).encode()
+              + b'\\x81\\x05hello')
     while True:
         first, length = exactly(c, 2)
         mask = exactly(c, 4); data = exactly(c, length & 127)
@@ -171,7 +174,7 @@ def serve(c):
         c.sendall(bytes([0x80 | first & 15, len(data)]) + data[::-1])
 main()
 """
-)  # noqa: E501  (a program)
+)
 
 
 def test_a_websocket(exposing: Daemon, serving: Callable[..., str]) -> None:
@@ -203,7 +206,8 @@ def test_a_websocket(exposing: Daemon, serving: Callable[..., str]) -> None:
 def test_a_server_that_upgrades_unasked_is_refused(exposing: Daemon, serving: Callable[..., str]) -> None:
     """Also to another protocol than was asked for: the caller would take its bytes for answers."""
     code = SERVER + (
-        "def serve(c):\n head(c); c.sendall(b'HTTP/1.1 101 X\\r\\nUpgrade: other\\r\\nConnection: Upgrade\\r\\n\\r\\n"
+        "def serve(c):\n head(c)\n"
+        " c.sendall(b'HTTP/1.1 101 X\\r\\nUpgrade: other\\r\\nConnection: Upgrade\\r\\n\\r\\n"
         "HTTP/1.1 200 OK\\r\\nContent-Length: 6\\r\\n\\r\\nforged')\nmain()"
     )
     call = serving(code)
@@ -220,8 +224,10 @@ def test_a_server_that_upgrades_unasked_is_refused(exposing: Daemon, serving: Ca
 def forwarding(daemon: Daemon, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """``sandboxd forward``, and the address that it prints."""
     process = subprocess.Popen(
-        [SANDBOXD, "forward", *arguments, "--socket", daemon.socket], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )  # fmt: skip
+        [SANDBOXD, "forward", *arguments, "--socket", daemon.socket],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         assert process.stdout is not None
         yield process, process.stdout.readline().decode().strip()
