@@ -39,8 +39,9 @@ class Outside:
 
     @property
     def config(self) -> str:
-        """What a daemon's configuration says to ask this name server."""
-        return f"network: {{nameservers: [{HERE}], port: {self._dns.getsockname()[1]}}}\n"
+        """What a daemon's configuration says to ask this name server, and to allow all that policies can."""
+        port = self._dns.getsockname()[1]
+        return f"network: {{host: true, nameservers: [{HERE}], port: {port}}}\n"
 
     @property
     def port(self) -> int:

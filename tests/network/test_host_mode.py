@@ -230,7 +230,7 @@ def test_it_can_be_told_before(tmp_path: Path) -> None:
         ("network: {mode: host}\n", True),
     ],
 )
-def test_a_floor_can_forbid_it(tmp_path: Path, floor: str, allowed: bool) -> None:
+def test_a_floor_can_forbid_it(tmp_path: Path, floor: str, *, allowed: bool) -> None:
     (tmp_path / "policies").mkdir()
     (tmp_path / "policies" / "floor.yaml").write_text(f"version: 1\n{floor}")
     (tmp_path / "policies" / "open.yaml").write_text(POLICY)
