@@ -122,6 +122,7 @@ class Floor:
                 may = "mounts beneath " + ", ".join(allowed) if allowed else "none"
                 yield wider(f"mounts.{number}", mount.source, may, "mounts")
         yield from self._wider_network(spec.network, places, wider)
+        yield from self._wider_ports(spec.expose, places, wider)
 
     def _wider_network(
         self, network: Network | None, places: Places, wider: Callable[..., PolicyProblem]
@@ -137,6 +138,15 @@ class Floor:
             yield wider("network.mode", "host", most.mode, "network")
         else:
             yield from self._wider_rules(network, most, places, wider)
+
+    def _wider_ports(
+        self, ports: tuple[int, ...], places: Places, wider: Callable[..., PolicyProblem]
+    ) -> Iterator[PolicyProblem]:
+        allowed = self.spec.expose
+        for number, port in enumerate(ports):
+            path = f"expose.{number}"
+            if allowed is not None and port not in allowed and places.sure(path):
+                yield wider(path, f"port {port}", ", ".join(map(str, allowed)) or "none", "expose")
 
     def _wider_rules(
         self, network: Network, most: Network, places: Places, wider: Callable[..., PolicyProblem]

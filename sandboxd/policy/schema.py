@@ -364,3 +364,5 @@ class FloorFile(Section):
     syscalls: FloorSyscalls = FloorSyscalls()
     network: Network | None = None
     """Without this key no policy may have a network."""
+    expose: Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], Field(max_length=64)] | None = None
+    """Ports that policies may expose to their callers; without this key, any."""
