@@ -53,7 +53,7 @@ class Ports:
         asked = [each.strip().lower() for each in request.headers.getlist("upgrade")]
         connection = ",".join(request.headers.getlist("connection")).lower()
         upgrade = "upgrade" in {each.strip() for each in connection.split(",")}
-        if not upgrade or asked != [TUNNEL] or request.method != "GET":
+        if not upgrade or asked != [TUNNEL]:
             raise InvalidRequest(
                 "a tunnel is asked for by GET with `Connection: Upgrade` and `Upgrade: tcp`; the path of an "
                 "HTTP request goes on after the port, at least with a `/`",
@@ -94,7 +94,7 @@ class Ports:
         one = self.base + "/ports/{port}"
         return [
             ("GET", self.base + "/ports", self.list, Doc("The ports that can be reached", answer=ports)),
-            (ANY, one, self.tunnel, tunnel),
+            ("GET", one, self.tunnel, tunnel),
             (ANY, one + "/{path:artifact}", self.http,
              Doc("A request to a server inside", raw_body=True, raw_answer=True)),
         ]  # fmt: skip

@@ -66,7 +66,7 @@ class Part:
 
     def __init__(self, doors: Any) -> None:
         self.doors, self.shape = doors, self
-        self.network, self.digest = RULES, "shape"
+        self.network, self.digest, self.expose = RULES, "shape", ()
 
 
 @pytest.fixture
