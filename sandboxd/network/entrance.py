@@ -22,16 +22,16 @@ import anyio
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sandboxd import errors
+from sandboxd import errors, units
 from sandboxd.egress.messages import Enter, encode
 from sandboxd.kernel.inside import in_network_namespace
 from sandboxd.models import NetworkEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
     from sandboxd.engine.base import Slot
-    from sandboxd.network.gateway import Gateway
+    from sandboxd.network.gateway import Gateway, Server
 
 __all__ = ["Entrance", "Entrances", "Passage", "not_exposed"]
 
@@ -52,8 +52,8 @@ class _Ended(BaseModel):
 
     number: int
     why: str = Field(max_length=4096)
-    bytes_in: int = Field(ge=0)
-    bytes_out: int = Field(ge=0)
+    bytes_in: int = Field(ge=0, le=units.MAX)
+    bytes_out: int = Field(ge=0, le=units.MAX)
 
 
 class Entrances:
@@ -110,8 +110,8 @@ class Entrance:
         self._namespace = namespace
         self._on_event = on_event
         self._events = 0
-        self._open: dict[int, Callable[[bytes], Awaitable[None]] | None] = {}
-        """What tells the process that serves a connection more, once it serves it."""
+        self._open: dict[int, Server | None] = {}
+        """Connections by number, and the process that serves each once it does."""
         self._empty = anyio.Event()
         self._closed = False
 
@@ -181,22 +181,22 @@ class Entrance:
             asked = Enter(self._id, passage.number, passage.port, prefix)
             fds = (caller.fileno(), passage.sock.fileno(), head)
             passage.served = True
-            tell = await self._entrances.gateway.enter(self._uid, asked, fds, passage.ended)
+            server = await self._entrances.gateway.enter(self._uid, asked, fds, passage.ended)
         except BaseException:
             passage.served = False
             raise
         finally:
             os.close(head)
         if passage.number in self._open:
-            self._open[passage.number] = tell
+            self._open[passage.number] = server
             if self._closed:
-                await self._cut(tell)
+                await self._cut(server)
 
     def _check_open(self) -> None:
         if self._closed:
             raise errors.CallEnded(f"call {self._id!r} has ended")
 
-    def ended(self, passage: Passage, said: dict[str, Any] | None) -> None:
+    def ended(self, passage: Passage, said: _Ended | None) -> None:
         """Count a connection no more, and tell of it where it was served; None: nobody says how it ended."""
         if self._open.pop(passage.number, self) is self:
             return
@@ -216,12 +216,15 @@ class Entrance:
         self._closed = True
         if not self._open:
             self._empty.set()
-        for tell in {tell for tell in self._open.values() if tell is not None}:
-            await self._cut(tell)
+        for server in self._servers():
+            await self._cut(server)
 
-    async def _cut(self, tell: Callable[[bytes], Awaitable[None]]) -> None:
+    def _servers(self) -> list[Server]:
+        return list({id(server): server for server in self._open.values() if server is not None}.values())
+
+    async def _cut(self, server: Server) -> None:
         with suppress(OSError):  # a process that is gone has cut them
-            await tell(encode("cut", {"id": self._id}))
+            await server.send(encode("cut", {"id": self._id}))
 
     async def end(self) -> None:
         """Cut what is left, and give the container up. Safe to call twice."""
@@ -230,6 +233,10 @@ class Entrance:
             await self._empty.wait()
         if self._open:
             log.error("a network process does not end its connections", id=self._id, count=len(self._open))
+            for server in self._servers():
+                server.kill()  # they end with it
+            with anyio.move_on_after(END_SECONDS):
+                await self._empty.wait()
         if self._namespace >= 0:
             os.close(self._namespace)
             self._namespace = -1
@@ -255,18 +262,19 @@ class Passage:
         await self.entrance.serve(self, caller, first, prefix)
 
     def ended(self, said: dict[str, Any] | None) -> None:
-        """What the process that served it says of its end."""
-        self.entrance.ended(self, said)
+        """What the process that served it says of its end. Raises ValidationError."""
+        try:
+            end = None if said is None else _Ended.model_validate(said)
+        except ValidationError:
+            self.entrance.ended(self, None)
+            raise
+        self.entrance.ended(self, end)
 
-    def event(self, said: dict[str, Any] | None) -> NetworkEvent:
+    def event(self, end: _Ended | None) -> NetworkEvent:
         """What is told of it."""
         why, sent, received = "the process that served the connection ended, and it with it", 0, 0
-        if said is not None:
-            try:
-                end = _Ended.model_validate(said)
-                why, sent, received = end.why, end.bytes_out, end.bytes_in
-            except ValidationError:
-                why = "the process that served the connection is not understood"
+        if end is not None:
+            why, sent, received = end.why, end.bytes_out, end.bytes_in
         return NetworkEvent(
             direction="in",
             verdict="failed" if why else "allowed",

@@ -33,7 +33,7 @@ from sandboxd.models import NetworkEvent, NetworkUse
 from sandboxd.network.filter import filter_program
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Callable, Sequence
 
     from anyio.abc import TaskGroup
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from sandboxd.network.namespace import Doors
     from sandboxd.reach import NetworkRules
 
-__all__ = ["Gateway"]
+__all__ = ["Gateway", "Server"]
 
 CONTAINERS = 32  # that one process serves before another is started beside it
 END_SECONDS = 5.0  # that a process has for its last word on a container
@@ -115,11 +115,25 @@ class _Worker:
                 env={"LANG": "C.UTF-8"},
             )
 
+    def kill(self) -> None:
+        """End the process; its end is heard like any other."""
+        self.process.kill()
+
     async def stop(self) -> None:
         """End the process and reap it."""
         self.process.kill()
         await anyio.to_thread.run_sync(self.process.wait)
         self.sock.close()  # not before: who waits until it can be written would never wake
+
+
+class Server(Protocol):
+    """A process that serves connections, to those who have some there."""
+
+    async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Tell it something. Raises OSError when it is gone."""
+
+    def kill(self) -> None:
+        """End it, and all that it serves."""
 
 
 class Confining(Protocol):
@@ -187,8 +201,8 @@ class Gateway:
         asked: Enter,
         fds: Sequence[int],
         on_end: Callable[[dict[str, object] | None], None],
-    ) -> Callable[[bytes], Awaitable[None]]:
-        """Have a connection into a container of the caller ``uid`` served; what tells its process more.
+    ) -> Server:
+        """Have a connection into a container of the caller ``uid`` served; returns by whom.
 
         The descriptors stay the caller's to close. ``on_end`` is called once, unless this raises HostFailed.
         """
@@ -202,7 +216,7 @@ class Gateway:
                 raise errors.HostFailed(f"the network's process takes no connection: {error}") from error
             if not isinstance(error, OSError):
                 raise
-        return worker.send
+        return worker
 
     async def _hand_over(self, served: _Served) -> None:
         worker = served.worker
