@@ -160,8 +160,14 @@ class _Forward:
         async with anyio.create_task_group() as tasks:
             while True:
                 await anyio.wait_readable(listener)
-                with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
-                    tasks.start_soon(self._serve, listener.accept()[0])
+                try:
+                    accepted, _ = listener.accept()
+                except (BlockingIOError, ConnectionAbortedError):
+                    continue
+                except OSError:  # no descriptor is left
+                    await anyio.sleep(NOT_YET)
+                    continue
+                tasks.start_soon(self._serve, accepted)
 
     async def _serve(self, accepted: socket.socket) -> None:
         accepted.setblocking(False)

@@ -112,6 +112,7 @@ class Entrance:
         self._events = 0
         self._open: dict[int, Server | None] = {}
         """Connections by number, and the process that serves each once it does."""
+        self._connecting: set[anyio.CancelScope] = set()
         self._empty = anyio.Event()
         self._closed = False
 
@@ -133,15 +134,21 @@ class Entrance:
         self._open[passage.number] = None
         self._entrances.open[self._uid] += 1
         try:
-            for family, host in LOOPBACKS:
-                sock = await self._reach(family, host, port)
-                if sock is not None:
-                    passage.sock, passage.address = sock, host
-                    self._check_open()
-                    return passage
+            with anyio.CancelScope() as scope:
+                self._connecting.add(scope)
+                for family, host in LOOPBACKS:
+                    sock = await self._reach(family, host, port)
+                    if sock is not None:
+                        passage.sock, passage.address = sock, host
+                        break
+            self._check_open()
         except BaseException:
             passage.close()
             raise
+        finally:
+            self._connecting.discard(scope)
+        if passage.sock is not None:
+            return passage
         passage.close()
         raise errors.PortNotAnswering(
             f"nobody in the container takes a connection to port {port}, on 127.0.0.1 or on ::1", port=port
@@ -216,6 +223,8 @@ class Entrance:
         self._closed = True
         if not self._open:
             self._empty.set()
+        for scope in self._connecting:
+            scope.cancel()
         for server in self._servers():
             await self._cut(server)
 

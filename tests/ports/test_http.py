@@ -40,8 +40,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_): pass
 class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 512
+server = Server(('', 8080), Handler)
 print('ready', flush=True)
-Server(('', 8080), Handler).serve_forever()
+server.serve_forever()
 """
 
 
