@@ -395,8 +395,8 @@ int main(int argc, char **argv)
     must(setgroups(0, NULL), "setgroups");
     must(setresgid(0, 0, 0), "setresgid");
     must(setresuid(0, 0, 0), "setresuid");
-    int namespaces = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP;
-    must(unshare(own_network ? namespaces | CLONE_NEWNET : namespaces), "unshare");
+    int network = own_network ? CLONE_NEWNET : 0;
+    must(unshare(CLONE_NEWNS | CLONE_NEWPID | network | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP), "unshare");
     pid_t child = must(fork(), "fork");
     if (child == 0)
         contain(plan, control, own_network, argv[5], at + 1);
