@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sandboxd.engine.base import Slot
     from sandboxd.plan import Limits
 
-__all__ = ["check", "limit_controls", "read_receipt"]
+__all__ = ["check", "expose_control", "limit_controls", "read_receipt"]
 
 NAMESPACES = ("mnt", "pid", "net", "ipc", "uts", "cgroup")
 RLIMIT_LINES = {  # names of /proc/PID/limits
@@ -217,12 +217,14 @@ def _network_controls(slot: Slot, process: Parked) -> Iterator[Control]:
     if networked:
         yield from _filter_controls(slot, process)
     if slot.shape.expose:
-        ports = ", ".join(map(str, slot.shape.expose))
-        place = os.readlink(f"/proc/{slot.init_pid}/ns/net")
-        said = f"{ports} to the caller, in {{}}"
-        yield _equal(
-            "expose", said.format(process.link("ns/net")), said.format(place), "ns/net; ns/net of PID 1"
-        )
+        yield expose_control(slot.shape.expose, slot.init_pid, process)
+
+
+def expose_control(ports: tuple[int, ...], init_pid: int, process: Parked) -> Control:
+    """The caller is let in by PID 1's network namespace, which has to be that of the tool."""
+    tools, entered = process.link("ns/net"), os.readlink(f"/proc/{init_pid}/ns/net")
+    said = f"{', '.join(map(str, ports))} to the caller, in {{}}"
+    return _equal("expose", said.format(tools), said.format(entered), "ns/net; ns/net of PID 1")
 
 
 def _filter_controls(slot: Slot, process: Parked) -> Iterator[Control]:
