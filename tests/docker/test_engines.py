@@ -79,13 +79,17 @@ def test_an_engine_that_remaps_ids(
         path.chmod(path.stat().st_mode | 0o055)
     daemon = start_on(
         remapped,
+        f"docker: {{socket: {remapped.socket}}}\nnetwork: {{host: true}}\n",
         mapped=(
             "extends: tiny\nimage: host\nprocess: {user_namespace: engine}\n"
             f"mounts: [{{source: {lent}, target: /lent, mode: read-only}}]\n"
             'artifacts: [{path: "**"}]\n'
         ),
         root="extends: tiny\nimage: host\nprocess: {user_namespace: engine, user: 0}\n",
+        open="extends: mapped\nnetwork: {mode: host}\n",
     )
+    with pytest.raises(errors.ControlNotSupported, match="gives no container the host's network"):
+        daemon.run("true", policy="open")
     call = daemon.run("sh", "-c", "id -u; cat in; echo x > made", policy="mapped", inputs={"in": b"given"})
     assert call.stdout is not None
     assert call.stdout.text == "1000\ngiven", call.outcome
