@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sandboxd.room import Held
     from sandboxd.supervisor.attempt import Attempt
     from sandboxd.supervisor.ending import Deadline
+    from sandboxd.supervisor.network import CallNetwork
     from sandboxd.supervisor.secrets import CallSecrets
 
 __all__ = ["Call", "off_the_loop", "payload_of", "request_digest"]
@@ -48,6 +49,7 @@ class Call:
     secrets: CallSecrets
     cancelled: bool = False
     attempt: Attempt | None = None
+    network: CallNetwork | None = None
     stdin: Stdin = field(default_factory=Stdin)
     queue_scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     ended: anyio.Event = field(default_factory=anyio.Event)

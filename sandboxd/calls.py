@@ -37,6 +37,7 @@ from sandboxd.models import (
     State,
     Times,
 )
+from sandboxd.network.entrance import Entrance, Entrances, not_exposed
 from sandboxd.room import Held
 from sandboxd.supervisor.attempt import Attempt, Payload, Result
 from sandboxd.supervisor.ending import Deadline
@@ -96,6 +97,7 @@ class Calls(Ledger):
         self._images = images
         self._pool = pool
         self._gateway = gateway
+        self._entrances = Entrances(gateway)
         self._scheduler = scheduler
         self._tasks = tasks
         self._inputs = inputs
@@ -273,19 +275,26 @@ class Calls(Ledger):
             invocation.state = State(state)
             if state == "running":
                 invocation.times.started = _now()
-                invocation.secrets = secrets.uses
+                invocation.secrets = call.secrets.uses
                 call.spool.add(Event(seq=0, at=invocation.times.started, type="started"))
                 self._journal.attempt_started(invocation)
 
-        secrets = call.secrets
+        call.network = CallNetwork(
+            self._gateway,
+            self._entrances,
+            invocation.id,
+            call.caller.uid,
+            call.spool,
+            secrets=call.secrets,
+        )
         async with Attempt(
             call.plan,
             call.payload,
             stdin=call.stdin,
             pool=self._pool,
             spool=call.spool,
-            network=CallNetwork(self._gateway, invocation.id, call.caller.uid, call.spool, secrets),
-            secrets=secrets,
+            network=call.network,
+            secrets=call.secrets,
             blobs=self._blobs,
             deadline=call.deadline,
             accepted=call.decided,
@@ -375,8 +384,22 @@ class Calls(Ledger):
     async def _live(self, caller: Caller, id: str) -> Call:
         found = await self._find(caller, id)
         if not isinstance(found, Call):
-            raise errors.StateConflict(f"call {id!r} has ended")
+            raise errors.CallEnded(f"call {id!r} has ended")
         return found
+
+    async def entrance(self, caller: Caller, id: str) -> Entrance:
+        """The way to the servers of a running call, where its policy exposes ports.
+
+        Raises NotFound, CallNotStarted, CallEnded, PortNotExposed.
+        """
+        call = await self._live(caller, id)
+        if call.invocation.state in {State.COLLECTING, State.ENDED}:
+            raise errors.CallEnded(f"call {id!r} has ended")
+        if not call.plan.shape.expose:
+            raise not_exposed(())
+        if call.invocation.state is not State.RUNNING or call.network is None or not call.network.entrance:
+            raise errors.CallNotStarted(f"call {id!r} does not run yet; it is {call.invocation.state}")
+        return call.network.entrance
 
     async def write_stdin(
         self, caller: Caller, id: str, *, offset: int, chunks: AsyncIterator[bytes], eof: bool

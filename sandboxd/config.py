@@ -281,6 +281,8 @@ class DockerConfig(Section):
 class NetworkConfig(Section):
     """The processes that serve the connections of containers, and whom they ask for names."""
 
+    host: Annotated[bool, Field(strict=True)] = False
+    """Whether a policy may say ``network: {mode: host}``, which takes the network's boundary away."""
     nameservers: Annotated[tuple[IPvAnyAddress, ...], Field(max_length=8)] = ()
     """Without any, those of the host's /etc/resolv.conf when a process starts."""
     port: Annotated[int, Field(strict=True, ge=1, le=65535)] = 53

@@ -144,7 +144,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         removed = await engine.open((authority.certificate, authority.fingerprint))
         if removed:
             log.warning("containers of an earlier daemon were removed", count=len(removed))
-        policies = PolicyStore(policy_directories(config), config.floor)
+        policies = PolicyStore(policy_directories(config), config.floor, host_network=config.network.host)
         for problem in policies.problems:
             log.warning("policy not in force", problem=str(problem))
         blobs = BlobStore(config.state / "blobs")

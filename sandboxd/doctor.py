@@ -112,6 +112,12 @@ def _root() -> Check:
     )
 
 
+ALLOWED = (
+    "WARNING: the configuration (`network: {host: true}`) lets policies give calls the host's own network; a "
+    "floor without `network: {mode: host}` forbids it again"
+)
+
+
 def _user_namespaces() -> Check:
     most = int(Path("/proc/sys/user/max_user_namespaces").read_text())
     return Check(
@@ -135,6 +141,8 @@ async def _containers(config: Config, run: Path, name: str) -> list[Check]:
         checks.append(Check("cgroups", ok=True, found=f"version {tree.version} at {tree.place}"))
         checks.append(_io_limits(tree))
         checks.append(_network_rules())
+        if config.network.host:
+            checks.append(Check("network host", ok=True, found=ALLOWED, required=False))
         oci = await _oci(parts)
         docker = await _docker(config, parts)
     either = config.engine == "auto" and any(found[-1].ok for found in (oci, docker))

@@ -5,9 +5,12 @@ SandboxdError
 │   ├── InvalidRequest             invalid_request          400
 │   ├── NotIdentified              not_identified           401
 │   ├── NotPermitted               not_permitted            403
+│   ├── PortNotExposed             port_not_exposed         403
 │   ├── NotFound                   not_found                404
 │   ├── KeyConflict                key_conflict             409
 │   ├── StateConflict              state_conflict           409
+│   │   ├── CallNotStarted         call_not_started         409
+│   │   └── CallEnded              call_ended               409
 │   ├── ImageInUse                 image_in_use             409
 │   ├── TooLarge                   too_large                413
 │   ├── RequestTooWide             request_too_wide         422
@@ -18,6 +21,8 @@ SandboxdError
 │   ├── SecretUnfit                secret_unfit             422
 │   ├── QueueFull                  queue_full               429
 │   ├── RequestTimeout             request_timeout          408
+│   ├── PortNotAnswering           port_not_answering       502
+│   ├── PortAnswerInvalid          port_answer_invalid      502
 │   ├── SecretsUnavailable         secrets_unavailable      503
 │   └── Draining                   draining                 503
 ├── AttemptFailed                  an accepted call that failed through a fault of ours
@@ -39,6 +44,8 @@ from typing import Any, ClassVar
 
 __all__ = [
     "AttemptFailed",
+    "CallEnded",
+    "CallNotStarted",
     "ConfigInvalid",
     "ControlNotEnforced",
     "ControlNotSupported",
@@ -56,6 +63,9 @@ __all__ = [
     "NotIdentified",
     "NotPermitted",
     "PolicyInvalid",
+    "PortAnswerInvalid",
+    "PortNotAnswering",
+    "PortNotExposed",
     "QueueFull",
     "Refused",
     "RequestTimeout",
@@ -111,6 +121,13 @@ class NotPermitted(Refused):
     status = 403
 
 
+class PortNotExposed(Refused):
+    """Raised when the policy does not expose a port; ``details["exposed"]`` lists those that it does."""
+
+    code = "port_not_exposed"
+    status = 403
+
+
 class NotFound(Refused):
     """Raised when what was named does not exist, or belongs to somebody else."""
 
@@ -130,6 +147,18 @@ class StateConflict(Refused):
 
     code = "state_conflict"
     status = 409
+
+
+class CallNotStarted(StateConflict):
+    """Raised when something is asked of a command that does not run yet."""
+
+    code = "call_not_started"
+
+
+class CallEnded(StateConflict):
+    """Raised when something is asked of a command that has ended."""
+
+    code = "call_ended"
 
 
 class ImageInUse(Refused):
@@ -203,6 +232,20 @@ class RequestTimeout(Refused):
 
     code = "request_timeout"
     status = 408
+
+
+class PortNotAnswering(Refused):
+    """Raised when nobody in the container takes a connection to an exposed port."""
+
+    code = "port_not_answering"
+    status = 502
+
+
+class PortAnswerInvalid(Refused):
+    """Raised when the server in the container answers with what is no HTTP, or ends before its answer."""
+
+    code = "port_answer_invalid"
+    status = 502
 
 
 class SecretsUnavailable(Refused):

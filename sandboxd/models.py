@@ -370,6 +370,8 @@ class NetworkEvent(Wire):
 
     verdict: Literal["allowed", "denied", "failed", "limit"]
     """failed: the policy allowed it, and the network did not let it happen; limit: a budget ended it."""
+    direction: Literal["out", "in"] = "out"
+    """in: the caller's, to a port that the policy exposes."""
     protocol: str = Field(default="", max_length=32)
     """``tcp``; ``dns`` of a question for a name; ``http`` or ``https`` of a request in a connection; another
     one only where it was refused."""
@@ -425,6 +427,8 @@ class Receipt(Wire):
     """When every control was read: as soon as the slot was made, unless it had to be done once more."""
     checked_at: int | None = None
     """When the slot was read again, at hand-over, and found to be as it was at ``read_at``."""
+    warnings: list[str] = Field(default_factory=list)
+    """Boundaries that the policy takes away, each as a sentence."""
     _digest: str | None = PrivateAttr(None)
 
     def digest(self) -> str:

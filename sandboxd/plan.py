@@ -16,11 +16,10 @@ from sandboxd import canonical, units
 from sandboxd.errors import ControlNotSupported, InvalidRequest, RequestTooWide, TooLarge
 from sandboxd.models import Bytes
 from sandboxd.policy import paths, seccomp
+from sandboxd.policy.environment import environment
 from sandboxd.policy.explain import on_output
-from sandboxd.policy.fixed import DEFAULT_ENV
 from sandboxd.policy.quantities import MIN_MEMORY
 from sandboxd.policy.rules import network_rules
-from sandboxd.policy.trust import trust_env
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -165,6 +164,10 @@ class Shape(Data):
     """None: no network but a loopback."""
     warm: Warm | None = None
     secrets: tuple[Grant, ...] = ()
+    host_network: bool = False
+    """Whether its network is the host's own; ``network`` is None then too."""
+    expose: tuple[int, ...] = ()
+    """Ports of servers inside that the caller may reach."""
 
     def granted(self, kind: Literal["env", "file", "proxy"]) -> tuple[str, ...]:
         """The names of the secrets that are given in this way."""
@@ -245,7 +248,7 @@ def make_shape(policy: Policy, image: ImageRef) -> Shape:
     limits, process, root = spec.limits, spec.process, spec.filesystem
     overlay = root.root == "overlay"
     warm = spec.warm
-    env = tuple({**DEFAULT_ENV, **trust_env(spec), **process.env}.items())
+    env = tuple(environment(spec).items())
     return Shape(
         policy=policy.name,
         policy_digest=policy.digest,
@@ -281,6 +284,8 @@ def make_shape(policy: Policy, image: ImageRef) -> Shape:
         network=network_rules(policy),
         warm=None if warm is None else Warm(warm.command, warm.preload, env),
         secrets=tuple(Grant(secret.name, secret.as_) for secret in spec.secrets),
+        host_network=policy.shares_host_network,
+        expose=spec.expose,
     )
 
 
@@ -361,7 +366,7 @@ def _command(policy: Policy, request: Request) -> Command:
         argv.append(Bytes.of(data).model_dump(exclude_none=True))
     if argv[0] == {"text": ""}:
         raise InvalidRequest("argv.0 is empty; it names the program to run", field="argv.0")
-    env = {**DEFAULT_ENV, **trust_env(policy.spec), **policy.spec.process.env}
+    env = environment(policy.spec)
     for name, value in request.env.items():
         if "=" in name or "\0" in name:
             raise InvalidRequest(f"env: {name!r} is not the name of a variable", field="env")

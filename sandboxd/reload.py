@@ -45,13 +45,19 @@ log = structlog.get_logger(__name__)
 class PolicyStore:
     """Holds the current policies. ``current`` may be read from any thread at any time."""
 
-    def __init__(self, dirs: Sequence[Path], floor: Path | None = None) -> None:
-        """Load the policies at once. Raises OSError if a directory cannot be listed."""
+    def __init__(
+        self, dirs: Sequence[Path], floor: Path | None = None, *, host_network: bool = False
+    ) -> None:
+        """Load the policies at once. Raises OSError if a directory cannot be listed.
+
+        ``host_network``: whether they may have the host's.
+        """
         self._dirs = tuple(dirs)
         self._floor = floor
+        self._host_network = host_network
         self._lock = threading.Lock()
         self._seen = self._fingerprint()
-        self._current = load_policies(self._dirs, self._floor)
+        self._current = self._load()
 
     @property
     def current(self) -> PolicySet:
@@ -68,9 +74,12 @@ class PolicyStore:
         with self._lock:
             # taken before the files are read: a change in between is seen as one more change
             seen = self._fingerprint()
-            self._current = _keep_good(self._current, load_policies(self._dirs, self._floor))
+            self._current = _keep_good(self._current, self._load())
             self._seen = seen
             return self._current
+
+    def _load(self) -> PolicySet:
+        return load_policies(self._dirs, self._floor, host_network=self._host_network)
 
     async def watch(self) -> None:
         """Reload whenever a file changes, until cancelled."""
@@ -144,7 +153,7 @@ def _keep_good(old: PolicySet, new: PolicySet) -> PolicySet:
     kept: dict[str, Policy] = {}
     problems = list(new.problems)
     for name in broken:
-        policy, exceeds = rebuild(old.policies[name], new.floors)
+        policy, exceeds = rebuild(old.policies[name], new)
         if policy is not None:
             kept[name] = policy
         problems += [problem for problem in exceeds if problem not in problems]

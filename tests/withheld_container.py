@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 RANGE = 65_536
 WHILE_PARKED = "init_parent"  # it needs the tool process, and what it meddles with keeps the daemon waiting
 KEPT = "    keep_four_capabilities();"
-UNSHARED = ("NEWNS", "NEWPID", "NEWNET", "NEWIPC", "NEWUTS", "NEWCGROUP")
+UNSHARED = ("CLONE_NEWNS", "CLONE_NEWPID", "network", "CLONE_NEWIPC", "CLONE_NEWUTS", "CLONE_NEWCGROUP")
 NAMES = (
     "mnt_namespace",
     "pid_namespace",
@@ -37,10 +37,10 @@ NAMES = (
     "uts_namespace",
     "cgroup_namespace",
 )
-FLAGS = " | ".join(f'(IS("{name}") ? 0 : CLONE_{flag})' for name, flag in zip(NAMES, UNSHARED, strict=True))
+FLAGS = " | ".join(f'(IS("{name}") ? 0 : {flag})' for name, flag in zip(NAMES, UNSHARED, strict=True))
 EDITS = (
-    (f"unshare({' | '.join(f'CLONE_{flag}' for flag in UNSHARED)})", f"unshare({FLAGS})"),
-    ("    raise_loopback();", '    if (!IS("net_namespace"))\n        raise_loopback();'),
+    (f"unshare({' | '.join(UNSHARED)})", f"unshare({FLAGS})"),
+    ("    if (own_network)\n", '    if (own_network && !IS("net_namespace"))\n'),
     ("must(sethostname(", 'must(IS("uts_namespace") ? 0 : sethostname('),
     (KEPT, f'if (!IS("privileged"))\n{KEPT}'),
 )

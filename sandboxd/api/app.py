@@ -23,7 +23,8 @@ from sandboxd.api import problem, queries
 from sandboxd.api.catalogue import Catalogue
 from sandboxd.api.identity import Identity
 from sandboxd.api.invocations import JSON, Invocations, json_response
-from sandboxd.api.openapi import document
+from sandboxd.api.openapi import ANY, document
+from sandboxd.api.ports import Ports
 from sandboxd.api.protocol import CALLER, ServerConfig
 from sandboxd.api.secrets import Secrets
 from sandboxd.errors import InvalidRequest, NotFound, NotIdentified, SandboxdError, TooLarge
@@ -80,8 +81,10 @@ class Edge:
 def build(service: Service) -> Edge:
     """The ASGI application over a service."""
     bodies = Room(service.config.budget.inputs)
+    ports = Ports("/v1/invocations/{id}", service.entrance)
     routes = [
         *Invocations(service, bodies).routes(),
+        *ports.routes(),
         *Catalogue(service, bodies).routes(),
         *Secrets(service, bodies).routes(),
     ]
@@ -104,7 +107,8 @@ def build(service: Service) -> Edge:
 
 def _route(method: str, path: str, handler: Any) -> Route:
     route = Route(path, handler, methods=[method])
-    route.methods = {method}  # Starlette adds HEAD, which no handler knows
+    # Starlette adds HEAD, which no other handler knows
+    route.methods = None if method == ANY else {method}
     return route
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sandboxd.api.service import Service
     from sandboxd.room import Room
 
-__all__ = ["JSON", "Invocations", "caller_of", "json_response"]
+__all__ = ["JSON", "Invocations", "caller_of", "id_of", "json_response"]
 
 JSON = "application/json"
 SMALL = 4096  # bytes of a body that holds next to nothing
@@ -61,7 +61,7 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
     return Response(pydantic_core.to_json(value, exclude_none=True), status, headers, media_type=JSON)
 
 
-def _id(request: Request) -> str:
+def id_of(request: Request) -> str:
     found: str = request.path_params["id"]
     if not _ID.fullmatch(found):
         raise NotFound("there is no such invocation")
@@ -130,11 +130,11 @@ class Invocations:
     async def get(self, request: Request) -> Response:
         """One invocation as it stands."""
         body.query(request, queries.NoQuery)
-        return json_response(await self.service.get(caller_of(request), _id(request)))
+        return json_response(await self.service.get(caller_of(request), id_of(request)))
 
     async def events(self, request: Request) -> Response:
         """The events of a call, one JSON object on each line."""
-        asked, caller, found = body.query(request, queries.EventsQuery), caller_of(request), _id(request)
+        asked, caller, found = body.query(request, queries.EventsQuery), caller_of(request), id_of(request)
         await self.service.get(caller, found)  # what is refused must be before the first byte is sent
         return StreamResponse(
             _lines(self.service.events(caller, found, after=asked.after, follow=asked.follow)), NDJSON
@@ -149,7 +149,7 @@ class Invocations:
         return await self._stream(request, "stderr")
 
     async def _stream(self, request: Request, name: Literal["stdout", "stderr"]) -> Response:
-        asked, caller, found = body.query(request, queries.StreamQuery), caller_of(request), _id(request)
+        asked, caller, found = body.query(request, queries.StreamQuery), caller_of(request), id_of(request)
         await self.service.get(caller, found)
         return StreamResponse(
             self.service.stream(caller, found, name, offset=asked.offset, follow=asked.follow), OCTETS
@@ -159,7 +159,11 @@ class Invocations:
         """Write the body to standard input."""
         asked = body.query(request, queries.StdinQuery)
         offset = await self.service.write_stdin(
-            caller_of(request), _id(request), offset=asked.offset, chunks=body.chunks(request), eof=asked.eof
+            caller_of(request),
+            id_of(request),
+            offset=asked.offset,
+            chunks=body.chunks(request),
+            eof=asked.eof,
         )
         return json_response({"offset": offset})
 
@@ -167,26 +171,26 @@ class Invocations:
         """Send a signal to the tool."""
         body.query(request, queries.NoQuery)
         asked = await body.decode(request, queries.SignalBody, self.small)
-        await self.service.signal(caller_of(request), _id(request), int(asked.signal))
+        await self.service.signal(caller_of(request), id_of(request), int(asked.signal))
         return Response(status_code=204)
 
     async def cancel(self, request: Request) -> Response:
         """End the call, whatever its state; a body is read and means nothing."""
         body.query(request, queries.NoQuery)
         await body.read(request, self.small)
-        return json_response(await self.service.cancel(caller_of(request), _id(request)))
+        return json_response(await self.service.cancel(caller_of(request), id_of(request)))
 
     async def artifacts(self, request: Request) -> Response:
         """The files that were released from the call, and those that were not."""
         body.query(request, queries.NoQuery)
-        found = await self.service.get(caller_of(request), _id(request))
+        found = await self.service.get(caller_of(request), id_of(request))
         return json_response({"artifacts": found.artifacts, "withheld": found.withheld})
 
     async def artifact(self, request: Request) -> Response:
         """The bytes of a released file."""
         body.query(request, queries.NoQuery)
         found, pieces = await self.service.artifact(
-            caller_of(request), _id(request), request.path_params["path"]
+            caller_of(request), id_of(request), request.path_params["path"]
         )
         headers = {
             "content-length": str(found.size),

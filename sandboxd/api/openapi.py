@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-__all__ = ["OCTETS", "Doc", "document"]
+__all__ = ["ANY", "OCTETS", "Doc", "document"]
+
+ANY = "*"
+"""Stands for every method of a route."""
+METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 
 OCTETS = "application/octet-stream"
 NDJSON = "application/x-ndjson"
@@ -60,7 +64,12 @@ def document(
 ) -> dict[str, Any]:
     """The whole document. A route is its method, path, handler and ``Doc``."""
     paths: dict[str, dict[str, Any]] = {}
-    for method, path, handler, doc in routes:
+    each = [
+        (method, path, handler, doc)
+        for given, path, handler, doc in routes
+        for method in (METHODS if given == ANY else (given,))
+    ]
+    for method, path, handler, doc in each:
         plain = re.sub(r":\w+}", "}", path)
         name = re.sub(r"\W", "_", f"{handler.__name__}{plain}") + f"_{method.lower()}"
         paths.setdefault(plain, {})[method.lower()] = {

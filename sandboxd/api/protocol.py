@@ -18,7 +18,9 @@ hold for operators, or two agents could keep them out.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import re
 import socket
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,20 +34,24 @@ from sandboxd.api import problem
 from sandboxd.api.identity import Caller, Identity, peer_of
 
 if TYPE_CHECKING:
-    import asyncio
-
     from uvicorn.server import ServerState
 
     from sandboxd.config import HttpLimits
 
-__all__ = ["CALLER", "BoundedProtocol", "ServerConfig"]
+__all__ = ["CALLER", "DETACH", "BoundedProtocol", "ServerConfig"]
 
 CALLER = "sandboxd.caller"
 """The key of the ``Caller`` in ``scope["state"]``."""
 
+DETACH = "sandboxd.detach"
+"""The key of ``BoundedProtocol.detach`` there."""
+PASSED_ON = re.compile(rb"/v1/invocations/[^/?]+/ports/[^/?]+")
+"""Targets of requests that the daemon reads the head of, and somebody else the rest."""
+
 STRANGERS = 16  # connections that peers without a role hold together
 DISCARD_TIME = 5.0  # seconds
 DISCARD_BYTES = 16 * 2**20
+DETACH_TIME = 2.0  # seconds that a peer has to read the answers before its last request
 BULK = 128 * 1024  # bytes of one write from which on a connection gets a larger buffer in the kernel
 SEND_BUFFER = 512 * 1024  # bytes; socket(7)
 SO_SNDBUFFORCE = 32  # asm-generic/socket.h: beyond net.core.wmem_max, for who has CAP_NET_ADMIN
@@ -84,6 +90,10 @@ class JoinedWrites:
                 sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER)
         self._transport.write(data)
 
+    def get_write_buffer_size(self) -> int:
+        """Bytes that are not sent yet."""
+        return sum(map(len, self._pieces)) + self._transport.get_write_buffer_size()
+
     def close(self) -> None:
         """Close once what was written is sent."""
         self._flush()
@@ -91,6 +101,22 @@ class JoinedWrites:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
+
+
+class Connection(h11.Connection):
+    """h11's of one peer, which stops after the head of a request whose rest is not the daemon's to read."""
+
+    def __init__(self, headers: int) -> None:
+        super().__init__(h11.SERVER, headers)
+        self.held = False
+
+    def next_event(self) -> Any:
+        """As h11's; PAUSED while it is held."""
+        if self.held:
+            return h11.PAUSED
+        event = super().next_event()
+        self.held = isinstance(event, h11.Request) and PASSED_ON.match(event.target) is not None
+        return event
 
 
 class ServerConfig(uvicorn.Config):
@@ -132,6 +158,7 @@ class BoundedProtocol(H11Protocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.limits = config.limits
+        self.conn: Connection = Connection(config.limits.headers)
         self.caller: Caller | None = None
         self.phase: Literal["idle", "header", "body", "discard"] | None = "idle"
         self.deadline = self.loop.time() + self.limits.header_timeout / 1e6
@@ -148,7 +175,10 @@ class BoundedProtocol(H11Protocol):
             log.warning("peer without credentials", error=str(error))
             transport.abort()
             return
-        self.app_state = {CALLER: self.caller}  # uvicorn copies it into the scope of each request
+        self.app_state = {
+            CALLER: self.caller,
+            DETACH: self.detach,
+        }  # uvicorn copies it into the scope of each request
         self.config.per_uid[self.caller.uid] += 1
         self.config.strangers += self.caller.role == "none"
         over = self._over()
@@ -201,9 +231,30 @@ class BoundedProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         """A response ended: the peer may rest for ``keep_alive``, or finish what it was sending."""
+        held, self.conn.held = self.conn.held, False
         super().on_response_complete()
         self._unset_keepalive_if_required()  # the deadline below does its work
+        if held and not self.transport.is_closing():
+            self.handle_events()  # what it was not read for is a body that was refused
         self._owed()
+
+    async def detach(self) -> tuple[socket.socket, bytes]:
+        """Give up the connection of a request that is held: it, and what came after the request's head.
+
+        Whoever takes it has it to close. Raises ConnectionError when the peer is gone, or does not read.
+        """
+        end = self.loop.time() + DETACH_TIME
+        while self.transport.get_write_buffer_size():
+            if self.loop.time() > end:
+                raise ConnectionError("the peer does not read what it asked for before")
+            await asyncio.sleep(0.005)
+        if not self.conn.held or self.cycle is None or self.transport.is_closing():
+            raise ConnectionError("the peer has gone away")
+        taken = self.transport.get_extra_info("socket").dup()
+        rest, _ = self.conn.trailing_data
+        self.cycle.disconnected = True  # uvicorn has nothing to answer any more
+        self.transport.abort()  # closes this process's end alone
+        return taken, rest
 
     def _owed(self) -> None:
         state, before = self.conn.their_state, self.phase

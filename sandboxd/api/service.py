@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sandboxd import errors, models
     from sandboxd.api.identity import Caller
     from sandboxd.config import Config
+    from sandboxd.network.entrance import Entrance
 
 __all__ = ["Service"]
 
@@ -93,6 +94,10 @@ class Service(Protocol):
 
     async def cancel(self, caller: Caller, id: str) -> models.Invocation:  # noqa: A002
         """End a call; the invocation as it then stands, unchanged if it had ended."""
+        ...
+
+    async def entrance(self, caller: Caller, id: str) -> Entrance:  # noqa: A002
+        """The way to the servers of a running call. Raises CallNotStarted, CallEnded, PortNotExposed."""
         ...
 
     async def artifact(

@@ -144,6 +144,8 @@ def inspect(call_id: Id, *, remote: AlsoRemote = REMOTE) -> None:
         return
     from sandboxd.cli.policy import dump  # noqa: PLC0415 - YAML is only for people
 
+    for warning in call.receipt.warnings if call.receipt is not None else ():
+        terminal.print_text(f"# WARNING: {warning}")
     terminal.print_text(dump(document))
 
 

@@ -39,6 +39,7 @@ COMMANDS = {
     "inspect": "calls:inspect",
     "logs": "calls:logs",
     "cancel": "calls:cancel",
+    "forward": "forward:forward",
     "bench": "bench:bench",
 }
 GROUPS = {

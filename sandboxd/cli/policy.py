@@ -44,7 +44,7 @@ def load(config: Path | None, beside: Sequence[Path] = ()) -> PolicySet:
     directories = [shipped_policies(), *settings.policies, *beside]
     floor = settings.floor if settings.floor is not None and settings.floor.exists() else None
     try:
-        return load_policies(list(dict.fromkeys(directories)), floor)
+        return load_policies(list(dict.fromkeys(directories)), floor, host_network=settings.network.host)
     except OSError as error:
         raise errors.ConfigInvalid(f"cannot read {error.filename}: {error.strerror}") from None
 

@@ -72,11 +72,14 @@ def _facts(invocation: dict[str, Any], *, artifacts: bool, plain: bool) -> list[
 def explain(invocation: dict[str, Any], *, artifacts: bool) -> list[str]:
     """At most two lines about anything but a plain exit: the cause, then what stood in the way.
 
+    Before them, one for each boundary that the policy took away, whatever the exit.
     ``artifacts``: the caller asked for files and has to know which were withheld.
     """
     outcome = invocation.get("outcome") or {}
     plain = outcome.get("cause") == "exited" and not outcome.get("exit_code")
-    lines = []
+    lines = [
+        f"WARNING: {visible(str(each))}" for each in (invocation.get("receipt") or {}).get("warnings", [])
+    ]
     if outcome.get("cause") != "exited":
         lines.append(
             f"{outcome.get('cause', 'failed')}: {visible(str(outcome.get('message', 'no outcome')))}"

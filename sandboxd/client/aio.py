@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
     from typing import Unpack
 
+    from anyio.abc import SocketStream
+
 __all__ = ["AsyncClient", "AsyncStream"]
 
 T = TypeVar("T")
@@ -177,6 +179,16 @@ class AsyncClient:
     async def cancel(self, id: str) -> models.Invocation:  # noqa: A002
         """End a call in whatever state it is; one that has ended keeps its outcome."""
         return await self._do(calls.cancel(id))
+
+    async def ports(self, id: str) -> Sequence[int]:  # noqa: A002
+        """The ports of a running call's container that this caller may reach, by its policy."""
+        return await self._do(calls.ports(id))
+
+    async def connect(self, id: str, port: int) -> SocketStream:  # noqa: A002
+        """A stream to a server inside a running call's container (see ``Client.connect``), to be closed."""
+        return await async_transport.switch(
+            self._paths, calls.connect(id, port), connect_timeout=self._connect_timeout, timeout=self._timeout
+        )
 
     async def artifacts(self, id: str) -> Sequence[models.Artifact]:  # noqa: A002
         """The files that were released from a call."""

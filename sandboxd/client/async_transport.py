@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Sequence
 
 
-__all__ = ["AsyncAnswer", "exchange"]
+__all__ = ["AsyncAnswer", "exchange", "switch"]
 
 MAX_HEADER = 64 * 1024
 HEAD = len(b"HTTP/")
@@ -190,6 +190,48 @@ async def exchange(
         raise
     await stream.aclose()
     raise wire.error_of(answer.status, answer.content_type, problem)
+
+
+async def switch(
+    paths: Sequence[str],
+    asked: wire.Exchange,
+    *,
+    connect_timeout: float,
+    timeout: float | None,  # noqa: ASYNC109 - bounds each read and write before the answer
+) -> SocketStream:
+    """Send a request to switch protocols; the stream, at the first byte after status 101."""
+    stream = await connect(paths, connect_timeout)
+    parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEADER)
+    answer = AsyncAnswer(stream, parser, timeout)
+    try:
+        await _send(stream, parser, asked, None, timeout)
+        head = await _read_head(stream, timeout)
+        if head.split(b" ", 2)[1:2] == [b"101"]:
+            return stream
+        parser.receive_data(head)
+        await answer.begin()
+        problem = await answer.read(MAX_PROBLEM)
+    except BaseException:
+        with anyio.CancelScope(shield=True):
+            await stream.aclose()
+        raise
+    await stream.aclose()
+    raise wire.error_of(answer.status, answer.content_type, problem)
+
+
+async def _read_head(stream: SocketStream, timeout: float | None) -> bytes:  # noqa: ASYNC109 - of each read
+    """A head, and not a byte of what follows it."""
+    head = bytearray()
+    with mapped(timeout, "before an answer"):
+        while not head.endswith(b"\r\n\r\n"):
+            if len(head) > MAX_HEADER:
+                raise h11.RemoteProtocolError("an endless head")
+            try:
+                with anyio.fail_after(timeout):
+                    head += await stream.receive(1)
+            except anyio.EndOfStream:
+                raise anyio.BrokenResourceError from None
+    return bytes(head)
 
 
 async def _send(

@@ -260,6 +260,25 @@ def cancel(id: str) -> Call[models.Invocation]:  # noqa: A002
     return Call(wire.Exchange("POST", wire.invocation_target(id, "cancel"), b""), _one(models.Invocation))
 
 
+def ports(id: str) -> Call[list[int]]:  # noqa: A002
+    """The ports inside that can be reached."""
+
+    def decode(body: bytes) -> list[int]:
+        document = wire.parse_json(body)
+        found = document.get("ports") if isinstance(document, dict) else None
+        if not isinstance(found, list) or not all(isinstance(port, int) for port in found):
+            raise wire.protocol_error("an answer that lists no ports")
+        return found
+
+    return Call(wire.Exchange("GET", wire.invocation_target(id, "ports")), decode)
+
+
+def connect(id: str, port: int) -> wire.Exchange:  # noqa: A002
+    """A connection to a port inside."""
+    headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
+    return wire.Exchange("GET", wire.invocation_target(id, "ports", str(port)), headers=headers)
+
+
 def artifact(id: str, path: str) -> wire.Exchange:  # noqa: A002
     """The bytes of an artifact."""
     return wire.Exchange(

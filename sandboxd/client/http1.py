@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["Cut", "Malformed", "Response", "send"]
+__all__ = ["Cut", "Malformed", "Response", "read_head", "send"]
 
 CHUNK = 256 * 1024
 MAX_LINE = 64 * 1024
@@ -56,13 +56,26 @@ def send(
     sock.sendall(b"0\r\n\r\n")
 
 
+def read_head(sock: socket.socket) -> bytes:
+    """A head, and not a byte of what follows it. Raises Cut, Malformed, and what the socket raises."""
+    head = bytearray()
+    while not head.endswith(b"\r\n\r\n"):
+        byte = sock.recv(1)
+        if not byte:
+            raise Cut("the connection ended")
+        head += byte
+        if len(head) > MAX_HEAD:
+            raise Malformed("an endless head")
+    return bytes(head)
+
+
 class Response:
     """One answer. Every method raises Malformed, Cut, and what the socket raises."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        """Read the head; informational answers before it are passed over."""
+    def __init__(self, sock: socket.socket, begun: bytes = b"") -> None:
+        """Read the head, of which ``begun`` was read; informational answers before it are passed over."""
         self._sock = sock
-        self._buffer = b""
+        self._buffer = begun
         self._at = 0
         self.status, self.headers = self._head()
         while 100 <= self.status < 200:

@@ -12,6 +12,7 @@ from sandboxd.client.destination import Destination
 
 if TYPE_CHECKING:
     import signal as signals
+    import socket as sockets
     from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
     from typing import Unpack
@@ -197,6 +198,20 @@ class Client:
     def cancel(self, id: str) -> models.Invocation:  # noqa: A002
         """End a call in whatever state it is; one that has ended keeps its outcome."""
         return self._do(calls.cancel(id))
+
+    def ports(self, id: str) -> Sequence[int]:  # noqa: A002
+        """The ports of a running call's container that this caller may reach, by its policy."""
+        return self._do(calls.ports(id))
+
+    def connect(self, id: str, port: int) -> sockets.socket:  # noqa: A002
+        """A connected socket to a server inside a running call's container; the caller's to close.
+
+        Raises NotFound, CallNotStarted, CallEnded, PortNotExposed, and PortNotAnswering while nobody
+        listens there. It blocks without a timeout, and ends with the call.
+        """
+        return transport.switch(
+            self._paths, calls.connect(id, port), connect_timeout=self._connect_timeout, timeout=self._timeout
+        )
 
     def artifacts(self, id: str) -> Sequence[models.Artifact]:  # noqa: A002
         """The files that were released from a call."""

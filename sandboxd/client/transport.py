@@ -18,7 +18,7 @@ from sandboxd.client import http1, location, wire
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-__all__ = ["Answer", "connect", "exchange"]
+__all__ = ["Answer", "connect", "exchange", "switch"]
 
 MAX_PROBLEM = 2**20
 
@@ -143,6 +143,31 @@ def exchange(
         return answer
     with answer:
         raise wire.error_of(answer.status, answer.content_type, answer.read(MAX_PROBLEM))
+
+
+def switch(
+    paths: Sequence[str], asked: wire.Exchange, *, connect_timeout: float, timeout: float | None
+) -> socket.socket:
+    """Send a request to switch protocols; the socket, at the first byte after status 101.
+
+    ``timeout`` bounds the wait for the answer alone. Raises as ``exchange``.
+    """
+    sock = connect(paths, connect_timeout)
+    try:
+        sock.settimeout(timeout)
+        _send(sock, asked, None, timeout)
+        with mapped(timeout, "before an answer"):
+            head = http1.read_head(sock)
+            if head.split(b" ", 2)[1:2] == [b"101"]:
+                sock.settimeout(None)
+                return sock
+            answer = Answer(sock, http1.Response(sock, head), timeout)
+        problem = answer.read(MAX_PROBLEM)
+    except BaseException:
+        sock.close()
+        raise
+    sock.close()
+    raise wire.error_of(answer.status, answer.content_type, problem)
 
 
 def _send(

@@ -52,6 +52,10 @@ EXPECTED: dict[str, dict[str, str]] = {
     "the engine's processes on this host": {
         "given": "the daemon was given with --socket; whose processes are its own is not known",
     },
+    "the host's network": {
+        "given": "the daemon was given with --socket; whether its configuration allows it is not known",
+        "user_namespace: engine": "an engine that remaps ids gives no container the host's network",
+    },
     "a daemon of the suite's own": {
         "given": "the daemon was given with --socket; it is not ours to configure, to stop or to kill",
     },
@@ -82,6 +86,7 @@ RECEIPT: dict[str, str] = {
     "network_filter": "policy network",
     "network_sysctls": "policy network",
     "trust": "policy https",
+    "expose": "policy exposed",
 }  # fmt: skip
 """Every line of a receipt, and the trait of a subject or of a policy with which it is there."""
 

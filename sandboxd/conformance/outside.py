@@ -99,9 +99,9 @@ class Outside:
 
     @property
     def config(self) -> str:
-        """What a daemon's configuration says to ask this name server."""
-        authorities = f"authorities: [{self._web.certificate}]"
-        return f"network: {{nameservers: [{HERE}], port: {self._dns.getsockname()[1]}, {authorities}}}\n"
+        """What a daemon's configuration says to ask this name server, and to allow all that policies can."""
+        asked = f"nameservers: [{HERE}], port: {self._dns.getsockname()[1]}"
+        return f"network: {{host: true, {asked}, authorities: [{self._web.certificate}]}}\n"
 
     @property
     def port(self) -> int:

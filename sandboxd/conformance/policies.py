@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from string import Template
 
-__all__ = ["LENT", "PREFIX", "texts"]
+__all__ = ["LENT", "OF_OURS", "PREFIX", "texts"]
 
 PREFIX = "conformance-"
 LENT = "lent by the operator\n"
@@ -102,7 +102,14 @@ network:
 extends: conformance-python
 network: {allow: [{host: "*.conformance.test", ports: [$port]}]}
 """,
+    "exposed": "extends: conformance-python\nexpose: [8080, 8081]\n",
+    "exposed-network": "extends: conformance-network\nexpose: [8080, 8081]\n",
+    "host": "extends: conformance-python\nnetwork: {mode: host}\n",
 }
+
+
+OF_OURS = {f"{PREFIX}host"}
+"""Those that a daemon has to be configured for, as the suite's own is."""
 
 
 def texts(**values: str) -> dict[str, str]:

@@ -239,6 +239,8 @@ def _policies(subject: Subject, lent: Path) -> Iterator[None]:
             port=str(subject.outside.port),
             web=str(subject.outside.web_port),
         )
+        if subject.process is None:
+            texts = {name: text for name, text in texts.items() if name not in policies.OF_OURS}
         files = {watched / f"{name}.yaml": text for name, text in texts.items()}
         if there := [file.name for file in files if os.path.lexists(file)]:
             raise SubjectFailed(f"{watched} has {', '.join(there)} already, and the suite would replace them")

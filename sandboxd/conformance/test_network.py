@@ -143,3 +143,36 @@ def test_a_tool_cannot_change_it(subject: Subject) -> None:
     )
     call = subject.run("python3", "-c", code, policy="network")
     assert text(call).split() == ["-1", "1", "1", "13", "13", "1", "1"], text(call, "stderr")
+
+
+@needs("the host's network")
+def test_the_hosts_network_is_had_in_that_mode_alone(subject: Subject) -> None:
+    target = f"127.0.0.1:{subject.outside.port}"
+    assert text(talk(subject, target, policy="host")) == "answer b'said'\n"
+    assert text(talk(subject, target, policy="python")) == REFUSED
+
+
+@needs("the host's network")
+def test_the_receipt_shouts_that_the_network_is_the_hosts(subject: Subject) -> None:
+    call = subject.run("true", policy="host")
+    assert call.receipt is not None
+    assert ["HOST'S OWN NETWORK" in warning for warning in call.receipt.warnings] == [True]
+    found, others = controls(call), controls(subject.run("true", policy="python"))
+    assert found["network"].in_force.startswith("NONE OF ITS OWN: the host's net:[")
+    assert set(others) - set(found) == {"net_namespace", "network_routes"}
+    assert set(found) <= set(others)
+
+
+@needs("the host's network")
+def test_a_tool_cannot_change_the_hosts_network(subject: Subject) -> None:
+    code = (
+        "import socket, struct\n"
+        "link = struct.pack('IHHII', 32, 16, 5, 1, 0) + struct.pack('BxHiII', 0, 0, 1, 0, 1)\n"
+        "s = socket.socket(16, 3, 0); s.send(link); print(struct.unpack('i', s.recv(99)[16:20])[0])\n"
+        "for make in (lambda: socket.socket(16, 3, 12), lambda: socket.socket(2, 3, 6),\n"
+        "             lambda: socket.socket(17, 3, 3), lambda: socket.socket().setsockopt(1, 36, 1),\n"
+        "             lambda: open('/proc/sys/net/ipv4/ip_forward', 'w')):\n"
+        "    try: make(); print('done')\n"
+        "    except OSError: print('refused')"
+    )
+    assert text(subject.run("python3", "-c", code, policy="host")).split() == ["-1", *["refused"] * 5]

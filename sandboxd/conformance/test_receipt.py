@@ -45,6 +45,7 @@ def expected(subject: Subject, policy: str) -> set[str]:
     [
         "plain",
         "proof",
+        "exposed",
         pytest.param("overlay", marks=needs("a writable root")),
         pytest.param("io", marks=needs("a limit of io")),
     ],
@@ -117,5 +118,5 @@ def test_a_denied_call_is_in_the_result(subject: Subject) -> None:
 
 
 def test_every_line_has_a_proof() -> None:
-    elsewhere = {"root_overlay", "io", "network_filter", "network_sysctls", "trust"}
+    elsewhere = {"root_overlay", "io", "network_filter", "network_sysctls", "trust", "expose"}
     assert set(PROOFS) | elsewhere == set(RECEIPT)

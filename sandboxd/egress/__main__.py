@@ -10,7 +10,7 @@ import sys
 import traceback
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import dns.asyncbackend
@@ -19,13 +19,17 @@ import dns.rdata
 from sandboxd.egress.budget import Budget
 from sandboxd.egress.container import Container
 from sandboxd.egress.injection import Secret
+from sandboxd.egress.inward import Inward
 from sandboxd.egress.jail import give_up
 from sandboxd.egress.leaves import Leaves
-from sandboxd.egress.messages import MAX_FAULT, MAX_MESSAGE, Serve, Setup, decode, encode, rules_of
+from sandboxd.egress.messages import MAX_FAULT, MAX_MESSAGE, Enter, Serve, Setup, decode, encode, rules_of
 from sandboxd.egress.servers import Servers, host_authorities
 from sandboxd.egress.upstream import Resolver, host_names
 from sandboxd.kernel import descriptors
 from sandboxd.reach import Reach
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
 
 DESCRIPTORS = 65536
 DOORS = 5
@@ -40,6 +44,7 @@ class Worker:
         self._servers = servers
         self._leaves = leaves
         self._containers: dict[str, Container] = {}
+        self._inward = Inward(self._say)
         self._known: dict[str, dict[str, str]] = {}
         """Addresses of names that a container was told already, by a process that is gone."""
         self._secrets: dict[str, dict[str, Secret]] = {}
@@ -54,43 +59,52 @@ class Worker:
                 if not data:
                     break
                 kind, content = decode(data)
-                match kind:
-                    case "rules":
-                        rules = rules_of(content["rules"])
-                        self._rules[content["name"]] = Reach(rules), dict(rules.budget)
-                    case "names":
-                        self._known.setdefault(content["id"], {}).update(content["names"])
-                    case "serve" if len(fds) == DOORS:
-                        asked = Serve(**content)
-                        reach, budget = self._rules[asked.rules]
-                        say = partial(self._say, id=asked.id)
-                        container = self._containers[asked.id] = Container(
-                            fds,
-                            say,
-                            reach=reach,
-                            budget=Budget(budget),
-                            names=self._known.pop(asked.id, {}),
-                            resolver=self._resolver,
-                            servers=self._servers,
-                            leaves=self._leaves,
-                        )
-                        container.secrets.update(self._secrets.pop(asked.id, {}))
-                        container.begin(tasks)
-                    case "secrets":
-                        self._take_secrets(content["id"], content["values"])
-                    case "end":
-                        self._containers.pop(content["id"]).end()
-                    case _:
-                        for fd in fds:
-                            os.close(fd)
+                self._take(tasks, kind, content, fds)
             tasks.cancel_scope.cancel()
 
-    def _take_secrets(self, id: str, values: dict[str, list[Any]]) -> None:  # noqa: A002
-        found = {name: Secret(version, base64.b64decode(value)) for name, (version, value) in values.items()}
-        if (container := self._containers.get(id)) is not None:
-            container.secrets.update(found)
-        else:
-            self._secrets[id] = found  # the container is about to come
+    def _take(self, tasks: TaskGroup, kind: str, content: dict[str, Any], fds: list[int]) -> None:
+        match kind:
+            case "rules":
+                rules = rules_of(content["rules"])
+                self._rules[content["name"]] = Reach(rules), dict(rules.budget)
+            case "names":
+                self._known.setdefault(content["id"], {}).update(content["names"])
+            case "serve" if len(fds) == DOORS:
+                asked = Serve(**content)
+                reach, budget = self._rules[asked.rules]
+                say = partial(self._say, id=asked.id)
+                container = self._containers[asked.id] = Container(
+                    fds,
+                    say,
+                    reach=reach,
+                    budget=Budget(budget),
+                    names=self._known.pop(asked.id, {}),
+                    resolver=self._resolver,
+                    servers=self._servers,
+                    leaves=self._leaves,
+                )
+                container.secrets.update(self._secrets.pop(asked.id, {}))
+                container.begin(tasks)
+            case "secrets":
+                self._take_secrets(content["id"], content["values"])
+            case "enter" if len(fds) == Inward.DESCRIPTORS:
+                self._inward.begin(tasks, Enter(**content), fds)
+            case "cut":
+                self._inward.cut(content["id"])
+            case "end":
+                self._containers.pop(content["id"]).end()
+            case _:
+                for fd in fds:
+                    os.close(fd)
+
+    def _take_secrets(self, id: str, values: dict[str, list[Any] | None]) -> None:  # noqa: A002
+        container = self._containers.get(id)
+        known = self._secrets.setdefault(id, {}) if container is None else container.secrets
+        for name, found in values.items():
+            if found is None:
+                known.pop(name, None)
+            else:
+                known[name] = Secret(found[0], base64.b64decode(found[1]))
 
     def _say(self, kind: str, **content: object) -> None:
         self._sock.setblocking(True)  # the daemon reads at once; where it does not, this waits for it

@@ -15,7 +15,7 @@ from sandboxd.reach import Allow, Deny, NetworkRules
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["MAX_FAULT", "MAX_MESSAGE", "MAX_NAMES", "Serve", "Setup", "decode", "encode", "rules_of"]
+__all__ = ["MAX_FAULT", "MAX_MESSAGE", "MAX_NAMES", "Enter", "Serve", "Setup", "decode", "encode", "rules_of"]
 
 MAX_MESSAGE = 1 << 20
 MAX_NAMES = 10_000  # of a container
@@ -44,6 +44,21 @@ class Serve:
     id: str
     rules: str
     """The name of rules that came before, in a message of their own."""
+
+
+@dataclass(frozen=True)
+class Enter:
+    """A connection of a caller to a port of its call's container.
+
+    With it come the caller's connection, one into the container, and a file of what the caller sent already.
+    """
+
+    id: str
+    """The call's."""
+    number: int
+    port: int
+    prefix: str
+    """What the caller's paths begin with, and the server's do not; without it nothing is taken for HTTP."""
 
 
 def rules_of(content: Mapping[str, Any]) -> NetworkRules:

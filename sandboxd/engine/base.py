@@ -58,6 +58,7 @@ class Lacks:
     user_namespaces: Mapping[str, str] = field(default_factory=dict)
     """By the kind that a policy asks for."""
     overlay_root: str | None = None
+    host_network: str | None = None
 
     def refuse(self, shape: Shape, error: type[errors.SandboxdError] = errors.ControlNotSupported) -> None:
         """Raise the error, which names the control, for a shape that no container here can have."""
@@ -65,6 +66,8 @@ class Lacks:
             raise error(said, control="user_namespace")
         if self.overlay_root is not None and shape.root.mode == "overlay":
             raise error(self.overlay_root, control="root_overlay")
+        if self.host_network is not None and shape.host_network:
+            raise error(self.host_network, control="network")
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,13 @@ class Berths:
                 stack.push(berth.stack)
             self._ready.clear()
 
-    def take(self) -> Berth:
-        """A berth whose process lives: one that waits, else a new one. Raises OSError, HostFailed."""
+    def take(self, *, host_network: bool = False) -> Berth:
+        """A berth whose process lives: one that waits, else a new one. Raises OSError, HostFailed.
+
+        With ``host_network`` it has no network of its own; none waits that has not.
+        """
+        if host_network:
+            return self._make(host_network=True)
         while True:
             with self._change:
                 berth = self._ready.pop(0) if self._ready else None
@@ -136,7 +141,7 @@ class Berths:
             with self._change:
                 self._ready.append(berth)
 
-    def _make(self) -> Berth:
+    def _make(self, *, host_network: bool = False) -> Berth:
         name = str(uuid7())
         with ExitStack() as stack:
             ids = stack.enter_context(self._namespaces.borrowed())
@@ -150,15 +155,17 @@ class Berths:
             control = Control(ours)
             stack.callback(control.close)
             with theirs:
-                container = self._container(directory, ids, cgroup, theirs.fileno())
+                container = self._container(
+                    directory, ids, cgroup, theirs.fileno(), host_network=host_network
+                )
             stack.enter_context(container)
             return Berth(name, ids, cgroup, directory, control, container, stack.pop_all())
 
     def _container(
-        self, directory: Path, ids: IdRange, cgroup: Cgroup, control: int
+        self, directory: Path, ids: IdRange, cgroup: Cgroup, control: int, *, host_network: bool
     ) -> BuiltInContainer | BundledContainer:
         if self._runtime.dialect == "builtin":
-            return BuiltInContainer(directory, ids, cgroup, control)
+            return BuiltInContainer(directory, ids, cgroup, control, host_network=host_network)
         return BundledContainer(
             self._runtime, directory, ids, cgroup, root=self._run / "runtime", control=control
         )

@@ -46,7 +46,9 @@ def container_plan(shape: Shape, targets: Sequence[str]) -> bytes:
 class BuiltInContainer:
     """Implements ``engine.berth.Container``: its process is PID 1 to be. A context manager."""
 
-    def __init__(self, directory: Path, ids: IdRange, cgroup: Cgroup, control: int) -> None:
+    def __init__(
+        self, directory: Path, ids: IdRange, cgroup: Cgroup, control: int, *, host_network: bool = False
+    ) -> None:
         """``directory`` is an empty one that the container's root can reach. Raises OSError, EngineFailed."""
         with ExitStack() as stack:
             self._said = os.memfd_create("container", os.MFD_CLOEXEC)
@@ -57,7 +59,8 @@ class BuiltInContainer:
             with theirs:
                 self._plan.settimeout(PREPARED)
                 passed = [theirs.fileno(), control, ids.namespace]
-                command = [str(CONTAINER), *map(str, passed), str(directory), *cgroup.procs_files]
+                network = "host" if host_network else "own"
+                command = [str(CONTAINER), *map(str, passed), network, str(directory), *cgroup.procs_files]
                 parent = subprocess.Popen(
                     [*command, "--", *MASKED, "--", *READ_ONLY, "--", cgroup.name],
                     stdin=self._said,

@@ -103,7 +103,9 @@ def make_config(
     is the ``cgroupsPath`` for a runtime that insists on placing the container itself.
     """
     namespaces: list[dict[str, str]] = [
-        {"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount", "cgroup")
+        {"type": kind}
+        for kind in ("pid", "network", "ipc", "uts", "mount", "cgroup")
+        if not (kind == "network" and shape.host_network)
     ]
     linux: dict[str, Any] = {
         "namespaces": namespaces,

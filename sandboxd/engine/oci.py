@@ -192,7 +192,7 @@ class OciEngine:
             raise errors.HostFailed(f"the host refused a part of a container: {error}") from error
 
     def _make(self, shape: Shape) -> Slot:
-        berth = self._berths.take()
+        berth = self._berths.take(host_network=shape.host_network)
         with berth.stack as stack:
             slot = self._assemble(berth, shape, stack)
             self._resources[slot.id] = stack.pop_all()

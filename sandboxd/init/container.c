@@ -1,10 +1,11 @@
 /*
  * The built-in container runtime: everything between a cgroup and our PID 1, in one small process.
  *
- *   sandboxd-container PLAN_FD CONTROL_FD USERNS_FD DIRECTORY PROCS... -- MASKED... -- READ_ONLY... -- NAME
+ *   sandboxd-container PLAN_FD CONTROL_FD USERNS_FD own|host DIRECTORY PROCS... -- MASKED... -- READ_ONLY... -- NAME
  *
  * Theory of operation.  What no container differs in is done ahead of time: the process joins the named
- * cgroups and the user namespace, becomes its root, makes all other namespaces, and forks.  The parent
+ * cgroups and the user namespace, becomes its root, makes all other namespaces, and forks; with `host` for
+ * its network, it stays in that of the host, of which it may change nothing.  The parent
  * sends the child's pid and pidfd over PLAN_FD and ends.  The child is the first process of the PID
  * namespace; on a tmpfs at DIRECTORY, which it alone sees, it makes /dev and /proc with what is masked
  * there, and waits.  One packet on PLAN_FD is the plan: strings ended by NUL, and detached mounts as
@@ -329,7 +330,7 @@ static void keep_four_capabilities(void)
 }
 
 /* The child: PID 1 to be. */
-static _Noreturn void contain(int plan_fd, int control, const char *directory, char **masks)
+static _Noreturn void contain(int plan_fd, int control, bool own_network, const char *directory, char **masks)
 {
     static char plan[MAX_PLAN + 1];
     int mounts[MAX_MOUNTS];
@@ -343,7 +344,8 @@ static _Noreturn void contain(int plan_fd, int control, const char *directory, c
     must((int)syscall(SYS_move_mount, scratch, "", AT_FDCWD, directory, MOVE_MOUNT_F_EMPTY_PATH), directory);
     must(fchdir(scratch), directory);
     close(scratch);
-    raise_loopback();
+    if (own_network)
+        raise_loopback();
     make_dev();
     make_proc(masks);
     size_t size = receive_plan(plan_fd, plan, mounts, &count);
@@ -379,10 +381,11 @@ static void send_child(int fd, pid_t pid)
 
 int main(int argc, char **argv)
 {
-    if (argc < 7)
+    if (argc < 8)
         return errno = EINVAL, fail("arguments"), 125;
     int plan = atoi(argv[1]), control = atoi(argv[2]), userns = atoi(argv[3]);
-    char **at = argv + 5;
+    bool own_network = strcmp(argv[4], "host") != 0;
+    char **at = argv + 6;
     for (; *at && strcmp(*at, "--") != 0; at++)
         write_text(*at, "0");
     if (!*at)
@@ -392,10 +395,11 @@ int main(int argc, char **argv)
     must(setgroups(0, NULL), "setgroups");
     must(setresgid(0, 0, 0), "setresgid");
     must(setresuid(0, 0, 0), "setresuid");
-    must(unshare(CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP), "unshare");
+    int network = own_network ? CLONE_NEWNET : 0;
+    must(unshare(CLONE_NEWNS | CLONE_NEWPID | network | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP), "unshare");
     pid_t child = must(fork(), "fork");
     if (child == 0)
-        contain(plan, control, argv[4], at + 1);
+        contain(plan, control, own_network, argv[5], at + 1);
     send_child(plan, child);
     return 0;
 }

@@ -36,21 +36,23 @@ from sandboxd.network.authority import Authority
 from sandboxd.network.filter import filter_program
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from anyio.abc import TaskGroup
 
     from sandboxd.config import NetworkConfig
+    from sandboxd.egress.messages import Enter
     from sandboxd.engine.base import Slot
     from sandboxd.network.authority import Authority
     from sandboxd.network.namespace import Doors
     from sandboxd.reach import NetworkRules
 
-__all__ = ["Gateway"]
+__all__ = ["Gateway", "Server"]
 
 CONTAINERS = 32  # that one process serves before another is started beside it
 END_SECONDS = 5.0  # that a process has for its last word on a container
 IDLE_SECONDS = 300.0  # that a process without a container is kept
+AT_ONCE = 16  # messages of a process, before others have their turn
 MAX_EVENTS = 2000  # of a call, by one process
 MAX_FAULTS = 100  # of a process
 MAX_NAME = 255
@@ -58,8 +60,8 @@ NAMES_AT_ONCE = 1000
 MAX_THREADS = 8  # of a process, which needs one
 MAX_CRASHES = 3  # of the processes that served one container
 
-Secrets = Mapping[str, tuple[int, bytes]]
-"""Version and value, by name."""
+Secrets = Mapping[str, tuple[int, bytes] | None]
+"""Version and value, by name; None: it may be given to no request any more."""
 
 log = structlog.get_logger("sandboxd.network")
 
@@ -96,6 +98,8 @@ class _Worker:
         self.caller = caller
         self.uid = uid
         self.containers: dict[str, _Served] = {}
+        self.inward: dict[int, Callable[[dict[str, object] | None], None]] = {}
+        """Who is told of the end of a connection into a container, or that nobody will say how it ended."""
         self.name = f"egress-{uid}"
         self.ready = anyio.Event()
         """Set when it takes containers, or never will."""
@@ -119,11 +123,25 @@ class _Worker:
                 env={"LANG": "C.UTF-8"},
             )
 
+    def kill(self) -> None:
+        """End the process; its end is heard like any other."""
+        self.process.kill()
+
     async def stop(self) -> None:
         """End the process and reap it."""
         self.process.kill()
         await anyio.to_thread.run_sync(self.process.wait)
         self.sock.close()  # not before: who waits until it can be written would never wake
+
+
+class Server(Protocol):
+    """A process that serves connections, to those who have some there."""
+
+    async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Tell it something. Raises OSError when it is gone."""
+
+    def kill(self) -> None:
+        """End it, and all that it serves."""
 
 
 class Confining(Protocol):
@@ -171,12 +189,15 @@ class Gateway:
         await self._hand_over(served)
         self._served[id] = served
 
-    async def renew(self, id: str, secrets: Secrets) -> None:  # noqa: A002
-        """Secrets have new values; the next request of the call has them. Of a call that ended: nothing."""
+    def renew(self, id: str, secrets: Secrets) -> None:  # noqa: A002
+        """Secrets have new values; requests have them from now on. Of a call that ended: nothing."""
         if (served := self._served.get(id)) is not None:
             served.secrets = {**served.secrets, **secrets}
-            with suppress(OSError):  # who dies is followed by one that is told all
-                await served.worker.send(encode("secrets", _told(served, secrets)))
+            self._tasks.start_soon(self._renew, served, secrets)
+
+    async def _renew(self, served: _Served, secrets: Secrets) -> None:
+        with suppress(OSError):  # who dies is followed by one that is told all
+            await served.worker.send(encode("secrets", _told(served, secrets)))
 
     async def begin_end(self, id: str) -> None:  # noqa: A002
         """Cut what is left of the call's connections; ``end`` waits for that."""
@@ -198,6 +219,29 @@ class Gateway:
             served.worker.process.kill()  # nobody else is to wait for it; what it did is not known
             served.on_event(_failed("the process that served the connections did not answer in the end"))
         return served.use
+
+    async def enter(
+        self,
+        uid: int,
+        asked: Enter,
+        fds: Sequence[int],
+        on_end: Callable[[dict[str, object] | None], None],
+    ) -> Server:
+        """Have a connection into a container of the caller ``uid`` served; returns by whom.
+
+        The descriptors stay the caller's to close. ``on_end`` is called once, unless this raises HostFailed.
+        """
+        worker = await self._worker_for(uid)
+        worker.inward[asked.number] = on_end
+        try:
+            await worker.send(encode("enter", asked), fds)
+        except BaseException as error:
+            told = worker.inward.pop(asked.number, None) is None
+            if isinstance(error, OSError) and not told:
+                raise errors.HostFailed(f"the network's process takes no connection: {error}") from error
+            if not isinstance(error, OSError):
+                raise
+        return worker
 
     async def _hand_over(self, served: _Served) -> None:
         worker = served.worker
@@ -254,6 +298,7 @@ class Gateway:
         )
 
     async def _hear(self, worker: _Worker) -> None:
+        heard = 0
         try:
             while True:
                 try:
@@ -261,14 +306,16 @@ class Gateway:
                 except BlockingIOError:
                     with anyio.move_on_after(IDLE_SECONDS) as scope:
                         await anyio.wait_readable(worker.sock)
-                    if scope.cancelled_caught and not worker.containers:
+                    if scope.cancelled_caught and not worker.containers and not worker.inward:
                         break
                     continue
                 except OSError:
                     break
                 if not message or not self._understood(worker, message):
                     break
-                await anyio.lowlevel.checkpoint()  # it may say more than anybody wants to hear
+                heard += 1
+                if heard % AT_ONCE == 0:
+                    await anyio.lowlevel.checkpoint()  # it may say more than anybody wants to hear
         finally:
             self._workers[worker.caller].remove(worker)
             with anyio.CancelScope(shield=True):
@@ -277,6 +324,8 @@ class Gateway:
                     await self._confining.release(worker.name)
             worker.ready.set()
             self._uids.append(worker.uid)
+            while worker.inward:
+                worker.inward.popitem()[1](None)
         await self._after_crash(worker)
 
     def _understood(self, worker: _Worker, message: bytes) -> bool:
@@ -292,6 +341,9 @@ class Gateway:
                 log.error(
                     "a network process failed", pid=worker.process.pid, why=str(content["why"])[:MAX_FAULT]
                 )
+                return True
+            if kind == "inward":
+                worker.inward.pop(content["number"])(content)
                 return True
             served = worker.containers[id]
             if served.ended.is_set():
@@ -343,7 +395,10 @@ class Gateway:
 
 
 def _told(served: _Served, secrets: Secrets) -> dict[str, object]:
-    values = {name: (version, base64.b64encode(value).decode()) for name, (version, value) in secrets.items()}
+    values = {
+        name: None if found is None else (found[0], base64.b64encode(found[1]).decode())
+        for name, found in secrets.items()
+    }
     return {"id": served.id, "values": values}
 
 

@@ -31,18 +31,19 @@ UNSUPPORTED = "control_not_supported"
 MAX_NAME = 256  # characters of what claims to be the name of a system call
 
 
-def check(spec: PolicyFile, places: Places) -> dict[str, list[PolicyProblem]]:
+def check(spec: PolicyFile, places: Places, *, host_network: bool) -> dict[str, list[PolicyProblem]]:
     """Every problem of a resolved policy but those of its examples and of the floor, by section.
 
-    What depends on a doubtful value is not judged.
+    What depends on a doubtful value is not judged. ``host_network``: whether the daemon's configuration lets
+    policies have the host's.
     """
     syscalls = check_syscalls(spec.syscalls.allow, spec.syscalls.deny, places)
     return {
         "limits": [*_sizes(spec, places), *_streams(spec, places)],
         "process": [*_process(spec, places)],
         "mounts": [*_mounts(spec, places)],
-        "network": [*_network(spec, places)],
-        "secrets": [*_secrets(spec, places), *_proxied(spec, places)],
+        "network": [*_network(spec, places, host=host_network)],
+        "secrets": [*_secrets(spec, places)],
         "syscalls": [*_contradicted(spec, places), *syscalls],
         "others": [*_repeated(spec, places), *_unsupported(spec, places)],
     }
@@ -99,11 +100,14 @@ def _mounts(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
             yield places.problem(f"mounts.{number}.mode", UNSUPPORTED, said)
 
 
-def _network(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
+def _network(spec: PolicyFile, places: Places, *, host: bool) -> Iterator[PolicyProblem]:
     network = spec.network
     if network is None or not places.sure("network"):
         return
-    yield from check_network(network, places)
+    yield from check_network(network, places, host=host)
+    if network.mode == "host" and spec.expose and places.sure("expose"):
+        said = "with network.mode: host the servers inside are on the host's own loopback; leave expose out"
+        yield places.problem("expose", IMPOSSIBLE, said)
     strict = spec.syscalls.base == "strict" and "@network-client" not in spec.syscalls.allow
     if not network.reaches_nothing and strict and places.sure("syscalls"):
         said = "a network needs internet sockets: let syscalls allow '@network-client', or take base: default"
@@ -124,6 +128,12 @@ def _secrets(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
         if secret.as_ == "env" and secret.name in taken and places.stand("secrets", path):
             said = f"{secret.name} is a variable already, by process.env or by default: grant it `as: file`"
             yield places.problem(path, IMPOSSIBLE, said)
+        if secret.placeholder is not None and secret.as_ != "proxy":
+            said = f"a placeholder is for a secret that is granted as: proxy; this one is as: {secret.as_}"
+            yield places.problem(f"{path}.placeholder", IMPOSSIBLE, said)
+        if secret.placeholder is not None and secret.name in taken and places.stand("secrets", path):
+            said = f"{secret.name} is a variable already, by process.env or by default"
+            yield places.problem(path, IMPOSSIBLE, said)
     if not any(secret.as_ == "file" for secret in spec.secrets) or not places.sure("secrets"):
         return
     for number, mount in enumerate(spec.mounts):
@@ -133,17 +143,13 @@ def _secrets(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
             yield places.problem(f"mounts.{number}", IMPOSSIBLE, said)
 
 
-def _proxied(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
-    for number, secret in enumerate(spec.secrets):
-        if secret.as_ == "proxy":
-            said = "as: proxy is not enforced by this release; as: file is"
-            yield places.problem(f"secrets.{number}.as", UNSUPPORTED, said)
-
-
-def check_network(network: Network, places: Places) -> Iterator[PolicyProblem]:
-    """What a network section says that makes no sense, or that is not enforced."""
-    if network.mode == "host":
-        said = "the host's own network is given to no container by this release; write rules"
+def check_network(network: Network, places: Places, *, host: bool) -> Iterator[PolicyProblem]:
+    """What a network section says that makes no sense, or that is not enforced; ``host`` allows mode host."""
+    if network.mode == "host" and not host:
+        said = (
+            "mode: host gives the tool the host's own network; the daemon's configuration does not allow it, "
+            "by its key `network: {host: true}`"
+        )
         yield places.problem("network.mode", UNSUPPORTED, said)
     if network.mode != "rules" and (network.allow or network.deny or network.budget):
         said = f"mode: {network.mode} leaves nothing for allow, deny and budget"
@@ -208,7 +214,6 @@ def _unsupported(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
     declared = {
         "retry": (spec.retry is not None, "retries are"),
         "isolation": (spec.isolation == "session", "isolation: session is"),
-        "expose": (bool(spec.expose), "exposed ports are"),
     }
     for path, (asked, what) in declared.items():
         if asked:

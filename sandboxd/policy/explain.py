@@ -10,7 +10,8 @@ import shlex
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from sandboxd import units
-from sandboxd.policy.fixed import ALWAYS, DEFAULT_ENV, shm_size
+from sandboxd.policy.environment import environment, placeholders
+from sandboxd.policy.fixed import ALWAYS, HOST_NETWORK, NAMESPACES_HOST_NETWORK, shm_size
 from sandboxd.policy.floor import FORMATS, limit
 from sandboxd.policy.rules import network_rules
 from sandboxd.policy.source import BUILT_IN, Origin
@@ -126,14 +127,19 @@ def _command(plan: Planned) -> dict[str, Any]:
 
 def _env(policy: Policy, plan: Planned | None) -> Iterator[dict[str, Any]]:
     given, own = trust_env(policy.spec), policy.spec.process.env
+    holding = placeholders(policy.spec)
     asked = {} if plan is None else plan.command.env
-    policys = {**DEFAULT_ENV, **given, **own}
+    policys = environment(policy.spec)
     for name, value in {**policys, **asked}.items():
         path = f"process.env.{name}"
         if value != policys.get(name):
             yield _line(path, value, REQUEST)
         elif name in given and name not in own:
             yield _line(path, value, policy.origin("network"), OF_HTTP)
+        elif name in holding:
+            yield _line(
+                path, value, policy.origin("secrets"), "in the place of a secret that it does not get"
+            )
         else:
             yield _line(path, value, policy.origin(path))
 
@@ -222,6 +228,9 @@ def _warm(policy: Policy) -> Iterator[dict[str, Any]]:
 
 
 def _network(policy: Policy) -> Iterator[dict[str, Any]]:
+    if policy.shares_host_network:
+        yield _line("network", "host", policy.origin("network.mode"), f"WARNING: {HOST_NETWORK}")
+        return
     rules = network_rules(policy)
     if rules is None:
         yield _line("network", "none", policy.origin("network"))
@@ -241,6 +250,18 @@ def _network(policy: Policy) -> Iterator[dict[str, Any]]:
         yield _line(f"network.budget.{name}", str(value), policy.origin(f"network.budget.{name}"))
 
 
+def _always(policy: Policy) -> dict[str, str]:
+    return ALWAYS | ({"namespaces": NAMESPACES_HOST_NETWORK} if policy.shares_host_network else {})
+
+
+def _expose(policy: Policy) -> Iterator[dict[str, Any]]:
+    if not policy.spec.expose:
+        yield _line("expose", "none", policy.origin("expose"))
+    for number, port in enumerate(policy.spec.expose):
+        at = policy.origin(f"expose.{number}")
+        yield _line("expose", str(port), at, "the caller reaches a server inside")
+
+
 def explain(policy: Policy, plan: Planned | None = None) -> list[dict[str, Any]]:
     """Every control: ``control``, ``value`` for a person, ``file`` and ``line`` of its origin, ``note``.
 
@@ -257,12 +278,13 @@ def explain(policy: Policy, plan: Planned | None = None) -> list[dict[str, Any]]
         *_syscalls(policy),
         *_network(policy),
         *_secrets(policy),
+        *_expose(policy),
         *_artifacts(policy, plan),
         _line("commit", policy.commit, policy.origin("commit")),
         _line("isolation", policy.spec.isolation, policy.origin("isolation")),
         *_warm(policy),
         *(
             _line(f"isolation.{name}", value, BUILT_IN, "part of every policy")
-            for name, value in ALWAYS.items()
+            for name, value in _always(policy).items()
         ),
     ]

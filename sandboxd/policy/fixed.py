@@ -13,7 +13,15 @@ from sandboxd.policy.filesystem import DEVICES, MASKED, READ_ONLY
 if TYPE_CHECKING:
     from sandboxd.policy.schema import Tmpfs
 
-__all__ = ["ALWAYS", "DEFAULT_ENV", "OOM_SCORE_ADJ", "RLIMITS", "shm_size"]
+__all__ = [
+    "ALWAYS",
+    "DEFAULT_ENV",
+    "HOST_NETWORK",
+    "NAMESPACES_HOST_NETWORK",
+    "OOM_SCORE_ADJ",
+    "RLIMITS",
+    "shm_size",
+]
 
 DEFAULT_ENV = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -35,6 +43,14 @@ RLIMITS = {
 
 OOM_SCORE_ADJ = 500
 SHM_MAX = 64 * 2**20
+
+HOST_NETWORK = (
+    "the call has the HOST'S OWN NETWORK: every address that the host reaches, services on its loopback "
+    "and abstract Unix sockets of its programs; nothing of it is refused or recorded"
+)
+"""What is said wherever somebody looks at a policy with ``network: {mode: host}``, or a call of it."""
+
+NAMESPACES_HOST_NETWORK = "mount, pid, ipc, uts, cgroup: none of the host's; net: THE HOST'S"
 
 ALWAYS = {
     "init": "sandboxd's own PID 1, the tool its child",

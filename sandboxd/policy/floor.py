@@ -121,12 +121,32 @@ class Floor:
             if allowed is not None and not any(paths.within(mount.source, top) for top in allowed):
                 may = "mounts beneath " + ", ".join(allowed) if allowed else "none"
                 yield wider(f"mounts.{number}", mount.source, may, "mounts")
-        network, most = spec.network, self.spec.network
-        reaches = network is not None and not network.reaches_nothing and places.sure("network")
-        if reaches and (most is None or most.reaches_nothing):
+        yield from self._wider_network(spec.network, places, wider)
+        yield from self._wider_ports(spec.expose, places, wider)
+
+    def _wider_network(
+        self, network: Network | None, places: Places, wider: Callable[..., PolicyProblem]
+    ) -> Iterator[PolicyProblem]:
+        most = self.spec.network
+        if network is None or network.reaches_nothing or not places.sure("network"):
+            return
+        if most is None or most.reaches_nothing:
             yield wider("network", "a network", "none")
-        elif reaches and network is not None and most is not None:
+        elif most.mode == "host":
+            return  # all that there is
+        elif network.mode == "host":
+            yield wider("network.mode", "host", most.mode, "network")
+        else:
             yield from self._wider_rules(network, most, places, wider)
+
+    def _wider_ports(
+        self, ports: tuple[int, ...], places: Places, wider: Callable[..., PolicyProblem]
+    ) -> Iterator[PolicyProblem]:
+        allowed = self.spec.expose
+        for number, port in enumerate(ports):
+            path = f"expose.{number}"
+            if allowed is not None and port not in allowed and places.sure(path):
+                yield wider(path, f"port {port}", ", ".join(map(str, allowed)) or "none", "expose")
 
     def _wider_rules(
         self, network: Network, most: Network, places: Places, wider: Callable[..., PolicyProblem]
@@ -158,7 +178,7 @@ def make_floor(tree: MappingNode, file: str) -> tuple[Floor | None, list[PolicyP
     places = Places(file, tree)
     problems += check_syscalls((), spec.syscalls.deny, places)
     if spec.network is not None:
-        problems += check_network(spec.network, places)
+        problems += check_network(spec.network, places, host=True)  # as a bound, which gives nobody anything
         if spec.network.deny:
             said = "a floor's network.deny is not enforced by this release; leave it out of allow instead"
             problems.append(places.problem("network.deny", UNSUPPORTED, said))

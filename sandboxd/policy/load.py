@@ -56,6 +56,8 @@ class PolicySet:
     """The merged tree of every file that can be extended, also of those that are wider than a floor."""
     causes: Mapping[str, PolicyProblem] = field(default_factory=dict)
     """Why each other file cannot be extended."""
+    host_network: bool = False
+    """Whether the daemon's configuration lets policies have the host's network."""
     floor_failed: bool = False
     """A floor has errors: there are no policies, because nobody can say what it would have forbidden."""
 
@@ -170,7 +172,7 @@ def _load_file(path: Path) -> _File:
 
 
 def _build(
-    file: _File, tree: MappingNode, floors: Sequence[Floor]
+    file: _File, tree: MappingNode, floors: Sequence[Floor], *, host_network: bool
 ) -> tuple[Policy | None, list[PolicyProblem]]:
     """A policy of a merged tree, or everything that is wrong with it but what the file's reading found."""
     for floor in floors:
@@ -179,7 +181,7 @@ def _build(
     spec, problems = validate(PolicyFile, tree)
     if spec is None:
         return None, [_here(problem, places) for problem in problems]
-    found = check(spec, places)
+    found = check(spec, places, host_network=host_network)
     problems = [*chain.from_iterable(found.values())]
     problems += chain.from_iterable(floor.exceeded(spec, places) for floor in floors)
     policy = Policy(spec.name, file.file, spec, tree)
@@ -197,17 +199,19 @@ def _here(problem: PolicyProblem, places: Places) -> PolicyProblem:
     return at.problem(problem.code, f"{problem.message} (inherited from {problem.file}:{problem.line})")
 
 
-def rebuild(policy: Policy, floors: Sequence[Floor]) -> tuple[Policy | None, list[PolicyProblem]]:
+def rebuild(policy: Policy, current: PolicySet) -> tuple[Policy | None, list[PolicyProblem]]:
     """A policy that was good before, under the floors of now; or why it cannot stay."""
-    return _build(_File(policy.name, policy.file, policy.tree, ()), policy.tree, floors)
+    file = _File(policy.name, policy.file, policy.tree, ())
+    return _build(file, policy.tree, current.floors, host_network=current.host_network)
 
 
 class _Resolution:
     """Parents before children; every file is resolved once."""
 
-    def __init__(self, files: Mapping[str, _File], floors: Sequence[Floor]) -> None:
+    def __init__(self, files: Mapping[str, _File], floors: Sequence[Floor], *, host_network: bool) -> None:
         self.files = files
         self.floors = floors
+        self.host_network = host_network
         self.policies: dict[str, Policy] = {}
         self.parents: dict[str, MappingNode] = {}
         self.causes: dict[str, PolicyProblem] = {}
@@ -273,11 +277,13 @@ class _Resolution:
 
     def judge(self, file: _File, tree: MappingNode, problems: list[PolicyProblem]) -> list[PolicyProblem]:
         """Take in what a merged tree is good for; ``problems`` and what is wrong with the tree."""
-        policy, found = _build(file, tree, self.floors)
+        policy, found = _build(file, tree, self.floors, host_network=self.host_network)
         if problems:
             return problems + found
         # what is wider than a floor can still be the parent of what is not
-        own = _build(file, tree, ())[1] if policy is None and self.floors else found
+        own = found
+        if policy is None and self.floors:
+            own = _build(file, tree, (), host_network=self.host_network)[1]
         if own:
             self.causes[file.name] = own[0]
         else:
@@ -303,11 +309,14 @@ def _load_floors(paths: Sequence[Path]) -> tuple[list[Floor], list[PolicyProblem
     return floors, problems
 
 
-def load_policies(dirs: Sequence[Path], floor: Path | None = None) -> PolicySet:
+def load_policies(
+    dirs: Sequence[Path], floor: Path | None = None, *, host_network: bool = False
+) -> PolicySet:
     """All policies of the directories, a later one of the same name in place of an earlier one.
 
     ``floor`` and every ``floor.yaml`` of the directories hold for all of them; while a floor has
-    errors there is no policy at all, because nobody can say what it would have forbidden. Raises
+    errors there is no policy at all, because nobody can say what it would have forbidden.
+    ``host_network``: whether the daemon's configuration lets policies have the host's network. Raises
     nothing for what is in a file: that is in ``problems``. Raises OSError if a directory cannot be
     listed.
     """
@@ -319,8 +328,9 @@ def load_policies(dirs: Sequence[Path], floor: Path | None = None) -> PolicySet:
     chosen = {path.stem: path for path in listed if path not in floor_paths}
     names = {name: str(path) for name, path in chosen.items()}
     if problems:
-        return PolicySet({}, tuple(problems), (), names, floor_failed=True)
-    resolution = _Resolution({name: _load_file(path) for name, path in chosen.items()}, floors)
+        return PolicySet({}, tuple(problems), (), names, host_network=host_network, floor_failed=True)
+    files = {name: _load_file(path) for name, path in chosen.items()}
+    resolution = _Resolution(files, floors, host_network=host_network)
     resolution.run()
     return PolicySet(
         resolution.policies,
@@ -329,6 +339,7 @@ def load_policies(dirs: Sequence[Path], floor: Path | None = None) -> PolicySet:
         names,
         resolution.parents,
         resolution.causes,
+        host_network,
     )
 
 
@@ -343,7 +354,8 @@ def check_text(text: str, file: str, base: PolicySet) -> list[PolicyProblem]:
         return problems + (make_floor(tree, file)[1] if tree else [])
     read_as = _read_file(text, file, path.stem if path.suffix == ".yaml" else None)
     beside = {name: _File(name, where, base.parents.get(name), ()) for name, where in base.files.items()}
-    resolution = _Resolution({**beside, read_as.name: read_as}, base.floors)
+    files = {**beside, read_as.name: read_as}
+    resolution = _Resolution(files, base.floors, host_network=base.host_network)
     resolution.parents = {name: tree for name, tree in base.parents.items() if name != read_as.name}
     resolution.causes = {
         # with a floor that has errors nothing was resolved, and it is the reason

@@ -91,6 +91,11 @@ class Policy:
         return self.spec.image
 
     @property
+    def shares_host_network(self) -> bool:
+        """Whether its calls have the host's own network."""
+        return self.spec.network is not None and self.spec.network.mode == "host"
+
+    @property
     def commit(self) -> str:
         """When a session keeps the files of a call: exited, success, always or never."""
         return self.spec.commit

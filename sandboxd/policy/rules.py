@@ -16,9 +16,9 @@ __all__ = ["network_rules"]
 
 
 def network_rules(policy: Policy) -> NetworkRules | None:
-    """The rules of a resolved policy; None where it reaches nothing."""
+    """The rules of a resolved policy; None where it reaches nothing, or has the host's network."""
     network = policy.spec.network
-    if network is None or network.reaches_nothing:
+    if network is None or network.reaches_nothing or network.mode == "host":
         return None
 
     def target(rule: Target) -> str:

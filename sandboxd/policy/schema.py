@@ -209,6 +209,8 @@ class Secret(Section):
     """The name in the store."""
     as_: Annotated[Literal["env", "file", "proxy"], Field(alias="as")]
     """env and file enter the container; proxy never does: it is put into requests on their way out."""
+    placeholder: Annotated[Text, Field(min_length=1, max_length=4096)] | None = None
+    """With proxy: the value of a variable of that name, for programs that insist on having a key."""
 
 
 class Artifact(Section):
@@ -364,3 +366,5 @@ class FloorFile(Section):
     syscalls: FloorSyscalls = FloorSyscalls()
     network: Network | None = None
     """Without this key no policy may have a network."""
+    expose: Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], Field(max_length=64)] | None = None
+    """Ports that policies may expose to their callers; without this key, any."""

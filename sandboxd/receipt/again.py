@@ -155,6 +155,7 @@ class Reading:
             controls=controls,
             read_at=self.receipt.read_at,
             checked_at=time.time_ns() // 1000,
+            warnings=self.receipt.warnings,
         )
 
     def _read(self) -> Sources:

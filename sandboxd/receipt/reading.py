@@ -25,6 +25,7 @@ from sandboxd.kernel import filters, uts
 from sandboxd.kernel.cgroup_v1 import socket_limit
 from sandboxd.models import Control, Receipt
 from sandboxd.network.namespace import in_force
+from sandboxd.policy.fixed import HOST_NETWORK
 from sandboxd.receipt.mounted import mount_controls
 from sandboxd.receipt.parked import Parked
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from sandboxd.engine.base import Slot
     from sandboxd.plan import Limits
 
-__all__ = ["check", "limit_controls", "read_receipt"]
+__all__ = ["check", "expose_control", "limit_controls", "read_receipt"]
 
 NAMESPACES = ("mnt", "pid", "net", "ipc", "uts", "cgroup")
 RLIMIT_LINES = {  # names of /proc/PID/limits
@@ -90,7 +91,11 @@ def read_receipt(slot: Slot, limits: Limits) -> Receipt:
             f"the parked tool process cannot be read: {error!r}", control="process"
         ) from error
     return Receipt(
-        engine=slot.engine, runtime=slot.runtime, controls=controls, read_at=time.time_ns() // 1000
+        engine=slot.engine,
+        runtime=slot.runtime,
+        controls=controls,
+        read_at=time.time_ns() // 1000,
+        warnings=[HOST_NETWORK] if slot.shape.host_network else [],
     )
 
 
@@ -161,6 +166,8 @@ def _same_file(wanted: os.PathLike[str], found: str) -> tuple[str, str]:
 
 def _namespace_controls(slot: Slot, process: Parked) -> Iterator[Control]:
     for kind in NAMESPACES:
+        if kind == "net" and slot.shape.host_network:
+            continue
         ours, theirs = os.readlink(f"/proc/self/ns/{kind}"), process.link(f"ns/{kind}")
         asked = f"not the host's {ours}"
         owned = True
@@ -188,17 +195,39 @@ def _namespace_controls(slot: Slot, process: Parked) -> Iterator[Control]:
             in_force=" ".join(process.read("uid_map").split()),
             read_from="uid_map",
         )
+    yield from _network_controls(slot, process)
+    yield _equal("hostname", slot.shape.process.hostname, uts.hostname_of(process.open("ns/uts")), "ns/uts")
+
+
+def _network_controls(slot: Slot, process: Parked) -> Iterator[Control]:
+    if slot.shape.host_network:
+        ours, theirs = os.readlink("/proc/self/ns/net"), process.link("ns/net")
+        yield _equal(
+            "network",
+            f"NONE OF ITS OWN: the host's {ours}",
+            f"NONE OF ITS OWN: the host's {theirs}",
+            "ns/net",
+        )
+        return
     interfaces = sorted(line.partition(":")[0].strip() for line in process.read("net/dev").splitlines()[2:])
     yield _equal("network", "lo", " ".join(interfaces) or "lo", "net/dev")
     networked = slot.shape.network is not None
     routes = str(_routes(process, own=networked))
     yield _equal("network_routes", "0", routes, "net/route, net/ipv6_route")
     if networked:
-        yield from _network_controls(slot, process)
-    yield _equal("hostname", slot.shape.process.hostname, uts.hostname_of(process.open("ns/uts")), "ns/uts")
+        yield from _filter_controls(slot, process)
+    if slot.shape.expose:
+        yield expose_control(slot.shape.expose, slot.init_pid, process)
 
 
-def _network_controls(slot: Slot, process: Parked) -> Iterator[Control]:
+def expose_control(ports: tuple[int, ...], init_pid: int, process: Parked) -> Control:
+    """The caller is let in by PID 1's network namespace, which has to be that of the tool."""
+    tools, entered = process.link("ns/net"), os.readlink(f"/proc/{init_pid}/ns/net")
+    said = f"{', '.join(map(str, ports))} to the caller, in {{}}"
+    return _equal("expose", said.format(tools), said.format(entered), "ns/net; ns/net of PID 1")
+
+
+def _filter_controls(slot: Slot, process: Parked) -> Iterator[Control]:
     wanted, namespace = doors.reference_of(slot.shape), process.open("ns/net")
     try:
         found = in_force(namespace)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sandboxd.engine.base import Slot
     from sandboxd.journal.spool import Spool
     from sandboxd.models import NetworkEvent
+    from sandboxd.network.entrance import Entrance, Entrances
     from sandboxd.network.gateway import Gateway
     from sandboxd.reach import NetworkRules
     from sandboxd.supervisor.secrets import CallSecrets
@@ -27,28 +28,45 @@ class CallNetwork:
     def __init__(
         self,
         gateway: Gateway,
+        entrances: Entrances,
         id: str,  # noqa: A002
         uid: int,
         spool: Spool,
+        *,
         secrets: CallSecrets,
     ) -> None:
         self._gateway = gateway
+        self._entrances = entrances
         self._id = id
         self._uid = uid
         self._spool = spool
         self._secrets = secrets
         self._served = self._ending = False
+        self._given: set[tuple[str, int]] = set()
+        """Names and versions of the secrets that requests may have been given."""
+        self.entrance: Entrance | None = None
+        """The way to the servers inside, where the policy exposes ports."""
         self.fault: errors.AttemptFailed | None = None
         """Why not all that happened is among the events."""
 
     async def begin(self, slot: Slot) -> None:
-        """Have the connections of a slot served, if its policy has a network. Raises HostFailed."""
+        """Have the connections of a slot served, and let its caller in, as far as the policy says so.
+
+        Raises HostFailed, EngineFailed.
+        """
+        if slot.shape.expose:
+            self.entrance = self._entrances.enter(self._id, self._uid, slot, self._on_event)
         if slot.doors is not None:
-            await self._gateway.serve(self._id, self._uid, slot, self._on_event)
+            given = self._secrets.proxied
+            self._given = {(name, version) for name, (version, _) in given.items()}
+            self._secrets.on_rotated(self._on_rotated)
+            await self._gateway.serve(self._id, self._uid, slot, self._on_event, given)
             self._served = True
 
     async def begin_end(self) -> None:
         """Cut what is left; ``end`` waits for that, and something else can be done first."""
+        if self.entrance is not None:
+            await self.entrance.begin_end()
         if self._served and not self._ending:
             self._ending = True
             await self._gateway.begin_end(self._id)
@@ -56,12 +74,23 @@ class CallNetwork:
     async def end(self) -> NetworkUse:
         """Cut what is left; the sum. Safe to call twice."""
         await self.begin_end()
+        if self.entrance is not None:
+            await self.entrance.end()
         if not self._served:
             return NetworkUse()
         self._served = False
         return await self._gateway.end(self._id)
 
+    def _on_rotated(self, name: str, version: int | None, value: bytes) -> None:
+        if version is not None:
+            self._given.add((name, version))
+        self._gateway.renew(self._id, {name: None if version is None else (version, value)})
+
     def _on_event(self, event: NetworkEvent) -> None:
+        for use in event.secrets:
+            name, _, version = use.partition("@")
+            if version.isdecimal() and (name, int(version)) in self._given:  # who says so may be anybody
+                self._secrets.note_use(name, "proxy", int(version))
         try:
             self._spool.add(Event(seq=0, at=0, type="network", network=self._secrets.event(event)))
         except errors.AttemptFailed as error:

@@ -194,7 +194,8 @@ class CallSecrets:
         if self.redactor is None:
             return event
         name = None if event.name is None else self.redactor.name(event.name)
-        return event.model_copy(update={"name": name, "why": self.redactor.name(event.why)})
+        clean = self.redactor.name
+        return event.model_copy(update={"name": name, "why": clean(event.why), "path": clean(event.path)})
 
     def denials(self, denials: list[Denial]) -> list[Denial]:
         """The same of denials."""

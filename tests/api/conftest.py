@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
     from sandboxd.api.identity import Caller
+    from sandboxd.network.entrance import Entrance
 
 AGENT_UID, AGENT_GID = 54_321, 54_322
 CHUNK = 256 * 1024
@@ -243,6 +244,9 @@ class MemoryService:
 
     async def images(self, caller: Caller) -> Sequence[models.ImageInfo]:
         return []
+
+    async def entrance(self, caller: Caller, id: str) -> Entrance:
+        raise errors.CallNotStarted("it does not run yet")
 
     def slots(self, caller: Caller) -> Sequence[models.SlotInfo]:
         if not caller.sees_all:

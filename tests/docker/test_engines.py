@@ -80,6 +80,7 @@ def test_an_engine_that_remaps_ids(
         path.chmod(path.stat().st_mode | 0o055)
     daemon = start_on(
         remapped,
+        f"docker: {{socket: {remapped.socket}}}\nnetwork: {{host: true}}\n",
         mapped=(
             "extends: tiny\nimage: host\nprocess: {user_namespace: engine}\n"
             f"mounts: [{{source: {lent}, target: /lent, mode: read-only}}]\n"
@@ -87,8 +88,11 @@ def test_an_engine_that_remaps_ids(
         ),
         root="extends: tiny\nimage: host\nprocess: {user_namespace: engine, user: 0}\n",
         look=f"extends: tiny\nimage: host\nprocess: {{user_namespace: engine}}\n{RULES}",
+        open="extends: mapped\nnetwork: {mode: host}\n",
     )
     assert PLACE in trust_of(daemon.run("true", policy="look"))[1]
+    with pytest.raises(errors.ControlNotSupported, match="gives no container the host's network"):
+        daemon.run("true", policy="open")
     call = daemon.run("sh", "-c", "id -u; cat in; echo x > made", policy="mapped", inputs={"in": b"given"})
     assert call.stdout is not None
     assert call.stdout.text == "1000\ngiven", call.outcome

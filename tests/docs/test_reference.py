@@ -66,6 +66,8 @@ def shown(path: str, value: Any, formats: dict[str, Callable[[int], str]]) -> st
         return "none"
     if path in formats:
         return f"`{formats[path](value)}`"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
     if isinstance(value, tuple):
         return f"`[{', '.join(map(str, value))}]`" if value != ("*",) else '`["*"]`'
     return '`""`' if value == "" else f"`{value}`"
@@ -128,7 +130,7 @@ def test_the_page_of_system_calls_is_what_the_filters_are_made_of() -> None:
 
 
 def test_every_route_is_documented() -> None:
-    service: Any = type("Service", (), {"config": Config()})()
+    service: Any = type("Service", (), {"config": Config(), "entrance": None})()
     routes: Any = [
         route
         for route in build(service).app.routes
@@ -137,7 +139,7 @@ def test_every_route_is_documented() -> None:
     # A parameter may say what it matches, as in {path:path}; a reader needs its name.
     paths = [(re.sub(r":\w+}", "}", route.path), route.methods) for route in routes]
     assert len(paths) >= 15
-    wanted = {f"{method} {path}" for path, methods in paths for method in methods or ()}
+    wanted = {f"{method} {path}" for path, methods in paths for method in methods or ("ANY",)}
     found = set(re.findall(r"\*\*`([A-Z]+ /[^`]+)`\*\*", API.prose))
     assert found == wanted
 
@@ -160,7 +162,7 @@ def test_every_code_is_documented() -> None:
 
 SECTIONS = {
     **dict.fromkeys(("serve", "doctor"), "### The daemon"),
-    **dict.fromkeys(("ps", "inspect", "logs", "cancel", "bench"), "### Calls"),
+    **dict.fromkeys(("ps", "inspect", "logs", "cancel", "forward", "bench"), "### Calls"),
     "policy": "### Policies",
     "image": "### Images",
     "secret": "### Secrets",
@@ -262,6 +264,7 @@ filesystem: {root: overlay, size: 16MiB}
 mounts: [{source: SOURCE, target: /lent}]
 network: {allow: [{host: example.org, ports: [443], methods: [GET]}]}
 secrets: [{name: TOKEN, as: file}]
+expose: [8080]
 """
 
 

@@ -18,6 +18,7 @@ from sandboxd.journal.spool import Spool
 from sandboxd.kernel.inside import in_new_network_namespace
 from sandboxd.network.authority import Authority
 from sandboxd.network.chain import write_chain
+from sandboxd.network.entrance import Entrances
 from sandboxd.network.gateway import MAX_EVENTS, Gateway
 from sandboxd.network.namespace import open_doors
 from sandboxd.reach import Allow, NetworkRules, Reach
@@ -70,7 +71,7 @@ class Part:
 
     def __init__(self, doors: Any) -> None:
         self.doors, self.shape = doors, self
-        self.network, self.digest = RULES, "shape"
+        self.network, self.digest, self.expose = RULES, "shape", ()
 
 
 @pytest.fixture
@@ -196,7 +197,7 @@ async def test_an_event_that_the_disk_has_no_room_for_is_a_fault_of_its_call(
     secrets = CallSecrets(SecretStore(tmp_path, place_of(None, tmp_path, {})), probe_shape())
     async with anyio.create_task_group() as tasks:
         gateway = Gateway(NetworkConfig(), Unconfined(), tasks, AUTHORITY)
-        network = CallNetwork(gateway, "call", 0, full, secrets)
+        network = CallNetwork(gateway, Entrances(gateway), "call", 0, full, secrets=secrets)
         with slot() as made, anyio.fail_after(20):
             await network.begin(made)
             while network.fault is None:  # noqa: ASYNC110  (no event tells)

@@ -160,6 +160,7 @@ ELSEWHERE = {
     "pids": "limits.pids",
     "cpu": "limits.cpus",
     "io": "limits.io.read",
+    "expose": "expose",
 }  # fmt: skip
 """The row that tells of a control of the receipt, where that is not ``isolation.`` and its name."""
 

@@ -190,7 +190,6 @@ def test_a_broken_parent_is_named_with_its_reason(folder: Any) -> None:
         ("name: floor\n", "unknown_key"),
         ("syscalls: {deny: [no_such_call]}\n", "unknown_syscall"),
         ("syscalls: {deny: [exit_group]}\n", "impossible"),
-        ("network: {mode: host}\n", "control_not_supported"),
         (
             "network: {allow: [{host: '*.b', ports: [443]}], deny: [{host: a.b}]}\n",
             "control_not_supported",
@@ -230,3 +229,17 @@ def test_the_formats_know_every_number_of_the_limits() -> None:
     flat = {f"{key}.{inner}" if isinstance(value, dict) else key for key, value in limits.items()
             for inner in (value if isinstance(value, dict) else [""])}  # fmt: skip
     assert flat - {"stdout.on_limit", "stderr.on_limit"} == set(FORMATS)
+
+
+def test_a_floor_bounds_the_ports_that_are_exposed(folder: Any) -> None:
+    folder.write("floor", "expose: [8080, 9000]\n")
+    folder.write("p", "expose: [8080]\n")
+    folder.write("q", "expose: [8080, 80]\n")
+    folder.write("none")
+    loaded = folder.load()
+    assert loaded.names() == ["none", "p"]
+    (problem,) = loaded.problems
+    assert (problem.code, problem.line) == ("wider_than_floor", 3)
+    assert "port 80 is wider than the floor's 8080, 9000" in problem.message
+    folder.write("floor", "expose: []\n")
+    assert folder.load().names() == ["none"]

@@ -155,10 +155,8 @@ def test_what_is_not_enforced_may_be_wrong_too(folder: Any) -> None:
     ("text", "line"),
     [
         ("network: {mode: host}\n", 3),
-        ("secrets: [{name: TOKEN, as: proxy}]\n", 3),
         ("image: base\nretry: {failed: 2, backoff: 1s..30s, memory: {times: 1, raise: {memory: 1GiB}}}\n", 4),
         ("isolation: session\n", 3),
-        ("expose: [8080]\n", 3),
         ("mounts:\n  - source: /srv\n    target: /srv\n    mode: read-write\n", 6),
         ("limits: {stdout: {size: 1MiB, on_limit: kill}, stderr: {size: 1MiB, on_limit: truncate}}\n", 3),
     ],

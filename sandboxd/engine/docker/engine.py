@@ -225,6 +225,10 @@ class DockerEngine:
             kinds,
             overlay_root="the Docker Engine cannot bound the size of a writable root; a policy for it says "
             "`filesystem: {root: read-only}`",
+            host_network="a Docker Engine with userns-remap gives no container the host's network; a policy "
+            "for it says `network: {mode: rules}`, with what it may reach"
+            if self._host is not None and self._host.remapped
+            else None,
         )
 
     def _create(self, shape: Shape) -> Slot:

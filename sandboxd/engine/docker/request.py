@@ -95,18 +95,14 @@ def make_request(
         "Memory": memory,
         "MemorySwap": memory,
         "Mounts": binds,
-        "NetworkMode": "none",
+        "NetworkMode": "host" if shape.host_network else "none",
         "PidsLimit": max(limits.pids, LEAST_PIDS),
         "Privileged": False,
         "ReadonlyPaths": list(READ_ONLY),
         "ReadonlyRootfs": True,
         "RestartPolicy": {"Name": "no"},
         "SecurityOpt": ["no-new-privileges", "seccomp=unconfined"],
-        "Sysctls": {  # as the kernel has them: the engine would open both
-            "net.ipv4.ip_unprivileged_port_start": "1024",
-            "net.ipv4.ping_group_range": "1 0",
-            **({"net.ipv6.conf.all.disable_ipv6": "0"} if IPV6.exists() else {}),
-        },
+        "Sysctls": {} if shape.host_network else _sysctls(),
         "Tmpfs": {
             # else the engine makes a volume, and fills it
             **{path: PLACEHOLDER for path in image.volumes if path not in bound},
@@ -134,6 +130,14 @@ def make_request(
         "StopTimeout": 1,
         "User": "0:0",
         "WorkingDir": "/",
+    }
+
+
+def _sysctls() -> dict[str, str]:
+    return {  # as the kernel has them: the engine would open both
+        "net.ipv4.ip_unprivileged_port_start": "1024",
+        "net.ipv4.ping_group_range": "1 0",
+        **({"net.ipv6.conf.all.disable_ipv6": "0"} if IPV6.exists() else {}),
     }
 
 
