@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from daemons import SANDBOXD, until
+from daemons import SANDBOXD, berths_of, until
 
 from sandboxd import errors
 from sandboxd.api import secrets as routes
+from sandboxd.engine.berth import READY
 from sandboxd.secrets import MAX_VALUE
 
 if TYPE_CHECKING:
@@ -319,7 +320,7 @@ def test_nothing_is_left_after_the_call(keeper: Daemon) -> None:
         return [len(os.listdir(f"/proc/{pid}/fd")) for pid in keeper.processes]  # noqa: PTH208
 
     keeper.run("true", policy="both")
-    until(lambda: not keeper.client().slots(), "the containers are gone")
+    settled(keeper)
     before = mounts(), descriptors()
     call = keeper.client().start(["sleep", "60"], policy="both")
     until(lambda: keeper.client().get(call.id).state == "running", "it runs")
@@ -331,9 +332,15 @@ def test_nothing_is_left_after_the_call(keeper: Daemon) -> None:
     assert places(keeper, values["FILE_SECRET"]) == []
     assert not any(values["FILE_SECRET"] in line.encode() for line in mounts())
     keeper.client().cancel(call.id)
-    until(lambda: not keeper.client().slots(), "the containers are gone")
+    settled(keeper)
     until(lambda: (mounts(), descriptors()) == before, "mounts and descriptors are as before")
     assert not inside.exists()
+
+
+def settled(daemon: Daemon) -> None:
+    """Wait until there is no container, and all that wait to become one."""
+    until(lambda: not daemon.client().slots(), "the containers are gone")
+    until(lambda: len(berths_of(daemon)) == READY, "the next ones are prepared")
 
 
 def sleeping(daemon: Daemon) -> list[psutil.Process]:
