@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["DNS", "FILES_NAME", "PRIVATE", "WWW", "World", "start_world"]
 
 HERE, WWW, OTHER, FILES = "93.184.216.1", "93.184.216.34", "93.184.216.35", "93.184.216.36"
-WEB = "93.184.216.37"
+WEB, KEYED = "93.184.216.37", "93.184.216.38"
 FILES_NAME = "files.example.test"
 DNS = "93.184.216.53"
 PRIVATE, METADATA = "10.91.7.2", "169.254.169.254"
@@ -232,6 +232,7 @@ def start_world(directory: Path) -> Iterator[World]:
             f"{OTHER}/24",
             f"{FILES}/24",
             f"{WEB}/24",
+            f"{KEYED}/24",
             f"{DNS}/24",
             f"{PRIVATE}/32",
             f"{METADATA}/32",

@@ -7,6 +7,7 @@ does not understand ends the connection. One request is on its way at a time.
 from __future__ import annotations
 
 import hashlib
+import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -92,29 +93,33 @@ class Http1:
             digest = await self._body_digest() if self._site.signs(request) else None
             headers = self._site.decide(request, exchange, digest)
             server = await self._reach_server()
-        except Refused as refused:
-            self._site.tell(exchange, refused.verdict, refused.why)
-            return await self._refuse(refused)
-        except (Unreachable, Broken) as error:
-            unmade = not_reached(error)
-            self._site.tell(exchange, unmade.verdict, unmade.why)
-            return await self._refuse(unmade)
-        try:
             return await self._exchange(server, request, headers, exchange)
-        except anyio.get_cancelled_exc_class():
-            self._site.tell(exchange, "failed", "the call ended before the answer did")
-            raise
+        except Refused as error:
+            refused = error
+        except Unreachable as error:
+            refused = not_reached(error)
         except Cut as error:
             self._site.tell(exchange, "limit", f"network.budget.{error.limit} is used up")
             raise
         except (OSError, h11.ProtocolError) as error:
             self._server = None
-            self._site.tell(exchange, "failed", f"the connection ended in the middle: {error}")
+            refused = self._broken(error)
             if self._http.our_state is not h11.SEND_RESPONSE:
-                raise Broken(str(error)) from error
-            theirs = self._http.their_state is h11.ERROR
-            why = f"the request is malformed: {error}" if theirs else f"no answer came: {error}"
-            return await self._refuse(Refused(400 if theirs else 502, "failed", why))
+                self._site.tell(exchange, "failed", f"the connection ended in the middle: {refused.why}")
+                raise Broken(refused.why) from error
+        finally:
+            if sys.exc_info()[1] is not None:
+                self._site.tell(exchange, "failed", "the call ended before the answer did")
+        self._site.tell(exchange, refused.verdict, refused.why)
+        return await self._refuse(refused)
+
+    def _broken(self, error: OSError | h11.ProtocolError) -> Refused:
+        """The answer to a request that could not be made as it was begun."""
+        if self._http.their_state is h11.ERROR:
+            return Refused(400, "failed", f"the request is malformed: {error}")
+        if isinstance(error, h11.LocalProtocolError):  # it quotes what it does not send: secrets, too
+            return Refused(502, "failed", "the request cannot be sent on: a header of it is no header")
+        return Refused(502, "failed", f"no answer came: {error}")
 
     async def _body_digest(self) -> str:
         """The SHA-256 of the request's body, which is read for that and kept. Raises Refused."""
@@ -136,6 +141,10 @@ class Http1:
         target = head.target
         if head.http_version not in (b"1.0", b"1.1"):
             raise Refused(505, "failed", "on this connection HTTP/1.0 and 1.1 are spoken")
+        if self._chunked and any(name == b"content-length" for name, _ in listed):
+            raise Refused(400, "failed", "the request has both a length and chunks")
+        if b"#" in target:
+            raise Refused(400, "failed", "the target has a fragment, which is sent to nobody")
         if head.method == b"CONNECT":
             raise Refused(405, "denied", "CONNECT: this is no proxy; connect to the host itself")
         if target[:1] != b"/" and not (target == b"*" and head.method == b"OPTIONS"):
@@ -159,8 +168,7 @@ class Http1:
 
     async def _reach_server(self) -> _Server:
         server = self._server
-        # one that says something when nobody asked, or has ended, is not asked
-        if server is None or server.http.our_state is not h11.IDLE or server.stream.at_hand() is not None:
+        if server is None or server.http.our_state is not h11.IDLE or not _is_quiet(server.stream):
             server = self._server = _Server(await self._connect())
         return server
 
@@ -333,8 +341,8 @@ class Http1:
 
     async def _finish(self) -> None:
         """End the connection so that what was said arrives, whatever the program still sends."""
-        await self._client.finish()
         with suppress(OSError), anyio.move_on_after(FINISH_SECONDS):
+            await self._client.finish()
             while await self._client.receive():
                 pass
 
@@ -367,6 +375,14 @@ class Http1:
     async def _say(self, server: _Server, event: h11.Event) -> None:
         if (data := server.http.send(event)) is not None and data:
             await server.stream.send(data)
+
+
+def _is_quiet(stream: Stream) -> bool:
+    """Whether a server that is not asked says nothing, and has not ended."""
+    try:
+        return stream.at_hand() is None
+    except OSError:
+        return False
 
 
 def _passed_on(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Secret", "inject"]
 
 _SECRET = re.compile(r"\{secret:([A-Z][A-Z0-9_]{0,127})\}")
-_FORBIDDEN = re.compile(rb"[\0\r\n]")
+_FORBIDDEN = re.compile(rb"[^\t -~\x80-\xff]")
 
 
 @dataclass(frozen=True)

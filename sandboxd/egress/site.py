@@ -33,9 +33,9 @@ Verdict = Literal["allowed", "denied", "failed", "limit"]
 
 HOP_BY_HOP = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization", b"te",
-     b"trailer", b"transfer-encoding", b"upgrade", b"http2-settings", b"expect"}
+     b"trailer", b"transfer-encoding", b"upgrade", b"http2-settings", b"expect", b"alt-svc"}
 )  # fmt: skip
-"""RFC 9110, section 7.6.1: what is said to the next hop, and goes no further."""
+"""RFC 9110, section 7.6.1: what is said to the next hop, and goes no further; and other ways to it."""
 MAX_OFFERS = 20
 MAX_PATH = 2048
 
@@ -123,12 +123,12 @@ class Site:
 
         ``body_digest``: the SHA-256 of its body in hex, where that is known.
         """
-        if (limit := self._budget.request()) is not None:
-            raise Refused(429, "limit", f"network.budget.{limit} is used up")
         decision = self._reach.request(self.name, self.port, request)
         exchange.rule = decision.where
         if not decision.allowed:
             raise Refused(403, "denied", decision.why, decision.where)
+        if (limit := self._budget.request()) is not None:
+            raise Refused(429, "limit", f"network.budget.{limit} is used up")
         if not decision.injections:
             return list(request.headers)
         headers, exchange.secrets = self._inject(decision, request, body_digest)
@@ -156,6 +156,7 @@ class Site:
         headers = [
             (b"server", b"sandboxd"),
             (b"content-type", b"application/problem+json"),
+            (b"cache-control", b"no-store"),
             (b"content-length", str(len(data)).encode()),
         ]
         return headers, data

@@ -30,6 +30,10 @@ class Broken(OSError):
     """Raised where what comes is not what was agreed on, or ends in the middle of it."""
 
 
+class _Ended(Broken):
+    """Raised where a program ends its connection without a word."""
+
+
 class Stream(Protocol):
     """All of it raises OSError where the connection breaks."""
 
@@ -65,12 +69,18 @@ class Plain:
             return first
         while True:
             try:
-                return self._sock.recv(READ)
+                data = self._sock.recv(READ)
             except BlockingIOError:
                 await anyio.wait_readable(self._sock)
+            else:
+                await anyio.lowlevel.checkpoint()  # who always has something is not to hold up the others
+                return data
 
     def at_hand(self) -> bytes | None:
         """Bytes that are there already; none at the end; None: nothing is there."""
+        if self._first:
+            first, self._first = self._first, b""
+            return first
         try:
             return self._sock.recv(READ)
         except BlockingIOError:
@@ -141,7 +151,7 @@ class ServerTls:
         """Some bytes; none at the end."""
         try:
             return await self._until_done(lambda: self._tls.recv(READ))
-        except SSL.ZeroReturnError:
+        except (SSL.ZeroReturnError, _Ended):  # many programs end so; HTTP tells where it is too early
             return b""
 
     def at_hand(self) -> bytes | None:
@@ -183,7 +193,7 @@ class ServerTls:
                 await self._flush()
                 data = await self._stream.receive()
                 if not data:
-                    raise Broken("the program ended its connection in the middle of TLS") from None
+                    raise _Ended("the program ended its connection in the middle of TLS") from None
                 self._tls.bio_write(data)
             except SSL.ZeroReturnError:
                 raise
