@@ -39,6 +39,7 @@ class _Page(BaseHTTPRequestHandler):
     """Says what it was asked, and which header it was given."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: _Web
 
     def do_GET(self) -> None:

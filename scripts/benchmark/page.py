@@ -158,6 +158,10 @@ def _network(found: Figures) -> Iterator[str]:
     yield table(["a connection, one byte there and back", "p50 ms", "p95 ms", "p99 ms"], rows)
     rates = ", ".join(f"{who} {rate:,} MB/s" for who, rate in found["mb_per_s"].items())
     yield f"{found['bytes'] / 2**30:.0f} GiB over one connection: {rates}."
+    if (one := found.get("https")) is not None:
+        said = f"{one['requests']:,} requests of HTTPS that rules look into, over one connection: "
+        said += f"{one['per_second']:,} a second, with client and server on the same CPUs; "
+        yield f"{said}{one['per_core']:,} for each second of CPU of the process between them."
     rows = [[who, f"{one['p50']:.1f}", f"{one['p95']:.1f}"] for who, one in found["calls"].items()]
     yield table(["`true`, warm, policy", "p50 ms", "p95 ms"], rows)
 
