@@ -53,7 +53,7 @@ def h2(
         "-a",
         WEB,
         "-d",
-        directory,
+        str(directory),
         str(PORT),
         f"{certificate}.key",
         f"{certificate}.crt",
