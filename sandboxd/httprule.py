@@ -46,6 +46,13 @@ class Injection:
     """Of a signature: the names of the secrets that it is made with."""
     secret_key: str = ""
     session_token: str = ""
+    plain: bool = False
+    """Whether a secret may go where there is no TLS."""
+
+    @property
+    def over_tls(self) -> bool:
+        """Whether it may be put only into what is encrypted on its way."""
+        return not self.plain and ("{secret:" in self.value or bool(self.secret_key))
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,9 @@ class Site:
             raise Refused(429, "limit", f"network.budget.{limit} is used up")
         if not decision.injections:
             return list(request.headers)
+        if self.scheme == "http" and any(each.over_tls for each in decision.injections):
+            why = "a secret goes over TLS alone, unless its rule says plain: true; ask for https"
+            raise Refused(403, "denied", why, decision.where)
         headers, exchange.secrets = self._inject(decision, request, body_digest)
         return headers
 

@@ -101,6 +101,8 @@ class Inject(Section):
     value: HeaderValue | None = None
     """May hold {secret:NAME} of a secret that the policy lists as: proxy."""
     sigv4: SigV4 | None = None
+    plain: bool = False
+    """Whether a secret may be sent to a server without TLS."""
 
     @model_validator(mode="after")
     def _one(self) -> Self:

@@ -58,6 +58,8 @@ def _injection(inject: Inject | None) -> Injection | None:
     if inject is None:
         return None
     if inject.sigv4 is None:
-        return Injection(inject.header or "", inject.value or "")
+        return Injection(inject.header or "", inject.value or "", plain=inject.plain)
     keys = inject.sigv4
-    return Injection("Authorization", "", keys.access_key, keys.secret_key, keys.session_token or "")
+    return Injection(
+        "Authorization", "", keys.access_key, keys.secret_key, keys.session_token or "", plain=inject.plain
+    )

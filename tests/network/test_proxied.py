@@ -39,10 +39,14 @@ secrets:
 network:
   allow:
     - host: {NAME}
-      ports: [443]
+      ports: [80, 443]
       paths: [/api/**]
       inject: {{header: Authorization, value: "Bearer {{secret:TOKEN}}"}}
     - {{host: {NAME}, ports: [443], paths: [/plain/**]}}
+    - host: {NAME}
+      ports: [80]
+      paths: [/inside]
+      inject: {{header: X-Key, value: "{{secret:TOKEN}}", plain: true}}
     - {{host: {NAME}, ports: [443], paths: [/gone], inject: {{header: X-Gone, value: "{{secret:GONE}}"}}}}
     - host: {NAME}
       ports: [443]
@@ -64,6 +68,7 @@ def ask(path, method='GET', body=None, **headers):
 def keyed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon that has secrets, and a policy that has requests carry them."""
     world.records[NAME] = [KEYED]
+    world.serve(KEYED, 80, Mirror)
     world.serve(KEYED, 443, Mirror, tls=NAME)
     authority = world.certificate(NAME)
     with start_networked(tmp_path_factory.mktemp("keyed"), authorities=f"{authority}.crt") as daemon:
@@ -171,6 +176,13 @@ def _holding(value: bytes, places: list[Path]) -> list[Path]:
                 if path.is_file() and not path.is_symlink() and value in path.read_bytes():
                     found.append(path)
     return found
+
+
+def test_it_goes_over_tls_unless_its_rule_says_otherwise(ask: Callable[..., Invocation]) -> None:
+    code = f"made = http.client.HTTPConnection('{NAME}', timeout=20)\nprint(ask('/api/x'), ask('/inside'))"
+    assert said(ask(code)) == "403 200\n"
+    (only,) = Mirror.requests
+    assert dict(only["headers"])["x-key"] == VALUE.decode()
 
 
 def test_what_a_server_repeats_is_redacted_from_output(ask: Callable[..., Invocation]) -> None:
