@@ -155,6 +155,7 @@ def check_network(network: Network, places: Places, *, host: bool) -> Iterator[P
         said = f"mode: {network.mode} leaves nothing for allow, deny and budget"
         yield places.problem("network.mode", IMPOSSIBLE, said)
     yield from _of_http(network, places)
+    yield from _twice(network, places)
     for number, rule in enumerate(network.allow):
         if rule.within and rule.cidr is not None:
             said = "within says where a name may lead: write host, or leave it out"
@@ -167,6 +168,24 @@ def check_network(network: Network, places: Places, *, host: bool) -> Iterator[P
             if whole and deny.covers_target(rule):
                 said = f"{rule.host or rule.cidr} is denied whole at {places.origin(f'network.deny.{at}')}"
                 yield places.problem(f"network.allow.{number}", IMPOSSIBLE, said)
+
+
+def _twice(network: Network, places: Places) -> Iterator[PolicyProblem]:
+    """Rules of the file itself that say what another one says already."""
+    said: dict[str, dict[int, str]] = {}
+    for number, rule in enumerate(network.allow):
+        path = f"network.allow.{number}"
+        if not places.is_own(path):
+            continue
+        rest = rule.model_dump_json(exclude={"ports"})
+        ports = said.setdefault(rest, {})
+        for port in rule.ports:
+            if port in ports:
+                where = places.origin(ports[port])
+                problem = f"port {port} of {rule.host or rule.cidr} is allowed in the same words at {where}"
+                yield places.problem(path, IMPOSSIBLE, problem)
+                break
+            ports[port] = path
 
 
 def _of_http(network: Network, places: Places) -> Iterator[PolicyProblem]:
