@@ -16,7 +16,7 @@ from sandboxd.globs import Pattern
 __all__ = ["HttpRequest", "HttpRule", "Injection", "ambiguous"]
 
 _ODD = re.compile(rb"%(?![0-9A-Fa-f]{2})|%(2[fF]|5[cC]|25|0[0-9a-fA-F]|1[0-9a-fA-F]|7[fF])|[^!-~]|[\\#]")
-_DOTS = re.compile(rb"(^|/)\.{1,2}(;[^/]*)?(/|$)")
+_DOTS = re.compile(rb"(^|/)\.{1,2}(/|$)")
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,30 @@ class HttpRule:
     """Whether a request may go on as a WebSocket; where it may not, one that asks for it does not match."""
     inject: Injection | None = None
 
-    def matches(self, request: HttpRequest) -> bool:
-        """Whether the rule speaks of a request."""
+    def matches(self, request: HttpRequest, *, denies: bool = False) -> bool:
+        """Whether the rule speaks of a request.
+
+        Where servers may differ, one that ``denies`` does, and one that allows does not: of headers that come
+        more than once, one has to match, or all of them; a slash at the end of a path may be left out.
+        """
         if self.methods and request.method not in self.methods:
             return False
-        path = request.path
-        if self._paths and not (path[:1] == b"/" and any(each.matches(path[1:]) for each in self._paths)):
+        if self._paths and not self._matches_path(request.path, denies=denies):
             return False
         for name, expression in self._headers:
-            values = [value for each, value in request.headers if each == name]
-            if not values or not all(expression.fullmatch(value.decode("latin-1")) for value in values):
+            values = [value.decode("latin-1") for each, value in request.headers if each == name]
+            if denies:
+                values += [part.strip() for value in values for part in value.split(",")]
+            enough = any if denies else all
+            if not values or not enough(expression.fullmatch(value) for value in values):
                 return False
         return True
+
+    def _matches_path(self, path: bytes, *, denies: bool) -> bool:
+        if path[:1] != b"/":
+            return False
+        names = {path[1:], path[1:].rstrip(b"/")} if denies else {path[1:]}
+        return any(each.matches(name) for each in self._paths for name in names)
 
     @property
     def said(self) -> str:
@@ -129,4 +141,10 @@ def ambiguous(target: bytes) -> str | None:
     plain = unquote_to_bytes(path)
     if b"//" in plain or _DOTS.search(plain):
         return "its path has an empty segment or one of dots, which servers resolve in different ways"
+    if b";" in plain:
+        return "its path has a semicolon, with what follows it left out by some servers"
+    try:
+        plain.decode()
+    except UnicodeDecodeError:
+        return "its path is no UTF-8"
     return None

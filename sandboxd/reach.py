@@ -172,12 +172,14 @@ class Reach:
         denied = [rule for rule in _matching(self._deny, name) if port in (rule.ports or (port,))]
         allowed = [rule for rule in _matching(self._allow, name) if port in rule.ports]
         rules: tuple[Allow | Deny, ...] = (*denied, *allowed)
-        said = f"{asked.method} {asked.path.decode(errors='replace')[:1024]}"
+        said = f"{asked.method[:32]} {asked.path.decode(errors='replace')[:1024]}"
         of_paths = any(rule.http is not None and rule.http.paths for rule in rules)
         if of_paths and (why := ambiguous(asked.target)) is not None:
             return Decision(allowed=False, why=f"{said}: {why}")
+        if any(rule.http is not None and rule.http.methods for rule in rules) and not asked.method.isupper():
+            return Decision(allowed=False, why=f"{said}: its method is not in upper case, as methods are")
         for deny in denied:
-            if deny.http is None or deny.http.matches(asked):
+            if deny.http is None or deny.http.matches(asked, denies=True):
                 return Decision(allowed=False, why=f"{said} is denied", where=deny.where)
         matching = [rule for rule in allowed if rule.http is None or rule.http.matches(asked)]
         if asked.websocket:

@@ -123,7 +123,9 @@ def forms(value: bytes) -> set[bytes]:
             text = one.decode()
         except UnicodeDecodeError:
             continue
-        found |= {json.dumps(text, ensure_ascii=ascii).strip('"').encode() for ascii in (True, False)}  # noqa: A001
+        for ascii in (True, False):  # noqa: A001
+            dumped = json.dumps(text, ensure_ascii=ascii).strip('"')
+            found |= {dumped.encode(), dumped.replace("/", "\\/").encode()}
     return {form for form in map(significant, found) if len(form) >= SHORTEST}
 
 

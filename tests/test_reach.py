@@ -182,6 +182,7 @@ def test_rules_of_http_are_of_names_and_deny_wins() -> None:
     assert ask("a.test", 80, "GET", "/y", x_a="bc") == "p:2"
     assert ask("a.test", 80, "GET", "/x/y", x_a="bc") == "p:1"
     assert ask("a.test", 80, "DELETE", "/x/y", x_a="bc") == "d:1"
+    assert ask("a.test", 80, "delete", "/x/y", x_a="bc") is False  # which servers take for the other
     assert ask("a.test", 80, "GET", "/x/../y", x_a="bc") is False  # ambiguous where a rule is of paths
     assert ask("b.test", 80, "PUT", "/any/../thing") == "p:3"
     assert ask("b.test", 80, "DELETE", "/") == "d:1"

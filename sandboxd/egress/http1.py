@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Http1"]
 
 MAX_HEAD = 64 * 1024
+EVENTS = 64  # of h11, between which nobody else has a turn
 MAX_SIGNED = 8 * 2**20  # bytes of a body that is read before it is sent
 DRAINED = 256 * 1024  # bytes of the body of a refused request that are read for the sake of the next one
 FINISH_SECONDS = 2.0
@@ -59,6 +60,7 @@ class Http1:
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
         self._server = None if first is None else _Server(first)
         self._unsent = bytearray()
+        self._events = 0
         self._read, self._whole = bytearray(), False
         """Of the request's body, what was read before it was sent, and whether that is all of it."""
         self._body_less = self._chunked = False
@@ -152,8 +154,11 @@ class Http1:
             authority.append(named)
         for each in authority:
             self._site.check_authority(each)
-        upgrade = b",".join(value for name, value in listed if name == b"upgrade").strip().lower()
-        return head_of(head.method, target, listed, websocket=upgrade == b"websocket")
+        websocket = _upgrade(listed) == b"websocket"
+        length = next((value for name, value in listed if name == b"content-length"), b"0")
+        if websocket and (head.method != b"GET" or self._chunked or length != b"0"):
+            raise Refused(400, "denied", "a WebSocket is asked for by GET, without a body")
+        return head_of(head.method, target, listed, websocket=websocket)
 
     def _of_absolute(self, target: bytes) -> tuple[bytes, bytes]:
         try:
@@ -235,6 +240,8 @@ class Http1:
             event = await self._hear(server)
             match event:
                 case h11.InformationalResponse() if event.status_code == 101:
+                    if _upgrade(event.headers) != b"websocket":
+                        raise Broken("the server changes to another protocol than was asked for")
                     exchange.status = 101
                     self._answer(
                         h11.InformationalResponse(
@@ -269,8 +276,8 @@ class Http1:
                     exchange.received += len(event.data)
                     self._answer(h11.Data(data=event.data))
                 case h11.EndOfMessage():
-                    chunked = request.method != "HEAD" and event.headers
-                    self._answer(h11.EndOfMessage(headers=event.headers if chunked else []))
+                    trails = request.method != "HEAD" and self._http.their_http_version != b"1.0"
+                    self._answer(h11.EndOfMessage(headers=event.headers if trails else []))
                     await self._flush()
                     states = (self._http.our_state, self._http.their_state, *server.http.states.values())
                     return all(state is h11.DONE for state in states)
@@ -348,10 +355,17 @@ class Http1:
 
     # messages
 
+    async def _yield(self) -> None:
+        """Let others have their turn now and then: one read may hold thousands of chunks."""
+        self._events += 1
+        if self._events % EVENTS == 0:
+            await anyio.lowlevel.checkpoint()
+
     async def _next(self) -> object:
         while True:
             event = self._http.next_event()
             if event is not h11.NEED_DATA:
+                await self._yield()
                 return event
             self._http.receive_data(await self._client.receive())
 
@@ -359,6 +373,7 @@ class Http1:
         while True:
             event = server.http.next_event()
             if event is not h11.NEED_DATA:
+                await self._yield()
                 return event
             await self._flush()
             server.http.receive_data(await server.stream.receive())
@@ -375,6 +390,15 @@ class Http1:
     async def _say(self, server: _Server, event: h11.Event) -> None:
         if (data := server.http.send(event)) is not None and data:
             await server.stream.send(data)
+
+
+def _upgrade(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """What a head changes the protocol to; nothing, where it does not say so twice as it has to."""
+    named: dict[bytes, bytes] = {}
+    for name, value in headers:
+        named[name] = named[name] + b"," + value if name in named else value
+    tokens = {token.strip().lower() for token in named.get(b"connection", b"").split(b",")}
+    return named.get(b"upgrade", b"").strip().lower() if b"upgrade" in tokens else b""
 
 
 def _is_quiet(stream: Stream) -> bool:

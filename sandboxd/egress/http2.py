@@ -25,6 +25,7 @@ from h2.events import (
 from sandboxd.egress.http2end import FULL, MAX_STREAMS, End
 from sandboxd.egress.http2pair import Pair, answer_head, is_sound, length_of, request_head, understood
 from sandboxd.egress.relay import Cut
+from sandboxd.egress.sigv4 import EMPTY
 from sandboxd.egress.site import Refused, exchange_of, head_of, not_reached, without_hops
 from sandboxd.egress.streams import Broken
 from sandboxd.egress.upstream import Unreachable
@@ -142,7 +143,7 @@ class Http2:
             request = understood(came, self._site)
             pair.exchange = exchange_of(request, self._site.scheme)
             pair.length = length_of(request, ended=ended)
-            headers = self._site.decide(request, pair.exchange)
+            headers = self._site.decide(request, pair.exchange, EMPTY if ended else None)
             if not is_sound(headers):
                 raise Refused(502, "failed", "what is put into the request is no header")
         except Refused as refused:
@@ -382,6 +383,10 @@ class Http2:
         self._waiting.pop(pair.ours, None)
         self._made.pop(pair.theirs, None)
         pair.refused = pair.answering = True
+        if not self._client.http.is_open(pair.ours):
+            pair.back.drop()
+            self._forget(pair)
+            return
         headers, body = self._site.explain(refused)
         self._client.say(pair.ours, [(b":status", str(refused.status).encode()), *headers], last=False)
         pair.back.put(b"" if pair.exchange.method == "HEAD" else body, last=True)

@@ -274,7 +274,9 @@ class End:
     # what goes
 
     def say(self, stream: int, headers: list[tuple[bytes, bytes]], *, last: bool) -> None:
-        """Headers, of a stream that is open or new."""
+        """Headers, of a stream that is open or new; nothing where the peer gave it up in the same piece."""
+        if not self.http.config.client_side and not self.http.is_open(stream):
+            return
         self.http.send_headers(stream, headers, end_stream=last)
         self.wake()
 

@@ -39,6 +39,7 @@ GRACE = 1.0  # seconds that a connection has after its call's end
 LOOK_AGAIN = 1.0  # seconds between two looks at whether the caller is gone
 STALLED = 10  # of them, after which what a caller said that is gone is not waited for
 MAX_FAULTS = 10
+MAX_WHY = 1024
 UPGRADED = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n"
 ENDED = "the call ended before the connection did"
 
@@ -110,7 +111,7 @@ class Inward:
                 "inward",
                 id=enter.id,
                 number=enter.number,
-                why=why,
+                why=why[:MAX_WHY],
                 bytes_in=connection.received,
                 bytes_out=connection.sent,
             )

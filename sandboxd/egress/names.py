@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from typing import TYPE_CHECKING
 
 import dns.edns
@@ -31,6 +32,9 @@ TTL = 60
 MAX_QUESTION = 512  # bytes; the longest name needs fewer, and to read records that nobody needs takes long
 MAX_SIZE = 1232  # of a datagram; with one question, no answer comes near it
 MAX_WHY = 200  # bytes of an extended error
+
+
+_NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 
 
 class Names:
@@ -92,7 +96,7 @@ class Names:
         return response.to_wire(max_size=MAX_SIZE)
 
     def _decision(self, name: str) -> Decision:
-        if "\\" in name:  # a dot inside a label, say, which rules would take for the end of one
+        if not _NAME.fullmatch(name):  # a dot inside a label, say, which rules would take for the end of one
             return Decision(allowed=False, why=f"{name} is no host name")
         return self._reach.name(name)
 

@@ -38,6 +38,7 @@ HOP_BY_HOP = frozenset(
 """RFC 9110, section 7.6.1: what is said to the next hop, and goes no further; and other ways to it."""
 MAX_OFFERS = 20
 MAX_PATH = 2048
+MAX_WHY = 1024
 
 
 class Refused(Exception):
@@ -47,7 +48,7 @@ class Refused(Exception):
         super().__init__(why)
         self.status = status
         self.verdict = verdict
-        self.why = why
+        self.why = why[:MAX_WHY]
         self.rule = rule
 
 
@@ -131,6 +132,9 @@ class Site:
             raise Refused(429, "limit", f"network.budget.{limit} is used up")
         if not decision.injections:
             return list(request.headers)
+        if request.method in ("TRACE", "TRACK"):
+            why = f"{request.method} has the server say back what is put into the request"
+            raise Refused(405, "denied", why, decision.where)
         if self.scheme == "http" and any(each.over_tls for each in decision.injections):
             why = "a secret goes over TLS alone, unless its rule says plain: true; ask for https"
             raise Refused(403, "denied", why, decision.where)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import anyio
 from OpenSSL import SSL
 
+from sandboxd.egress.leaves import ProtocolRefused
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -156,9 +158,10 @@ class ServerTls:
 
     def at_hand(self) -> bytes | None:
         """Bytes that are there already; none at the end; None: nothing is there."""
-        while (data := self._stream.at_hand()) is not None:
-            if not data:
-                return b""
+        data = self._stream.at_hand()
+        if data == b"":
+            return b""
+        if data is not None:
             self._tls.bio_write(data)
         try:
             return self._tls.recv(READ)
@@ -197,6 +200,9 @@ class ServerTls:
                 self._tls.bio_write(data)
             except SSL.ZeroReturnError:
                 raise
+            except ProtocolRefused as error:
+                await self._flush()  # the alert
+                raise Broken(str(error)) from error
             except SSL.Error as error:
                 await self._flush()  # the alert
                 raise Broken(f"TLS with the program: {_reason(error)}") from error
@@ -237,10 +243,10 @@ class ClientTls:
 
     def at_hand(self) -> bytes | None:
         """Bytes that are there already; none at the end; None: nothing is there."""
-        while (data := self._stream.at_hand()) is not None:
-            if not data:
-                return b""
-            self._in.write(data)
+        data = self._stream.at_hand()
+        if data == b"":
+            return b""
+        self._in.write(data or b"")
         try:
             return self._tls.read(READ)
         except ssl.SSLWantReadError:

@@ -13,6 +13,7 @@ __all__ = ["Connection", "Told"]
 
 MAX_EVENTS = 1000  # of a call, for refusals and for connections each; the rest is counted only
 MAX_KINDS = 256  # of refusals that are told apart
+MAX_WHY = 384  # characters of each; all of it fits into one message, also where each needs six bytes
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Told:
 
     def emit(self, verdict: str, connection: Connection, why: str) -> None:
         """An event of it, as long as there have not been too many."""
+        why = why[:MAX_WHY]
         if verdict == "denied":
             self._count_refusal(connection, why)
         kind = "refusals" if verdict == "denied" else "connections"  # a flood of those does not hide these

@@ -196,6 +196,8 @@ class Gateway:
             self._tasks.start_soon(self._renew, served, secrets)
 
     async def _renew(self, served: _Served, secrets: Secrets) -> None:
+        if served.ending:
+            return  # it would keep what it has no container for
         with suppress(OSError):  # who dies is followed by one that is told all
             await served.worker.send(encode("secrets", _told(served, secrets)))
 
@@ -336,11 +338,11 @@ class Gateway:
         try:
             kind, content = decode(message)
             id = content.pop("id", None)  # noqa: A001
-            if kind == "fault" and worker.faults < MAX_FAULTS:
+            if kind == "fault":
                 worker.faults += 1
-                log.error(
-                    "a network process failed", pid=worker.process.pid, why=str(content["why"])[:MAX_FAULT]
-                )
+                if worker.faults <= MAX_FAULTS:
+                    why = str(content["why"])[:MAX_FAULT]
+                    log.error("a network process failed", pid=worker.process.pid, why=why)
                 return True
             if kind == "inward":
                 worker.inward.pop(content["number"])(content)

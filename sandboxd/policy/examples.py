@@ -123,6 +123,8 @@ def _request(words: list[str]) -> Verdict:
     port = DEFAULT_PORTS[parts.scheme] if port is None else port
 
     def verdict(policy: Policy) -> tuple[bool, str]:
+        if policy.shares_host_network:
+            return True, "the policy has the host's network, where nothing is refused"
         rules = network_rules(policy)
         if rules is None:
             return False, "the policy has no network"

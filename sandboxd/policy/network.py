@@ -67,8 +67,10 @@ def _path(value: str) -> str:
 
 
 def _header_value(value: str) -> str:
-    if not value.isprintable():
-        raise ValueError("a header's value must be printable")
+    if not value.isprintable() or not value.isascii():
+        raise ValueError("a header's value is of printable ASCII")
+    if value.count("{secret:") != len(_SECRET.findall(value)):
+        raise ValueError("write a secret in a header as {secret:NAME}, with its name as under secrets")
     return value
 
 

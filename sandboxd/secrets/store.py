@@ -298,7 +298,11 @@ class SecretStore:
             return Value(record.known.version, bytearray(record.unseal(key)))
         except FileNotFoundError:
             raise self._missing(name) from None
-        except (Damaged, OSError) as error:
+        except OSError as error:  # of the host, and gone the next time
+            raise errors.SecretsUnavailable(
+                f"the secret {name} cannot be read: {error.strerror or error}", secret=name
+            ) from error
+        except Damaged as error:
             with self._lock:
                 self._damaged[name] = str(error)
                 self._known.pop(name, None)

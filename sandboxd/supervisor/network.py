@@ -62,6 +62,9 @@ class CallNetwork:
             self._secrets.on_rotated(self._on_rotated)
             await self._gateway.serve(self._id, self._uid, slot, self._on_event, given)
             self._served = True
+            now = self._secrets.proxied  # what changed while it was handed over
+            if stale := {name: now.get(name) for name in given if now.get(name) != given[name]}:
+                self._gateway.renew(self._id, stale)
 
     async def begin_end(self) -> None:
         """Cut what is left; ``end`` waits for that, and something else can be done first."""
@@ -87,12 +90,15 @@ class CallNetwork:
         self._gateway.renew(self._id, {name: None if version is None else (version, value)})
 
     def _on_event(self, event: NetworkEvent) -> None:
-        for use in event.secrets:
-            name, _, version = use.partition("@")
-            if version.isdecimal() and (name, int(version)) in self._given:  # who says so may be anybody
-                self._secrets.note_use(name, "proxy", int(version))
+        # who says so may be anybody
+        known = {f"{name}@{version}": (name, version) for name, version in self._given}
+        given = [use for use in event.secrets if use in known]
+        for use in given:
+            name, version = known[use]
+            self._secrets.note_use(name, "proxy", version)
+        event = self._secrets.event(event.model_copy(update={"secrets": given}))
         try:
-            self._spool.add(Event(seq=0, at=0, type="network", network=self._secrets.event(event)))
+            self._spool.add(Event(seq=0, at=0, type="network", network=event))
         except errors.AttemptFailed as error:
             self.fault = error
 

@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 __all__ = ["CallSecrets"]
 
 MODE = 0o400
+MAX_TEXTS = {
+    "protocol": 32, "name": 1024, "address": 64, "upstream": 64, "why": 4096, "rule": 8192, "method": 32,
+    "path": 4096,
+}  # fmt: skip
+"""Characters of the texts of an event of the network, as its model has them."""
 
 log = structlog.get_logger("sandboxd.secrets")
 
@@ -47,6 +52,7 @@ class CallSecrets:
         self._shape = shape
         self._values: dict[str, Value] = {}
         self._stale: set[str] = set()
+        self._closed = False
         self._told: list[Callable[[str, int | None, bytes], None]] = []
         self._stack = ExitStack()
         self.redactor: Redactor | None = None
@@ -62,6 +68,7 @@ class CallSecrets:
 
     def close(self) -> None:
         """Wipe what was taken. Safe to call twice."""
+        self._closed = True
         self._stack.close()
         for value in self._values.values():
             value.wipe()
@@ -159,6 +166,8 @@ class CallSecrets:
             self.uses.append(use)
 
     def _rotated(self, name: str) -> None:
+        if self._closed:
+            return
         if self.redactor is None:
             self._stale.add(name)
         else:
@@ -193,9 +202,11 @@ class CallSecrets:
         """What the network says, without secrets. Names of hosts have lost their case."""
         if self.redactor is None:
             return event
-        name = None if event.name is None else self.redactor.name(event.name)
-        clean = self.redactor.name
-        return event.model_copy(update={"name": name, "why": clean(event.why), "path": clean(event.path)})
+        cleaned: dict[str, str] = {}
+        for field, most in MAX_TEXTS.items():
+            if isinstance(text := getattr(event, field), str):
+                cleaned[field] = self.redactor.name(text)[:most]  # a marker may be longer than what it is for
+        return event.model_copy(update=cleaned)
 
     def denials(self, denials: list[Denial]) -> list[Denial]:
         """The same of denials."""

@@ -198,6 +198,7 @@ def raw(data, port=80, host='api.http.test', wait=5):
 """
 PUT = "POST /put/a HTTP/1.1\\r\\nHost: api.http.test\\r\\nx-kind: a\\r\\n"
 HOST = "Host: api.http.test\\r\\n"
+UPGRADE = "Connection: upgrade\\r\\nUpgrade: websocket\\r\\n"
 LAST = "Connection: close\\r\\n\\r\\n"
 
 
@@ -215,6 +216,11 @@ LAST = "Connection: close\\r\\n\\r\\n"
         (f"GET https://api.http.test/open/a HTTP/1.1\\r\\n{HOST}{LAST}", 400),
         (f"GET open/a HTTP/1.1\\r\\n{HOST}{LAST}", 400),
         (f"GET api.http.test HTTP/1.1\\r\\n{HOST}{LAST}", 400),
+        (f"get /open/a HTTP/1.1\\r\\n{HOST}{LAST}", 403),
+        (f"GET /open/a;x HTTP/1.1\\r\\n{HOST}{LAST}", 403),
+        (f"GET /open/a HTTP/1.1\\r\\n{HOST}bad name: {'A' * 9000}\\r\\n{LAST}", 400),
+        (f"{'A' * 60000} / HTTP/1.1\\r\\n{HOST}{LAST}", 403),
+        (f"POST /open/a HTTP/1.1\\r\\n{HOST}{UPGRADE}Content-Length: 9\\r\\n\\r\\nabc", 400),
         (f"CONNECT other.example:443 HTTP/1.1\\r\\n{HOST}{LAST}", 405),
         (
             f"{PUT}Content-Length: 3\\r\\nContent-Length: 4\\r\\n{LAST}abc",
@@ -440,3 +446,34 @@ def test_no_other_protocol_follows_http(ask: Python, path: str, upgrade: str, st
     assert said(call) == f"b'HTTP/1.1 {status} '\n"
     # a server that changes the protocol when nobody asked is believed nothing
     assert not any(b"upgrade" in each["head"].lower() for each in Mirror.requests)
+
+
+def test_a_program_that_speaks_no_protocol_of_the_servers_is_told_so_by_tls(
+    http: Daemon, ask: Python
+) -> None:
+    code = """
+import socket, ssl
+for protocols in (['h2'], ['foo']):
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(protocols)
+    made = socket.create_connection(('api.http.test', 443))
+    try: context.wrap_socket(made, server_hostname='api.http.test')
+    except ssl.SSLError as error: print(error.reason)
+"""
+    call = ask(code)
+    assert said(call) == "TLSV1_ALERT_NO_APPLICATION_PROTOCOL\n" * 2
+    seen = [event.network for event in http.client().events(call.id) if event.network is not None]
+    tcp = [event for event in seen if event.protocol == "tcp"]
+    assert [event.verdict for event in tcp] == ["failed"] * 2
+    assert "protocols" in tcp[0].why
+
+
+def test_what_a_process_tells_in_the_end_fits_whatever_was_asked(http: Daemon, ask: Python) -> None:
+    code = f"""{RAW}
+for number in range(300):
+    raw(b'GET /%d' % number + b'%ff' * 2000 + b' HTTP/1.1\\r\\n{HOST}{LAST}')
+"""
+    call = ask(code)
+    assert sum(denial.count for denial in call.denials) == 300
+    assert len(requests(http, call)) == 300
+    assert said(ask(f"{ASK}\nprint(ask('GET', '/')[0])")) == "200\n"

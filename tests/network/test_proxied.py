@@ -178,6 +178,11 @@ def _holding(value: bytes, places: list[Path]) -> list[Path]:
     return found
 
 
+def test_nothing_has_a_server_say_it_back(ask: Callable[..., Invocation]) -> None:
+    assert said(ask("print(ask('/api/x', 'TRACE'))")) == "405\n"
+    assert Mirror.requests == []
+
+
 def test_it_goes_over_tls_unless_its_rule_says_otherwise(ask: Callable[..., Invocation]) -> None:
     code = f"made = http.client.HTTPConnection('{NAME}', timeout=20)\nprint(ask('/api/x'), ask('/inside'))"
     assert said(ask(code)) == "403 200\n"
