@@ -87,6 +87,10 @@ RECEIPT: dict[str, str] = {
     "network_sysctls": "policy network",
     "trust": "policy https",
     "expose": "policy exposed",
+    **dict.fromkeys(
+        ["secrets", "secrets_swap", "secret_files", "secret CONFORMANCE_FILE", "mount /run/secrets"],
+        "policy secrets",
+    ),
 }  # fmt: skip
 """Every line of a receipt, and the trait of a subject or of a policy with which it is there."""
 

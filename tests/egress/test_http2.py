@@ -365,7 +365,7 @@ async def test_what_is_put_in_is_not_remembered_for_compression() -> None:
     ) -> tuple[list[tuple[bytes, bytes]], tuple[str, ...]]:
         return [*request.headers, (b"x-api-key", b"a-secret-of-some-length")], ("KEY@1",)
 
-    rules = HttpRule(inject=Injection("x-api-key", "{secret:KEY}"))
+    rules = HttpRule(inject=Injection("x-api-key", "{secret:KEY}", plain=True))
     async with between(inject=inject, rules=rules) as world:
         for _ in range(3):
             assert (await world.program.get(asked(x_mine="remembered"))).status == 200

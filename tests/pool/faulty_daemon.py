@@ -45,9 +45,9 @@ class FaultyEngine(EngineProcess):
 
 
 class FaultyContainer(BuiltInContainer):
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, *arguments: Any, **more: Any) -> None:
         fault("berth", KeyError, thread="berths")
-        super().__init__(*arguments)
+        super().__init__(*arguments, **more)
 
 
 class FaultyPool(Pool):
