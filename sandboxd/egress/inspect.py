@@ -9,6 +9,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+import anyio
+
 from sandboxd.egress.http1 import Http1
 from sandboxd.egress.http2 import Http2
 from sandboxd.egress.streams import Broken, ClientTls, Counted, Plain, ServerTls
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Inspection"]
 
 H2, HTTP1 = "h2", "http/1.1"
+ALERT_SECONDS = 2.0
 LEAST = 4  # bytes that tell it from every method
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"  # RFC 9113, section 3.4
 
@@ -71,7 +74,14 @@ class Inspection:
             chosen = HTTP1 if HTTP1 in self._offered or not self._offered else H2
         protocol = H2 if chosen == H2 else HTTP1  # a server that chooses none speaks that
         client = ServerTls(self._client, self._leaves.connection(self._site.name, [protocol.encode()]))
-        await client.handshake()
+        try:
+            await client.handshake()
+        except Broken:
+            await self._client.finish()
+            with anyio.move_on_after(ALERT_SECONDS):  # so that it is read before the connection is reset
+                while await self._client.receive():
+                    pass
+            raise
         self._offered = (protocol,) if self._offered else ()  # what follows is of what was agreed on
         serve = Http2 if protocol == H2 else Http1
         await serve(client, self._site, self._reach, server).run()

@@ -233,6 +233,9 @@ class Spool:
         if event.type == "output":
             raise ValueError("output is added with append")
         numbered = event.model_copy(update={"seq": self._count + 1})
+        if self._held is not None and event.type == "network":  # which follows from no record
+            with mapped():
+                self._make_files(self._held)
         if self._held is not None:
             self._held.append(numbered)
             self._count += 1

@@ -224,7 +224,7 @@ def test_a_server_that_upgrades_unasked_is_refused(exposing: Daemon, serving: Ca
 def forwarding(daemon: Daemon, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """``sandboxd forward``, and the address that it prints."""
     process = subprocess.Popen(
-        [SANDBOXD, "forward", *arguments, "--socket", daemon.socket],
+        ["env", "--default-signal=INT", SANDBOXD, "forward", *arguments, "--socket", daemon.socket],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
