@@ -458,10 +458,10 @@ for protocols in (['h2'], ['foo']):
     context.set_alpn_protocols(protocols)
     made = socket.create_connection(('api.http.test', 443))
     try: context.wrap_socket(made, server_hostname='api.http.test')
-    except ssl.SSLError as error: print(error.reason or repr(error))
+    except ssl.SSLError as error: print('no application protocol' in str(error))
 """
     call = ask(code)
-    assert said(call) == "TLSV1_ALERT_NO_APPLICATION_PROTOCOL\n" * 2
+    assert said(call) == "True\n" * 2
     seen = [event.network for event in http.client().events(call.id) if event.network is not None]
     tcp = [event for event in seen if event.protocol == "tcp"]
     assert [event.verdict for event in tcp] == ["failed"] * 2
