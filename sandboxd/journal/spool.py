@@ -14,7 +14,8 @@ its own pace, so that a stalled reader holds neither memory nor the tool. What w
 read in a thread.
 
 Making files is what costs, so they are made for the first byte of output or the first event of the network.
-Until then events are *held* in memory; what those of a call without either said is in its record (``sandboxd.ledger``).
+Until then events are *held* in memory; what those of a call without either said is in its record
+(``sandboxd.ledger``).
 """
 
 from __future__ import annotations
