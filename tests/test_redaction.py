@@ -6,6 +6,7 @@ import base64
 import binascii
 import itertools
 import json
+import re
 import urllib.parse
 from typing import TYPE_CHECKING
 
@@ -186,10 +187,10 @@ def test_any_cutting_gives_the_same(given_: tuple[dict[str, bytes], bytes], data
 def test_nothing_of_a_whole_secret_is_left(given_: tuple[dict[str, bytes], bytes]) -> None:
     secrets, text = given_
     out, _ = redacted(secrets, [text])
-    left = significant(out)
+    # a marker stands between what was on both sides of it; what it may look like with them is no secret told
+    left = [significant(part) for part in re.split(rb"\[redacted:S\d+\]", out)]
     for name, one in secrets.items():
-        # a marker stands between what was on both sides of it, so none of it can come together again
-        assert significant(one) not in left, name
+        assert not any(significant(one) in part for part in left), name
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=5))
