@@ -13,8 +13,10 @@ from urllib.parse import unquote_to_bytes
 
 from sandboxd.globs import Pattern
 
-__all__ = ["HttpRequest", "HttpRule", "Injection", "ambiguous"]
+__all__ = ["SECRET", "HttpRequest", "HttpRule", "Injection", "ambiguous"]
 
+SECRET = re.compile(r"\{secret:([A-Z][A-Z0-9_]{0,127})\}")
+"""A secret in the value of an ``Injection``."""
 _ODD = re.compile(rb"%(?![0-9A-Fa-f]{2})|%(2[fF]|5[cC]|25|0[0-9a-fA-F]|1[0-9a-fA-F]|7[fF])|[^!-~]|[\\#]")
 _DOTS = re.compile(rb"(^|/)\.{1,2}(/|$)")
 

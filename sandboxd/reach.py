@@ -32,6 +32,7 @@ __all__ = [
     "Deny",
     "NetworkRules",
     "Reach",
+    "inside",
     "standin6",
 ]
 
@@ -255,7 +256,7 @@ class Reach:
         for network, rule in self._networks:
             if address.version != network.version or address not in network or port not in rule.ports:
                 continue
-            if never is None or _inside(network, never):
+            if never is None or inside(network, never):
                 return Decision(allowed=True, why=f"{rule.target} is allowed", where=rule.where)
         return None
 
@@ -264,8 +265,8 @@ class Reach:
         special: list[tuple[Cidr, Allow]] = []
         others: list[tuple[Cidr, Allow]] = []
         for network, rule in self._networks:
-            inside = any(_inside(network, never) for never in NEVER)
-            (special if inside else others).append((network, rule))
+            is_special = any(inside(network, never) for never in NEVER)
+            (special if is_special else others).append((network, rule))
         return special, others
 
     @property
@@ -313,10 +314,11 @@ def _never(address: Address) -> Cidr | None:
 
 def _leads(within: str, never: Cidr, address: Address) -> bool:
     network = ipaddress.ip_network(within)
-    return address.version == network.version and address in network and _inside(network, never)
+    return address.version == network.version and address in network and inside(network, never)
 
 
-def _inside(network: Cidr, other: Cidr) -> bool:
+def inside(network: Cidr, other: Cidr) -> bool:
+    """Whether all of a network is in another."""
     if isinstance(network, ipaddress.IPv4Network):
         return isinstance(other, ipaddress.IPv4Network) and network.subnet_of(other)
     return isinstance(other, ipaddress.IPv6Network) and network.subnet_of(other)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sandboxd.egress.sigv4 import SigningRefused, resign
 from sandboxd.egress.site import Refused
+from sandboxd.httprule import SECRET
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Secret", "inject"]
 
-_SECRET = re.compile(r"\{secret:([A-Z][A-Z0-9_]{0,127})\}")
 _FORBIDDEN = re.compile(rb"[^\t -~\x80-\xff]")
 
 
@@ -88,7 +88,7 @@ def _value(secrets: Mapping[str, Secret], injection: Injection, used: list[str])
         secret = _secret(secrets, match[1], used)
         return secret.value.decode("latin-1")
 
-    value = _SECRET.sub(put, injection.value).encode("latin-1").strip()
+    value = SECRET.sub(put, injection.value).encode("latin-1").strip()
     if _FORBIDDEN.search(value):
         raise Refused(502, "failed", f"what is to be put into {injection.header} is no value of a header")
     return value

@@ -14,14 +14,14 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from sandboxd import errors, units
-from sandboxd.httprule import path_pattern
+from sandboxd.httprule import SECRET, path_pattern
 from sandboxd.policy.quantities import Rate, Size  # noqa: TC001, pydantic reads it at run time
 from sandboxd.policy.section import Section
+from sandboxd.reach import inside
 
 __all__ = ["Budget", "Denied", "Inject", "Network", "Rule"]
 
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
-_SECRET = re.compile(r"\{secret:([A-Z][A-Z0-9_]{0,127})\}")
 _TOKEN = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"  # noqa: S105, RFC 9110's token, not a credential
 
 
@@ -44,11 +44,8 @@ def _cidr(value: str) -> str:
         raise ValueError(f"{error}; write a network such as 192.0.2.0/24") from None
 
 
-def _inside(network: str, other: str) -> bool:
-    one, most = ipaddress.ip_network(network), ipaddress.ip_network(other)
-    return one.version == most.version and (
-        most.network_address <= one.network_address and one.broadcast_address <= most.broadcast_address  # type: ignore[operator]
-    )
+def _within(network: str, most: str) -> bool:
+    return inside(ipaddress.ip_network(network), ipaddress.ip_network(most))
 
 
 def _path(value: str) -> str:
@@ -69,7 +66,7 @@ def _path(value: str) -> str:
 def _header_value(value: str) -> str:
     if not value.isprintable() or not value.isascii():
         raise ValueError("a header's value is of printable ASCII")
-    if value.count("{secret:") != len(_SECRET.findall(value)):
+    if value.count("{secret:") != len(SECRET.findall(value)):
         raise ValueError("write a secret in a header as {secret:NAME}, with its name as under secrets")
     return value
 
@@ -118,7 +115,7 @@ class Inject(Section):
         """The names of the secrets that it holds."""
         if self.sigv4 is not None:
             return [name for name in self.sigv4.model_dump().values() if name is not None]
-        return _SECRET.findall(self.value or "")
+        return SECRET.findall(self.value or "")
 
 
 class Http(Section):
@@ -191,7 +188,7 @@ class Rule(Target, Http):
             and (not self.methods or (bool(other.methods) and set(other.methods) <= set(self.methods)))
             and (not self.paths or (bool(other.paths) and set(other.paths) <= set(self.paths)))
             and set(self.headers.items()) <= set(other.headers.items())
-            and all(any(_inside(each, most) for most in self.within) for each in other.within)
+            and all(any(_within(each, most) for most in self.within) for each in other.within)
             and (self.websocket or not self.looks_inside or (other.looks_inside and not other.websocket))
         )
 
