@@ -16,7 +16,7 @@ import anyio
 import h11
 
 from sandboxd.egress.relay import Cut
-from sandboxd.egress.site import Refused, exchange_of, head_of, not_reached, without_hops
+from sandboxd.egress.site import Refused, exchange_of, head_of, needs_digest, not_reached, without_hops
 from sandboxd.egress.streams import Broken, first_of
 from sandboxd.egress.upstream import Unreachable
 
@@ -92,8 +92,9 @@ class Http1:
         try:
             request = self._understood(head)
             exchange = exchange_of(request, self._site.scheme)
-            digest = await self._body_digest() if self._site.signs(request) else None
-            headers = self._site.decide(request, exchange, digest)
+            decision = self._site.judge(request, exchange)
+            digest = await self._body_digest() if needs_digest(request, decision) else None
+            headers = self._site.dress(request, exchange, decision, digest)
             server = await self._reach_server()
             return await self._exchange(server, request, headers, exchange)
         except Refused as error:

@@ -143,7 +143,8 @@ class Http2:
             request = understood(came, self._site)
             pair.exchange = exchange_of(request, self._site.scheme)
             pair.length = length_of(request, ended=ended)
-            headers = self._site.decide(request, pair.exchange, EMPTY if ended else None)
+            decision = self._site.judge(request, pair.exchange)
+            headers = self._site.dress(request, pair.exchange, decision, EMPTY if ended else None)
             if not is_sound(headers):
                 raise Refused(502, "failed", "what is put into the request is no header")
         except Refused as refused:

@@ -24,6 +24,7 @@ __all__ = [
     "Site",
     "exchange_of",
     "head_of",
+    "needs_digest",
     "not_reached",
     "without_hops",
 ]
@@ -113,21 +114,21 @@ class Site:
                 421, "denied", f"the request is of {said!r}, and the connection to {self.name}:{self.port}"
             )
 
-    def signs(self, request: HttpRequest) -> bool:
-        """Whether what is put into a request depends on its body, which has to be read first."""
-        decision = self._reach.request(self.name, self.port, request)
-        named = any(name == b"x-amz-content-sha256" for name, _ in request.headers)
-        return not named and any(injection.secret_key for injection in decision.injections)
-
-    def decide(self, request: HttpRequest, exchange: Exchange, body_digest: str | None = None) -> Headers:
-        """The headers that a request goes out with, with what is put into it. Raises Refused.
-
-        ``body_digest``: the SHA-256 of its body in hex, where that is known.
-        """
+    def judge(self, request: HttpRequest, exchange: Exchange) -> Decision:
+        """What the rules say of a request. Raises Refused where they do not allow it."""
         decision = self._reach.request(self.name, self.port, request)
         exchange.rule = decision.where
         if not decision.allowed:
             raise Refused(403, "denied", decision.why, decision.where)
+        return decision
+
+    def dress(
+        self, request: HttpRequest, exchange: Exchange, decision: Decision, body_digest: str | None = None
+    ) -> Headers:
+        """The headers that an allowed request goes out with, with what is put into it. Raises Refused.
+
+        ``body_digest``: the SHA-256 of its body in hex, where that is known.
+        """
         if (limit := self._budget.request()) is not None:
             raise Refused(429, "limit", f"network.budget.{limit} is used up")
         if not decision.injections:
@@ -193,6 +194,13 @@ def not_reached(error: Broken | Unreachable) -> Refused:
     if rule is not None:
         return Refused(403, "denied", str(error), rule.where)
     return Refused(502, "failed", str(error))
+
+
+def needs_digest(request: HttpRequest, decision: Decision) -> bool:
+    """Whether what is put into a request depends on its body, which has to be read first."""
+    if not any(injection.secret_key for injection in decision.injections):
+        return False
+    return not any(name == b"x-amz-content-sha256" for name, _ in request.headers)
 
 
 def exchange_of(request: HttpRequest, protocol: str) -> Exchange:
