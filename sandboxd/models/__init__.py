@@ -1,0 +1,77 @@
+"""The wire types: what goes over the socket, into the journal, and out of ``--json``.
+
+Times are integer microseconds since the Unix epoch, durations integer microseconds, sizes bytes.
+Bytes are never assumed to be text: see ``Content``.
+"""
+
+from sandboxd.models.invocation import (
+    Artifact,
+    CallerInfo,
+    DigestRef,
+    Event,
+    Invocation,
+    InvocationList,
+    SecretUse,
+    State,
+    Times,
+    Withheld,
+)
+from sandboxd.models.network import NetworkEvent, NetworkRefusal, NetworkUse
+from sandboxd.models.operating import (
+    Health,
+    ImageInfo,
+    PlanDocument,
+    PolicyInfo,
+    PolicyProblem,
+    Problem,
+    SecretInfo,
+    SlotInfo,
+)
+from sandboxd.models.outcome import Cause, Denial, Failure, LimitReached, Outcome, Usage, signal_name
+from sandboxd.models.receipt import Control, Receipt
+from sandboxd.models.request import Input, Narrowing, Request
+from sandboxd.models.wire import Bytes, Content, Count, Counted, Duration, Size, Text, Wire
+
+__all__ = [
+    "Artifact",
+    "Bytes",
+    "CallerInfo",
+    "Cause",
+    "Content",
+    "Control",
+    "Count",
+    "Counted",
+    "Denial",
+    "DigestRef",
+    "Duration",
+    "Event",
+    "Failure",
+    "Health",
+    "ImageInfo",
+    "Input",
+    "Invocation",
+    "InvocationList",
+    "LimitReached",
+    "Narrowing",
+    "NetworkEvent",
+    "NetworkRefusal",
+    "NetworkUse",
+    "Outcome",
+    "PlanDocument",
+    "PolicyInfo",
+    "PolicyProblem",
+    "Problem",
+    "Receipt",
+    "Request",
+    "SecretInfo",
+    "SecretUse",
+    "Size",
+    "SlotInfo",
+    "State",
+    "Text",
+    "Times",
+    "Usage",
+    "Wire",
+    "Withheld",
+    "signal_name",
+]
