@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO
 
 from sandboxd import errors
+from sandboxd.failpoint import failpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,6 +65,7 @@ class BlobWriter:
         self._hash.update(data)
         self.size += len(data)
         with _mapped():
+            failpoint("blob.write")
             if data.count(0) == len(data):
                 os.lseek(self._fd, len(data), os.SEEK_CUR)
                 return
@@ -78,7 +80,9 @@ class BlobWriter:
         with _mapped():
             os.ftruncate(self._fd, self.size)
             if durable:
+                failpoint("blob.sync")
                 os.fdatasync(self._fd)
+            failpoint("blob.place")
             try:
                 os.link(self._tmp, path)
             except FileNotFoundError:
@@ -88,6 +92,7 @@ class BlobWriter:
                 # What is there may have lost its bytes with the power: this copy has them for sure.
                 if durable or path.stat().st_size != self.size:
                     self._tmp.replace(path)
+            failpoint("blob.placed")
             if durable:
                 _sync_directories(path.parent, self._store.root)
         return digest

@@ -312,10 +312,11 @@ class Calls(Ledger):
             call.ended.set()
             return
         invocation = call.invocation
+        outcome = await _kept(call.spool, result.outcome)
         done = invocation.model_copy(
             update={
                 "state": State.ENDED,
-                "outcome": result.outcome,
+                "outcome": outcome,
                 "receipt": result.receipt,
                 "usage": result.usage,
                 "denials": result.denials,
@@ -377,6 +378,8 @@ class Calls(Ledger):
                     "times": invocation.times.model_copy(update={"ended": _now()}),
                 }
             )
+            if spool.stored:
+                await anyio.to_thread.run_sync(spool.sync)
             await self._journal.ended(done, records.outcome_header(done))
             finish(spool, done, durable=True)
         return len(found)
@@ -444,6 +447,17 @@ class Calls(Ledger):
         """Cancel every call in flight."""
         for call in self._flying.values():
             call.cancel()
+
+
+async def _kept(spool: Spool, outcome: Outcome | None) -> Outcome | None:
+    """The outcome once the output that it names is on disk; another one where that cannot be."""
+    if spool.stored:
+        try:
+            await anyio.to_thread.run_sync(spool.sync)
+        except errors.HostFailed as error:
+            log.exception("the output could not be kept")
+            return _ours(error.code, str(error))
+    return outcome
 
 
 def _streams(spool: Spool, id: str) -> dict[str, Content]:

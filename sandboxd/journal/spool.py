@@ -30,6 +30,7 @@ import anyio
 import anyio.to_thread
 
 from sandboxd import errors, models
+from sandboxd.failpoint import failpoint
 from sandboxd.journal.index import (
     DETAIL,
     RECORD_SIZE,
@@ -124,6 +125,11 @@ class Spool:
         return self._closed
 
     @property
+    def stored(self) -> bool:
+        """Whether it is open and has files, which ``sync`` brings to disk."""
+        return not self._closed and self._held is None
+
+    @property
     def complete(self) -> bool:
         """Whether it was closed, and not just left by a daemon that died."""
         return self._summaries is not None
@@ -147,6 +153,7 @@ class Spool:
         """Give what was held in memory its files: from now on events go there too. Raises OSError."""
         self._index.directory.mkdir(mode=0o700)
         try:
+            failpoint("spool.make")
             self._open_index()
             self._count = self._details_size = 0
             for event in held:
@@ -179,6 +186,7 @@ class Spool:
             kept += 1
         self._count, self._details_size = kept, details
         with mapped():
+            failpoint("spool.recover")
             os.ftruncate(self._events, kept * RECORD_SIZE)
         for stream, output in self._outputs.items():
             output.digest = self._index.digest(stream, sizes[stream])
@@ -206,6 +214,7 @@ class Spool:
         with mapped():
             if self._held is not None:
                 self._make_files(self._held)
+            failpoint("spool.write")
             output.write(kept)
             now = _now()
             for name, each in self._outputs.items():
@@ -270,6 +279,7 @@ class Spool:
     def _seal(self, stream: Stream) -> None:
         output = self._outputs[stream]
         if output.pending:
+            failpoint("spool.seal")
             self._number(output.since, output.sealed, output.pending, STREAMS.index(stream))
             output.sealed = output.size
 
@@ -307,12 +317,14 @@ class Spool:
             for stream in STREAMS:
                 self._seal(stream)
             summaries = {stream: output.summary() for stream, output in self._outputs.items()}
+            failpoint("spool.summary")
             self._detail(SUMMARY, _now(), dump_summaries(summaries))
             self._count -= 1  # the summary is no event
 
     def sync(self) -> None:
         """Bring to disk what was written so far; blocks, and may run in a thread. Raises HostFailed."""
         with mapped():
+            failpoint("spool.sync")
             for output in self._outputs.values():
                 if output.fd >= 0:
                     os.fdatasync(output.fd)

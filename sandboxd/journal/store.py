@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from pydantic import ValidationError
 
 from sandboxd import errors, models
+from sandboxd.failpoint import failpoint
 from sandboxd.journal import chain, records, schema
 from sandboxd.journal.writer import Transaction, Writer
 
@@ -150,9 +151,12 @@ class Journal:
                     "INSERT INTO labels (name, value, id) VALUES (?, ?, ?)",
                     [(name, value, invocation.id) for name, value in invocation.labels.items()],
                 )
+            failpoint("accept.write")
             return None
 
-        return await self._writer.run(operation, durable=True)
+        found = await self._writer.run(operation, durable=True)
+        failpoint("accept.durable")
+        return found
 
     async def find_key(self, uid: int, key: str) -> records.Existing | None:
         """The call that a caller's key stands for, if any; its acceptance is on disk."""
@@ -199,9 +203,12 @@ class Journal:
                     raise errors.StateConflict(f"invocation {invocation.id} has an outcome already")
                 raise errors.NotFound(f"invocation {invocation.id} was never accepted")
             transaction.head = chain.append(transaction.connection, transaction.head, header, row[3])
+            failpoint("outcome.write")
             return transaction.head
 
-        return await self._writer.run(operation, durable=True)
+        head = await self._writer.run(operation, durable=True)
+        failpoint("outcome.durable")
+        return head
 
     async def get(self, id_: str) -> models.Invocation | None:
         """An invocation as it stands. The heads of its streams are empty here: its spool has them."""

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Self
 import structlog
 
 from sandboxd import errors, units
+from sandboxd.failpoint import failpoint
 from sandboxd.models import SecretInfo
 from sandboxd.secrets.key import key_id, make_key, read_key
 from sandboxd.secrets.record import NAME, Damaged, Known, Record
@@ -217,8 +218,11 @@ class SecretStore:
             if record is None:
                 (self._directory / name).unlink(missing_ok=True)
             else:
+                failpoint("secret.write")
                 _write_new(temporary, record.encode())
+                failpoint("secret.place")
                 temporary.replace(self._directory / name)
+            failpoint("secret.placed")
             directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 os.fsync(directory)

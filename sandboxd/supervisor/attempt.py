@@ -20,6 +20,7 @@ import os
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import anyio
@@ -441,7 +442,11 @@ class Attempt:
         plan = self._plan
         if plan.artifacts:
             result.artifacts, result.withheld = await anyio.to_thread.run_sync(
-                artifacts.collect, slot.workspace_fd, plan.artifacts, plan.narrowed_artifacts, self._blobs
+                partial(artifacts.collect, durable=True),  # before the outcome names them
+                slot.workspace_fd,
+                plan.artifacts,
+                plan.narrowed_artifacts,
+                self._blobs,
             )
             result.artifacts = self._secrets.artifacts(result.artifacts)
             result.withheld = self._secrets.withheld(result.withheld)
