@@ -7,7 +7,6 @@ import errno
 import ipaddress
 import select
 import socket
-import struct
 import time
 import traceback
 from contextlib import suppress
@@ -22,6 +21,7 @@ from sandboxd.egress.injection import inject
 from sandboxd.egress.inspect import Inspection
 from sandboxd.egress.messages import MAX_FAULT
 from sandboxd.egress.names import Names
+from sandboxd.egress.nameserver import NameServer
 from sandboxd.egress.refused import read_refused
 from sandboxd.egress.relay import Cut, Pump, cut, resets
 from sandboxd.egress.site import Site
@@ -44,9 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["Container"]
 
 HELLO_SECONDS = 10.0
-DNS_SECONDS = 10.0  # that a stream of questions may be silent
 MAX_OPEN = 4096  # connections at once
-IPV6_PKTINFO = 50
 FIRST_READ = 4096
 MAX_FAULTS = 3
 TOO_LATE = "the call ended before anything was connected to"
@@ -87,6 +85,7 @@ class Container:
             on_new=lambda name, address: say("name", name=name, address=address),
             on_refused=self._on_refused_name,
         )
+        self._name_server = NameServer(self._names.answer, self._fault)
         self._told = Told(say)
         self._faults = 0
         self._open = 0
@@ -117,8 +116,8 @@ class Container:
                     tcp, tcp6, dns, dns_tcp, _ = self._sockets
                     for listener in (tcp, tcp6):
                         tasks.start_soon(self._accept, tasks, listener, self._connection)
-                    tasks.start_soon(self._accept, tasks, dns_tcp, self._questions)
-                    tasks.start_soon(self._datagrams, dns)
+                    tasks.start_soon(self._accept, tasks, dns_tcp, self._name_server.stream)
+                    tasks.start_soon(self._name_server.datagrams, dns)
                     tasks.start_soon(self._read_refused)
         finally:
             self._close()
@@ -414,57 +413,6 @@ class Container:
             )
         said = "no server" if found.server_name is None else found.server_name
         raise hello.HelloMalformed(f"the ClientHello names {said}, and the connection is to {name}")
-
-    # names
-
-    async def _datagrams(self, sock: socket.socket) -> None:
-        while True:
-            try:
-                question, ancillary, _, sender = sock.recvmsg(4096, 256)
-            except BlockingIOError:
-                await anyio.wait_readable(sock)
-                continue
-            except OSError:
-                continue
-            try:
-                answer = self._names.answer(question)
-            except Exception:  # noqa: BLE001  (one question's, and no reason to end the others)
-                self._fault()
-                answer = None
-            if answer is not None:
-                with suppress(OSError):  # whoever asked may be gone
-                    sock.sendmsg([answer], list(_from_where(ancillary)), 0, sender)
-            await anyio.lowlevel.checkpoint()
-
-    async def _questions(self, client: socket.socket) -> None:
-        data = b""
-        with anyio.move_on_after(DNS_SECONDS) as scope:
-            while True:
-                while len(data) >= 2 and len(data) >= (size := 2 + int.from_bytes(data[:2])):
-                    answer = self._names.answer(data[2:size])
-                    data = data[size:]
-                    if answer is not None:
-                        await _send(client, struct.pack(">H", len(answer)) + answer)
-                    scope.deadline = anyio.current_time() + DNS_SECONDS
-                await anyio.wait_readable(client)
-                read = client.recv(FIRST_READ)
-                if not read:
-                    return
-                data += read
-
-
-async def _send(sock: socket.socket, data: bytes) -> None:
-    left = memoryview(data)
-    while left:
-        try:
-            left = left[sock.send(left) :]
-        except BlockingIOError:
-            await anyio.wait_writable(sock)
-
-
-def _from_where(ancillary: list[tuple[int, int, bytes]]) -> list[tuple[int, int, bytes]]:
-    """So that an answer comes from where the question went."""
-    return [(level, kind, data[:16] + bytes(4)) for level, kind, data in ancillary if kind == IPV6_PKTINFO]
 
 
 def _stands_for_a_name(address: Address) -> bool:

@@ -27,7 +27,7 @@ from sandboxd.egress.http2pair import Pair, answer_head, is_sound, length_of, re
 from sandboxd.egress.relay import Cut
 from sandboxd.egress.sigv4 import EMPTY
 from sandboxd.egress.site import Refused, exchange_of, head_of, not_reached, without_hops
-from sandboxd.egress.streams import Broken
+from sandboxd.egress.streams import Broken, first_of
 from sandboxd.egress.upstream import Unreachable
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Http2:
             self._tell_all("failed", CANCELLED)
             raise
         except ExceptionGroup as group:
-            raised = _first_of(group)
+            raised = first_of(group)
             if isinstance(raised, Cut):
                 self._tell_all("limit", f"network.budget.{raised.limit} is used up")
             raise raised from group
@@ -201,7 +201,7 @@ class Http2:
                     await server.finish()
                 tasks.cancel_scope.cancel()
         except ExceptionGroup as group:
-            raised = _first_of(group)
+            raised = first_of(group)
             if not isinstance(raised, OSError):
                 raise raised from group
             self._on_server_gone(server, f"the connection to the server broke: {raised}")
@@ -405,9 +405,3 @@ class Http2:
 
 def _said(code: int) -> str:
     return getattr(code, "name", str(code))
-
-
-def _first_of(group: BaseExceptionGroup) -> BaseException:
-    """What was raised: of several, that a limit was reached."""
-    found = [_first_of(each) if isinstance(each, BaseExceptionGroup) else each for each in group.exceptions]
-    return next((each for each in found if isinstance(each, Cut)), found[0])

@@ -27,7 +27,8 @@ from sandboxd.egress.budget import Budget
 from sandboxd.egress.http2 import Http2
 from sandboxd.egress.relay import Cut
 from sandboxd.egress.site import Exchange, Site
-from sandboxd.egress.streams import Broken, Counted, Plain, ServerTls
+from sandboxd.egress.streams import Broken, Counted, Plain
+from sandboxd.egress.tls import ServerTls
 from sandboxd.egress.upstream import Unreachable
 from sandboxd.reach import Allow, NetworkRules, Reach
 
