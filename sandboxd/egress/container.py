@@ -22,10 +22,11 @@ from sandboxd.egress.inspect import Inspection
 from sandboxd.egress.messages import MAX_FAULT
 from sandboxd.egress.names import Names
 from sandboxd.egress.nameserver import NameServer
+from sandboxd.egress.questions import Questions
 from sandboxd.egress.refused import read_refused
 from sandboxd.egress.relay import Cut, Pump, cut, resets
 from sandboxd.egress.site import Site
-from sandboxd.egress.streams import Counted
+from sandboxd.egress.streams import Counted, Left, Plain, while_there
 from sandboxd.egress.told import Connection, Told
 from sandboxd.reach import STANDINS, STANDINS6, Decision
 
@@ -87,6 +88,7 @@ class Container:
         )
         self._name_server = NameServer(self._names.answer, self._fault)
         self._told = Told(say)
+        self.questions = Questions(say)
         self._faults = 0
         self._open = 0
         self._scope = anyio.CancelScope()
@@ -262,6 +264,8 @@ class Container:
         else:
             decision = self._reach.address(address, port)
         connection.rule = decision.where
+        if decision.asks:
+            decision = await self._ask(client, connection, decision)
         if not decision.allowed:
             self._told.emit("denied", connection, decision.why)
             cut(client)
@@ -283,6 +287,17 @@ class Container:
         connection.upstream = str(found)
         with server:
             await self._relay(client, server, connection)
+
+    async def _ask(self, client: socket.socket, connection: Connection, decision: Decision) -> Decision:
+        """Wait for somebody to decide on a connection, of which nothing is read before. Raises Left."""
+        try:
+            return await while_there(Plain(client), self.questions.ask(connection, decision))
+        except Left as error:
+            self._told.emit("failed", connection, str(error))
+            raise
+        except anyio.get_cancelled_exc_class():
+            self._told.emit("failed", connection, TOO_LATE)
+            raise
 
     async def _connect(self, connection: Connection, address: Address) -> tuple[socket.socket, Address]:
         if connection.name is None:
@@ -338,6 +353,7 @@ class Container:
                 "http" if found is None else "https",
                 reach=self._reach,
                 budget=self._budget,
+                ask=lambda exchange, decision: self.questions.ask(_of(connection, exchange), decision),
                 inject=partial(inject, self.secrets),
                 tell=partial(self._on_exchange, connection),
             )
@@ -367,19 +383,7 @@ class Container:
         resets(client, reset=verdict != "allowed")
 
     def _on_exchange(self, connection: Connection, exchange: Exchange, verdict: str, why: str) -> None:
-        told = replace(
-            connection,
-            protocol=exchange.protocol,
-            rule=exchange.rule,
-            begun=exchange.begun,
-            sent=exchange.sent,
-            received=exchange.received,
-            method=exchange.method,
-            path=exchange.path,
-            status=exchange.status,
-            secrets=exchange.secrets,
-        )
-        self._told.emit(verdict, told, why)
+        self._told.emit(verdict, _of(connection, exchange), why)
 
     async def _first(self, client: socket.socket, connection: Connection) -> tuple[bytes, hello.Hello | None]:
         """What the client says first: of TLS, all of its ClientHello, which has to name whom it should."""
@@ -413,6 +417,22 @@ class Container:
             )
         said = "no server" if found.server_name is None else found.server_name
         raise hello.HelloMalformed(f"the ClientHello names {said}, and the connection is to {name}")
+
+
+def _of(connection: Connection, exchange: Exchange) -> Connection:
+    """What is said of a connection, of a request in it."""
+    return replace(
+        connection,
+        protocol=exchange.protocol,
+        rule=exchange.rule,
+        begun=exchange.begun,
+        sent=exchange.sent,
+        received=exchange.received,
+        method=exchange.method,
+        path=exchange.path,
+        status=exchange.status,
+        secrets=exchange.secrets,
+    )
 
 
 def _stands_for_a_name(address: Address) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 import socket
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -13,15 +13,22 @@ import anyio.lowlevel
 from sandboxd.egress.relay import Cut
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from sandboxd.egress.budget import Budget
 
-__all__ = ["READ", "Broken", "Counted", "Plain", "Stream", "first_of", "write"]
+__all__ = ["READ", "Broken", "Counted", "Left", "Plain", "Stream", "first_of", "while_there", "write"]
 
 READ = 1 << 16
+T = TypeVar("T")
 
 
 class Broken(OSError):
     """Raised where what comes is not what was agreed on, or ends in the middle of it."""
+
+
+class Left(Broken):
+    """Raised where the other end does not wait for what it asked for."""
 
 
 class Stream(Protocol):
@@ -133,6 +140,26 @@ async def write(sock: socket.socket, data: bytes | memoryview) -> None:
             left = left[sock.send(left) :]
         except BlockingIOError:
             await anyio.wait_writable(sock)
+
+
+async def while_there(stream: Stream, asked: Awaitable[T]) -> T:
+    """Wait for something as long as the other end of a stream does. Raises Left, and what ``asked`` raises.
+
+    One that says that it sends no more is taken to be gone: nothing tells it from one that has closed.
+    """
+
+    async def watch() -> None:
+        await stream.gone()
+        raise Left("the program went away before it was decided on")
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch)
+            found = await asked
+            tasks.cancel_scope.cancel()
+    except ExceptionGroup as group:
+        raise first_of(group) from None
+    return found
 
 
 def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
