@@ -149,10 +149,10 @@ async def test_who_waits_for_a_word_gets_it_after_the_answer() -> None:
 
 # signatures that need the body
 
-SIGNS = HttpRule(inject=Injection(access_key="A", secret_key="S", plain=True))  # noqa: S106
+SIGNS = HttpRule(inject=Injection(access_key="A", secret_key="S", plain=True))
 
 
-def signed(seen: list[str | None], decision: Decision, request: HttpRequest, digest: str | None):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def signed(seen: list[str | None], decision: Decision, request: HttpRequest, digest: str | None):  # type: ignore[no-untyped-def]
     """What the signature would have been made of."""
     del decision
     seen.append(digest)
@@ -163,9 +163,8 @@ def signed(seen: list[str | None], decision: Decision, request: HttpRequest, dig
 async def test_a_body_is_read_whole_for_its_signature(*, asks: bool) -> None:
     seen: list[str | None] = []
     somebody = Somebody()
-    options = {"ask": somebody} if asks else {}
     inject = lambda *given: signed(seen, *given)  # noqa: E731
-    async with between(inject=inject, rules=SIGNS, **options) as world:
+    async with between(inject=inject, rules=SIGNS, ask=somebody if asks else None) as world:
         body = bytes(range(256)) * (MAX_SIGNED // 256)
         number = await world.program.ask(asked("/ok/1", "POST"), None)
         if asks:
