@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import ipaddress
+import math
 import select
 import socket
 import time
@@ -26,7 +27,7 @@ from sandboxd.egress.questions import Questions
 from sandboxd.egress.refused import read_refused
 from sandboxd.egress.relay import Cut, Pump, cut, resets
 from sandboxd.egress.site import Site
-from sandboxd.egress.streams import Counted, Left, Plain, while_there
+from sandboxd.egress.streams import Broken, Counted, Left, Plain, while_there
 from sandboxd.egress.told import Connection, Told
 from sandboxd.reach import STANDINS, STANDINS6, Decision
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["Container"]
 
 HELLO_SECONDS = 10.0
+SILENT_SECONDS = 30.0  # that a program may be where HTTP alone is spoken
 MAX_OPEN = 4096  # connections at once
 FIRST_READ = 4096
 MAX_FAULTS = 3
@@ -345,7 +347,7 @@ class Container:
         """Serve a connection whose rules look into HTTP."""
         verdict, why, counted = "failed", TOO_LATE, None
         try:
-            first, found = await self._first(client, connection)
+            first, found = await self._first(client, connection, silent=SILENT_SECONDS)
             counted = Counted(client, first, self._budget)
             site = Site(
                 name,
@@ -385,16 +387,22 @@ class Container:
     def _on_exchange(self, connection: Connection, exchange: Exchange, verdict: str, why: str) -> None:
         self._told.emit(verdict, _of(connection, exchange), why)
 
-    async def _first(self, client: socket.socket, connection: Connection) -> tuple[bytes, hello.Hello | None]:
-        """What the client says first: of TLS, all of its ClientHello, which has to name whom it should."""
+    async def _first(
+        self, client: socket.socket, connection: Connection, silent: float = math.inf
+    ) -> tuple[bytes, hello.Hello | None]:
+        """What the client says first: of TLS, all of its ClientHello, which has to name whom it should.
+
+        ``silent``: for how many seconds it may say nothing. Raises HelloMalformed, Broken.
+        """
         data, reader = b"", hello.HelloReader()
+        begun = anyio.current_time()
         with anyio.move_on_after(HELLO_SECONDS) as scope:
             while True:
                 try:
                     read = client.recv(FIRST_READ)
                 except BlockingIOError:
                     if not data:
-                        scope.deadline = float("inf")
+                        scope.deadline = begun + silent
                     await anyio.wait_readable(client)
                     continue
                 if not data:
@@ -406,6 +414,9 @@ class Container:
                 if tls and (found := reader.feed(read)) is not None:
                     self._check_hello(found, connection.name)
                     return data, found
+        if not data:
+            why = f"the program said nothing for {silent:.0f} seconds, where HTTP is spoken"
+            raise Broken(why)
         raise hello.HelloMalformed("the ClientHello did not come")
 
     def _check_hello(self, found: hello.Hello, name: str) -> None:
