@@ -315,14 +315,16 @@ class Container:
 
         async def there() -> None:
             try:
-                first, _ = await self._first(client, connection)
+                first, rest, found = await self._first(client, connection)
+                await out.send(first)
+                if found is not None:
+                    await out.send(await self._second(client, found, rest))
             except hello.HelloMalformed as error:
                 refusal.append(str(error))
                 with suppress(OSError):
                     client.send(hello.alert(hello.UNRECOGNIZED_NAME))
                 tasks.cancel_scope.cancel()
                 return
-            await out.send(first)
             await out.run()
 
         try:
@@ -347,7 +349,8 @@ class Container:
         """Serve a connection whose rules look into HTTP."""
         verdict, why, counted = "failed", TOO_LATE, None
         try:
-            first, found = await self._first(client, connection, silent=SILENT_SECONDS)
+            first, rest, found = await self._first(client, connection, silent=SILENT_SECONDS)
+            first += rest
             counted = Counted(client, first, self._budget)
             site = Site(
                 name,
@@ -389,8 +392,8 @@ class Container:
 
     async def _first(
         self, client: socket.socket, connection: Connection, silent: float = math.inf
-    ) -> tuple[bytes, hello.Hello | None]:
-        """What the client says first: of TLS, all of its ClientHello, which has to name whom it should.
+    ) -> tuple[bytes, bytes, hello.Hello | None]:
+        """What the client says first: of TLS, its ClientHello, which has to name whom it should; the rest.
 
         ``silent``: for how many seconds it may say nothing. Raises HelloMalformed, Broken.
         """
@@ -410,14 +413,36 @@ class Container:
                 data += read
                 tls = hello.is_tls(data) if data else False
                 if connection.name is None or not read or tls is False:
-                    return data, None
+                    return data, b"", None
                 if tls and (found := reader.feed(read)) is not None:
                     self._check_hello(found, connection.name)
-                    return data, found
+                    return data[: len(data) - len(reader.rest)], reader.rest, found
         if not data:
             why = f"the program said nothing for {silent:.0f} seconds, where HTTP is spoken"
             raise Broken(why)
         raise hello.HelloMalformed("the ClientHello did not come")
+
+    async def _second(self, client: socket.socket, first: hello.Hello, data: bytes) -> bytes:
+        """What the client says next, until no second ClientHello can follow: that has to name the same.
+
+        ``data``: what it has said already.
+        """
+        reader = hello.SecondReader()
+        last, found = reader.feed(data)
+        while not last:
+            await anyio.wait_readable(client)
+            with suppress(BlockingIOError):
+                read = client.recv(FIRST_READ)
+                data += read
+                if not read:
+                    break
+                last, found = reader.feed(read)
+        if found is not None and found.server_name != first.server_name:
+            raise hello.HelloMalformed(
+                f"a second ClientHello names {found.server_name or 'no server'}, "
+                f"and the connection is to {first.server_name}"
+            )
+        return data
 
     def _check_hello(self, found: hello.Hello, name: str) -> None:
         if found.server_name == name:

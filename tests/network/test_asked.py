@@ -8,22 +8,17 @@ import socket
 import ssl
 import struct
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
-import dns.message
 import pytest
-from gateways import Part, Unconfined
-from gateways import served as in_namespace
+from gateways import AUTHORITY, Served, read
+from gateways import serving as in_namespace
 from http2_peers import Peer, asked, echo
-from world import DNS, WWW
+from world import WWW
 
-from sandboxd.config import NetworkConfig
 from sandboxd.httprule import HttpRule
-from sandboxd.kernel.inside import in_network_namespace
-from sandboxd.network.authority import Authority
-from sandboxd.network.gateway import Gateway
 from sandboxd.network.questions import Answer, Question
 from sandboxd.reach import Allow, NetworkRules
 
@@ -32,11 +27,9 @@ if TYPE_CHECKING:
 
     from world import World
 
-    from sandboxd.models import NetworkEvent, NetworkUse
 
 pytestmark = pytest.mark.anyio
 
-AUTHORITY = Authority.make()
 NAME = "asked.http.test"
 RULES = NetworkRules(
     (
@@ -102,73 +95,12 @@ class Somebody:
         return self.withdrawn
 
 
-class Served:
-    """A namespace whose connections a real process serves."""
-
-    def __init__(self, gateway: Gateway, namespace: int, part: Part) -> None:
-        self.gateway, self.namespace, self.part = gateway, namespace, part
-        self.somebody = Somebody()
-        self.events: list[NetworkEvent] = []
-        self._address = ""
-
-    async def begin(self) -> None:
-        slot: Any = self.part
-        await self.gateway.serve("call", 0, slot, self.events.append, decide=self.somebody)
-        self._address = await anyio.to_thread.run_sync(self._look_up)
-
-    async def end(self) -> NetworkUse:
-        await self.gateway.begin_end("call")
-        return await self.gateway.end("call")
-
-    @property
-    def process(self) -> int:
-        [worker] = self.gateway._workers[0]
-        return worker.process.pid
-
-    def _look_up(self) -> str:
-        sock = in_network_namespace(self.namespace, lambda: socket.socket(type=socket.SOCK_DGRAM))
-        with sock:
-            sock.settimeout(20)
-            sock.sendto(dns.message.make_query(f"{NAME}.", "A").to_wire(), ("127.0.0.53", 53))
-            answer = dns.message.from_wire(sock.recv(4096))
-        return str(answer.answer[0][0])
-
-    async def connect(self, port: int) -> socket.socket:
-        """A connection of a program's."""
-        sock = in_network_namespace(self.namespace, socket.socket)
-        sock.settimeout(20)
-        await anyio.to_thread.run_sync(sock.connect, (self._address, port))
-        return sock
-
-    async def told(self, count: int) -> list[NetworkEvent]:
-        while len(self.events) < count:  # noqa: ASYNC110  (no event tells)
-            await anyio.sleep(0.01)
-        return self.events
-
-
 @asynccontextmanager
-async def serving() -> AsyncIterator[Served]:
-    async with anyio.create_task_group() as tasks:
-        gateway = Gateway(
-            NetworkConfig.model_validate({"nameservers": [DNS]}), Unconfined(), tasks, AUTHORITY
-        )
-        with in_namespace(RULES) as (namespace, part), anyio.fail_after(60):
-            served = Served(gateway, namespace, part)
-            await served.begin()
-            yield served
-        tasks.cancel_scope.cancel()
-
-
-async def read(sock: socket.socket, until: bytes) -> bytes:
-    """What comes, up to something; or all of it."""
-
-    def reading() -> bytes:
-        data = b""
-        while until not in data and (more := sock.recv(1 << 16)):
-            data += more
-        return data
-
-    return await anyio.to_thread.run_sync(reading)
+async def serving() -> AsyncIterator[tuple[Served, Somebody]]:
+    """A namespace whose connections a real process serves, and who is asked."""
+    somebody = Somebody()
+    async with in_namespace(RULES, decide=somebody) as served:
+        yield served, somebody
 
 
 GET = b"GET /page HTTP/1.1\r\nHost: %b\r\n\r\n" % NAME.encode()
@@ -178,22 +110,22 @@ async def test_a_request_of_http1_waits_and_the_next_one_on_its_connection_is_as
     hosts: World,
 ) -> None:
     del hosts
-    async with serving() as served:
-        with await served.connect(80) as sock:
+    async with serving() as (served, somebody):
+        with await served.connect(NAME, 80) as sock:
             sock.sendall(GET)
-            [question] = await served.somebody.asked()
+            [question] = await somebody.asked()
             assert (question.protocol, question.name, question.port) == ("http", NAME, 80)
             assert (question.method, question.path, question.rule) == ("GET", "/page", "asked.yaml:1")
             sock.settimeout(0.3)
             with pytest.raises(TimeoutError):
                 sock.recv(1)
             sock.settimeout(20)
-            served.somebody.say(question, allowed=True)
+            somebody.say(question, allowed=True)
             assert b"200 OK" in await read(sock, b"/page\n")
             sock.sendall(GET.replace(b"/page", b"/other"))
-            question = (await served.somebody.asked(2))[1]
+            question = (await somebody.asked(2))[1]
             assert question.path == "/other"
-            served.somebody.say(question, allowed=False, why="not that one")
+            somebody.say(question, allowed=False, why="not that one")
             said = await read(sock, b"}")
             assert b"403" in said
             assert b"not that one" in said
@@ -209,12 +141,12 @@ async def test_a_request_of_http1_waits_and_the_next_one_on_its_connection_is_as
 async def test_a_body_that_comes_meanwhile_waits_in_its_socket(hosts: World) -> None:
     del hosts
     size = 64 << 20
-    async with serving() as served:
-        with await served.connect(80) as sock:
+    async with serving() as (served, somebody):
+        with await served.connect(NAME, 80) as sock:
             sock.sendall(
                 b"POST /p HTTP/1.1\r\nHost: %b\r\nContent-Length: %d\r\n\r\n" % (NAME.encode(), size)
             )
-            [question] = await served.somebody.asked()
+            [question] = await somebody.asked()
             sock.setblocking(False)
             sent = 0
             while True:  # until it is full for a while
@@ -228,7 +160,7 @@ async def test_a_body_that_comes_meanwhile_waits_in_its_socket(hosts: World) -> 
                     if sent == before:
                         break
             assert sent < size
-            served.somebody.say(question, allowed=True)
+            somebody.say(question, allowed=True)
             sock.setblocking(True)
             await anyio.to_thread.run_sync(sock.sendall, bytes(size - sent))
             assert b"200 OK" in await read(sock, b"/p\n")
@@ -239,14 +171,14 @@ async def test_a_body_that_comes_meanwhile_waits_in_its_socket(hosts: World) -> 
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("port", [80, 7])
 async def test_a_program_that_goes_away_is_not_decided_on(hosts: World, port: int, *, reset: bool) -> None:
-    async with serving() as served:
+    async with serving() as (served, somebody):
         before = list(hosts.reached)
-        with await served.connect(port) as sock:
+        with await served.connect(NAME, port) as sock:
             sock.sendall(GET)
-            [question] = await served.somebody.asked()
+            [question] = await somebody.asked()
             if reset:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        assert await served.somebody.gone() == [question]
+        assert await somebody.gone() == [question]
         events = await served.told(1)
         assert (events[0].verdict, events[0].why) == (
             "failed",
@@ -259,13 +191,13 @@ async def test_a_program_that_goes_away_is_not_decided_on(hosts: World, port: in
 @pytest.mark.parametrize("port", [80, 7])
 async def test_the_calls_end_is_the_end_of_what_waits(hosts: World, port: int) -> None:
     del hosts
-    async with serving() as served:
-        with await served.connect(port) as sock:
+    async with serving() as (served, somebody):
+        with await served.connect(NAME, port) as sock:
             sock.sendall(GET)
-            [question] = await served.somebody.asked()
+            [question] = await somebody.asked()
             with anyio.fail_after(4):
                 await served.end()
-            assert await served.somebody.gone() == [question]
+            assert await somebody.gone() == [question]
             with pytest.raises(ConnectionResetError):
                 sock.recv(1)
         assert {event.verdict for event in served.events} == {"failed"}
@@ -274,20 +206,20 @@ async def test_the_calls_end_is_the_end_of_what_waits(hosts: World, port: int) -
 
 async def test_the_death_of_the_process_is_the_end_of_what_waits_and_another_asks_anew(hosts: World) -> None:
     del hosts
-    async with serving() as served:
-        with await served.connect(80) as sock:
+    async with serving() as (served, somebody):
+        with await served.connect(NAME, 80) as sock:
             sock.sendall(GET)
-            [question] = await served.somebody.asked()
+            [question] = await somebody.asked()
             os.kill(served.process, signal.SIGKILL)
-            assert await served.somebody.gone() == [question]
+            assert await somebody.gone() == [question]
             with pytest.raises(ConnectionResetError):
                 sock.recv(1)
-        served.somebody.withdrawn.clear()
-        served.somebody.questions.clear()
-        with await served.connect(80) as sock:
+        somebody.withdrawn.clear()
+        somebody.questions.clear()
+        with await served.connect(NAME, 80) as sock:
             sock.sendall(GET)
-            [again] = await served.somebody.asked()
-            served.somebody.say(again, allowed=True)
+            [again] = await somebody.asked()
+            somebody.say(again, allowed=True)
             assert b"200 OK" in await read(sock, b"/page\n")
         await served.end()
 
@@ -295,16 +227,16 @@ async def test_the_death_of_the_process_is_the_end_of_what_waits_and_another_ask
 async def test_a_connection_that_nobody_looks_into_waits_before_anybody_is_connected_to(
     hosts: World,
 ) -> None:
-    async with serving() as served:
+    async with serving() as (served, somebody):
         before = len(hosts.reached)
-        with await served.connect(7) as one, await served.connect(7) as two:
+        with await served.connect(NAME, 7) as one, await served.connect(NAME, 7) as two:
             for sock in (one, two):
                 sock.sendall(b"early")
-            first, second = await served.somebody.asked(2)
+            first, second = await somebody.asked(2)
             assert (first.protocol, first.port, first.method) == ("tcp", 7, "")
             assert len(hosts.reached) == before
-            served.somebody.say(second, allowed=False, why="no")
-            served.somebody.say(first, allowed=True)
+            somebody.say(second, allowed=False, why="no")
+            somebody.say(first, allowed=True)
             said = []
             for sock in (one, two):
                 try:
@@ -318,18 +250,18 @@ async def test_a_connection_that_nobody_looks_into_waits_before_anybody_is_conne
 
 async def test_too_many_at_once_are_refused(hosts: World) -> None:
     del hosts
-    async with serving() as served:
-        socks = [await served.connect(80) for _ in range(65)]
+    async with serving() as (served, somebody):
+        socks = [await served.connect(NAME, 80) for _ in range(65)]
         try:
             for sock in socks:
                 sock.sendall(GET)
-            await served.somebody.asked(64)
+            await somebody.asked(64)
             refused = await served.told(1)
             assert refused[0].verdict == "denied"
             assert "64 others wait" in refused[0].why
-            assert len(served.somebody.questions) == 64
+            assert len(somebody.questions) == 64
             await served.end()
-            assert len(await served.somebody.gone(64)) == 64
+            assert len(await somebody.gone(64)) == 64
         finally:
             for sock in socks:
                 sock.close()
@@ -338,7 +270,7 @@ async def test_too_many_at_once_are_refused(hosts: World) -> None:
 async def test_streams_of_http2_wait_each_for_its_own_answer(hosts: World) -> None:
     """With a server that speaks it in plain, and TLS with one that is not there."""
     servers: list[socket.socket] = []
-    async with serving() as served, anyio.create_task_group() as tasks:
+    async with serving() as (served, somebody), anyio.create_task_group() as tasks:
         listener = hosts.socket(WWW, 8080)
         listener.listen()
         listener.setblocking(False)
@@ -352,7 +284,7 @@ async def test_streams_of_http2_wait_each_for_its_own_answer(hosts: World) -> No
 
         tasks.start_soon(accept)
         try:
-            sock = await served.connect(8080)
+            sock = await served.connect(NAME, 8080)
             servers.append(sock)
             program = Peer(sock, client_side=True)
             tasks.start_soon(program.run, tasks)
@@ -362,19 +294,19 @@ async def test_streams_of_http2_wait_each_for_its_own_answer(hosts: World) -> No
                 return [(n, f"{NAME}:8080".encode() if n == b":authority" else v) for n, v in listed]
 
             numbers = {path: await program.ask(head(path), path.encode()) for path in ("/a", "/b", "/c")}
-            questions = {question.path: question for question in await served.somebody.asked(3)}
+            questions = {question.path: question for question in await somebody.asked(3)}
             assert len(servers) == 1
-            served.somebody.say(questions["/c"], allowed=True)
+            somebody.say(questions["/c"], allowed=True)
             assert bytes((await program.answer(numbers["/c"])).data) == b"/c"
-            served.somebody.say(questions["/b"], allowed=False, why="not b")
+            somebody.say(questions["/b"], allowed=False, why="not b")
             assert (await program.answer(numbers["/b"])).status == 403
             program.http.reset_stream(numbers["/a"])
             await program.flush()
-            assert await served.somebody.gone() == [questions["/a"]]
+            assert await somebody.gone() == [questions["/a"]]
             assert len(servers) == 2
             last = await program.ask(head("/d"), b"d")
-            question = (await served.somebody.asked(4))[3]
-            served.somebody.say(question, allowed=True)
+            question = (await somebody.asked(4))[3]
+            somebody.say(question, allowed=True)
             assert bytes((await program.answer(last)).data) == b"d"
             use = await served.end()
             assert [refusal.why for refusal in use.refusals] == ["not b"]
@@ -386,17 +318,17 @@ async def test_streams_of_http2_wait_each_for_its_own_answer(hosts: World) -> No
 
 async def test_inside_tls(hosts: World) -> None:
     del hosts
-    async with serving() as served:
+    async with serving() as (served, somebody):
         context = ssl.create_default_context(cadata=AUTHORITY.certificate)
-        with await served.connect(443) as plain:
+        with await served.connect(NAME, 443) as plain:
             wrapped = await anyio.to_thread.run_sync(lambda: context.wrap_socket(plain, server_hostname=NAME))
             with wrapped as sock:
                 sock.sendall(GET)
-                [question] = await served.somebody.asked()
+                [question] = await somebody.asked()
                 assert (question.protocol, question.path) == ("https", "/page")
-                served.somebody.say(question, allowed=False, why="no")
+                somebody.say(question, allowed=False, why="no")
                 assert b"403" in await read(sock, b"}")
                 sock.sendall(GET)
-                await served.somebody.asked(2)
-        assert len(await served.somebody.gone()) == 1
+                await somebody.asked(2)
+        assert len(await somebody.gone()) == 1
         await served.end()
