@@ -78,6 +78,7 @@ GROUPS = {
         {
             "verify": "journal:verify",
             "head": "journal:head",
+            "key": "journal:key",
         },
     ),
 }
