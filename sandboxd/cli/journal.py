@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sandboxd.journal.signing import KeyPlace
     from sandboxd.journal.verify import VerifyReport
 
-__all__ = ["head", "key", "records", "verify"]
+__all__ = ["export", "head", "key", "records", "verify"]
 
 FlatFormat = Annotated[Format, Parameter(name="*")]
 State = Annotated[Path | None, Parameter(help="The state directory, before the configuration's.")]
@@ -73,7 +73,10 @@ def verify(
         Parameter(help="A file with a signed head, or a head as text, which has to be in the chain."),
     ] = None,
     key: Keys = (),
-    deep: Annotated[bool, Parameter(help="Read every stream and artifact too.")] = False,
+    bundle: Annotated[
+        Path | None, Parameter(help="Check a bundle of `sandboxd journal export`; needs no journal.")
+    ] = None,
+    deep: Annotated[bool, Parameter(negative=(), help="Read every stream and artifact too.")] = False,
     config: ConfigFile = None,
     state: State = None,
     output: FlatFormat = FORMAT,
@@ -85,6 +88,10 @@ def verify(
     """
     from sandboxd.journal.verify import verify as check  # noqa: PLC0415 - `--help` must not pay for it
 
+    if bundle is not None:
+        if head is not None or deep or state is not None or config is not None:
+            raise errors.InvalidRequest("--bundle goes with --key and --json alone", field="bundle")
+        return _bundle(bundle, key, json=output.json)
     expected = None if head is None else _head_of(head)
     with records(config, state) as opened:
         keys = _known(opened.key, key)
@@ -108,6 +115,52 @@ def told(report: VerifyReport, *, json: bool) -> int:
         signed = f", signed up to record {report.signed}" if report.signed else ""
         print(f"{report.records} records are as they were recorded{signed}{read}; head {report.head}")
     return 0 if report.ok else 1
+
+
+def _bundle(path: Path, named: tuple[Path, ...], *, json: bool) -> int:
+    from sandboxd.journal import proof, signing  # noqa: PLC0415 - `--help` must not pay for it
+
+    report = proof.check(path, {signing.key_id(signing.read_public(one)) for one in named})
+    if json:
+        terminal.print_json(asdict(report) | {"ok": report.ok})
+        return 0 if report.ok else 1
+    if report.problem is not None:
+        terminal.complain(report.problem)
+    for what in report.damaged[:SHOWN]:
+        terminal.complain(what)
+    if report.problem is None:
+        print(f"{report.calls} calls, {report.records} records, {report.files} files; head {report.head}")
+        trust = "a key that you named" if named else "the key in the bundle: compare its id with the node's"
+        print(f"signed with {report.key}, {trust}")
+        if report.pruned:
+            print(f"{report.pruned} of the calls had been pruned: only their headers are there")
+        for what in report.absent[:SHOWN]:
+            print(f"not in the bundle: {what}")
+    return 0 if report.ok else 1
+
+
+def export(
+    *calls: Annotated[str, Parameter(help="Ids of calls.")],
+    to: Annotated[Path, Parameter(name=["--output", "-o"], help="The file to write.")],
+    session: Annotated[str | None, Parameter(help="All calls of a session.")] = None,
+    all_calls: Annotated[bool, Parameter(name="--all", negative=(), help="All calls.")] = False,
+    config: ConfigFile = None,
+    state: State = None,
+    output: FlatFormat = FORMAT,
+) -> None:
+    """Write calls with their records, output and artifacts into a file that verifies without a daemon."""
+    from sandboxd.journal import bundle, signing  # noqa: PLC0415 - `--help` must not pay for it
+
+    if not (calls or session or all_calls):
+        raise errors.InvalidRequest("name calls, or give --session or --all", field="calls")
+    with records(config, state) as opened:
+        chosen = bundle.select(opened.connection, calls, session=session, everything=all_calls)
+        key = signing.NodeKey.load(opened.key)
+        done = bundle.export(opened.connection, opened.state, key, chosen, to)
+    if output.json:
+        terminal.print_json(asdict(done))
+    else:
+        print(f"{done.calls} calls and {done.records} records in {to}; head {done.head}")
 
 
 def head(*, config: ConfigFile = None, state: State = None, output: FlatFormat = FORMAT) -> None:

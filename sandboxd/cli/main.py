@@ -79,6 +79,7 @@ GROUPS = {
             "verify": "journal:verify",
             "head": "journal:head",
             "key": "journal:key",
+            "export": "journal:export",
         },
     ),
 }

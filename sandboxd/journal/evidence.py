@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["EMPTY", "Evidence"]
+__all__ = ["EMPTY", "Evidence", "opened"]
 
 EMPTY = "sha256:" + hashlib.sha256().hexdigest()
 _CHUNK = 1 << 20
@@ -54,15 +56,20 @@ class Evidence:
                 yield what, "" if found == digest else f"was changed: it has the digest {found}"
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, open for reading. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        yield cast("BinaryIO", file)
+
+
 def digest_of(path: Path) -> str:
     """The digest of a regular file. Raises OSError."""
     digest = hashlib.sha256()
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(0, "it is no regular file")
-        while data := os.read(fd, _CHUNK):
+    with opened(path) as file:
+        while data := file.read(_CHUNK):
             digest.update(data)
-    finally:
-        os.close(fd)
     return "sha256:" + digest.hexdigest()

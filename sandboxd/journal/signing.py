@@ -30,7 +30,17 @@ from sandboxd.journal.chain import Head, parse_head
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-__all__ = ["CREDENTIAL", "KeyPlace", "NodeKey", "SignedHead", "key_id", "place_of", "read_public"]
+__all__ = [
+    "CREDENTIAL",
+    "KeyPlace",
+    "NodeKey",
+    "SignedHead",
+    "key_id",
+    "load_public",
+    "pem",
+    "place_of",
+    "read_public",
+]
 
 CREDENTIAL = "sandboxd-journal-key"
 """The name of systemd's credential (``LoadCredential=``), systemd.exec(5)."""
@@ -62,6 +72,13 @@ def key_id(public: bytes) -> str:
     return "sha256:" + hashlib.sha256(public).hexdigest()
 
 
+def pem(public: bytes) -> bytes:
+    """A public key as PEM, which openssl reads too. Raises ValueError."""
+    return Ed25519PublicKey.from_public_bytes(public).public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
 @dataclass(frozen=True)
 class NodeKey:
     """The key that this node signs with."""
@@ -79,10 +96,8 @@ class NodeKey:
         return key_id(self.public)
 
     def pem(self) -> bytes:
-        """The public key as PEM, which openssl reads too."""
-        return self.private.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
+        """The public key as PEM."""
+        return pem(self.public)
 
     def sign(self, head: Head, at: int) -> bytes:
         """A signed head: one canonical JSON object. ``at`` is microseconds since the epoch."""
@@ -191,14 +206,22 @@ def read_public(path: Path) -> bytes:
     """The 32 bytes of a public key in PEM. Raises InvalidRequest."""
     try:
         with path.open("rb") as file:
-            key = serialization.load_pem_public_key(file.read(_MAX))
+            return load_public(file.read(_MAX))
     except OSError as error:
         raise errors.InvalidRequest(f"{path} cannot be read: {error.strerror}", field="key") from None
+    except ValueError as error:
+        raise errors.InvalidRequest(f"{path}: {error}", field="key") from None
+
+
+def load_public(data: bytes) -> bytes:
+    """The 32 bytes of a public key in PEM. Raises ValueError."""
+    try:
+        key = serialization.load_pem_public_key(data)
     except (ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PublicKey):
-        raise errors.InvalidRequest(
-            f"{path} is no public Ed25519 key in PEM; `sandboxd journal key` prints one", field="key"
+        raise ValueError(  # noqa: TRY004  # of bytes, not of a type
+            "this is no public Ed25519 key in PEM; `sandboxd journal key` prints one"
         )
     return key.public_bytes_raw()
 
