@@ -38,6 +38,7 @@ __all__ = [
     "DockerConfig",
     "HttpLimits",
     "IdRange",
+    "JournalConfig",
     "Match",
     "PoolSize",
     "SecretsConfig",
@@ -317,6 +318,14 @@ class SecretsConfig(Section):
     ``sandboxd-secrets-key``, else a file in the state directory that the daemon makes."""
 
 
+class JournalConfig(Section):
+    """The records of all calls."""
+
+    key: AbsolutePath | None = None
+    """A file, 0600, of an Ed25519 key in PEM, which heads are signed with. Without it: systemd's credential
+    ``sandboxd-journal-key``, else a file in the state directory that the daemon makes."""
+
+
 def _default_callers() -> tuple[CallerRule, ...]:
     return (
         CallerRule(match=Match(uid=0), role="operator"),
@@ -352,6 +361,7 @@ class Config(Section):
     ids: IdRange = IdRange()
     network: NetworkConfig = NetworkConfig()
     secrets: SecretsConfig = SecretsConfig()
+    journal: JournalConfig = JournalConfig()
 
     @model_validator(mode="after")
     def _apart(self) -> Self:

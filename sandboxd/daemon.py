@@ -32,7 +32,7 @@ from sandboxd.api.listener import listening
 from sandboxd.blobs import BlobStore
 from sandboxd.config import default_socket
 from sandboxd.engine.host import enter_private_mounts, instance_name
-from sandboxd.journal import Journal
+from sandboxd.journal import Journal, signing
 from sandboxd.kernel.orphans import adopt_orphans
 from sandboxd.maker.process import EngineProcess
 from sandboxd.network.authority import Authority
@@ -140,7 +140,8 @@ def _configure_logs() -> None:
 async def _serve(config: Config, engine: EngineProcess) -> None:
     anyio.to_thread.current_default_thread_limiter().total_tokens = WORKER_THREADS
     async with AsyncExitStack() as stack:
-        journal = await stack.enter_async_context(Journal.open(config.state))
+        place = signing.place_of(config.journal.key, config.state, os.environ)
+        journal = await stack.enter_async_context(Journal.open(config.state, place))
         await stack.enter_async_context(engine)
         authority = Authority.make()  # here, and not before the engine's process was made: that has no key
         removed = await engine.open((authority.certificate, authority.fingerprint))
@@ -203,6 +204,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         tasks.start_soon(policies.watch)
         tasks.start_soon(pool.run)
         tasks.start_soon(sessions.run)
+        tasks.start_soon(journal.keep_signing)
         sock = stack.enter_context(listening(config.socket, os.environ))
         stopping = anyio.Event()
         started = anyio.Event()

@@ -91,6 +91,8 @@ GROUPS = {
         {
             "verify": "journal:verify",
             "head": "journal:head",
+            "key": "journal:key",
+            "export": "journal:export",
         },
     ),
 }

@@ -10,17 +10,20 @@ transaction, once. Whatever this returns from has happened: acceptance and outco
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import structlog
 from pydantic import ValidationError
 
 from sandboxd import errors, models
 from sandboxd.failpoint import failpoint
-from sandboxd.journal import chain, records, schema
+from sandboxd.journal import chain, records, schema, signing, verify
 from sandboxd.journal.writer import Transaction, Writer
 
 if TYPE_CHECKING:
@@ -31,8 +34,12 @@ if TYPE_CHECKING:
 __all__ = ["Journal"]
 
 T = TypeVar("T")
+log = structlog.get_logger(__name__)
 MAX_LIST = 500
 KEPT_REFUSALS = 10_000
+SIGN_RECORDS = 1000
+SIGN_SECONDS = 600.0
+SIGN_CHECK = 5.0
 _PRUNE_EVERY = 100
 _READERS = 2
 _MAX_LABELS = 16  # of a filter
@@ -69,8 +76,11 @@ class Journal:
     the write back.
     """
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, key: signing.KeyPlace) -> None:
         self._directory = state_dir
+        self._place = key
+        self._key: signing.NodeKey | None = None
+        self._signed = (0, 0)
         self._path = state_dir / "journal.sqlite3"
         self._writer = Writer(self._path)
         self._readers: ThreadPoolExecutor | None = None
@@ -79,13 +89,14 @@ class Journal:
         self._lock: _Lock | None = None
 
     @classmethod
-    def open(cls, state_dir: Path) -> Self:
+    def open(cls, state_dir: Path, key: signing.KeyPlace | None = None) -> Self:
         """A journal in this directory, which is made if it is missing; use it with ``async with``.
 
-        Entering raises ConfigInvalid when another daemon uses the directory or a newer version wrote
-        the journal.
+        ``key`` is where the key is that heads are signed with; without it, the directory's own. Entering
+        raises ConfigInvalid when another daemon uses the directory, a newer version wrote the journal, or
+        the key cannot be used.
         """
-        return cls(state_dir)
+        return cls(state_dir, key or signing.place_of(None, state_dir, {}))
 
     async def __aenter__(self) -> Self:
         await asyncio.to_thread(self._start)
@@ -93,6 +104,8 @@ class Journal:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        with contextlib.suppress(errors.SandboxdError):  # what keeps it from being written was told before
+            await self.sign_head()
         await self._writer.rest()
         await asyncio.to_thread(self._stop)
 
@@ -105,6 +118,7 @@ class Journal:
                 f"the state directory {self._directory} cannot be used: {error.strerror}"
             ) from error
         try:
+            self._key = signing.NodeKey.open(self._place)
             self._writer.start()
         except BaseException:
             self._lock.release()
@@ -214,6 +228,11 @@ class Journal:
                 also(transaction.connection)
             transaction.head = chain.append(transaction.connection, transaction.head, header, row[3])
             failpoint("outcome.write")
+            if invocation.artifacts:
+                transaction.connection.executemany(
+                    "INSERT OR IGNORE INTO artifacts (digest, id, size) VALUES (?, ?, ?)",
+                    [(file.digest, invocation.id, file.size) for file in invocation.artifacts],
+                )
             return transaction.head
 
         head = await self._writer.run(operation, durable=True)
@@ -265,13 +284,52 @@ class Journal:
 
         return await self._read(read)
 
-    async def verify(self, head: str | None = None) -> chain.VerifyReport:
+    async def verify(self, head: str | None = None, *, deep: bool = False) -> verify.VerifyReport:
         """Check the whole chain, and that an exported head is in it. Raises InvalidRequest for no head."""
-        return await self._read(lambda connection: chain.verify(connection, head))
+        keys = {self.key.id}
+        place = self._directory if deep else None
+        return await self._read(lambda connection: verify.verify(connection, head, keys=keys, deep=place))
 
     async def head(self) -> chain.Head:
         """The newest record's number and digest; ``str()`` of it is what ``verify`` takes."""
         return await self._read(chain.read_head)
+
+    @property
+    def key(self) -> signing.NodeKey:
+        """What heads are signed with."""
+        if self._key is None:
+            raise errors.HostFailed("the journal is not open")
+        return self._key
+
+    async def sign_head(self) -> bytes | None:
+        """Sign the newest record's head and keep that; None where that was done or there is no record."""
+        key, now = self.key, time.time_ns() // 1000
+
+        def operation(transaction: Transaction) -> bytes | None:
+            head = transaction.head
+            if head.n == 0 or head.n == self._signed[0]:
+                return None
+            signed = key.sign(head, now)
+            transaction.connection.execute(
+                "INSERT OR IGNORE INTO heads (n, signed) VALUES (?, ?)", (head.n, signed)
+            )
+            self._signed = (head.n, now)
+            return signed
+
+        return await self._writer.run(operation, durable=True)
+
+    async def keep_signing(self) -> None:
+        """Sign the head whenever ``SIGN_RECORDS`` records or ``SIGN_SECONDS`` have come since; endless."""
+        last, since = self._signed[0], time.monotonic()
+        while True:
+            await asyncio.sleep(SIGN_CHECK)
+            new = self._writer.head.n - last
+            if new >= SIGN_RECORDS or (new and time.monotonic() - since >= SIGN_SECONDS):
+                try:
+                    await self.sign_head()
+                except errors.SandboxdError as error:
+                    log.warning("the head was not signed", reason=str(error))
+                last, since = self._writer.head.n, time.monotonic()
 
     async def list(
         self,
