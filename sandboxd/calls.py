@@ -2,8 +2,7 @@
 
 Theory of operation.  ``submit`` decides everything that can be decided before anything runs (may this
 caller use that policy, does the request fit it, is the image there) and writes the acceptance; from
-then on the call belongs to a task of the daemon and not to whoever asked. That task queues, runs one
-attempt, writes the outcome durably, and only then says ``ended``.
+then on the call belongs to a task of the daemon and not to whoever asked (``runner``).
 """
 
 # ruff: noqa: A002  -- `id` is the field's name on the wire
@@ -11,71 +10,51 @@ attempt, writes the outcome durably, and only then says ``ended``.
 from __future__ import annotations
 
 import time
-from collections import Counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
 import structlog
 
-from sandboxd import errors, plan, units
+from sandboxd import errors
 from sandboxd.call import Call, off_the_loop, payload_of, request_digest
 from sandboxd.journal import records
 from sandboxd.journal.spool import Spool
 from sandboxd.kernel.tar import Limits as TarLimits
 from sandboxd.kernel.tar import check_tar
-from sandboxd.ledger import Ledger, finish, recovered, streams_of
-from sandboxd.models import (
-    Cause,
-    Content,
-    DigestRef,
-    Event,
-    Failure,
-    Invocation,
-    LimitReached,
-    Outcome,
-    State,
-    Times,
-)
-from sandboxd.network.entrance import Entrance, Entrances, not_exposed
+from sandboxd.ledger import finish, recovered, streams_of
+from sandboxd.models import DigestRef, Event, Invocation, State, Times
+from sandboxd.network.entrance import Entrance, not_exposed
+from sandboxd.outcomes import ours
+from sandboxd.planner import Planner
 from sandboxd.room import Held
-from sandboxd.supervisor.attempt import Attempt, Payload, Result
+from sandboxd.runner import Runner, now
 from sandboxd.supervisor.ending import Deadline
-from sandboxd.supervisor.network import CallNetwork
 from sandboxd.supervisor.secrets import CallSecrets
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+    from typing import Any
 
-    from anyio.abc import TaskGroup
-
+    from sandboxd import plan
     from sandboxd.api.identity import Caller
-    from sandboxd.blobs import BlobStore
     from sandboxd.images import ImageStore
-    from sandboxd.journal import Journal
     from sandboxd.models import Request
-    from sandboxd.network.gateway import Gateway
-    from sandboxd.policy import Policy
     from sandboxd.pool import Pool
     from sandboxd.reload import PolicyStore
     from sandboxd.room import Room
     from sandboxd.scheduler import Scheduler
     from sandboxd.secrets import SecretStore
+    from sandboxd.supervisor.attempt import Payload
 
 __all__ = ["Calls"]
 
 log = structlog.get_logger("sandboxd.calls")
-ANSWERING = 0.002  # seconds that an answer has the CPU before the container's remains are cleared away
-RECORD_AGAIN = 5.0  # seconds between attempts to write an outcome that could not be written
 
 
-def _now() -> int:
-    return time.time_ns() // 1000
-
-
-class Calls(Ledger):
-    """Submits, runs and shows calls. ``tasks`` is the daemon's task group."""
+class Calls(Runner):
+    """Accepts calls, and acts on those that there are."""
 
     def __init__(
         self,
@@ -84,78 +63,18 @@ class Calls(Ledger):
         policies: PolicyStore,
         images: ImageStore,
         pool: Pool,
-        gateway: Gateway,
-        journal: Journal,
         scheduler: Scheduler,
-        blobs: BlobStore,
-        tasks: TaskGroup,
         inputs: Room,
         secrets: SecretStore,
+        **parts: Any,
     ) -> None:
-        super().__init__(spools=state / "calls", journal=journal, blobs=blobs)
-        self._policies = policies
-        self._images = images
-        self._pool = pool
-        self._gateway = gateway
-        self._entrances = Entrances(gateway)
-        self._scheduler = scheduler
-        self._tasks = tasks
+        """``parts`` are the others of ``Runner``."""
+        super().__init__(spools=state / "calls", pool=pool, scheduler=scheduler, **parts)
+        self._planner = Planner(policies, images, pool, scheduler, secrets)
         self._inputs = inputs
         self._secrets = secrets
         self._accepting = 0
-        self.ended: Counter[Cause] = Counter()
         self.draining = False
-
-    def policy_for(self, caller: Caller, name: str) -> Policy:
-        """A policy that this caller may use. Raises NotFound, NotPermitted."""
-        if not caller.may_use(name):
-            raise errors.NotPermitted(
-                f"policy {name!r} is not yours to use; you may use {', '.join(sorted(caller.policies))}",
-                policies=sorted(caller.policies),
-            )
-        return self._policies.current.get(name)
-
-    def plan_for(self, caller: Caller, request: Request) -> tuple[Policy, plan.Plan]:
-        """What the request would run. Raises every refusal that does not depend on the daemon's load."""
-        policy = self.policy_for(caller, request.policy)
-        image = self._images.resolve(policy.image)
-        shape = plan.make_shape(policy, plan.ImageRef(image.name, image.digest))
-        self._pool.lacks.refuse(shape)
-        self._check_secrets(caller, shape)
-        made = plan.make_plan(policy, shape, request)
-        if made.holds > self._scheduler.memory:
-            inputs = "" if made.holds == made.limits.memory else " and the inputs"
-            raise errors.RequestTooWide(
-                f"limits.memory{inputs} need {made.holds} bytes, more than the daemon's budget of "
-                f"{self._scheduler.memory}",
-                field="limits.memory",
-                asked=made.holds,
-                allowed=self._scheduler.memory,
-            )
-        return policy, made
-
-    def _check_secrets(self, caller: Caller, shape: plan.Shape) -> None:
-        """Raise what keeps a call from the secrets of its policy: first whether it may have them."""
-        if not shape.secrets:
-            return
-        for grant in shape.secrets:
-            if not caller.may_have(grant.name):
-                raise errors.NotPermitted(
-                    f"policy {shape.policy!r} grants the secret {grant.name}, which is not yours to have; an "
-                    "operator grants it by `secrets:` of your entry in the configuration's `callers`",
-                    secret=grant.name,
-                )
-        names = [grant.name for grant in shape.secrets]
-        self._secrets.check(names, environment=shape.granted("env"))
-
-    async def know_image(self, caller: Caller, request: Request) -> None:
-        """Have an engine that keeps images by reference say what one stands for that is used first.
-
-        Raises NotFound, NotPermitted, EngineFailed.
-        """
-        image = self.policy_for(caller, request.policy).image
-        if self._images.needs_asking(image):
-            await anyio.to_thread.run_sync(self._images.ask, image)
 
     async def submit(self, caller: Caller, request: Request, *, tied: bool) -> Invocation:
         """Accept a call durably, or return the one that its key stands for.
@@ -179,8 +98,8 @@ class Calls(Ledger):
         return accepted
 
     async def _submit(self, caller: Caller, request: Request, digest: str) -> Invocation:
-        await self.know_image(caller, request)
-        _, made = await off_the_loop(request, self.plan_for, caller, request)
+        await self._planner.know_image(caller, request)
+        _, made = await off_the_loop(request, self._planner.plan_for, caller, request)
         self._scheduler.check_room(caller.uid)
         payload = await off_the_loop(request, payload_of, request)
         held = Held(self._inputs, caller.uid)
@@ -196,7 +115,7 @@ class Calls(Ledger):
     async def _accept(
         self, caller: Caller, request: Request, made: plan.Plan, *, digest: str, payload: Payload, held: Held
     ) -> Invocation:
-        accepted = _now()
+        accepted = now()
         invocation = Invocation(
             id=records.new_id(),
             state=State.ACCEPTED,
@@ -230,143 +149,13 @@ class Calls(Ledger):
         call.decided.set()
         return invocation
 
-    async def _run(self, call: Call) -> None:
-        try:
-            await self._queue_and_attempt(call)
-        except errors.SandboxdError as error:
-            await self._after_fault(call, _ours(error.code, str(error)))
-        except Exception as error:  # a bug of ours must still leave an outcome
-            log.exception("internal error", id=call.invocation.id)
-            await self._after_fault(call, _ours("internal", f"internal error: {type(error).__name__}"))
-        finally:
-            if not call.ended.is_set():
-                with anyio.CancelScope(shield=True):
-                    await self._end(call, Result(_ours("interrupted", "the daemon stopped")))
-
-    async def _after_fault(self, call: Call, outcome: Outcome) -> None:
-        if call.ended.is_set():
-            log.error("a container was not cleared away", id=call.invocation.id, reason=outcome.message)
-        else:
-            await self._end(call, Result(outcome))
-
-    async def _queue_and_attempt(self, call: Call) -> None:
-        invocation, caller = call.invocation, call.caller
-        invocation.state = State.QUEUED
-        if call.deadline is not None:
-            call.queue_scope.deadline = anyio.current_time() + call.deadline.at - time.monotonic()
-        with call.queue_scope:
-            turn = self._scheduler.admitted(
-                caller.uid, call.plan.holds, concurrent=caller.concurrent, weight=caller.weight
-            )
-            async with turn:
-                call.queue_scope.deadline = float("inf")
-                if not call.cancelled:
-                    await self._attempt(call)
-        if not call.ended.is_set():
-            await self._end(call, Result(_cancelled()) if call.cancelled else _too_late(call.deadline))
-
-    async def _attempt(self, call: Call) -> None:
-        """Run the one attempt; the outcome is told while what is left of the container is cleared away."""
-        invocation = call.invocation
-        invocation.state = State.STARTING
-        invocation.attempts += 1
-
-        def on_state(state: Literal["running", "collecting"]) -> None:
-            invocation.state = State(state)
-            if state == "running":
-                invocation.times.started = _now()
-                invocation.secrets = call.secrets.uses
-                call.spool.add(Event(seq=0, at=invocation.times.started, type="started"))
-                self._journal.attempt_started(invocation)
-
-        call.network = CallNetwork(
-            self._gateway,
-            self._entrances,
-            invocation.id,
-            call.caller.uid,
-            call.spool,
-            secrets=call.secrets,
-        )
-        async with Attempt(
-            call.plan,
-            call.payload,
-            stdin=call.stdin,
-            pool=self._pool,
-            spool=call.spool,
-            network=call.network,
-            secrets=call.secrets,
-            blobs=self._blobs,
-            deadline=call.deadline,
-            accepted=call.decided,
-            on_state=on_state,
-        ) as call.attempt:
-            result = await call.attempt.run()
-            with anyio.CancelScope(shield=True):
-                await self._end(call, result)
-            await anyio.sleep(ANSWERING)
-
-    async def _end(self, call: Call, result: Result) -> None:
-        """Give a call its outcome. Raises nothing: whatever cannot be written, the call ends."""
-        await call.decided.wait()
-        if call.refused:
-            call.ended.set()
-            return
-        invocation = call.invocation
-        done = invocation.model_copy(
-            update={
-                "state": State.ENDED,
-                "outcome": result.outcome,
-                "receipt": result.receipt,
-                "usage": result.usage,
-                "denials": result.denials,
-                "limits_reached": result.limits_reached,
-                "artifacts": result.artifacts,
-                "withheld": result.withheld,
-                "secrets": list(call.secrets.uses),
-                **_streams(call.spool, invocation.id),
-                "times": invocation.times.model_copy(update={"ended": _now()}),
-            }
-        )
-        try:
-            await self._journal.ended(done, _header(done, call.plan))
-        except errors.SandboxdError as error:
-            log.exception("the outcome could not be written", id=done.id)
-            done.outcome = _ours("host", f"the outcome could not be recorded: {error}")
-            self._unrecorded[done.id] = done
-            self._tasks.start_soon(self._record_later, done, call.plan)
-        call.invocation = done
-        try:
-            finish(call.spool, done, durable=False)
-        except errors.HostFailed:
-            log.exception("the end of the events could not be written", id=done.id)
-        call.stdin.close()
-        call.held.release()
-        call.secrets.close()
-        self._flying.pop(done.id, None)
-        call.ended.set()
-        if done.outcome is not None:
-            self.ended[done.outcome.cause] += 1
-        log.info("ended", id=done.id, cause=done.outcome.cause if done.outcome else None)
-
-    async def _record_later(self, done: Invocation, made: plan.Plan) -> None:
-        """Try again until the outcome that was told is written too, before a later daemon gives another."""
-        while done.id in self._unrecorded:
-            await anyio.sleep(RECORD_AGAIN)
-            try:
-                await self._journal.ended(done, _header(done, made))
-            except errors.HostFailed:
-                continue
-            except errors.SandboxdError:
-                log.exception("the outcome cannot be written", id=done.id)
-            self._unrecorded.pop(done.id, None)
-
     async def close_interrupted(self) -> int:
         """Give every call that an earlier daemon left in flight its outcome; returns how many."""
         found = await self._journal.in_flight()
         for invocation in found:
             directory = self._spools / invocation.id
             spool = await anyio.to_thread.run_sync(recovered, directory)
-            outcome = _ours(
+            outcome = ours(
                 "interrupted", "the daemon ended while the call was in flight; what it did is unknown"
             )
             done = invocation.model_copy(
@@ -374,7 +163,7 @@ class Calls(Ledger):
                     "state": State.ENDED,
                     "outcome": outcome,
                     **streams_of(spool),
-                    "times": invocation.times.model_copy(update={"ended": _now()}),
+                    "times": invocation.times.model_copy(update={"ended": now()}),
                 }
             )
             await self._journal.ended(done, records.outcome_header(done))
@@ -444,32 +233,3 @@ class Calls(Ledger):
         """Cancel every call in flight."""
         for call in self._flying.values():
             call.cancel()
-
-
-def _streams(spool: Spool, id: str) -> dict[str, Content]:
-    try:
-        return streams_of(spool)
-    except errors.SandboxdError:
-        log.exception("the output cannot be read", id=id)
-        return {}
-
-
-def _header(done: Invocation, made: plan.Plan) -> dict[str, Any]:
-    return records.outcome_header(done, inputs=[item.digest for item in made.inputs], tar=made.tar)
-
-
-def _ours(code: str, message: str) -> Outcome:
-    return Outcome(cause=Cause.FAILED, message=message, error=Failure(code=code, message=message))
-
-
-def _cancelled() -> Outcome:
-    return Outcome(cause=Cause.CANCELLED, message="The call was cancelled before it started.")
-
-
-def _too_late(deadline: Deadline | None) -> Result:
-    asked = 0 if deadline is None else deadline.asked
-    message = f"The call's deadline of {units.format_duration(asked)} passed while it waited in the queue."
-    return Result(
-        Outcome(cause=Cause.WALL_TIME, message=message, evidence={"deadline": asked}),
-        limits_reached=[LimitReached(limit="deadline", value=asked, ended=True)],
-    )
