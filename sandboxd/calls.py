@@ -17,35 +17,31 @@ import anyio.to_thread
 import structlog
 
 from sandboxd import errors
-from sandboxd.call import Call, off_the_loop, payload_of, request_digest
+from sandboxd.call import Call, off_the_loop, payload_of
 from sandboxd.journal import records
+from sandboxd.journal.requests import Open, describe
 from sandboxd.journal.spool import Spool
 from sandboxd.kernel.tar import Limits as TarLimits
 from sandboxd.kernel.tar import check_tar
-from sandboxd.ledger import finish, recovered, streams_of
 from sandboxd.models import DigestRef, Event, Invocation, State, Times
 from sandboxd.network.entrance import Entrance, not_exposed
-from sandboxd.outcomes import ours
-from sandboxd.planner import Planner
+from sandboxd.recovery import Recovery
+from sandboxd.retries import Retries
 from sandboxd.room import Held
-from sandboxd.runner import Runner, now
+from sandboxd.runner import now
+from sandboxd.scheduler import Ticket
 from sandboxd.supervisor.ending import Deadline
 from sandboxd.supervisor.secrets import CallSecrets
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
     from typing import Any
 
     from sandboxd import plan
     from sandboxd.api.identity import Caller
-    from sandboxd.images import ImageStore
+    from sandboxd.journal.requests import Asked
     from sandboxd.models import Request
-    from sandboxd.pool import Pool
-    from sandboxd.reload import PolicyStore
-    from sandboxd.room import Room
-    from sandboxd.scheduler import Scheduler
-    from sandboxd.secrets import SecretStore
+    from sandboxd.policy import Policy
     from sandboxd.supervisor.attempt import Payload
 
 __all__ = ["Calls"]
@@ -53,68 +49,67 @@ __all__ = ["Calls"]
 log = structlog.get_logger("sandboxd.calls")
 
 
-class Calls(Runner):
+class Calls(Recovery):
     """Accepts calls, and acts on those that there are."""
 
-    def __init__(
-        self,
-        *,
-        state: Path,
-        policies: PolicyStore,
-        images: ImageStore,
-        pool: Pool,
-        scheduler: Scheduler,
-        inputs: Room,
-        secrets: SecretStore,
-        **parts: Any,
-    ) -> None:
-        """``parts`` are the others of ``Runner``."""
-        super().__init__(spools=state / "calls", pool=pool, scheduler=scheduler, **parts)
-        self._planner = Planner(policies, images, pool, scheduler, secrets)
-        self._inputs = inputs
-        self._secrets = secrets
+    def __init__(self, **parts: Any) -> None:
+        """``parts`` are those of ``Recovery``."""
+        super().__init__(**parts)
         self._accepting = 0
-        self.draining = False
 
     async def submit(self, caller: Caller, request: Request, *, tied: bool) -> Invocation:
         """Accept a call durably, or return the one that its key stands for.
 
         ``tied``: whoever asked waits for the answer, and its going away cancels the call. Raises Refused.
         """
-        digest = await off_the_loop(request, request_digest, request)
+        asked = await off_the_loop(request, describe, request)
         if request.key is not None:
             # before all else: what the key stands for is the answer, whatever has changed since
             existing = await self._journal.find_key(caller.uid, request.key)
-            if existing is not None and existing.request_digest == digest:
+            if existing is not None and existing.request_digest == asked.digest:
                 return await self.get(caller, existing.id)
+            if existing is not None:
+                raise await self._journal.conflict(existing, asked)
         if self.draining:
             raise errors.Draining("the daemon finishes what runs and takes nothing new")
         self._accepting += 1
         try:
-            accepted = await self._submit(caller, request, digest)
+            accepted = await self._submit(caller, request, asked, tied=tied)
         finally:
             self._accepting -= 1
         log.info("accepted", id=accepted.id, uid=caller.uid, policy=request.policy, tied=tied)
         return accepted
 
-    async def _submit(self, caller: Caller, request: Request, digest: str) -> Invocation:
+    async def _submit(self, caller: Caller, request: Request, asked: Asked, *, tied: bool) -> Invocation:
         await self._planner.know_image(caller, request)
-        _, made = await off_the_loop(request, self._planner.plan_for, caller, request)
-        self._scheduler.check_room(caller.uid)
+        policy, made = await off_the_loop(request, self._planner.plan_for, caller, request)
+        self._scheduler.check_room(caller.uid, caller.queued)
         payload = await off_the_loop(request, payload_of, request)
         held = Held(self._inputs, caller.uid)
         held.grow(payload.size)
         try:
             if payload.tar is not None:
                 await anyio.to_thread.run_sync(check_tar, payload.tar, TarLimits(made.limits.workspace_size))
-            return await self._accept(caller, request, made, digest=digest, payload=payload, held=held)
+            if asked.large:  # before the acceptance names it
+                await anyio.to_thread.run_sync(asked.store, self._blobs)
+            prepared = self._prepare(caller, request, policy, made, payload=payload, held=held, tied=tied)
+            return await self._accept(caller, prepared, asked)
         except BaseException:
             held.release()
             raise
 
-    async def _accept(
-        self, caller: Caller, request: Request, made: plan.Plan, *, digest: str, payload: Payload, held: Held
-    ) -> Invocation:
+    def _prepare(
+        self,
+        caller: Caller,
+        request: Request,
+        policy: Policy,
+        made: plan.Plan,
+        *,
+        payload: Payload,
+        held: Held,
+        tied: bool,
+    ) -> Call:
+        """A call that is about to be accepted."""
         accepted = now()
         invocation = Invocation(
             id=records.new_id(),
@@ -133,42 +128,63 @@ class Calls(Runner):
         limits = made.limits
         spool = Spool.create(self._spools / invocation.id, {"stdout": limits.stdout, "stderr": limits.stderr})
         spool.add(Event(seq=0, at=accepted, type="accepted", id=invocation.id))
+        ticket = Ticket(
+            caller.uid,
+            made.holds,
+            cpus=limits.cpus,
+            priority=request.priority or 0,
+            serial=request.session,
+            concurrent=caller.concurrent,
+            weight=caller.weight,
+        )
         secrets = CallSecrets(self._secrets, made.shape)
-        call = Call(invocation, caller, made, payload, spool, deadline, held, secrets)
+        retries = Retries(policy.spec.retry)
+        call = Call(
+            invocation, caller, made, payload, spool, deadline, held, secrets, ticket, retries, tied=tied
+        )
+        ticket.on_grant = call.granted
+        return call
+
+    async def _accept(self, caller: Caller, call: Call, asked: Asked) -> Invocation:
+        """Write the acceptance, while all is made ready.
+
+        A call that has its turn at once is accepted as started: a later daemon takes it for one that may have
+        run, and no second sync is needed to say so.
+        """
+        invocation, ticket = call.invocation, call.ticket
+        self._scheduler.enqueue(ticket)
+        call.marked = int(ticket.granted)
+        accepted = records.Accepted(
+            invocation,
+            asked.digest,
+            asked,
+            Open(
+                id=invocation.id,
+                uid=caller.uid,
+                gid=caller.gid,
+                groups=tuple(sorted(caller.groups)),
+                tied=call.tied,
+                started=call.marked,
+                memory=ticket.memory,
+                cpus=ticket.cpus,
+                priority=ticket.priority,
+                serial=ticket.serial,
+                deadline=None if call.deadline is None else invocation.times.accepted + call.deadline.asked,
+            ),
+        )
         self._tasks.start_soon(self._run, call)  # makes ready while the disk writes
         try:
-            existing = await self._journal.accept(records.Accepted(invocation, digest))
+            existing = await self._journal.accept(accepted)
         except BaseException:
             call.refuse()
             raise
         if existing is not None:
             call.refuse()
-            held.release()
+            call.held.release()
             return await self.get(caller, existing.id)
         self._flying[invocation.id] = call
         call.decided.set()
         return invocation
-
-    async def close_interrupted(self) -> int:
-        """Give every call that an earlier daemon left in flight its outcome; returns how many."""
-        found = await self._journal.in_flight()
-        for invocation in found:
-            directory = self._spools / invocation.id
-            spool = await anyio.to_thread.run_sync(recovered, directory)
-            outcome = ours(
-                "interrupted", "the daemon ended while the call was in flight; what it did is unknown"
-            )
-            done = invocation.model_copy(
-                update={
-                    "state": State.ENDED,
-                    "outcome": outcome,
-                    **streams_of(spool),
-                    "times": invocation.times.model_copy(update={"ended": now()}),
-                }
-            )
-            await self._journal.ended(done, records.outcome_header(done))
-            finish(spool, done, durable=True)
-        return len(found)
 
     async def _live(self, caller: Caller, id: str) -> Call:
         found = await self._find(caller, id)
@@ -201,7 +217,7 @@ class Calls(Runner):
         if call.plan.command.stdin != "stream":
             raise errors.StateConflict("the request did not ask for `stdin: stream`")
         async for chunk in chunks:
-            await call.stdin.write(offset, chunk)
+            await _write(call, offset, chunk)
             offset += len(chunk)  # not where the stream stands: what was sent before may be sent again
         if eof:
             await call.stdin.finish()
@@ -229,7 +245,29 @@ class Calls(Runner):
             else:
                 await anyio.sleep(0.001)
 
+    def drain(self) -> None:
+        """Take nothing new, and leave to the next daemon what has not started and nobody here waits for."""
+        self.draining = True
+        for ticket in self._dormant.values():
+            self._scheduler.leave(ticket)
+        for call in list(self._flying.values()):
+            if not call.tied and call.attempt is None and not call.ticket.granted:
+                call.shelve()
+
     def cancel_all(self) -> None:
         """Cancel every call in flight."""
         for call in self._flying.values():
             call.cancel()
+
+
+async def _write(call: Call, offset: int, chunk: bytes) -> None:
+    """Write to the standard input that the call has: one that nothing was written to may be replaced."""
+    while True:
+        stdin = call.stdin
+        try:
+            await stdin.write(offset, chunk)
+        except errors.StateConflict:
+            if call.stdin is stdin:
+                raise
+        else:
+            return

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sandboxd.models import Invocation
     from sandboxd.supervisor.ending import Deadline
 
-__all__ = ["cancelled", "header", "ours", "too_late"]
+__all__ = ["cancelled", "cancelled_with_its_caller", "header", "ours", "too_late"]
 
 
 def header(done: Invocation, made: plan.Plan) -> dict[str, Any]:
@@ -30,6 +30,14 @@ def ours(code: str, message: str) -> Outcome:
 def cancelled() -> Outcome:
     """For a call that had not started."""
     return Outcome(cause=Cause.CANCELLED, message="The call was cancelled before it started.")
+
+
+def cancelled_with_its_caller() -> Outcome:
+    """For a call that waited in the queue of a daemon that ended, and whose caller waited for it."""
+    message = (
+        "The daemon ended before the call started, and with it the connection of the caller that waited."
+    )
+    return Outcome(cause=Cause.CANCELLED, message=message)
 
 
 def too_late(deadline: Deadline | None) -> Result:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import anyio.to_thread
 
-from sandboxd import errors, plan
+from sandboxd import errors, plan, units
+from sandboxd.policy.schema import OWN_CAUSES
 
 if TYPE_CHECKING:
     from sandboxd.api.identity import Caller
@@ -64,7 +65,32 @@ class Planner:
                 asked=made.holds,
                 allowed=self._scheduler.memory,
             )
+        self._check_budget(policy, made)
         return policy, made
+
+    def _check_budget(self, policy: Policy, made: plan.Plan) -> None:
+        """Raise RequestTooWide for what would never have its turn, or would not when it is tried again."""
+        cpus = self._scheduler.cpus
+        if cpus is not None and made.limits.cpus > cpus:
+            raise errors.RequestTooWide(
+                f"limits.cpus {units.format_cpus(made.limits.cpus)} is more than the daemon's budget of "
+                f"{units.format_cpus(cpus)}",
+                field="limits.cpus",
+                asked=made.limits.cpus,
+                allowed=cpus,
+            )
+        retry = policy.spec.retry
+        for cause in OWN_CAUSES:
+            own = None if retry is None else retry.of(cause)
+            asked = None if own is None else own.raise_.memory
+            if asked is not None and asked + made.holds - made.limits.memory > self._scheduler.memory:
+                raise errors.RequestTooWide(
+                    f"the policy's retry.{cause}.raise.memory needs {asked} bytes, more than the daemon's "
+                    f"budget of {self._scheduler.memory}",
+                    field=f"retry.{cause}.raise.memory",
+                    asked=asked,
+                    allowed=self._scheduler.memory,
+                )
 
     def _check_secrets(self, caller: Caller, shape: plan.Shape) -> None:
         """Raise what keeps a call from the secrets of its policy: first whether it may have them."""

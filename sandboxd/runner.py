@@ -1,8 +1,9 @@
 """The course of an accepted call: its turn in the queue, its attempt, its outcome on disk.
 
 Theory of operation.  Each call has a task of the daemon, which does not end with whoever asked. It waits for
-its turn, runs an attempt, writes the outcome durably, and only then says ``ended``. Whatever goes wrong, the
-task leaves an outcome.
+its turn, has it written that it starts, runs an attempt, and writes the outcome durably before ``ended``; or,
+where the policy says so, gives its slot back and waits for another turn. Whatever goes wrong, the task leaves
+an outcome. Only a call that has not started can be put away without one, and is the next daemon's.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import structlog
 
 from sandboxd import errors
 from sandboxd.ledger import Ledger, finish, streams_of
-from sandboxd.models import Cause, Event, State
+from sandboxd.models import Cause, Event, FailedAttempt, State
 from sandboxd.network.entrance import Entrances
 from sandboxd.outcomes import cancelled, header, ours, too_late
 from sandboxd.supervisor.attempt import Attempt, Result
 from sandboxd.supervisor.network import CallNetwork
+from sandboxd.supervisor.streams import Stdin
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from sandboxd.models import Content, Invocation, Outcome
     from sandboxd.network.gateway import Gateway
     from sandboxd.pool import Pool
+    from sandboxd.retries import Again
     from sandboxd.scheduler import Scheduler
 
 __all__ = ["Runner", "now"]
@@ -73,13 +76,14 @@ class Runner(Ledger):
 
     async def _run(self, call: Call) -> None:
         try:
-            await self._queue_and_attempt(call)
+            await self._take_turns(call)
         except errors.SandboxdError as error:
             await self._after_fault(call, ours(error.code, str(error)))
         except Exception as error:  # a bug of ours must still leave an outcome
             log.exception("internal error", id=call.invocation.id)
             await self._after_fault(call, ours("internal", f"internal error: {type(error).__name__}"))
         finally:
+            self._scheduler.leave(call.ticket)
             if not call.ended.is_set():
                 with anyio.CancelScope(shield=True):
                     await self._end(call, Result(ours("interrupted", "the daemon stopped")))
@@ -90,24 +94,58 @@ class Runner(Ledger):
         else:
             await self._end(call, Result(outcome))
 
-    async def _queue_and_attempt(self, call: Call) -> None:
-        invocation, caller = call.invocation, call.caller
-        invocation.state = State.QUEUED
-        if call.deadline is not None:
-            call.queue_scope.deadline = anyio.current_time() + call.deadline.at - time.monotonic()
-        with call.queue_scope:
-            turn = self._scheduler.admitted(
-                caller.uid, call.plan.holds, concurrent=caller.concurrent, weight=caller.weight
-            )
-            async with turn:
-                call.queue_scope.deadline = float("inf")
-                if not call.cancelled:
-                    await self._attempt(call)
-        if not call.ended.is_set():
+    async def _take_turns(self, call: Call) -> None:
+        """Attempts, each in its turn, until one decides the outcome."""
+        while await self._turn(call):
+            failed = await self._attempt(call)
+            if failed is None:
+                return
+            result, again = failed
+            self._scheduler.rest(call.ticket)  # who waits for another attempt holds nothing
+            with self._waiting(call):
+                await anyio.sleep(again.pause / 1e6)
+            if call.shelved:  # whoever stops the daemon does not wait for that
+                await self._end(call, result)
+                return
+            call.plan = again.plan
+            call.ticket.memory, call.ticket.cpus = again.plan.holds, again.plan.limits.cpus
+            call.turn = anyio.Event()
+            if not call.cancelled:
+                self._scheduler.enqueue(call.ticket)
+        if call.shelved:
+            self._put_away(call)
+        elif not call.ended.is_set():
             await self._end(call, Result(cancelled()) if call.cancelled else too_late(call.deadline))
 
-    async def _attempt(self, call: Call) -> None:
-        """Run the one attempt; the outcome is told while what is left of the container is cleared away."""
+    def _waiting(self, call: Call) -> anyio.CancelScope:
+        """A scope for what a call waits for while it has no container; cancelled by whoever ends the call."""
+        call.queue_scope = anyio.CancelScope()
+        if call.deadline is not None:
+            call.queue_scope.deadline = anyio.current_time() + call.deadline.at - time.monotonic()
+        if call.cancelled or call.shelved:
+            call.queue_scope.cancel()
+        return call.queue_scope
+
+    async def _turn(self, call: Call) -> bool:
+        """Wait for a turn in the queue; False when the call ended, or was put away, meanwhile."""
+        call.invocation.state = State.QUEUED
+        with self._waiting(call):
+            await call.turn.wait()
+        if call.cancelled or not call.ticket.granted:
+            return False
+        number = call.invocation.attempts + 1
+        if number > call.marked:
+            # from here on a later daemon takes it for one that may have run
+            await self._journal.started(call.invocation.id, number)
+            call.marked = number
+        call.shelved = False
+        return not call.cancelled
+
+    async def _attempt(self, call: Call) -> tuple[Result, Again] | None:
+        """Run one attempt; None when it decided the outcome.
+
+        The outcome is told while what is left of the container is cleared away.
+        """
         invocation = call.invocation
         invocation.state = State.STARTING
         invocation.attempts += 1
@@ -118,7 +156,7 @@ class Runner(Ledger):
                 invocation.times.started = now()
                 invocation.secrets = call.secrets.uses
                 call.spool.add(Event(seq=0, at=invocation.times.started, type="started"))
-                self._journal.attempt_started(invocation)
+                self._journal.follow(invocation)
 
         call.network = CallNetwork(
             self._gateway,
@@ -140,11 +178,67 @@ class Runner(Ledger):
             deadline=call.deadline,
             accepted=call.decided,
             on_state=on_state,
-        ) as call.attempt:
-            result = await call.attempt.run()
-            with anyio.CancelScope(shield=True):
-                await self._end(call, result)
-            await anyio.sleep(ANSWERING)
+        ) as attempt:
+            call.attempt = attempt
+            result = await attempt.run()
+            again = self._again(call, result, handed_over=attempt.handed_over)
+            if again is None:
+                with anyio.CancelScope(shield=True):
+                    await self._end(call, result)
+                await anyio.sleep(ANSWERING)
+            else:  # with nothing between: whoever writes to its stdin finds the next one
+                call.attempt, call.network, call.stdin = None, None, Stdin()
+                self._tell_again(call, result, again)
+        return None if again is None else (result, again)
+
+    def _again(self, call: Call, result: Result, *, handed_over: bool) -> Again | None:
+        """What follows an attempt, if not the outcome."""
+        if call.cancelled or call.refused or not call.decided.is_set():
+            return None
+        again = call.retries.after(
+            result.outcome, call.plan, call.invocation.retried, handed_over=handed_over
+        )
+        if again is None or self.draining:
+            return None
+        if call.deadline is not None and time.monotonic() + again.pause / 1e6 >= call.deadline.at:
+            return None
+        return again
+
+    def _tell_again(self, call: Call, result: Result, again: Again) -> None:
+        """Record an attempt that another follows: its output stays, and the next one's begins after it."""
+        invocation, limits = call.invocation, again.plan.limits
+        ended = now()
+        started = invocation.times.started
+        sizes = {"stdout": call.spool.size("stdout"), "stderr": call.spool.size("stderr")}
+        failed = FailedAttempt(
+            number=invocation.attempts,
+            started=started,
+            ended=ended,
+            cause=result.outcome.cause,
+            message=result.outcome.message,
+            error=result.outcome.error,
+            plan=call.plan.digest,
+            **sizes,
+            pause=again.pause,
+            raised=again.raised,
+            denials=result.denials,
+            limits_reached=result.limits_reached,
+        )
+        invocation.retried = [*invocation.retried, failed]
+        invocation.state, invocation.times.started = State.QUEUED, None
+        call.spool.allow({"stdout": limits.stdout, "stderr": limits.stderr})
+        call.spool.add(Event(seq=0, at=ended, type="retry", retry=failed))
+        self._journal.follow(invocation)
+        log.info("tried again", id=invocation.id, cause=failed.cause, number=failed.number)
+
+    def _put_away(self, call: Call) -> None:
+        """Let go of a call that waits for a later daemon."""
+        call.spool.leave()
+        call.stdin.close()
+        call.held.release()
+        call.secrets.close()
+        self._flying.pop(call.invocation.id, None)
+        call.ended.set()
 
     async def _end(self, call: Call, result: Result) -> None:
         """Give a call its outcome. Raises nothing: whatever cannot be written, the call ends."""

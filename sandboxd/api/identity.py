@@ -66,6 +66,8 @@ class Caller:
     policies: tuple[str, ...] = ()
     concurrent: int | None = None
     weight: int = 1
+    queued: int | None = None
+    """Calls that may wait; None: only the daemon's queue bounds them."""
     secrets: tuple[str, ...] = ()
 
     def may_have(self, secret: str) -> bool:
@@ -129,6 +131,7 @@ class Identity:
                     policies=rule.policies,
                     concurrent=rule.concurrent,
                     weight=rule.weight,
+                    queued=rule.queued,
                     secrets=rule.granted,
                 )
         return Caller(peer.uid, peer.gid, peer.groups, "none")

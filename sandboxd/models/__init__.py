@@ -30,6 +30,7 @@ from sandboxd.models.operating import (
 from sandboxd.models.outcome import Cause, Denial, Failure, LimitReached, Outcome, Usage, signal_name
 from sandboxd.models.receipt import Control, Receipt
 from sandboxd.models.request import Input, Narrowing, Request
+from sandboxd.models.retry import FailedAttempt
 from sandboxd.models.wire import Bytes, Content, Count, Counted, Duration, Size, Text, Wire
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "DigestRef",
     "Duration",
     "Event",
+    "FailedAttempt",
     "Failure",
     "Health",
     "ImageInfo",
