@@ -16,7 +16,7 @@ import os
 import resource
 import signal
 import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ import structlog
 from sandboxd import errors, plan, systemd
 from sandboxd.api.app import build
 from sandboxd.api.app import serve as serve_app
+from sandboxd.api.identity import Identity, Peer
 from sandboxd.api.listener import listening
 from sandboxd.blobs import BlobStore
 from sandboxd.config import default_socket
@@ -40,6 +41,7 @@ from sandboxd.network.gateway import Gateway
 from sandboxd.policy import shipped_policies
 from sandboxd.pool import Pool
 from sandboxd.pool import Room as SlotRoom
+from sandboxd.pressure import HostPressure
 from sandboxd.reload import PolicyStore
 from sandboxd.room import Room
 from sandboxd.scheduler import Scheduler
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from sandboxd.api.identity import Caller
     from sandboxd.config import Config
 
 __all__ = ["serve"]
@@ -162,8 +165,10 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         scheduler = Scheduler(
             memory=config.budget.bytes_of(psutil.virtual_memory().total),
             slots=config.budget.slots,
+            cpus=config.budget.cpus,
             queue=config.queue,
         )
+        scheduler.pressed = HostPressure(config.pressure).high
 
         def in_force(shape: plan.Shape) -> bool:
             try:
@@ -196,10 +201,13 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
             inputs=Room(config.budget.inputs),
             secrets=secrets,
             sessions=sessions,
+            identify=partial(_identify, Identity(config.callers)),
         )
-        interrupted = await service.close_interrupted()
-        if interrupted:
-            log.warning("calls of an earlier daemon were closed as interrupted", count=interrupted)
+        waiting = stack.enter_context(ExitStack())
+        waiting.enter_context(scheduler.paused())
+        ended, queued = await service.recover()
+        if ended or queued:
+            log.warning("an earlier daemon's calls", ended=ended, queued=queued)
         tasks.start_soon(engine.watch)
         tasks.start_soon(policies.watch)
         tasks.start_soon(pool.run)
@@ -210,6 +218,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         started = anyio.Event()
         tasks.start_soon(partial(serve_app, build(service), sock, config, started=started, stop=stopping))
         await started.wait()
+        waiting.close()
         gc.collect()
         gc.freeze()  # code, policies and schemas stay: no collection has to look at them again
         log.info(
@@ -230,7 +239,7 @@ async def _until_stopped(service: DaemonService) -> None:
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         number = await anext(signals)
         log.info("draining", signal=number.name, in_flight=len(service.in_flight))
-        service.draining = True
+        service.drain()
         async with anyio.create_task_group() as waiting:
             waiting.start_soon(_cancel_on_signal, signals, service)
             with anyio.move_on_after(DRAIN):
@@ -238,6 +247,10 @@ async def _until_stopped(service: DaemonService) -> None:
             service.cancel_all()
             await service.all_ended()
             waiting.cancel_scope.cancel()
+
+
+def _identify(rules: Identity, uid: int, gid: int, groups: frozenset[int]) -> Caller:
+    return rules.caller(Peer(uid, gid, groups))
 
 
 async def _cancel_on_signal(signals: AsyncIterator[signal.Signals], service: DaemonService) -> None:

@@ -45,6 +45,7 @@ class RequestFields(TypedDict):
     labels: NotRequired[Mapping[str, str]]
     key: NotRequired[str]
     session: NotRequired[str]
+    priority: NotRequired[int]
 
 
 @dataclass(frozen=True)

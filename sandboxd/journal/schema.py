@@ -65,6 +65,28 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ) STRICT""",
     ),
     (
+        # doc and contents are as ``requests`` says; contents NULL: pruned. started counts the attempts that
+        # were given a container, and is on disk before their command is handed over.
+        """CREATE TABLE requests (
+            id TEXT PRIMARY KEY NOT NULL,
+            doc BLOB NOT NULL,
+            contents BLOB,
+            gid INTEGER NOT NULL,
+            groups TEXT NOT NULL,
+            tied INTEGER NOT NULL,
+            started INTEGER NOT NULL,
+            memory INTEGER NOT NULL,
+            cpus INTEGER NOT NULL,
+            priority INTEGER NOT NULL,
+            serial TEXT,
+            deadline INTEGER
+        ) STRICT""",
+        """CREATE TABLE request_blobs (
+            digest TEXT NOT NULL, id TEXT NOT NULL, PRIMARY KEY (digest, id)
+        ) STRICT, WITHOUT ROWID""",
+        "CREATE INDEX request_blobs_of ON request_blobs (id)",
+    ),
+    (
         # gone: it is being removed, and nobody sees it. quota_* and expires: NULL is none.
         """CREATE TABLE sessions (
             id TEXT PRIMARY KEY NOT NULL,
@@ -183,6 +205,7 @@ def connect_writer(path: Path) -> sqlite3.Connection:
     Raises ConfigInvalid when a newer version wrote it, JournalCorrupt, HostFailed.
     """
     with mapped():
+        _keep_private(path)
         connection = sqlite3.connect(path, isolation_level=None, timeout=1.0, check_same_thread=False)
         try:
             connection.execute("PRAGMA journal_mode = WAL")
@@ -208,6 +231,17 @@ def connect_reader(path: Path) -> sqlite3.Connection:
         connection = sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
         connection.execute("PRAGMA query_only = ON")
     return connection
+
+
+def _keep_private(path: Path) -> None:
+    """Make the file, or take it from all others: it has what callers asked for. Its log gets its mode."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        for each in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+            if each.exists():
+                each.chmod(0o600)
+    except OSError as error:
+        raise errors.HostFailed(f"the journal cannot be made: {error.strerror}") from error
 
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:

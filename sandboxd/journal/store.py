@@ -22,8 +22,9 @@ import structlog
 from pydantic import ValidationError
 
 from sandboxd import errors, models
+from sandboxd.blobs import BlobStore
 from sandboxd.failpoint import failpoint
-from sandboxd.journal import chain, records, schema, signing, verify
+from sandboxd.journal import chain, records, requests, schema, signing, verify
 from sandboxd.journal.writer import Transaction, Writer
 
 if TYPE_CHECKING:
@@ -148,11 +149,7 @@ class Journal:
             if invocation.key is not None:
                 found = _find_key(transaction.connection, invocation.caller.uid, invocation.key)
                 if found is not None and found.request_digest != record.request_digest:
-                    raise errors.KeyConflict(
-                        "this key was used before with another request",
-                        id=found.id,
-                        request_digest=found.request_digest,
-                    )
+                    raise _conflict(transaction.connection, found, record.request)
                 if found is not None:
                     return found
             transaction.connection.execute(
@@ -165,12 +162,18 @@ class Journal:
                     "INSERT INTO labels (name, value, id) VALUES (?, ?, ?)",
                     [(name, value, invocation.id) for name, value in invocation.labels.items()],
                 )
+            if record.request is not None and record.open is not None:
+                requests.write(transaction.connection, record.request, record.open)
             failpoint("accept.write")
             return None
 
         found = await self._writer.run(operation, durable=True)
         failpoint("accept.durable")
         return found
+
+    async def conflict(self, existing: records.Existing, request: requests.Asked) -> errors.KeyConflict:
+        """The refusal of a request whose key stands for another one, which says in what they differ."""
+        return await self._read(lambda connection: _conflict(connection, existing, request))
 
     async def find_key(self, uid: int, key: str) -> records.Existing | None:
         """The call that a caller's key stands for, if any; its acceptance is on disk."""
@@ -179,7 +182,7 @@ class Journal:
             await self._writer.synced()  # it may have been written a moment ago
         return found
 
-    def attempt_started(self, invocation: models.Invocation) -> None:
+    def follow(self, invocation: models.Invocation) -> None:
         """Keep the state of a call that has not ended; waits for nothing and is not durable.
 
         If the daemon dies at once the call is still there, as an earlier state of it.
@@ -192,6 +195,29 @@ class Journal:
                 row,
             )
         )
+
+    async def started(self, id_: str, attempts: int) -> None:
+        """Record, durably, that so many attempts of a call were given a container."""
+
+        def operation(transaction: Transaction) -> None:
+            transaction.connection.execute("UPDATE requests SET started = ? WHERE id = ?", (attempts, id_))
+            transaction.connection.execute(
+                "UPDATE invocations SET state = 'starting' WHERE id = ? AND state != 'ended'", (id_,)
+            )
+
+        await self._writer.run(operation, durable=True)
+
+    async def request(self, id_: str) -> models.Request:
+        """What was asked for a call, its contents included; for who runs it later, or again.
+
+        Raises NotFound for a call that is not known, was accepted by a version that did not keep it, or whose
+        contents were pruned; JournalCorrupt when a content is not what its digest says.
+        """
+        found = await self._read(lambda connection: requests.read(connection, id_))
+        if found is None:
+            raise errors.NotFound(f"what was asked for call {id_!r} is not in the journal")
+        blobs = BlobStore(self._directory / "blobs")
+        return await asyncio.to_thread(requests.rebuild, *found, blobs)
 
     async def ended(
         self,
@@ -258,6 +284,10 @@ class Journal:
             return [_parse(*row) for row in rows]
 
         return await self._read(read)
+
+    async def open_calls(self) -> list[requests.Open]:
+        """The same calls, by what the queue has to know of them: of a long queue nothing else is read."""
+        return await self._read(requests.open_calls)
 
     async def refused(self, refusal: records.Refusal) -> None:
         """Keep a refusal. The newest ``KEPT_REFUSALS`` are kept; not durable against power loss."""
@@ -416,6 +446,20 @@ def _find_key(connection: sqlite3.Connection, uid: int, key: str) -> records.Exi
         "SELECT id, request_digest FROM invocations WHERE uid = ? AND key = ?", (uid, key)
     ).fetchone()
     return records.Existing(*row) if row else None
+
+
+def _conflict(
+    connection: sqlite3.Connection, existing: records.Existing, now: requests.Asked | None
+) -> errors.KeyConflict:
+    before = requests.read(connection, existing.id)
+    differs = [] if before is None or now is None else requests.differences(before[0], now.doc)
+    named = ", ".join(each["field"] for each in differs[:5]) + (" and more" if len(differs) > 5 else "")
+    return errors.KeyConflict(
+        "this key was used before with another request" + (f": they differ in {named}" if named else ""),
+        id=existing.id,
+        request_digest=existing.request_digest,
+        differs=differs,
+    )
 
 
 def _parse(id_: str, doc: bytes) -> models.Invocation:

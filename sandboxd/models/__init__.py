@@ -30,6 +30,7 @@ from sandboxd.models.operating import (
 from sandboxd.models.outcome import Cause, Denial, Failure, LimitReached, Outcome, Usage, signal_name
 from sandboxd.models.receipt import Control, Receipt
 from sandboxd.models.request import Input, Narrowing, Request
+from sandboxd.models.retry import FailedAttempt
 from sandboxd.models.session import (
     CheckpointInfo,
     CheckpointList,
@@ -57,6 +58,7 @@ __all__ = [
     "DigestRef",
     "Duration",
     "Event",
+    "FailedAttempt",
     "Failure",
     "Health",
     "ImageInfo",

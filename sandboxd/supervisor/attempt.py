@@ -146,6 +146,11 @@ class Attempt:
         """Destroy the slot, whose processes but PID 1 are all dead when ``run`` has returned."""
         await self._stack.aclose()
 
+    @property
+    def handed_over(self) -> bool:
+        """Whether the command was given to the container, and so may have done something."""
+        return bool(self._handed_over)
+
     def cancel(self) -> None:
         """End the call with the outcome ``cancelled``, unless it has ended."""
         self._end(Stopped("cancelled"))
