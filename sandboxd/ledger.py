@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sandboxd.models import Artifact, Cause, Content, Invocation
     from sandboxd.scheduler import Ticket
 
-__all__ = ["Ledger", "finish", "recovered", "streams_of"]
+__all__ = ["Ledger", "finish", "recovered", "retried_events", "streams_of"]
 
 LIST_LIMIT = 500
 LATER = "the daemon stops, and the call waits for its next start; ask again then"
@@ -238,14 +238,23 @@ def _was_silent(invocation: Invocation) -> bool:
     return all(stream is not None and stream.size == 0 for stream in streams)
 
 
+def retried_events(invocation: Invocation) -> list[Event]:
+    """What was told of the attempts before the last, their output and their network aside."""
+    events = []
+    for each in invocation.retried:
+        if each.started is not None:
+            events.append(Event(seq=0, at=each.started, type="started"))
+        events += [Event(seq=0, at=0, type="denied", denial=denial) for denial in each.denials]
+        events += [Event(seq=0, at=0, type="limit", limit=limit) for limit in each.limits_reached]
+        events.append(Event(seq=0, at=each.ended, type="retry", retry=each))
+    return events
+
+
 def _events_of(invocation: Invocation) -> list[Event]:
     """The events of an ended call without output, as they were told while it ran."""
     times = invocation.times
     events = [Event(seq=0, at=times.accepted, type="accepted", id=invocation.id)]
-    for each in invocation.retried:
-        if each.started is not None:
-            events.append(Event(seq=0, at=each.started, type="started"))
-        events.append(Event(seq=0, at=each.ended, type="retry", retry=each))
+    events += retried_events(invocation)
     if times.started is not None:
         events.append(Event(seq=0, at=times.started, type="started"))
     events += [Event(seq=0, at=0, type="denied", denial=denial) for denial in invocation.denials]

@@ -26,7 +26,7 @@ from sandboxd import errors
 from sandboxd.call import Call, off_the_loop, payload_of
 from sandboxd.journal import records
 from sandboxd.journal.spool import Spool, Stream
-from sandboxd.ledger import finish, recovered, streams_of
+from sandboxd.ledger import finish, recovered, retried_events, streams_of
 from sandboxd.models import Cause, DigestRef, Event, FailedAttempt, Failure, Outcome, State
 from sandboxd.outcomes import cancelled_with_its_caller, ours
 from sandboxd.planner import Planner
@@ -202,10 +202,8 @@ class Recovery(Runner):
             return spool
         spool = Spool.create(directory, caps)
         spool.add(Event(seq=0, at=invocation.times.accepted, type="accepted", id=invocation.id))
-        for each in invocation.retried:
-            if each.started is not None:
-                spool.add(Event(seq=0, at=each.started, type="started"))
-            spool.add(Event(seq=0, at=each.ended, type="retry", retry=each))
+        for event in retried_events(invocation):
+            spool.add(event)
         if invocation.times.started is not None:
             spool.add(Event(seq=0, at=invocation.times.started, type="started"))
         return spool

@@ -232,6 +232,7 @@ class Runner(Ledger):
         )
         invocation.retried = [*invocation.retried, failed]
         invocation.state, invocation.times.started = State.QUEUED, None
+        invocation.plan = again.plan.digest
         call.spool.allow({"stdout": limits.stdout, "stderr": limits.stderr})
         call.spool.add(Event(seq=0, at=ended, type="retry", retry=failed))
         self._journal.follow(invocation)

@@ -98,7 +98,7 @@ class Invocation(Wire):
     policy: DigestRef
     image: DigestRef
     plan: str
-    """Digest of the plan."""
+    """Digest of the plan, of the last attempt's."""
     argv: list[str | Bytes]
     labels: dict[str, str] = Field(default_factory=dict)
     key: str | None = None
