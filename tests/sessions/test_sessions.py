@@ -2,77 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import pytest
-from daemons import needs_containers, start_daemon, until
+from daemons import until
+from sessioned import layers, said, sh
 
 from sandboxd import errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from daemons import Daemon
 
-    from sandboxd.models import Invocation, SessionInfo
-
-CONFIG = """
-callers:
-  - {match: {uid: 0}, role: operator}
-  - {match: {uid: 4242}, role: agent, policies: [kept], sessions: {count: 3, size: 8MiB}}
-  - {match: {uid: 4243}, role: agent, policies: [kept]}
-"""
-POLICIES = {
-    "kept": "version: 1\nname: kept\nextends: default\nlimits:\n  wall: 20s\n",
-    "success": "version: 1\nname: success\nextends: kept\ncommit: success\n",
-    "always": "version: 1\nname: always\nextends: kept\ncommit: always\nlimits: {wall: 1s}\n",
-    "never": "version: 1\nname: never\nextends: kept\ncommit: never\n",
-    "root": "version: 1\nname: root\nextends: kept\nprocess: {user: 0}\n",
-}
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Daemon]:
-    needs_containers()
-    with start_daemon(tmp_path_factory.mktemp("sessions"), config=CONFIG) as one:
-        for name, text in POLICIES.items():
-            (one.policies / f"{name}.yaml").write_text(text)
-        wait_for_policies(one)
-        yield one
-
-
-def wait_for_policies(daemon: Daemon) -> None:
-    end = time.monotonic() + 10
-    while set(POLICIES) - {one.name for one in daemon.client().policies()}:
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-@pytest.fixture
-def session(daemon: Daemon) -> Iterator[SessionInfo]:
-    made = daemon.client().create_session()
-    yield made
-    try:
-        daemon.client().delete_session(made.id)
-    except errors.NotFound:
-        return
-
-
-def sh(
-    daemon: Daemon, session: SessionInfo | str, code: str, policy: str = "kept", **fields: object
-) -> Invocation:
-    named = session if isinstance(session, str) else session.id
-    return daemon.client().run(["sh", "-c", code], policy=policy, session=named, **fields)  # type: ignore[arg-type]
-
-
-def said(found: Invocation) -> str:
-    assert found.outcome is not None
-    assert found.stdout is not None
-    assert found.stderr is not None
-    assert found.outcome.cause == "exited", found.outcome
-    assert not found.stderr.text, found.stderr.text
-    return found.stdout.text or ""
+    from sandboxd.models import SessionInfo
 
 
 def test_files_are_there_for_the_next_call(daemon: Daemon, session: SessionInfo) -> None:
@@ -95,10 +36,6 @@ def test_files_are_there_for_the_next_call(daemon: Daemon, session: SessionInfo)
 
 def listing(daemon: Daemon, session: SessionInfo | str) -> str:
     return said(sh(daemon, session, "find . -mindepth 1 | sort; cat $(find . -type f | sort)", policy="kept"))
-
-
-def layers(daemon: Daemon) -> set[str]:
-    return {one.name for one in (daemon.state / "sessions" / "layers").iterdir()} - {"empty"}
 
 
 HOW_IT_ENDS = {
