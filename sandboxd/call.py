@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sandboxd.journal.spool import Spool
     from sandboxd.models import Invocation, Request
     from sandboxd.room import Held
+    from sandboxd.session import CallSession
     from sandboxd.supervisor.attempt import Attempt
     from sandboxd.supervisor.ending import Deadline
     from sandboxd.supervisor.network import CallNetwork
@@ -47,6 +48,7 @@ class Call:
     deadline: Deadline | None
     held: Held
     secrets: CallSecrets
+    session: CallSession | None = None
     cancelled: bool = False
     attempt: Attempt | None = None
     network: CallNetwork | None = None

@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from sandboxd.room import Room
     from sandboxd.scheduler import Scheduler
     from sandboxd.secrets import SecretStore
+    from sandboxd.session import CallSession
+    from sandboxd.sessions import Sessions
 
 __all__ = ["Calls"]
 
@@ -91,6 +93,7 @@ class Calls(Ledger):
         tasks: TaskGroup,
         inputs: Room,
         secrets: SecretStore,
+        sessions: Sessions,
     ) -> None:
         super().__init__(spools=state / "calls", journal=journal, blobs=blobs)
         self._policies = policies
@@ -102,6 +105,7 @@ class Calls(Ledger):
         self._tasks = tasks
         self._inputs = inputs
         self._secrets = secrets
+        self._sessions = sessions
         self._accepting = 0
         self.ended: Counter[Cause] = Counter()
         self.draining = False
@@ -179,6 +183,21 @@ class Calls(Ledger):
         return accepted
 
     async def _submit(self, caller: Caller, request: Request, digest: str) -> Invocation:
+        if request.session is None:
+            return await self._submit_in(caller, request, digest, None)
+        named = request.policy if "policy" in request.model_fields_set else None
+        session = await self._sessions.enter(caller, request.session, named)
+        try:
+            if session.row.policy is not None:
+                request = request.model_copy(update={"policy": session.row.policy})
+            return await self._submit_in(caller, request, digest, session)
+        except BaseException:
+            session.leave()
+            raise
+
+    async def _submit_in(
+        self, caller: Caller, request: Request, digest: str, session: CallSession | None
+    ) -> Invocation:
         await self.know_image(caller, request)
         _, made = await off_the_loop(request, self.plan_for, caller, request)
         self._scheduler.check_room(caller.uid)
@@ -188,13 +207,23 @@ class Calls(Ledger):
         try:
             if payload.tar is not None:
                 await anyio.to_thread.run_sync(check_tar, payload.tar, TarLimits(made.limits.workspace_size))
-            return await self._accept(caller, request, made, digest=digest, payload=payload, held=held)
+            return await self._accept(
+                caller, request, made, digest=digest, payload=payload, held=held, session=session
+            )
         except BaseException:
             held.release()
             raise
 
     async def _accept(
-        self, caller: Caller, request: Request, made: plan.Plan, *, digest: str, payload: Payload, held: Held
+        self,
+        caller: Caller,
+        request: Request,
+        made: plan.Plan,
+        *,
+        digest: str,
+        payload: Payload,
+        held: Held,
+        session: CallSession | None,
     ) -> Invocation:
         accepted = _now()
         invocation = Invocation(
@@ -208,14 +237,17 @@ class Calls(Ledger):
             labels=request.labels,
             key=request.key,
             times=Times(accepted=accepted),
+            session=None if session is None else session.row.id,
         )
+        if session is not None and made.commit is not None:
+            session.call, session.policy = invocation.id, made.commit
         asked = request.deadline
         deadline = None if asked is None else Deadline(time.monotonic() + asked / 1e6, asked)
         limits = made.limits
         spool = Spool.create(self._spools / invocation.id, {"stdout": limits.stdout, "stderr": limits.stderr})
         spool.add(Event(seq=0, at=accepted, type="accepted", id=invocation.id))
         secrets = CallSecrets(self._secrets, made.shape)
-        call = Call(invocation, caller, made, payload, spool, deadline, held, secrets)
+        call = Call(invocation, caller, made, payload, spool, deadline, held, secrets, session)
         self._tasks.start_soon(self._run, call)  # makes ready while the disk writes
         try:
             existing = await self._journal.accept(records.Accepted(invocation, digest))
@@ -255,6 +287,8 @@ class Calls(Ledger):
         if call.deadline is not None:
             call.queue_scope.deadline = anyio.current_time() + call.deadline.at - time.monotonic()
         with call.queue_scope:
+            if call.session is not None:
+                await call.session.begin()
             turn = self._scheduler.admitted(
                 caller.uid, call.plan.holds, concurrent=caller.concurrent, weight=caller.weight
             )
@@ -295,6 +329,7 @@ class Calls(Ledger):
             spool=call.spool,
             network=call.network,
             secrets=call.secrets,
+            session=call.session,
             blobs=self._blobs,
             deadline=call.deadline,
             accepted=call.decided,
@@ -309,9 +344,11 @@ class Calls(Ledger):
         """Give a call its outcome. Raises nothing: whatever cannot be written, the call ends."""
         await call.decided.wait()
         if call.refused:
+            if call.session is not None:
+                call.session.leave()
             call.ended.set()
             return
-        invocation = call.invocation
+        invocation, session = call.invocation, call.session
         done = invocation.model_copy(
             update={
                 "state": State.ENDED,
@@ -325,11 +362,22 @@ class Calls(Ledger):
                 "secrets": list(call.secrets.uses),
                 **_streams(call.spool, invocation.id),
                 "times": invocation.times.model_copy(update={"ended": _now()}),
+                **(
+                    {}
+                    if session is None
+                    else {"checkpoint_before": session.before, "checkpoint_after": session.after}
+                ),
             }
         )
         try:
-            await self._journal.ended(done, _header(done, call.plan))
+            also = None if session is None else session.commit
+            await self._journal.ended(done, _header(done, call.plan), also=also)
+            if session is not None:
+                session.committed()
         except errors.SandboxdError as error:
+            if session is not None:
+                await session.abandon()
+                done.checkpoint_after = session.after
             log.exception("the outcome could not be written", id=done.id)
             done.outcome = _ours("host", f"the outcome could not be recorded: {error}")
             self._unrecorded[done.id] = done
@@ -342,6 +390,8 @@ class Calls(Ledger):
         call.stdin.close()
         call.held.release()
         call.secrets.close()
+        if session is not None:
+            session.leave()
         self._flying.pop(done.id, None)
         call.ended.set()
         if done.outcome is not None:

@@ -41,6 +41,7 @@ __all__ = [
     "Match",
     "PoolSize",
     "SecretsConfig",
+    "SessionShare",
     "SocketConfig",
     "default_socket",
     "load_config",
@@ -190,6 +191,14 @@ class Match(Section):
         return self
 
 
+class SessionShare(Section):
+    """What the sessions of one caller may be together."""
+
+    count: Annotated[Count, Field(le=1_000_000)] = 100
+    size: Size = 4 * 2**30
+    """Bytes on disk that all their checkpoints hold."""
+
+
 class CallerRule(Section):
     """Which role, which policies and which share the peers that match have."""
 
@@ -202,6 +211,8 @@ class CallerRule(Section):
     secrets: Annotated[tuple[str, ...], Field(max_length=1000)] | None = None
     """Names and globs of the secrets that a policy may give to calls of these; None: an operator's may have
     all, an agent's none."""
+    sessions: SessionShare = SessionShare()
+    """Of each caller that matches."""
 
     @property
     def granted(self) -> tuple[str, ...]:

@@ -45,6 +45,8 @@ from sandboxd.room import Room
 from sandboxd.scheduler import Scheduler
 from sandboxd.secrets import SecretStore, place_of
 from sandboxd.service import DaemonService
+from sandboxd.sessions import Sessions
+from sandboxd.workspace.store import LayerStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -149,6 +151,8 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
             log.warning("policy not in force", problem=str(problem))
         blobs = BlobStore(config.state / "blobs")
         blobs.clean()
+        sessions = Sessions(journal, LayerStore(config.state / "sessions"))
+        await sessions.open()
         secrets = SecretStore.open(
             config.state / "secrets", place_of(config.secrets.key, config.state, os.environ)
         )
@@ -190,6 +194,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
             tasks=tasks,
             inputs=Room(config.budget.inputs),
             secrets=secrets,
+            sessions=sessions,
         )
         interrupted = await service.close_interrupted()
         if interrupted:
@@ -197,6 +202,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         tasks.start_soon(engine.watch)
         tasks.start_soon(policies.watch)
         tasks.start_soon(pool.run)
+        tasks.start_soon(sessions.run)
         sock = stack.enter_context(listening(config.socket, os.environ))
         stopping = anyio.Event()
         started = anyio.Event()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sandboxd.config import Config
     from sandboxd.policy import Policy
     from sandboxd.pool import Pool
+    from sandboxd.sessions import Sessions
 
 __all__ = ["DaemonService"]
 
@@ -38,11 +39,20 @@ class DaemonService(Calls):
     """The daemon, as its API sees it. ``config`` and ``runtime`` are for reading."""
 
     def __init__(
-        self, config: Config, *, version: str, engine_name: str, runtime: str, pool: Pool, **parts: Any
+        self,
+        config: Config,
+        *,
+        version: str,
+        engine_name: str,
+        runtime: str,
+        pool: Pool,
+        sessions: Sessions,
+        **parts: Any,
     ) -> None:
         """``parts`` are those of ``Calls``."""
-        super().__init__(state=config.state, pool=pool, **parts)
+        super().__init__(state=config.state, pool=pool, sessions=sessions, **parts)
         self.config = config
+        self.sessions = sessions
         self._version = version
         self._engine_name = engine_name
         self._runtime = runtime

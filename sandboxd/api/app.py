@@ -27,6 +27,7 @@ from sandboxd.api.openapi import ANY, document
 from sandboxd.api.ports import Ports
 from sandboxd.api.protocol import CALLER, ServerConfig
 from sandboxd.api.secrets import Secrets
+from sandboxd.api.sessions import Sessions
 from sandboxd.errors import InvalidRequest, NotFound, NotIdentified, SandboxdError, TooLarge
 from sandboxd.room import Room
 
@@ -48,7 +49,8 @@ VERSION = "1"
 DOCUMENTED: set[type[BaseModel]] = {
     models.Request, models.Invocation, models.InvocationList, models.PolicyInfo, models.PolicyProblem,
     models.PlanDocument, models.ImageInfo, models.SlotInfo, models.Health, models.Artifact, models.Withheld,
-    models.SecretInfo, queries.SignalBody, queries.CheckBody,
+    models.SecretInfo, models.SessionRequest, models.SessionFork, models.SessionRollback, models.SessionInfo,
+    models.SessionList, models.CheckpointInfo, models.CheckpointList, queries.SignalBody, queries.CheckBody,
 }  # fmt: skip
 
 log = structlog.get_logger(__name__)
@@ -87,6 +89,7 @@ def build(service: Service) -> Edge:
         *ports.routes(),
         *Catalogue(service, bodies).routes(),
         *Secrets(service, bodies).routes(),
+        *Sessions(service, bodies).routes(),
     ]
 
     @cache  # most daemons are never asked

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from sandboxd.config import SessionShare
 from sandboxd.models import CallerInfo
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Caller:
     concurrent: int | None = None
     weight: int = 1
     secrets: tuple[str, ...] = ()
+    sessions: SessionShare = field(default_factory=SessionShare)
 
     def may_have(self, secret: str) -> bool:
         """Whether a policy may give this secret to the caller's calls."""
@@ -130,6 +132,7 @@ class Identity:
                     concurrent=rule.concurrent,
                     weight=rule.weight,
                     secrets=rule.granted,
+                    sessions=rule.sessions,
                 )
         return Caller(peer.uid, peer.gid, peer.groups, "none")
 

@@ -10,7 +10,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from sandboxd import units
 from sandboxd.models import Cause, State  # pydantic evaluates the annotations
 
-__all__ = ["CheckBody", "EventsQuery", "ListQuery", "NoQuery", "SignalBody", "StdinQuery", "StreamQuery"]
+__all__ = [
+    "CheckBody",
+    "EventsQuery",
+    "ListQuery",
+    "NoQuery",
+    "PageQuery",
+    "SignalBody",
+    "StdinQuery",
+    "StreamQuery",
+]
 
 REPEATED = {"repeated": True}
 HIGHEST_SIGNAL = 64  # SIGRTMAX of Linux, signal(7)
@@ -53,6 +62,14 @@ class ListQuery(Parameters):
     def labels(self) -> dict[str, str]:
         """The labels that an invocation must have."""
         return {key: value for key, _, value in (text.partition("=") for text in self.label)}
+
+
+class PageQuery(Parameters):
+    """Which page of a list."""
+
+    before: Annotated[str, Field(max_length=64)] | None = None
+    """The ``next`` of the page before."""
+    limit: Annotated[int, Field(ge=1, le=500)] = 100
 
 
 class EventsQuery(Parameters):

@@ -118,8 +118,9 @@ def outcome_header(
         "receipt": None if receipt is None else receipt.digest(),
         "usage": None if usage is None else _exact(usage.model_dump()),
         "outcome": _exact(invocation.outcome.model_dump(mode="json", exclude_none=True)),
-        "checkpoint_before": None,
-        "checkpoint_after": None,
+        "checkpoint_before": invocation.checkpoint_before,
+        "checkpoint_after": invocation.checkpoint_after,
         "attempts": invocation.attempts,
+        **({"session": invocation.session} if invocation.session else {}),
         **({"secrets": [use.model_dump() for use in invocation.secrets]} if invocation.secrets else {}),
     }

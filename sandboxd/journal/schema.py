@@ -57,6 +57,62 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             request TEXT NOT NULL
         ) STRICT""",
     ),
+    (
+        # gone: it is being removed, and nobody sees it. quota_* and expires: NULL is none.
+        """CREATE TABLE sessions (
+            id TEXT PRIMARY KEY NOT NULL,
+            uid INTEGER NOT NULL,
+            name TEXT,
+            policy TEXT,
+            labels TEXT NOT NULL,
+            created INTEGER NOT NULL,
+            used INTEGER NOT NULL,
+            ttl INTEGER,
+            idle INTEGER,
+            expires INTEGER,
+            quota_size INTEGER,
+            quota_inodes INTEGER,
+            head TEXT NOT NULL,
+            origin TEXT NOT NULL,
+            calls INTEGER NOT NULL,
+            gone INTEGER NOT NULL
+        ) STRICT""",
+        "CREATE UNIQUE INDEX session_names ON sessions (uid, name) WHERE name IS NOT NULL AND NOT gone",
+        "CREATE INDEX session_callers ON sessions (uid, id)",
+        "CREATE INDEX session_heads ON sessions (head)",
+        "CREATE INDEX session_origins ON sessions (origin)",
+        "CREATE INDEX sessions_expiring ON sessions (expires) WHERE expires IS NOT NULL AND NOT gone",
+        "CREATE INDEX sessions_going ON sessions (id) WHERE gone",
+        # session: the one that it was made in, NULL once that is removed; layer: NULL for the first of a
+        # session, which has no files.
+        """CREATE TABLE checkpoints (
+            id TEXT PRIMARY KEY NOT NULL,
+            session TEXT,
+            uid INTEGER NOT NULL,
+            parent TEXT,
+            depth INTEGER NOT NULL,
+            digest TEXT NOT NULL,
+            layer TEXT,
+            content TEXT,
+            size INTEGER NOT NULL,
+            inodes INTEGER NOT NULL,
+            created INTEGER NOT NULL,
+            call TEXT
+        ) STRICT""",
+        "CREATE INDEX checkpoint_sessions ON checkpoints (session, id)",
+        "CREATE INDEX checkpoint_parents ON checkpoints (parent)",
+        "CREATE INDEX checkpoint_digests ON checkpoints (digest)",
+        # What the last ``span`` layers up to a checkpoint are together; below them is ``below``.
+        """CREATE TABLE merges (
+            checkpoint TEXT NOT NULL,
+            span INTEGER NOT NULL,
+            below TEXT,
+            layer TEXT NOT NULL,
+            size INTEGER NOT NULL,
+            inodes INTEGER NOT NULL,
+            PRIMARY KEY (checkpoint, span)
+        ) STRICT, WITHOUT ROWID""",
+    ),
 )
 
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})

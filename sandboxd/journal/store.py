@@ -175,8 +175,16 @@ class Journal:
             )
         )
 
-    async def ended(self, invocation: models.Invocation, header: dict[str, Any]) -> chain.Head:
+    async def ended(
+        self,
+        invocation: models.Invocation,
+        header: dict[str, Any],
+        *,
+        also: Callable[[sqlite3.Connection], None] | None = None,
+    ) -> chain.Head:
         """Record an outcome, durably, and chain its record; returns the new head.
+
+        ``also`` is what comes about with it, in the same transaction, or not at all.
 
         ``header`` is ``records.outcome_header``'s. Raises StateConflict for a call that has an outcome
         already, NotFound for one that was never accepted.
@@ -198,6 +206,8 @@ class Journal:
                 if found:
                     raise errors.StateConflict(f"invocation {invocation.id} has an outcome already")
                 raise errors.NotFound(f"invocation {invocation.id} was never accepted")
+            if also is not None:
+                also(transaction.connection)
             transaction.head = chain.append(transaction.connection, transaction.head, header, row[3])
             return transaction.head
 
@@ -300,6 +310,14 @@ class Journal:
                     break
             return found
 
+        return await self._read(read)
+
+    async def write(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a transaction of those who keep tables of their own here, durably. What it raises undoes it."""
+        return await self._writer.run(lambda transaction: operation(transaction.connection), durable=True)
+
+    async def read(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        """What ``read`` finds in those tables."""
         return await self._read(read)
 
     @staticmethod

@@ -7,6 +7,7 @@ visible to the host, and all of them go with the daemon, however it ends.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import stat
 import struct
@@ -27,6 +28,7 @@ __all__ = [
     "detach",
     "hide_hybrid_cgroup2",
     "new_mount",
+    "new_overlay",
     "own_devices",
     "parse_mountinfo",
     "private_namespace",
@@ -133,6 +135,45 @@ def new_mount(
         attributes = MOUNT_ATTR_NOSUID | (0 if devices else MOUNT_ATTR_NODEV)
         attributes |= 0 if executable else MOUNT_ATTR_NOEXEC
         return _call(f"fsmount {kind}", SYS_FSMOUNT, context, FSMOUNT_CLOEXEC, attributes)
+    finally:
+        os.close(context)
+
+
+def new_overlay(
+    lowers: Sequence[str], options: Mapping[str, str], place: Path, *, one_by_one: bool = True
+) -> int:
+    """A detached overlay of layers, the uppermost first, ``nosuid,nodev``; returns its descriptor.
+
+    ``place`` is a directory of a mount namespace of our own, used for a moment where the kernel does not take
+    layers one by one (``lowerdir+``, Linux 6.8): a text of all of them has room for as many as a page holds.
+    Raises OSError.
+    """
+    if one_by_one:
+        try:
+            return _overlay_one_by_one(lowers, options)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    text = ",".join([f"lowerdir={':'.join(lowers)}", *(f"{key}={value}" for key, value in options.items())])
+    flags = ctypes.c_ulong(MS_NOSUID | MS_NODEV)
+    if _libc.mount(b"overlay", os.fsencode(place), b"overlay", flags, text.encode()) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mount overlay: {os.strerror(code)}")
+    try:
+        return clone_tree(place)
+    finally:
+        detach(place)
+
+
+def _overlay_one_by_one(lowers: Sequence[str], options: Mapping[str, str]) -> int:
+    context = _call("fsopen overlay", SYS_FSOPEN, b"overlay", FSOPEN_CLOEXEC)
+    try:
+        for key, value in [*(("lowerdir+", lower) for lower in lowers), *options.items()]:
+            arguments = (context, FSCONFIG_SET_STRING, key.encode(), value.encode(), 0)
+            _call(f"fsconfig {key}", SYS_FSCONFIG, *arguments)
+        _call("fsconfig overlay", SYS_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
+        attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
+        return _call("fsmount overlay", SYS_FSMOUNT, context, FSMOUNT_CLOEXEC, attributes)
     finally:
         os.close(context)
 

@@ -30,6 +30,16 @@ from sandboxd.models.operating import (
 from sandboxd.models.outcome import Cause, Denial, Failure, LimitReached, Outcome, Usage, signal_name
 from sandboxd.models.receipt import Control, Receipt
 from sandboxd.models.request import Input, Narrowing, Request
+from sandboxd.models.session import (
+    CheckpointInfo,
+    CheckpointList,
+    SessionFork,
+    SessionInfo,
+    SessionList,
+    SessionQuota,
+    SessionRequest,
+    SessionRollback,
+)
 from sandboxd.models.wire import Bytes, Content, Count, Counted, Duration, Size, Text, Wire
 
 __all__ = [
@@ -37,6 +47,8 @@ __all__ = [
     "Bytes",
     "CallerInfo",
     "Cause",
+    "CheckpointInfo",
+    "CheckpointList",
     "Content",
     "Control",
     "Count",
@@ -65,6 +77,12 @@ __all__ = [
     "Request",
     "SecretInfo",
     "SecretUse",
+    "SessionFork",
+    "SessionInfo",
+    "SessionList",
+    "SessionQuota",
+    "SessionRequest",
+    "SessionRollback",
     "Size",
     "SlotInfo",
     "State",

@@ -114,6 +114,12 @@ class Invocation(Wire):
     secrets: list[SecretUse] = Field(default_factory=list)
     """The secrets that its command was given."""
     attempts: int = 0
+    session: str | None = None
+    """The id of the session that it ran in."""
+    checkpoint_before: str | None = None
+    """The digest of the session's files that it began with."""
+    checkpoint_after: str | None = None
+    """And of those that it left, where they were kept: the same where it changed nothing."""
 
 
 class InvocationList(Wire):

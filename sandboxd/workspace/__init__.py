@@ -1,3 +1,1 @@
-"""What sessions keep: layers of files on disk, checkpoints made of them, and the sessions that point at
-those.
-"""
+"""What sessions keep: layers of files on disk, and the checkpoints that are made of them."""

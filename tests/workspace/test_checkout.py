@@ -367,7 +367,7 @@ def test_a_socket_of_the_callers_in_its_directory(directory: Path, tmp_path: Pat
         os.chown(path, CALLER, CALLER)
         listener.listen()
         os.mkfifo(directory / "fifo", 0o666)
-        (directory / "fifo").chmod(0o666)
+        os.chown(directory / "fifo", CALLER, CALLER)
         reader = os.open(directory / "fifo", os.O_RDONLY | os.O_NONBLOCK)
         with lent(directory, tmp_path) as it:
             done = it.tool("os.open('/fifo', os.O_WRONLY | os.O_NONBLOCK)")
