@@ -75,7 +75,7 @@ def put(
     mode: int | None = None,
     condition: Condition = ANYTHING,
 ) -> Written:
-    """Write a file of ``most`` bytes or less; one that is there keeps its owner, and a mode not given.
+    """Write a file of ``most`` bytes or less; one that is there keeps its owner, and a mode not told.
 
     Blocks. Raises InvalidRequest, PreconditionFailed, StateConflict for a path that leads through or to what
     is no file, TooLarge, HostFailed.

@@ -117,16 +117,20 @@ def _mapped(path: bytes) -> Iterator[None]:
         yield
     except OSError as error:
         shown = ascii(os.fsdecode(path[:200]))
+        if error.errno == errno.EACCES:  # in a directory that a caller lends, which has others' files too
+            raise errors.NotPermitted(f"{shown} of a session is not its caller's to read") from error
         raise errors.HostFailed(f"{shown} of a session cannot be read: {error.strerror}") from error
 
 
 class View:
     """A stack of layers, the uppermost first. A context manager that holds a descriptor of each layer.
 
-    Its methods block on the disk, and raise HostFailed where that fails. Threads may share it.
+    A layer is a path of our own, or a descriptor of its root, which stays yours to close. The methods block
+    on the disk, and raise HostFailed where that fails, NotPermitted where a directory that is lent as the
+    lowest layer has what its caller may not read. Threads may share it.
     """
 
-    def __init__(self, layers: Sequence[Path]) -> None:
+    def __init__(self, layers: Sequence[Path | int]) -> None:
         self.layers = tuple(layers)
         self._roots: list[int] = []
         self._stack = ExitStack()
@@ -136,10 +140,12 @@ class View:
             for layer in self.layers:
                 flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
                 try:
-                    root = os.open(layer, flags)
+                    path, beside = (".", layer) if isinstance(layer, int) else (layer, None)
+                    root = os.open(path, flags, dir_fd=beside)
                 except OSError as error:
+                    name = "" if isinstance(layer, int) else f" {layer.name}"
                     raise errors.HostFailed(
-                        f"layer {layer.name} of a session is not there: {error.strerror}"
+                        f"layer{name} of a session is not there: {error.strerror}"
                     ) from error
                 stack.callback(os.close, root)
                 self._roots.append(root)
