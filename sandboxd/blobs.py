@@ -118,6 +118,7 @@ class BlobStore:
         with _mapped():
             (root / "tmp").mkdir(mode=0o700, parents=True, exist_ok=True)
             (root / "sha256").mkdir(mode=0o700, exist_ok=True)
+            _sync_directories(root, root.parent)  # once: a blob syncs what is below
 
     def path(self, digest: str) -> Path:
         """Where the blob of this digest is, or would be. Raises InvalidRequest for another form."""

@@ -157,18 +157,8 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         blobs.clean()
         sessions = Sessions(journal, LayerStore(config.state / "sessions"))
         await sessions.open()
-        secrets = SecretStore.open(
-            config.state / "secrets", place_of(config.secrets.key, config.state, os.environ)
-        )
-        if (why := secrets.problem()) is not None:
-            log.error("secrets cannot be used", reason=why)
-        scheduler = Scheduler(
-            memory=config.budget.bytes_of(psutil.virtual_memory().total),
-            slots=config.budget.slots,
-            cpus=config.budget.cpus,
-            queue=config.queue,
-        )
-        scheduler.pressed = HostPressure(config.pressure).high
+        secrets = _secrets(config)
+        scheduler = _scheduler(config)
 
         def in_force(shape: plan.Shape) -> bool:
             try:
@@ -232,6 +222,24 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         systemd.notify("STOPPING=1")
         stopping.set()
         tasks.cancel_scope.cancel()
+
+
+def _scheduler(config: Config) -> Scheduler:
+    scheduler = Scheduler(
+        memory=config.budget.bytes_of(psutil.virtual_memory().total),
+        slots=config.budget.slots,
+        cpus=config.budget.cpus,
+        queue=config.queue,
+    )
+    scheduler.pressed = HostPressure(config.pressure).high
+    return scheduler
+
+
+def _secrets(config: Config) -> SecretStore:
+    found = SecretStore.open(config.state / "secrets", place_of(config.secrets.key, config.state, os.environ))
+    if (why := found.problem()) is not None:
+        log.error("secrets cannot be used", reason=why)
+    return found
 
 
 async def _until_stopped(service: DaemonService) -> None:

@@ -17,6 +17,7 @@ import anyio.to_thread
 
 from sandboxd import errors, units
 from sandboxd.call import Call
+from sandboxd.journal.output import sync_directory
 from sandboxd.journal.spool import Spool, Stream
 from sandboxd.models import Event, InvocationList, State
 
@@ -42,6 +43,7 @@ class Ledger:
 
     def __init__(self, *, spools: Path, journal: Journal, blobs: BlobStore) -> None:
         spools.mkdir(mode=0o700, exist_ok=True)
+        sync_directory(spools.parent)  # whose sync a spool's own does not include
         self._spools = spools
         self._journal = journal
         self._blobs = blobs

@@ -30,7 +30,7 @@ KINDS: dict[str, str] = {
 
 
 def say(**what: object) -> None:
-    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.write(json.dumps({"at": time.monotonic_ns(), **what}) + "\n")
     sys.stdout.flush()
 
 

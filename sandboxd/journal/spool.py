@@ -181,6 +181,8 @@ class Spool:
                 details if record.kind == DETAIL else sizes[STREAMS[record.kind]]
             ):
                 break
+            if not self._index.holds(record):
+                break
             if record.kind < DETAIL:
                 self._outputs[STREAMS[record.kind]].sealed = end
             kept += 1
@@ -272,11 +274,11 @@ class Spool:
 
     def _detail(self, kind: int, at: int, data: bytes) -> None:
         pwrite(self._details, data, self._details_size)
-        self._number(at, self._details_size, len(data), kind)
+        self._number(Record(at, self._details_size, len(data), kind).checked(data))
         self._details_size += len(data)
 
-    def _number(self, at: int, offset: int, size: int, kind: int) -> None:
-        pwrite(self._events, Record(at, offset, size, kind).pack(), self._count * RECORD_SIZE)
+    def _number(self, record: Record) -> None:
+        pwrite(self._events, record.pack(), self._count * RECORD_SIZE)
         self._count += 1
 
     def _due(self, output: Output, now: int) -> bool:
@@ -289,7 +291,8 @@ class Spool:
         output = self._outputs[stream]
         if output.pending:
             failpoint("spool.seal")
-            self._number(output.since, output.sealed, output.pending, STREAMS.index(stream))
+            record = Record(output.since, output.sealed, output.pending, STREAMS.index(stream))
+            self._number(record.checked())
             output.sealed = output.size
 
     def _seal_due(self) -> bool:

@@ -25,6 +25,7 @@ from sandboxd import errors, models
 from sandboxd.blobs import BlobStore
 from sandboxd.failpoint import failpoint
 from sandboxd.journal import chain, records, requests, schema, signing, verify
+from sandboxd.journal.output import sync_directory
 from sandboxd.journal.writer import Transaction, Writer
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class Journal:
     def _start(self) -> None:
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            sync_directory(self._directory.parent)  # it may have been made a moment ago
             self._lock = _Lock(self._directory / "lock")
         except OSError as error:
             raise errors.ConfigInvalid(

@@ -82,6 +82,7 @@ class SecretStore:
         """
         store = cls(directory, place)
         directory.mkdir(mode=0o700, exist_ok=True)
+        _sync_directory(directory.parent)  # its own name; it may have been made a moment ago
         with os.scandir(directory) as entries:
             names = [entry.name for entry in entries]
         for name in names:
@@ -223,11 +224,7 @@ class SecretStore:
                 failpoint("secret.place")
                 temporary.replace(self._directory / name)
             failpoint("secret.placed")
-            directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            _sync_directory(self._directory)
         except OSError as error:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -408,6 +405,14 @@ def _write_new(path: Path, data: bytes) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def _unwritten(error: OSError) -> errors.HostFailed:
