@@ -29,6 +29,7 @@ from sandboxd import errors, plan, systemd
 from sandboxd.api.app import build
 from sandboxd.api.app import serve as serve_app
 from sandboxd.api.listener import listening
+from sandboxd.archive import Archive
 from sandboxd.blobs import BlobStore
 from sandboxd.config import default_socket
 from sandboxd.engine.host import enter_private_mounts, instance_name
@@ -155,6 +156,9 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         )
         if (why := secrets.problem()) is not None:
             log.error("secrets cannot be used", reason=why)
+        archive = Archive(
+            state=config.state, journal=journal, blobs=blobs, policies=policies, retention=config.retention
+        )
         scheduler = Scheduler(
             memory=config.budget.bytes_of(psutil.virtual_memory().total),
             slots=config.budget.slots,
@@ -191,6 +195,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
             tasks=tasks,
             inputs=Room(config.budget.inputs),
             secrets=secrets,
+            archive=archive,
         )
         interrupted = await service.close_interrupted()
         if interrupted:
@@ -198,7 +203,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         tasks.start_soon(engine.watch)
         tasks.start_soon(policies.watch)
         tasks.start_soon(pool.run)
-        tasks.start_soon(journal.keep_signing)
+        tasks.start_soon(archive.run)
         sock = stack.enter_context(listening(config.socket, os.environ))
         stopping = anyio.Event()
         started = anyio.Event()

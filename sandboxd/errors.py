@@ -7,6 +7,7 @@ SandboxdError
 │   ├── NotPermitted               not_permitted            403
 │   ├── PortNotExposed             port_not_exposed         403
 │   ├── NotFound                   not_found                404
+│   ├── Pruned                     pruned                   410
 │   ├── KeyConflict                key_conflict             409
 │   ├── StateConflict              state_conflict           409
 │   │   ├── CallNotStarted         call_not_started         409
@@ -66,6 +67,7 @@ __all__ = [
     "PortAnswerInvalid",
     "PortNotAnswering",
     "PortNotExposed",
+    "Pruned",
     "QueueFull",
     "Refused",
     "RequestTimeout",
@@ -133,6 +135,13 @@ class NotFound(Refused):
 
     code = "not_found"
     status = 404
+
+
+class Pruned(Refused):
+    """Raised when what was named was removed by retention; ``details["pruned"]`` says when."""
+
+    code = "pruned"
+    status = 410
 
 
 class KeyConflict(Refused):

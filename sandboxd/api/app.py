@@ -26,6 +26,7 @@ from sandboxd.api.invocations import JSON, Invocations, json_response
 from sandboxd.api.openapi import ANY, document
 from sandboxd.api.ports import Ports
 from sandboxd.api.protocol import CALLER, ServerConfig
+from sandboxd.api.records import Records
 from sandboxd.api.secrets import Secrets
 from sandboxd.errors import InvalidRequest, NotFound, NotIdentified, SandboxdError, TooLarge
 from sandboxd.room import Room
@@ -48,7 +49,8 @@ VERSION = "1"
 DOCUMENTED: set[type[BaseModel]] = {
     models.Request, models.Invocation, models.InvocationList, models.PolicyInfo, models.PolicyProblem,
     models.PlanDocument, models.ImageInfo, models.SlotInfo, models.Health, models.Artifact, models.Withheld,
-    models.SecretInfo, queries.SignalBody, queries.CheckBody,
+    models.SecretInfo, models.SearchResults, models.Pruning, queries.SignalBody, queries.CheckBody,
+    queries.PruneBody,
 }  # fmt: skip
 
 log = structlog.get_logger(__name__)
@@ -87,6 +89,7 @@ def build(service: Service) -> Edge:
         *ports.routes(),
         *Catalogue(service, bodies).routes(),
         *Secrets(service, bodies).routes(),
+        *Records(service).routes(),
     ]
 
     @cache  # most daemons are never asked

@@ -30,6 +30,7 @@ from sandboxd.models.operating import (
 from sandboxd.models.outcome import Cause, Denial, Failure, LimitReached, Outcome, Usage, signal_name
 from sandboxd.models.receipt import Control, Receipt
 from sandboxd.models.request import Input, Narrowing, Request
+from sandboxd.models.search import Hit, Pruning, SearchResults
 from sandboxd.models.wire import Bytes, Content, Count, Counted, Duration, Size, Text, Wire
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Event",
     "Failure",
     "Health",
+    "Hit",
     "ImageInfo",
     "Input",
     "Invocation",
@@ -61,8 +63,10 @@ __all__ = [
     "PolicyInfo",
     "PolicyProblem",
     "Problem",
+    "Pruning",
     "Receipt",
     "Request",
+    "SearchResults",
     "SecretInfo",
     "SecretUse",
     "Size",

@@ -114,6 +114,8 @@ class Invocation(Wire):
     secrets: list[SecretUse] = Field(default_factory=list)
     """The secrets that its command was given."""
     attempts: int = 0
+    pruned: int | None = None
+    """When its body, output and artifacts were removed; what is left here is what its record's header has."""
 
 
 class InvocationList(Wire):
