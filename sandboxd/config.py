@@ -42,6 +42,7 @@ __all__ = [
     "Match",
     "PoolSize",
     "Pressure",
+    "Retention",
     "SecretsConfig",
     "SessionShare",
     "SocketConfig",
@@ -101,6 +102,7 @@ def _account(value: str) -> str:
 
 Size = Annotated[int, BeforeValidator(_size), Field(gt=0, le=units.MAX)]
 Duration = Annotated[int, BeforeValidator(_duration), Field(gt=0, le=24 * 3600 * 10**6)]
+LongDuration = Annotated[int, BeforeValidator(_duration), Field(ge=60 * 10**6, le=3650 * 24 * 3600 * 10**6)]
 Count = Annotated[int, BeforeValidator(_count), Field(strict=True, ge=0)]
 AbsolutePath = Annotated[Path, BeforeValidator(_path)]
 Account = Annotated[str, AfterValidator(_account)]
@@ -347,6 +349,15 @@ class JournalConfig(Section):
     ``sandboxd-journal-key``, else a file in the state directory that the daemon makes."""
 
 
+class Retention(Section):
+    """How long bodies, output and artifacts are kept. Records and digests stay. Without keys: for ever."""
+
+    age: LongDuration | None = None
+    """Of a call, from its end."""
+    size: Annotated[Size, Field(ge=2**20)] | None = None
+    """Of bodies, output and artifacts together; the oldest calls go first."""
+
+
 def _default_callers() -> tuple[CallerRule, ...]:
     return (
         CallerRule(match=Match(uid=0), role="operator"),
@@ -384,6 +395,7 @@ class Config(Section):
     secrets: SecretsConfig = SecretsConfig()
     journal: JournalConfig = JournalConfig()
     pressure: Pressure = Pressure()
+    retention: Retention = Retention()
 
     @model_validator(mode="after")
     def _apart(self) -> Self:

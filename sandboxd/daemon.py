@@ -30,6 +30,7 @@ from sandboxd.api.app import build
 from sandboxd.api.app import serve as serve_app
 from sandboxd.api.identity import Identity, Peer
 from sandboxd.api.listener import listening
+from sandboxd.archive import Archive
 from sandboxd.blobs import BlobStore
 from sandboxd.config import default_socket
 from sandboxd.engine.host import enter_private_mounts, instance_name
@@ -150,15 +151,16 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         removed = await engine.open((authority.certificate, authority.fingerprint))
         if removed:
             log.warning("containers of an earlier daemon were removed", count=len(removed))
-        policies = PolicyStore(policy_directories(config), config.floor, host_network=config.network.host)
-        for problem in policies.problems:
-            log.warning("policy not in force", problem=str(problem))
+        policies = _policies(config)
         blobs = BlobStore(config.state / "blobs")
         blobs.clean()
         sessions = Sessions(journal, LayerStore(config.state / "sessions"))
         await sessions.open()
         secrets = _secrets(config)
         scheduler = _scheduler(config)
+        archive = Archive(
+            state=config.state, journal=journal, blobs=blobs, policies=policies, retention=config.retention
+        )
 
         def in_force(shape: plan.Shape) -> bool:
             try:
@@ -192,17 +194,17 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
             secrets=secrets,
             sessions=sessions,
             identify=partial(_identify, Identity(config.callers)),
+            archive=archive,
         )
         waiting = stack.enter_context(ExitStack())
         waiting.enter_context(scheduler.paused())
-        ended, queued = await service.recover()
-        if ended or queued:
-            log.warning("an earlier daemon's calls", ended=ended, queued=queued)
+        await service.recover()
         tasks.start_soon(engine.watch)
         tasks.start_soon(policies.watch)
         tasks.start_soon(pool.run)
         tasks.start_soon(sessions.run)
         tasks.start_soon(journal.keep_signing)
+        tasks.start_soon(archive.run)
         sock = stack.enter_context(listening(config.socket, os.environ))
         stopping = anyio.Event()
         started = anyio.Event()
@@ -222,6 +224,13 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         systemd.notify("STOPPING=1")
         stopping.set()
         tasks.cancel_scope.cancel()
+
+
+def _policies(config: Config) -> PolicyStore:
+    found = PolicyStore(policy_directories(config), config.floor, host_network=config.network.host)
+    for problem in found.problems:
+        log.warning("policy not in force", problem=str(problem))
+    return found
 
 
 def _scheduler(config: Config) -> Scheduler:

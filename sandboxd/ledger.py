@@ -81,6 +81,7 @@ class Ledger:
         found = await self._find(caller, id)
         if isinstance(found, Call):
             return found.spool
+        _still_kept(found)
         if _was_silent(found) and not (self._spools / found.id).is_dir():
             return Spool.held(_events_of(found))
         return await self._closed_spool(found)
@@ -102,7 +103,7 @@ class Ledger:
         found = await self._find(caller, id)
         if isinstance(found, Call):
             return found.invocation.model_copy(update=streams_of(found.spool))
-        if (self._spools / found.id).is_dir():
+        if found.pruned is None and (self._spools / found.id).is_dir():
             return found.model_copy(update=streams_of(await self._closed_spool(found)))
         return found
 
@@ -183,6 +184,10 @@ class Ledger:
             return item.model_copy(update={"state": State.QUEUED})
         return self._unrecorded.get(item.id, item)
 
+    async def readable(self, caller: Caller, id: str) -> None:
+        """Raise NotFound, or Pruned where its output and events were removed."""
+        await self._spool(caller, id)
+
     async def events(self, caller: Caller, id: str, *, after: int, follow: bool) -> AsyncIterator[Event]:
         """Events from number ``after`` on, with or without waiting for those to come. Raises NotFound."""
         spool = await self._spool(caller, id)
@@ -201,10 +206,21 @@ class Ledger:
         """A released file by its path as listed, and its bytes. Raises NotFound."""
         found = await self._find(caller, id)
         invocation = found.invocation if isinstance(found, Call) else found
+        _still_kept(invocation)
         for artifact in invocation.artifacts:
             if artifact.path == path:
                 return artifact, _chunks(self._blobs.path(artifact.digest))
         raise errors.NotFound(f"call {id!r} released no file {path!r}")
+
+
+def _still_kept(invocation: Invocation) -> None:
+    """Raise Pruned for a call of which only the record is left."""
+    if invocation.pruned is not None:
+        raise errors.Pruned(
+            f"the output and the artifacts of call {invocation.id!r} were removed by retention; "
+            "its record has their digests",
+            pruned=invocation.pruned,
+        )
 
 
 def streams_of(spool: Spool) -> dict[str, Content]:

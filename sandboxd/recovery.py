@@ -87,8 +87,8 @@ class Recovery(Runner):
         self._rows: dict[str, Open] = {}
         self._waking = anyio.Lock()
 
-    async def recover(self) -> tuple[int, int]:
-        """Take up what an earlier daemon left; how many calls have their outcome now, and how many wait.
+    async def recover(self) -> None:
+        """Take up what an earlier daemon left.
 
         Nothing starts before the scheduler is no longer paused.
         """
@@ -103,7 +103,8 @@ class Recovery(Runner):
             if who not in callers:
                 callers[who] = self._identify(row.uid, row.gid, frozenset(row.groups))
             self._lay_down(row, callers[who])
-        return ended, len(self._dormant)
+        if ended or self._dormant:
+            log.warning("an earlier daemon's calls", ended=ended, queued=len(self._dormant))
 
     def _lay_down(self, row: Open, caller: Caller) -> None:
         ticket = Ticket(

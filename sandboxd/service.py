@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
 import anyio.to_thread
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sandboxd.api.identity import Caller
+    from sandboxd.archive import Archive
     from sandboxd.config import Config
     from sandboxd.images import ImageStore
+    from sandboxd.journal.search import Query
     from sandboxd.policy import Policy
     from sandboxd.reload import PolicyStore
     from sandboxd.sessions import Sessions
@@ -49,6 +52,7 @@ class DaemonService(Calls):
         policies: PolicyStore,
         images: ImageStore,
         sessions: Sessions,
+        archive: Archive,
         **parts: Any,
     ) -> None:
         """``parts`` are the others of ``Calls``."""
@@ -56,6 +60,7 @@ class DaemonService(Calls):
         self._policies = policies
         self._images = images
         self.config = config
+        self._archive = archive
         self._version = version
         self._engine_name = engine_name
         self._runtime = runtime
@@ -169,6 +174,21 @@ class DaemonService(Calls):
         info = await anyio.to_thread.run_sync(change, name, value)
         log.info("secret stored", how=what, name=name, version=info.version, uid=caller.uid)
         return info
+
+    async def search(self, caller: Caller, query: Query) -> models.SearchResults:
+        """A page of the caller's calls that fit; an operator's are all. Raises InvalidRequest."""
+        if not caller.sees_all:
+            if query.uid not in {None, caller.uid}:
+                raise errors.NotPermitted("only operators search the calls of others", uid=query.uid)
+            query = replace(query, uid=caller.uid)
+        return await self._archive.search(query)
+
+    async def prune(self, caller: Caller, *, age: int | None, size: int | None) -> models.Pruning:
+        """Remove the oldest bodies, output and artifacts now. Raises NotPermitted."""
+        _operators_only(caller)
+        done = await self._archive.prune(age, size)
+        await self._archive.sweep()
+        return done
 
     async def refused(self, caller: Caller, error: errors.Refused, summary: dict[str, Any]) -> None:
         """Keep a refusal for the operator; a journal that cannot be written does not hide the refusal."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sandboxd.journal.signing import KeyPlace
     from sandboxd.journal.verify import VerifyReport
 
-__all__ = ["export", "head", "key", "records", "verify"]
+__all__ = ["export", "head", "key", "records", "show", "verify"]
 
 FlatFormat = Annotated[Format, Parameter(name="*")]
 State = Annotated[Path | None, Parameter(help="The state directory, before the configuration's.")]
@@ -161,6 +161,53 @@ def export(
         terminal.print_json(asdict(done))
     else:
         print(f"{done.calls} calls and {done.records} records in {to}; head {done.head}")
+
+
+def show(
+    call: Annotated[str, Parameter(name="CALL", help="The id of a call, or the number of a record.")],
+    *,
+    config: ConfigFile = None,
+    state: State = None,
+    output: FlatFormat = FORMAT,
+) -> int:
+    """Show a record as it is in the chain, and whether what it names is as it was; exit status 1 if not."""
+    import json  # noqa: PLC0415 - `--help` must not pay for it
+
+    from sandboxd import canonical  # noqa: PLC0415 - same
+    from sandboxd.journal.evidence import Evidence  # noqa: PLC0415 - same
+
+    with records(config, state) as opened:
+        row = opened.connection.execute(
+            "SELECT r.n, r.digest, r.header, i.doc, i.pruned FROM records AS r"
+            " LEFT JOIN invocations AS i ON i.id = r.id WHERE r.id = ? OR CAST(r.n AS TEXT) = ?",
+            (call, call),
+        ).fetchone()
+        if row is None:
+            raise errors.NotFound(f"there is no record of {call!r}; a call that still runs has none yet")
+        n, digest, data, doc, pruned = row
+        problems = [] if canonical.digest_bytes(data) == digest else ["the header no longer has its digest"]
+        try:
+            header = json.loads(data)
+        except ValueError:
+            raise errors.JournalCorrupt(f"record {n} cannot be read: it was changed") from None
+        if doc is not None:
+            if canonical.digest_bytes(doc) != header.get("body"):
+                problems.append("the body no longer has its digest")
+            found = Evidence(opened.state).problems(header)
+            problems += [f"{what} {problem}" for what, problem in found if problem]
+    if output.json:
+        terminal.print_json(
+            {"n": n, "digest": digest, "header": header, "pruned": pruned, "problems": problems}
+        )
+        return 1 if problems else 0
+    print(f"record {n}, {digest}")
+    for name, value in header.items():
+        print(f"{name + ':':20}{value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+    if pruned is not None:
+        print(f"body, output and artifacts were pruned {terminal.age(pruned)} ago")
+    for problem in problems:
+        terminal.complain(f"record {n}: {problem}")
+    return 1 if problems else 0
 
 
 def head(*, config: ConfigFile = None, state: State = None, output: FlatFormat = FORMAT) -> None:

@@ -93,6 +93,9 @@ GROUPS = {
             "head": "journal:head",
             "key": "journal:key",
             "export": "journal:export",
+            "show": "journal:show",
+            "search": "search:search",
+            "prune": "search:prune",
         },
     ),
 }

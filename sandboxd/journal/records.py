@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import uuid6
 
-from sandboxd import units
+from sandboxd import errors, models, units
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sandboxd import models
     from sandboxd.journal.requests import Asked, Open
 
-__all__ = ["Accepted", "Existing", "Refusal", "body", "new_id", "outcome_header"]
+__all__ = ["Accepted", "Existing", "Refusal", "body", "from_header", "new_id", "outcome_header"]
 
 VERSION = 1
 _MAX_DETAIL = 2000
@@ -77,6 +77,37 @@ def body(invocation: models.Invocation) -> bytes:
         if (content := getattr(invocation, name)) is not None
     }
     return invocation.model_copy(update=streams).model_dump_json(exclude_none=True).encode()
+
+
+def from_header(header: bytes, policy: str, pruned: int) -> models.Invocation:
+    """What the header of a pruned call still knows. Raises JournalCorrupt."""
+    try:
+        found = json.loads(header)
+        return models.Invocation(
+            id=found["id"],
+            state=models.State.ENDED,
+            caller=models.CallerInfo.model_validate(found["caller"]),
+            policy=models.DigestRef(name=policy, digest=found["policy"]),
+            image=models.DigestRef(name="", digest=found["image"]),
+            plan=found["plan"],
+            argv=[],
+            times=models.Times(accepted=found["accepted"], ended=found["at"]),
+            outcome=models.Outcome.model_validate(found["outcome"]),
+            stdout=_known(found["stdout"]),
+            stderr=_known(found["stderr"]),
+            usage=None if found["usage"] is None else models.Usage.model_validate(found["usage"]),
+            secrets=[models.SecretUse.model_validate(use) for use in found.get("secrets", [])],
+            attempts=found["attempts"],
+            pruned=pruned,
+        )
+    except (ValueError, KeyError, TypeError) as error:  # of pydantic too
+        raise errors.JournalCorrupt("the header of a pruned call cannot be read") from error
+
+
+def _known(stream: dict[str, Any] | None) -> models.Content | None:
+    if stream is None:
+        return None
+    return models.Content(text="", size=stream["size"], digest=stream["digest"], complete=not stream["size"])
 
 
 def _stream(content: models.Content | None) -> dict[str, Any] | None:

@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import structlog
 from pydantic import ValidationError
 
-from sandboxd import errors, models
+from sandboxd import canonical, errors, models
 from sandboxd.blobs import BlobStore
 from sandboxd.failpoint import failpoint
-from sandboxd.journal import chain, records, requests, schema, signing, verify
+from sandboxd.journal import chain, records, requests, schema, signing, upkeep, verify
 from sandboxd.journal.output import sync_directory
 from sandboxd.journal.writer import Transaction, Writer
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
 __all__ = ["Journal"]
@@ -83,6 +83,7 @@ class Journal:
         self._place = key
         self._key: signing.NodeKey | None = None
         self._signed = (0, 0)
+        self._kept: set[str] = set()
         self._path = state_dir / "journal.sqlite3"
         self._writer = Writer(self._path)
         self._readers: ThreadPoolExecutor | None = None
@@ -268,13 +269,23 @@ class Journal:
         return head
 
     async def get(self, id_: str) -> models.Invocation | None:
-        """An invocation as it stands. The heads of its streams are empty here: its spool has them."""
+        """An invocation as it stands. The heads of its streams are empty here: its spool has them.
+
+        One that was pruned is what its header still knows, with ``pruned``.
+        """
 
         def read(connection: sqlite3.Connection) -> models.Invocation | None:
             row = connection.execute(
-                "SELECT id, doc FROM invocations WHERE id = ? AND doc IS NOT NULL", (id_,)
+                "SELECT i.doc, i.policy, i.pruned, r.header FROM invocations AS i"
+                " LEFT JOIN records AS r ON r.id = i.id WHERE i.id = ?",
+                (id_,),
             ).fetchone()
-            return _parse(*row) if row else None
+            if row is None:
+                return None
+            doc, policy, pruned, header = row
+            if doc is not None:
+                return _parse(id_, doc)
+            return None if header is None else records.from_header(header, policy, pruned or 0)
 
         return await self._read(read)
 
@@ -332,6 +343,56 @@ class Journal:
         if self._key is None:
             raise errors.HostFailed("the journal is not open")
         return self._key
+
+    @property
+    def count(self) -> int:
+        """How many records there are, as the newest transaction left it."""
+        return self._writer.head.n
+
+    async def after(self, n: int, limit: int) -> list[upkeep.Row]:
+        """The records after number ``n``, in order."""
+        return await self._read(lambda connection: upkeep.after(connection, n, limit))
+
+    async def keep(self, contents: Mapping[str, bytes]) -> None:
+        """Keep what records name by digest and share, such as policies in their resolved form."""
+        new = {digest: data for digest, data in contents.items() if digest not in self._kept}
+        if new:
+            await self._writer.run(lambda transaction: upkeep.keep(transaction.connection, new), durable=True)
+            self._kept.update(new)
+
+    async def content(self, digest: str) -> bytes | None:
+        """What was kept under a digest. Raises JournalCorrupt if it no longer has it."""
+        data = await self._read(lambda connection: upkeep.content(connection, digest))
+        if data is not None and canonical.digest_bytes(data) != digest:
+            raise errors.JournalCorrupt(f"what is kept under {digest} was changed", digest=digest)
+        return data
+
+    async def oldest(self, limit: int) -> list[upkeep.Kept]:
+        """The oldest calls whose bodies are kept."""
+        return await self._read(lambda connection: upkeep.oldest(connection, limit))
+
+    async def held(self) -> int:
+        """Bytes of all bodies, streams and artifacts that are kept."""
+        return await self._read(upkeep.held)
+
+    async def prune(self, calls: Sequence[tuple[int, str]]) -> int:
+        """Take the bodies of ended calls away, durably; returns of how many. Their files are the caller's."""
+        at = time.time_ns() // 1000
+        return await self._writer.run(
+            lambda transaction: upkeep.prune(transaction.connection, calls, at), durable=True
+        )
+
+    async def pruned_among(self, ids: Sequence[str]) -> list[str]:
+        """Those of these calls that were pruned."""
+        return await self._read(lambda connection: upkeep.pruned_among(connection, ids))
+
+    async def referenced(self, digests: Collection[str]) -> set[str]:
+        """Those of these blobs that the record of a kept call names."""
+        return await self._read(lambda connection: upkeep.referenced(connection, digests))
+
+    async def releases(self, digest: str, uid: int | None, limit: int) -> list[str]:
+        """Ids of the newest calls that released a file of this digest, of one caller or of all."""
+        return await self._read(lambda connection: upkeep.releases(connection, digest, uid, limit))
 
     async def sign_head(self) -> bytes | None:
         """Sign the newest record's head and keep that; None where that was done or there is no record."""

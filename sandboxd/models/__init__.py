@@ -31,6 +31,7 @@ from sandboxd.models.outcome import Cause, Denial, Failure, LimitReached, Outcom
 from sandboxd.models.receipt import Control, Receipt
 from sandboxd.models.request import Input, Narrowing, Request
 from sandboxd.models.retry import FailedAttempt
+from sandboxd.models.search import Hit, Pruning, SearchResults
 from sandboxd.models.session import (
     CheckpointInfo,
     CheckpointList,
@@ -61,6 +62,7 @@ __all__ = [
     "FailedAttempt",
     "Failure",
     "Health",
+    "Hit",
     "ImageInfo",
     "Input",
     "Invocation",
@@ -75,8 +77,10 @@ __all__ = [
     "PolicyInfo",
     "PolicyProblem",
     "Problem",
+    "Pruning",
     "Receipt",
     "Request",
+    "SearchResults",
     "SecretInfo",
     "SecretUse",
     "SessionFork",

@@ -123,6 +123,8 @@ class Invocation(Wire):
     """The digest of the session's files that it began with."""
     checkpoint_after: str | None = None
     """And of those that it left, where they were kept: the same where it changed nothing."""
+    pruned: int | None = None
+    """When its body, output and artifacts were removed; what is left here is what its record's header has."""
 
 
 class InvocationList(Wire):

@@ -302,7 +302,9 @@ async def test_a_pruned_body_leaves_the_chain_whole(tmp_path: Path) -> None:
     async with Journal.open(tmp_path) as journal:
         report = await journal.verify()
         assert (report.ok, report.pruned, report.records) == (True, 1, 1)
-        assert await journal.get(invocation.id) is None
+        found = await journal.get(invocation.id)
+        assert found is not None
+        assert (found.pruned is not None, found.argv) == (True, [])
         assert await journal.list() == []
 
 
