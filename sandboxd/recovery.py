@@ -92,6 +92,8 @@ class Recovery(Runner):
 
         Nothing starts before the scheduler is no longer paused.
         """
+        await self._behind.restore()
+        self._tasks.start_soon(self._behind.run)
         ended = 0
         callers: dict[tuple[int, int, tuple[int, ...]], Caller] = {}
         for row in await self._journal.open_calls():

@@ -17,6 +17,7 @@ import anyio.to_thread
 import structlog
 
 from sandboxd import errors
+from sandboxd.journal.behind import Behind
 from sandboxd.ledger import Ledger, finish, streams_of
 from sandboxd.models import Cause, Event, FailedAttempt, State
 from sandboxd.network.entrance import Entrances
@@ -73,6 +74,7 @@ class Runner(Ledger):
         self._entrances = Entrances(gateway)
         self._scheduler = scheduler
         self._tasks = tasks
+        self._behind = Behind(journal, spools)
         self.ended: Counter[Cause] = Counter()
 
     async def _run(self, call: Call) -> None:
@@ -258,7 +260,7 @@ class Runner(Ledger):
             call.ended.set()
             return
         invocation, session = call.invocation, call.session
-        outcome = await _kept(call.spool, result.outcome)
+        outcome, output = await _kept(call.spool, result.outcome)
         done = invocation.model_copy(
             update={
                 "state": State.ENDED,
@@ -277,7 +279,7 @@ class Runner(Ledger):
         )
         try:
             also = None if session is None else session.commit
-            await self._journal.ended(done, header(done, call.plan), also=also)
+            await self._journal.ended(done, header(done, call.plan), also=also, output=output)
             if session is not None:
                 session.committed()
         except errors.SandboxdError as error:
@@ -287,12 +289,14 @@ class Runner(Ledger):
             log.exception("the outcome could not be written", id=done.id)
             done.outcome = ours("host", f"the outcome could not be recorded: {error}")
             self._unrecorded[done.id] = done
-            self._tasks.start_soon(self._record_later, done, call.plan)
+            self._tasks.start_soon(self._record_later, done, call.plan, output)
         call.invocation = done
         try:
             finish(call.spool, done, durable=False)
         except errors.HostFailed:
             log.exception("the end of the events could not be written", id=done.id)
+        if output is not None:
+            self._behind.add(done.id)
         call.stdin.close()
         call.held.release()
         call.secrets.close()
@@ -304,12 +308,12 @@ class Runner(Ledger):
             self.ended[done.outcome.cause] += 1
         log.info("ended", id=done.id, cause=done.outcome.cause if done.outcome else None)
 
-    async def _record_later(self, done: Invocation, made: plan.Plan) -> None:
+    async def _record_later(self, done: Invocation, made: plan.Plan, output: bytes | None) -> None:
         """Try again until the outcome that was told is written too, before a later daemon gives another."""
         while done.id in self._unrecorded:
             await anyio.sleep(RECORD_AGAIN)
             try:
-                await self._journal.ended(done, header(done, made))
+                await self._journal.ended(done, header(done, made), output=output)
             except errors.HostFailed:
                 continue
             except errors.SandboxdError:
@@ -317,15 +321,21 @@ class Runner(Ledger):
             self._unrecorded.pop(done.id, None)
 
 
-async def _kept(spool: Spool, outcome: Outcome | None) -> Outcome | None:
-    """The outcome once the output that it names is on disk; another one where that cannot be."""
-    if spool.stored:
-        try:
+async def _kept(spool: Spool, outcome: Outcome) -> tuple[Outcome, bytes | None]:
+    """The outcome once the output that it names is on disk, or with a copy that will be with it.
+
+    Another one where that cannot be.
+    """
+    if not spool.stored:
+        return outcome, None
+    try:
+        copy = spool.copy()
+        if copy is None:
             await anyio.to_thread.run_sync(spool.sync)
-        except errors.HostFailed as error:
-            log.exception("the output could not be kept")
-            return ours(error.code, str(error))
-    return outcome
+    except errors.HostFailed as error:
+        log.exception("the output could not be kept")
+        return ours(error.code, str(error)), None
+    return outcome, copy
 
 
 def _streams(spool: Spool, name: str) -> dict[str, Content]:

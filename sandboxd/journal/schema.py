@@ -172,6 +172,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ),
         "CREATE INDEX artifacts_of_calls ON artifacts (id)",
     ),
+    (
+        # Copies of small spools whose files are not synced yet, as ``behind`` says.
+        "CREATE TABLE unsynced (id TEXT PRIMARY KEY NOT NULL, files BLOB NOT NULL) STRICT",
+    ),
 )
 
 KEPT_BACKUPS = 2

@@ -228,10 +228,12 @@ class Journal:
         header: dict[str, Any],
         *,
         also: Callable[[sqlite3.Connection], None] | None = None,
+        output: bytes | None = None,
     ) -> chain.Head:
         """Record an outcome, durably, and chain its record; returns the new head.
 
         ``also`` is what comes about with it, in the same transaction, or not at all.
+        ``output`` is the copy of its spool, where that is not on disk yet (``behind``).
 
         ``header`` is ``records.outcome_header``'s. Raises StateConflict for a call that has an outcome
         already, NotFound for one that was never accepted.
@@ -256,6 +258,10 @@ class Journal:
             if also is not None:
                 also(transaction.connection)
             transaction.head = chain.append(transaction.connection, transaction.head, header, row[3])
+            if output is not None:
+                transaction.connection.execute(
+                    "INSERT INTO unsynced (id, files) VALUES (?, ?)", (invocation.id, output)
+                )
             failpoint("outcome.write")
             if invocation.artifacts:
                 transaction.connection.executemany(
