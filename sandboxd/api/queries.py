@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from sandboxd import units
-from sandboxd.models import Cause, State  # noqa: TC001  # pydantic evaluates the annotations
+from sandboxd.models import Cause, State
 
 __all__ = [
     "CheckBody",
