@@ -26,7 +26,7 @@ from sandboxd import canonical, errors, models
 from sandboxd.journal.search import Entry, Query, SearchIndex, command_text, readable
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
     from pathlib import Path
 
     from sandboxd.blobs import BlobStore
@@ -44,6 +44,8 @@ GRACE = 3600.0  # seconds that a blob is kept though nothing names it
 STEP = 25  # calls that are pruned, or records that are indexed, at once
 BREATH = 0.01  # seconds between two steps
 _READ = 2048
+PIECE = 256 * 1024  # bytes of an artifact that are read at once
+MOST_RELEASES = 100
 
 log = structlog.get_logger(__name__)
 
@@ -167,6 +169,45 @@ class Archive:
     async def search(self, query: Query) -> models.SearchResults:
         """A page of calls that fit. Raises InvalidRequest, HostFailed."""
         return await anyio.to_thread.run_sync(self._index.find, query)
+
+    async def lineage(self, digest: str, uid: int | None) -> models.Lineage:
+        """The calls, of one caller or of all, that released a content. Raises NotFound, InvalidRequest."""
+        self._blobs.path(digest)
+        found = models.Lineage(digest=digest, size=-1)
+        for row in await self._journal.releases(digest, uid, MOST_RELEASES):
+            try:
+                call = models.Invocation.model_validate_json(row.doc or b"")
+                header = json.loads(row.header)
+            except ValueError:
+                log.warning("the body of a record cannot be read", n=row.n, id=row.id)
+                continue
+            files = [artifact for artifact in call.artifacts if artifact.digest == digest]
+            found.size = max(found.size, *(artifact.size for artifact in files), -1)
+            found.calls.append(
+                models.Release(
+                    id=row.id,
+                    n=row.n,
+                    uid=call.caller.uid,
+                    at=call.times.ended or call.times.accepted,
+                    paths=[artifact.path for artifact in files],
+                    policy=call.policy,
+                    image=call.image,
+                    plan=call.plan,
+                    inputs=header.get("inputs"),
+                    tar=header.get("tar"),
+                )
+            )
+        if not found.calls:
+            raise errors.NotFound(f"no call of yours released a file with the digest {digest}")
+        return found
+
+    async def blob(self, digest: str, start: int, length: int) -> AsyncIterator[bytes]:
+        """Bytes of an artifact's content, in pieces. Raises NotFound."""
+        async with await anyio.open_file(self._blobs.path(digest), "rb") as file:
+            await file.seek(start)
+            while length and (data := await file.read(min(PIECE, length))):
+                length -= len(data)
+                yield data
 
     async def _retain(self) -> None:
         await self._remove_leftovers()

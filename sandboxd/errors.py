@@ -14,6 +14,7 @@ SandboxdError
 │   │   └── CallEnded              call_ended               409
 │   ├── ImageInUse                 image_in_use             409
 │   ├── TooLarge                   too_large                413
+│   ├── RangeNotSatisfiable        range_not_satisfiable    416
 │   ├── RequestTooWide             request_too_wide         422
 │   ├── PolicyInvalid              policy_invalid           422
 │   ├── ControlNotSupported        control_not_supported    422
@@ -69,6 +70,7 @@ __all__ = [
     "PortNotExposed",
     "Pruned",
     "QueueFull",
+    "RangeNotSatisfiable",
     "Refused",
     "RequestTimeout",
     "RequestTooWide",
@@ -185,6 +187,13 @@ class TooLarge(Refused):
 
     code = "too_large"
     status = 413
+
+
+class RangeNotSatisfiable(Refused):
+    """Raised when a range lies outside of what there is; ``details["size"]`` says how much that is."""
+
+    code = "range_not_satisfiable"
+    status = 416
 
 
 class RequestTooWide(Refused):

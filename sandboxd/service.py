@@ -23,7 +23,7 @@ from sandboxd.policy import check_text, explain
 from sandboxd.pool import Fate, HandOver
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from sandboxd.api.identity import Caller
     from sandboxd.archive import Archive
@@ -176,6 +176,14 @@ class DaemonService(Calls):
                 raise errors.NotPermitted("only operators search the calls of others", uid=query.uid)
             query = replace(query, uid=caller.uid)
         return await self._archive.search(query)
+
+    async def lineage(self, caller: Caller, digest: str) -> models.Lineage:
+        """The caller's calls that released a content, or all for an operator. Raises NotFound."""
+        return await self._archive.lineage(digest, None if caller.sees_all else caller.uid)
+
+    def blob(self, digest: str, start: int, length: int) -> AsyncIterator[bytes]:
+        """Bytes of a content that ``lineage`` or ``artifact`` found for the caller."""
+        return self._archive.blob(digest, start, length)
 
     async def prune(self, caller: Caller, *, age: int | None, size: int | None) -> models.Pruning:
         """Remove the oldest bodies, output and artifacts now. Raises NotPermitted."""

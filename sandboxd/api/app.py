@@ -49,8 +49,8 @@ VERSION = "1"
 DOCUMENTED: set[type[BaseModel]] = {
     models.Request, models.Invocation, models.InvocationList, models.PolicyInfo, models.PolicyProblem,
     models.PlanDocument, models.ImageInfo, models.SlotInfo, models.Health, models.Artifact, models.Withheld,
-    models.SecretInfo, models.SearchResults, models.Pruning, queries.SignalBody, queries.CheckBody,
-    queries.PruneBody,
+    models.SecretInfo, models.SearchResults, models.Pruning, models.Lineage,
+    queries.SignalBody, queries.CheckBody, queries.PruneBody,
 }  # fmt: skip
 
 log = structlog.get_logger(__name__)

@@ -365,6 +365,11 @@ def search(
     return Call(wire.Exchange("GET", target), _one(models.SearchResults))
 
 
+def lineage(digest: str) -> Call[models.Lineage]:
+    """Where a content comes from."""
+    return Call(wire.Exchange("GET", wire.target("artifacts", digest, "lineage")), _one(models.Lineage))
+
+
 def prune(age: int | None, size: int | None) -> Call[models.Pruning]:
     """Remove the oldest bodies and files now."""
     body = json.dumps({k: v for k, v in (("age", age), ("size", size)) if v is not None}).encode()

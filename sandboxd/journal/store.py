@@ -341,8 +341,8 @@ class Journal:
         """Those of these blobs that the record of a kept call names."""
         return await self._read(lambda connection: upkeep.referenced(connection, digests))
 
-    async def releases(self, digest: str, uid: int | None, limit: int) -> list[str]:
-        """Ids of the newest calls that released a file of this digest, of one caller or of all."""
+    async def releases(self, digest: str, uid: int | None, limit: int) -> list[upkeep.Row]:
+        """The newest calls that released a file of this digest, of one caller or of all."""
         return await self._read(lambda connection: upkeep.releases(connection, digest, uid, limit))
 
     async def sign_head(self) -> bytes | None:

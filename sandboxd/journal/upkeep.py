@@ -128,13 +128,12 @@ def referenced(connection: sqlite3.Connection, digests: Collection[str]) -> set[
     return {row[0] for row in connection.execute(query, list(digests))}
 
 
-def releases(connection: sqlite3.Connection, digest: str, uid: int | None, limit: int) -> list[str]:
+def releases(connection: sqlite3.Connection, digest: str, uid: int | None, limit: int) -> list[Row]:
     """The newest calls that released a file of this digest, of one caller or of all."""
-    return [
-        row[0]
-        for row in connection.execute(
-            "SELECT a.id FROM artifacts AS a JOIN invocations AS i ON i.id = a.id"
-            " WHERE a.digest = ? AND (? IS NULL OR i.uid = ?) ORDER BY a.id DESC LIMIT ?",
-            (digest, uid, uid, limit),
-        )
-    ]
+    rows = connection.execute(
+        "SELECT r.n, r.id, r.header, i.doc FROM artifacts AS a JOIN invocations AS i ON i.id = a.id"
+        " JOIN records AS r ON r.id = a.id WHERE a.digest = ? AND (? IS NULL OR i.uid = ?)"
+        " ORDER BY a.id DESC LIMIT ?",
+        (digest, uid, uid, limit),
+    )
+    return [Row(*row) for row in rows]

@@ -16,6 +16,7 @@ from sandboxd.models.invocation import (
     Times,
     Withheld,
 )
+from sandboxd.models.lineage import Lineage, Release
 from sandboxd.models.network import NetworkEvent, NetworkRefusal, NetworkUse
 from sandboxd.models.operating import (
     Health,
@@ -54,6 +55,7 @@ __all__ = [
     "Invocation",
     "InvocationList",
     "LimitReached",
+    "Lineage",
     "Narrowing",
     "NetworkEvent",
     "NetworkRefusal",
@@ -65,6 +67,7 @@ __all__ = [
     "Problem",
     "Pruning",
     "Receipt",
+    "Release",
     "Request",
     "SearchResults",
     "SecretInfo",

@@ -20,6 +20,7 @@ import os
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import anyio
@@ -440,8 +441,9 @@ class Attempt:
     async def _collect(self, slot: Slot, result: Result) -> None:
         plan = self._plan
         if plan.artifacts:
+            collect = partial(artifacts.collect, redactor=self._secrets.redactor)
             result.artifacts, result.withheld = await anyio.to_thread.run_sync(
-                artifacts.collect, slot.workspace_fd, plan.artifacts, plan.narrowed_artifacts, self._blobs
+                collect, slot.workspace_fd, plan.artifacts, plan.narrowed_artifacts, self._blobs
             )
             result.artifacts = self._secrets.artifacts(result.artifacts)
             result.withheld = self._secrets.withheld(result.withheld)
