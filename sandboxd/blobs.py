@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO
 
 from sandboxd import errors
+from sandboxd.failpoint import failpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -65,6 +66,7 @@ class BlobWriter:
         self._hash.update(data)
         self.size += len(data)
         with _mapped():
+            failpoint("blob.write")
             if data.count(0) == len(data):
                 os.lseek(self._fd, len(data), os.SEEK_CUR)
                 return
@@ -79,7 +81,9 @@ class BlobWriter:
         with _mapped():
             os.ftruncate(self._fd, self.size)
             if durable:
+                failpoint("blob.sync")
                 os.fdatasync(self._fd)
+            failpoint("blob.place")
             try:
                 os.link(self._tmp, path)
             except FileNotFoundError:
@@ -90,6 +94,7 @@ class BlobWriter:
                 # again, so that it is not taken for one that nobody wants.
                 with self._store.changing:
                     self._tmp.replace(path)
+            failpoint("blob.placed")
             if durable:
                 _sync_directories(path.parent, self._store.root)
         return digest
@@ -116,6 +121,7 @@ class BlobStore:
         with _mapped():
             (root / "tmp").mkdir(mode=0o700, parents=True, exist_ok=True)
             (root / "sha256").mkdir(mode=0o700, exist_ok=True)
+            _sync_directories(root, root.parent)  # once: a blob syncs what is below
 
     def path(self, digest: str) -> Path:
         """Where the blob of this digest is, or would be. Raises InvalidRequest for another form."""

@@ -41,8 +41,10 @@ __all__ = [
     "JournalConfig",
     "Match",
     "PoolSize",
+    "Pressure",
     "Retention",
     "SecretsConfig",
+    "SessionShare",
     "SocketConfig",
     "default_socket",
     "load_config",
@@ -75,6 +77,13 @@ def _cpus(value: object) -> object:
 
 def _count(value: object) -> object:
     return units.parse_count(value) if isinstance(value, str) else value
+
+
+def _percent(value: object) -> object:
+    share = re.fullmatch(r"([0-9]{1,3})\s?%", value) if isinstance(value, str) else None
+    if share is None:
+        raise ValueError('write a share such as "3%"')
+    return int(share[1])
 
 
 def _path(value: object) -> object:
@@ -136,6 +145,8 @@ class Budget(Section):
     memory: int | float = 0.75
     """An int is bytes; a float is a share of the host's memory, above 0 and at most 1."""
     slots: Annotated[Count, Field(ge=1, le=100_000)] = 64
+    cpus: Annotated[int, BeforeValidator(_cpus), Field(ge=10)] | None = None
+    """Thousandths of a CPU, by the calls' limits; None: CPUs are shared out, however many calls run."""
     inputs: Annotated[Size, Field(ge=2**20)] = 2**30
     """Bytes of bodies that are being read, and again of the inputs, tars and stdin of calls that have not
     ended: the daemon holds both in memory."""
@@ -158,6 +169,15 @@ class Budget(Section):
     def bytes_of(self, total: int) -> int:
         """The budget in bytes on a host with ``total`` bytes of memory."""
         return int(total * self.memory) if isinstance(self.memory, float) else min(self.memory, total)
+
+
+class Pressure(Section):
+    """When the host has no room for more: nothing starts beside what runs. One call runs in any case."""
+
+    available: Annotated[int, BeforeValidator(_percent), Field(ge=0, le=100)] = 3
+    """Percent of the host's memory; less than that is pressure."""
+    stalled: Annotated[int, BeforeValidator(_percent), Field(ge=1, le=100)] = 60
+    """Percent of the last ten seconds in which some task waited for memory (PSI); more is pressure."""
 
 
 class PoolSize(Section):
@@ -193,6 +213,14 @@ class Match(Section):
         return self
 
 
+class SessionShare(Section):
+    """What the sessions of one caller may be together."""
+
+    count: Annotated[Count, Field(le=1_000_000)] = 100
+    size: Size = 4 * 2**30
+    """Bytes on disk that all their checkpoints hold."""
+
+
 class CallerRule(Section):
     """Which role, which policies and which share the peers that match have."""
 
@@ -202,9 +230,13 @@ class CallerRule(Section):
     concurrent: Annotated[Count, Field(ge=1, le=100_000)] | None = None
     """Calls that run at once; None: only the budget bounds them."""
     weight: Annotated[Count, Field(ge=1, le=1000)] = 1
+    queued: Annotated[Count, Field(ge=1, le=1_000_000)] | None = None
+    """Calls that wait; None: only the queue bounds them."""
     secrets: Annotated[tuple[str, ...], Field(max_length=1000)] | None = None
     """Names and globs of the secrets that a policy may give to calls of these; None: an operator's may have
     all, an agent's none."""
+    sessions: SessionShare = SessionShare()
+    """Of each caller that matches."""
 
     @property
     def granted(self) -> tuple[str, ...]:
@@ -362,6 +394,7 @@ class Config(Section):
     network: NetworkConfig = NetworkConfig()
     secrets: SecretsConfig = SecretsConfig()
     journal: JournalConfig = JournalConfig()
+    pressure: Pressure = Pressure()
     retention: Retention = Retention()
 
     @model_validator(mode="after")

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from sandboxd.api.identity import Caller
     from sandboxd.archive import Archive
     from sandboxd.config import Config
+    from sandboxd.images import ImageStore
     from sandboxd.journal.search import Query
     from sandboxd.policy import Policy
-    from sandboxd.pool import Pool
+    from sandboxd.reload import PolicyStore
+    from sandboxd.sessions import Sessions
 
 __all__ = ["DaemonService"]
 
@@ -47,12 +49,16 @@ class DaemonService(Calls):
         version: str,
         engine_name: str,
         runtime: str,
-        pool: Pool,
+        policies: PolicyStore,
+        images: ImageStore,
+        sessions: Sessions,
         archive: Archive,
         **parts: Any,
     ) -> None:
-        """``parts`` are those of ``Calls``."""
-        super().__init__(state=config.state, pool=pool, **parts)
+        """``parts`` are the others of ``Calls``."""
+        super().__init__(state=config.state, policies=policies, images=images, sessions=sessions, **parts)
+        self._policies = policies
+        self._images = images
         self.config = config
         self._archive = archive
         self._version = version
@@ -80,7 +86,7 @@ class DaemonService(Calls):
 
     async def policy(self, caller: Caller, name: str) -> models.PolicyInfo:
         """One policy with its resolved form. Raises NotFound, NotPermitted."""
-        return self._info(self.policy_for(caller, name), resolved=True)
+        return self._info(self._planner.policy_for(caller, name), resolved=True)
 
     async def check_policy(self, caller: Caller, text: str, name: str | None) -> list[models.PolicyProblem]:
         """All that is wrong with the text of a policy file; nothing is stored."""
@@ -90,8 +96,8 @@ class DaemonService(Calls):
 
     async def plan(self, caller: Caller, request: models.Request) -> models.PlanDocument:
         """What would run, exactly, and where each value came from; nothing runs."""
-        await self.know_image(caller, request)
-        policy, made = await off_the_loop(request, self.plan_for, caller, request)
+        await self._planner.know_image(caller, request)
+        policy, made = await off_the_loop(request, self._planner.plan_for, caller, request)
         return models.PlanDocument(digest=made.digest, plan=made.to_json(), explain=explain(policy, made))
 
     async def images(self, caller: Caller) -> list[models.ImageInfo]:

@@ -28,6 +28,7 @@ from sandboxd.api.ports import Ports
 from sandboxd.api.protocol import CALLER, ServerConfig
 from sandboxd.api.records import Records
 from sandboxd.api.secrets import Secrets
+from sandboxd.api.sessions import Sessions
 from sandboxd.errors import InvalidRequest, NotFound, NotIdentified, SandboxdError, TooLarge
 from sandboxd.room import Room
 
@@ -49,7 +50,9 @@ VERSION = "1"
 DOCUMENTED: set[type[BaseModel]] = {
     models.Request, models.Invocation, models.InvocationList, models.PolicyInfo, models.PolicyProblem,
     models.PlanDocument, models.ImageInfo, models.SlotInfo, models.Health, models.Artifact, models.Withheld,
-    models.SecretInfo, models.SearchResults, models.Pruning, models.Lineage,
+    models.SecretInfo, models.SessionRequest, models.SessionFork, models.SessionRollback, models.SessionInfo,
+    models.SessionList, models.CheckpointInfo, models.CheckpointList, models.SearchResults, models.Pruning,
+    models.Lineage,
     queries.SignalBody, queries.CheckBody, queries.PruneBody,
 }  # fmt: skip
 
@@ -89,6 +92,7 @@ def build(service: Service) -> Edge:
         *ports.routes(),
         *Catalogue(service, bodies).routes(),
         *Secrets(service, bodies).routes(),
+        *Sessions(service, bodies).routes(),
         *Records(service).routes(),
     ]
 

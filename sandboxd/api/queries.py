@@ -15,6 +15,7 @@ __all__ = [
     "EventsQuery",
     "ListQuery",
     "NoQuery",
+    "PageQuery",
     "PruneBody",
     "SearchQuery",
     "SignalBody",
@@ -71,6 +72,14 @@ class ListQuery(Parameters):
     def labels(self) -> dict[str, str]:
         """The labels that an invocation must have."""
         return {key: value for key, _, value in (text.partition("=") for text in self.label)}
+
+
+class PageQuery(Parameters):
+    """Which page of a list."""
+
+    before: Annotated[str, Field(max_length=64)] | None = None
+    """The ``next`` of the page before."""
+    limit: Annotated[int, Field(ge=1, le=500)] = 100
 
 
 class SearchQuery(Parameters):

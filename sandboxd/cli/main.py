@@ -73,6 +73,19 @@ GROUPS = {
             "rm": "secret:rm",
         },
     ),
+    "session": (
+        "Lines of calls that share a workspace, and their checkpoints.",
+        {
+            "create": "session:create",
+            "ls": "session:list_sessions",
+            "show": "session:show",
+            "rm": "session:delete",
+            "checkpoints": "session:checkpoints",
+            "fork": "session:fork",
+            "rollback": "session:rollback",
+            "discard": "session:discard",
+        },
+    ),
     "journal": (
         "The chained records of all calls.",
         {

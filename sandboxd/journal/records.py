@@ -13,6 +13,8 @@ from sandboxd import errors, models, units
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sandboxd.journal.requests import Asked, Open
+
 __all__ = ["Accepted", "Existing", "Refusal", "body", "from_header", "new_id", "outcome_header"]
 
 VERSION = 1
@@ -31,6 +33,9 @@ class Accepted:
 
     invocation: models.Invocation
     request_digest: str
+    request: Asked | None = None
+    open: Open | None = None
+    """What a later daemon has to know to run it."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,15 @@ def _exact(value: Any) -> Any:
     return str(value) if isinstance(value, int) and abs(value) > units.MAX else value
 
 
+def _retried(invocation: models.Invocation) -> dict[str, Any]:
+    """The attempts before the last, where there were any."""
+    if not invocation.retried:
+        return {}
+    shown = {"number", "started", "ended", "cause", "error", "plan", "raised"}
+    found = [each.model_dump(mode="json", include=shown, exclude_none=True) for each in invocation.retried]
+    return {"retried": _exact(found)}
+
+
 def outcome_header(
     invocation: models.Invocation, *, inputs: Sequence[str] | None = None, tar: str | None = None
 ) -> dict[str, Any]:
@@ -148,8 +162,10 @@ def outcome_header(
         "receipt": None if receipt is None else receipt.digest(),
         "usage": None if usage is None else _exact(usage.model_dump()),
         "outcome": _exact(invocation.outcome.model_dump(mode="json", exclude_none=True)),
-        "checkpoint_before": None,
-        "checkpoint_after": None,
+        "checkpoint_before": invocation.checkpoint_before,
+        "checkpoint_after": invocation.checkpoint_after,
         "attempts": invocation.attempts,
+        **({"session": invocation.session} if invocation.session else {}),
+        **_retried(invocation),
         **({"secrets": [use.model_dump() for use in invocation.secrets]} if invocation.secrets else {}),
     }

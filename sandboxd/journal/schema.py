@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from sandboxd import errors
+from sandboxd.failpoint import failpoint
 from sandboxd.journal.output import sync_directory
 
 if TYPE_CHECKING:
@@ -62,6 +63,84 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             detail TEXT NOT NULL,
             request TEXT NOT NULL
         ) STRICT""",
+    ),
+    (
+        # doc and contents are as ``requests`` says; contents NULL: pruned. started counts the attempts that
+        # were given a container, and is on disk before their command is handed over.
+        """CREATE TABLE requests (
+            id TEXT PRIMARY KEY NOT NULL,
+            doc BLOB NOT NULL,
+            contents BLOB,
+            gid INTEGER NOT NULL,
+            groups TEXT NOT NULL,
+            tied INTEGER NOT NULL,
+            started INTEGER NOT NULL,
+            memory INTEGER NOT NULL,
+            cpus INTEGER NOT NULL,
+            priority INTEGER NOT NULL,
+            serial TEXT,
+            deadline INTEGER
+        ) STRICT""",
+        """CREATE TABLE request_blobs (
+            digest TEXT NOT NULL, id TEXT NOT NULL, PRIMARY KEY (digest, id)
+        ) STRICT, WITHOUT ROWID""",
+        "CREATE INDEX request_blobs_of ON request_blobs (id)",
+    ),
+    (
+        # gone: it is being removed, and nobody sees it. quota_* and expires: NULL is none.
+        """CREATE TABLE sessions (
+            id TEXT PRIMARY KEY NOT NULL,
+            uid INTEGER NOT NULL,
+            name TEXT,
+            policy TEXT,
+            labels TEXT NOT NULL,
+            created INTEGER NOT NULL,
+            used INTEGER NOT NULL,
+            ttl INTEGER,
+            idle INTEGER,
+            expires INTEGER,
+            quota_size INTEGER,
+            quota_inodes INTEGER,
+            head TEXT NOT NULL,
+            origin TEXT NOT NULL,
+            calls INTEGER NOT NULL,
+            gone INTEGER NOT NULL
+        ) STRICT""",
+        "CREATE UNIQUE INDEX session_names ON sessions (uid, name) WHERE name IS NOT NULL AND NOT gone",
+        "CREATE INDEX session_callers ON sessions (uid, id)",
+        "CREATE INDEX session_heads ON sessions (head)",
+        "CREATE INDEX session_origins ON sessions (origin)",
+        "CREATE INDEX sessions_expiring ON sessions (expires) WHERE expires IS NOT NULL AND NOT gone",
+        "CREATE INDEX sessions_going ON sessions (id) WHERE gone",
+        # session: the one that it was made in, NULL once that is removed; layer: NULL for the first of a
+        # session, which has no files.
+        """CREATE TABLE checkpoints (
+            id TEXT PRIMARY KEY NOT NULL,
+            session TEXT,
+            uid INTEGER NOT NULL,
+            parent TEXT,
+            depth INTEGER NOT NULL,
+            digest TEXT NOT NULL,
+            layer TEXT,
+            content TEXT,
+            size INTEGER NOT NULL,
+            inodes INTEGER NOT NULL,
+            created INTEGER NOT NULL,
+            call TEXT
+        ) STRICT""",
+        "CREATE INDEX checkpoint_sessions ON checkpoints (session, id)",
+        "CREATE INDEX checkpoint_parents ON checkpoints (parent)",
+        "CREATE INDEX checkpoint_digests ON checkpoints (digest)",
+        # What the last ``span`` layers up to a checkpoint are together; below them is ``below``.
+        """CREATE TABLE merges (
+            checkpoint TEXT NOT NULL,
+            span INTEGER NOT NULL,
+            below TEXT,
+            layer TEXT NOT NULL,
+            size INTEGER NOT NULL,
+            inodes INTEGER NOT NULL,
+            PRIMARY KEY (checkpoint, span)
+        ) STRICT, WITHOUT ROWID""",
     ),
     (
         # Heads that were signed; each has to be in the chain.
@@ -126,6 +205,7 @@ def connect_writer(path: Path) -> sqlite3.Connection:
     Raises ConfigInvalid when a newer version wrote it, JournalCorrupt, HostFailed.
     """
     with mapped():
+        _keep_private(path)
         connection = sqlite3.connect(path, isolation_level=None, timeout=1.0, check_same_thread=False)
         try:
             connection.execute("PRAGMA journal_mode = WAL")
@@ -153,6 +233,17 @@ def connect_reader(path: Path) -> sqlite3.Connection:
     return connection
 
 
+def _keep_private(path: Path) -> None:
+    """Make the file, or take it from all others: it has what callers asked for. Its log gets its mode."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        for each in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+            if each.exists():
+                each.chmod(0o600)
+    except OSError as error:
+        raise errors.HostFailed(f"the journal cannot be made: {error.strerror}") from error
+
+
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     application = _pragma(connection, "application_id")
     version = _pragma(connection, "user_version")
@@ -173,6 +264,7 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
             connection.execute(statement)
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {number}")
+        failpoint("journal.migrate")
         connection.execute("COMMIT")
 
 

@@ -22,7 +22,10 @@ import structlog
 from pydantic import ValidationError
 
 from sandboxd import canonical, errors, models
-from sandboxd.journal import chain, records, schema, signing, upkeep, verify
+from sandboxd.blobs import BlobStore
+from sandboxd.failpoint import failpoint
+from sandboxd.journal import chain, records, requests, schema, signing, upkeep, verify
+from sandboxd.journal.output import sync_directory
 from sandboxd.journal.writer import Transaction, Writer
 
 if TYPE_CHECKING:
@@ -112,6 +115,7 @@ class Journal:
     def _start(self) -> None:
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            sync_directory(self._directory.parent)  # it may have been made a moment ago
             self._lock = _Lock(self._directory / "lock")
         except OSError as error:
             raise errors.ConfigInvalid(
@@ -148,11 +152,7 @@ class Journal:
             if invocation.key is not None:
                 found = _find_key(transaction.connection, invocation.caller.uid, invocation.key)
                 if found is not None and found.request_digest != record.request_digest:
-                    raise errors.KeyConflict(
-                        "this key was used before with another request",
-                        id=found.id,
-                        request_digest=found.request_digest,
-                    )
+                    raise _conflict(transaction.connection, found, record.request)
                 if found is not None:
                     return found
             transaction.connection.execute(
@@ -165,9 +165,18 @@ class Journal:
                     "INSERT INTO labels (name, value, id) VALUES (?, ?, ?)",
                     [(name, value, invocation.id) for name, value in invocation.labels.items()],
                 )
+            if record.request is not None and record.open is not None:
+                requests.write(transaction.connection, record.request, record.open)
+            failpoint("accept.write")
             return None
 
-        return await self._writer.run(operation, durable=True)
+        found = await self._writer.run(operation, durable=True)
+        failpoint("accept.durable")
+        return found
+
+    async def conflict(self, existing: records.Existing, request: requests.Asked) -> errors.KeyConflict:
+        """The refusal of a request whose key stands for another one, which says in what they differ."""
+        return await self._read(lambda connection: _conflict(connection, existing, request))
 
     async def find_key(self, uid: int, key: str) -> records.Existing | None:
         """The call that a caller's key stands for, if any; its acceptance is on disk."""
@@ -176,7 +185,7 @@ class Journal:
             await self._writer.synced()  # it may have been written a moment ago
         return found
 
-    def attempt_started(self, invocation: models.Invocation) -> None:
+    def follow(self, invocation: models.Invocation) -> None:
         """Keep the state of a call that has not ended; waits for nothing and is not durable.
 
         If the daemon dies at once the call is still there, as an earlier state of it.
@@ -190,8 +199,39 @@ class Journal:
             )
         )
 
-    async def ended(self, invocation: models.Invocation, header: dict[str, Any]) -> chain.Head:
+    async def started(self, id_: str, attempts: int) -> None:
+        """Record, durably, that so many attempts of a call were given a container."""
+
+        def operation(transaction: Transaction) -> None:
+            transaction.connection.execute("UPDATE requests SET started = ? WHERE id = ?", (attempts, id_))
+            transaction.connection.execute(
+                "UPDATE invocations SET state = 'starting' WHERE id = ? AND state != 'ended'", (id_,)
+            )
+
+        await self._writer.run(operation, durable=True)
+
+    async def request(self, id_: str) -> models.Request:
+        """What was asked for a call, its contents included; for who runs it later, or again.
+
+        Raises NotFound for a call that is not known, was accepted by a version that did not keep it, or whose
+        contents were pruned; JournalCorrupt when a content is not what its digest says.
+        """
+        found = await self._read(lambda connection: requests.read(connection, id_))
+        if found is None:
+            raise errors.NotFound(f"what was asked for call {id_!r} is not in the journal")
+        blobs = BlobStore(self._directory / "blobs")
+        return await asyncio.to_thread(requests.rebuild, *found, blobs)
+
+    async def ended(
+        self,
+        invocation: models.Invocation,
+        header: dict[str, Any],
+        *,
+        also: Callable[[sqlite3.Connection], None] | None = None,
+    ) -> chain.Head:
         """Record an outcome, durably, and chain its record; returns the new head.
+
+        ``also`` is what comes about with it, in the same transaction, or not at all.
 
         ``header`` is ``records.outcome_header``'s. Raises StateConflict for a call that has an outcome
         already, NotFound for one that was never accepted.
@@ -213,7 +253,10 @@ class Journal:
                 if found:
                     raise errors.StateConflict(f"invocation {invocation.id} has an outcome already")
                 raise errors.NotFound(f"invocation {invocation.id} was never accepted")
+            if also is not None:
+                also(transaction.connection)
             transaction.head = chain.append(transaction.connection, transaction.head, header, row[3])
+            failpoint("outcome.write")
             if invocation.artifacts:
                 transaction.connection.executemany(
                     "INSERT OR IGNORE INTO artifacts (digest, id, size) VALUES (?, ?, ?)",
@@ -221,7 +264,9 @@ class Journal:
                 )
             return transaction.head
 
-        return await self._writer.run(operation, durable=True)
+        head = await self._writer.run(operation, durable=True)
+        failpoint("outcome.durable")
+        return head
 
     async def get(self, id_: str) -> models.Invocation | None:
         """An invocation as it stands. The heads of its streams are empty here: its spool has them.
@@ -252,6 +297,10 @@ class Journal:
             return [_parse(*row) for row in rows]
 
         return await self._read(read)
+
+    async def open_calls(self) -> list[requests.Open]:
+        """The same calls, by what the queue has to know of them: of a long queue nothing else is read."""
+        return await self._read(requests.open_calls)
 
     async def refused(self, refusal: records.Refusal) -> None:
         """Keep a refusal. The newest ``KEPT_REFUSALS`` are kept; not durable against power loss."""
@@ -421,6 +470,14 @@ class Journal:
 
         return await self._read(read)
 
+    async def write(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a transaction of those who keep tables of their own here, durably. What it raises undoes it."""
+        return await self._writer.run(lambda transaction: operation(transaction.connection), durable=True)
+
+    async def read(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        """What ``read`` finds in those tables."""
+        return await self._read(read)
+
     @staticmethod
     def _row(invocation: models.Invocation) -> tuple[str, str, str | None, bytes, str]:
         cause = invocation.outcome.cause.value if invocation.outcome else None
@@ -452,6 +509,20 @@ def _find_key(connection: sqlite3.Connection, uid: int, key: str) -> records.Exi
         "SELECT id, request_digest FROM invocations WHERE uid = ? AND key = ?", (uid, key)
     ).fetchone()
     return records.Existing(*row) if row else None
+
+
+def _conflict(
+    connection: sqlite3.Connection, existing: records.Existing, now: requests.Asked | None
+) -> errors.KeyConflict:
+    before = requests.read(connection, existing.id)
+    differs = [] if before is None or now is None else requests.differences(before[0], now.doc)
+    named = ", ".join(each["field"] for each in differs[:5]) + (" and more" if len(differs) > 5 else "")
+    return errors.KeyConflict(
+        "this key was used before with another request" + (f": they differ in {named}" if named else ""),
+        id=existing.id,
+        request_digest=existing.request_digest,
+        differs=differs,
+    )
 
 
 def _parse(id_: str, doc: bytes) -> models.Invocation:

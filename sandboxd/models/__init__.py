@@ -31,7 +31,18 @@ from sandboxd.models.operating import (
 from sandboxd.models.outcome import Cause, Denial, Failure, LimitReached, Outcome, Usage, signal_name
 from sandboxd.models.receipt import Control, Receipt
 from sandboxd.models.request import Input, Narrowing, Request
+from sandboxd.models.retry import FailedAttempt
 from sandboxd.models.search import Hit, Pruning, SearchResults
+from sandboxd.models.session import (
+    CheckpointInfo,
+    CheckpointList,
+    SessionFork,
+    SessionInfo,
+    SessionList,
+    SessionQuota,
+    SessionRequest,
+    SessionRollback,
+)
 from sandboxd.models.wire import Bytes, Content, Count, Counted, Duration, Size, Text, Wire
 
 __all__ = [
@@ -39,6 +50,8 @@ __all__ = [
     "Bytes",
     "CallerInfo",
     "Cause",
+    "CheckpointInfo",
+    "CheckpointList",
     "Content",
     "Control",
     "Count",
@@ -47,6 +60,7 @@ __all__ = [
     "DigestRef",
     "Duration",
     "Event",
+    "FailedAttempt",
     "Failure",
     "Health",
     "Hit",
@@ -72,6 +86,12 @@ __all__ = [
     "SearchResults",
     "SecretInfo",
     "SecretUse",
+    "SessionFork",
+    "SessionInfo",
+    "SessionList",
+    "SessionQuota",
+    "SessionRequest",
+    "SessionRollback",
     "Size",
     "SlotInfo",
     "State",
