@@ -24,6 +24,8 @@ import structlog
 
 from sandboxd import canonical, errors, models
 from sandboxd.journal.search import Entry, Query, SearchIndex, command_text, readable
+from sandboxd.journal.store import SOURCE
+from sandboxd.policy.load import recorded
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from sandboxd.config import Retention
     from sandboxd.journal import Journal
     from sandboxd.journal.upkeep import Row
+    from sandboxd.policy import Policy
+    from sandboxd.policy.load import PolicySet
     from sandboxd.reload import PolicyStore
 
 __all__ = ["Archive"]
@@ -48,6 +52,15 @@ PIECE = 256 * 1024  # bytes of an artifact that are read at once
 MOST_RELEASES = 100
 
 log = structlog.get_logger(__name__)
+
+
+def _contents(policies: PolicySet) -> dict[str, bytes]:
+    """What is kept of policies: the resolved form by its digest, and what makes the policy again."""
+    found = {}
+    for policy in policies.policies.values():
+        found[policy.digest] = canonical.canonical(policy.spec.resolved())
+        found[f"{policy.digest}{SOURCE}"] = json.dumps(policy.tree.plain(), ensure_ascii=False).encode()
+    return found
 
 
 class Archive:
@@ -71,10 +84,26 @@ class Archive:
         current = self._policies.current
         if current is self._known:
             return
-        specs = [policy.spec for policy in current.policies.values()]
-        resolved = await anyio.to_thread.run_sync(lambda: [canonical.canonical(s.resolved()) for s in specs])
-        await self._journal.keep({canonical.digest_bytes(data): data for data in resolved})
+        await self._journal.keep(await anyio.to_thread.run_sync(_contents, current))
         self._known = current
+
+    async def recorded_policy(self, name: str, digest: str) -> Policy:
+        """A policy as a record names it, if the floors of now allow it. Raises NotFound, PolicyInvalid."""
+        current = self._policies.current
+        known = current.policies.get(name)
+        if known is not None and known.digest == digest:
+            return known
+        text = await self._journal.source(digest)
+        if text is None:
+            raise errors.NotFound(f"policy {name!r} with the digest {digest} was not kept")
+        found, problems = await anyio.to_thread.run_sync(recorded, text.decode(), name, current)
+        if found is not None and found.digest == digest:
+            return found
+        said = str(problems[0]) if problems else "the floors of now make another one of it"
+        raise errors.PolicyInvalid(
+            f"policy {name!r} as it was recorded cannot be in force any more: {said}",
+            problems=[problem.model_dump() for problem in problems],
+        )
 
     async def run(self) -> None:
         """Do all of it, for ever."""

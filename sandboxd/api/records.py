@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from sandboxd import models
 from sandboxd.api import body, queries
-from sandboxd.api.invocations import ATTACHED, SMALL, caller_of, json_response
+from sandboxd.api.invocations import ATTACHED, SMALL, caller_of, id_of, json_response
 from sandboxd.api.openapi import OCTETS, Doc
 from sandboxd.api.ranges import part_of
-from sandboxd.api.streams import StreamResponse
+from sandboxd.api.streams import StreamResponse, until_gone
 from sandboxd.journal.search import Query
 
 if TYPE_CHECKING:
@@ -60,6 +60,16 @@ class Records:
         body.query(request, queries.NoQuery)
         return json_response(await self.service.lineage(caller_of(request), request.path_params["digest"]))
 
+    async def replay(self, request: Request) -> Response:
+        """Run a recorded call again; who goes away cancels it."""
+        body.query(request, queries.NoQuery)
+        asked = await body.decode(request, queries.ReplayBody, self.small)
+        found: models.Replay | None = None
+        async with until_gone(request.receive) as watched:
+            found = await self.service.replay(caller_of(request), id_of(request), asked.policy)
+        del watched
+        return json_response(found)
+
     async def prune(self, request: Request) -> Response:
         """Remove the oldest bodies and files now; for operators."""
         body.query(request, queries.NoQuery)
@@ -74,6 +84,8 @@ class Records:
             ("GET", "/v1/artifacts/{digest}", self.artifact, Doc("A content by its digest", raw_answer=True)),
             ("GET", "/v1/artifacts/{digest}/lineage", self.lineage,
              Doc("Where a content comes from", answer=models.Lineage)),
+            ("POST", "/v1/invocations/{id}/replay", self.replay,
+             Doc("Run a recorded call again", body=queries.ReplayBody, answer=models.Replay)),
             ("POST", "/v1/prune", self.prune,
              Doc("Remove old bodies and files", body=queries.PruneBody, answer=models.Pruning)),
         ]  # fmt: skip

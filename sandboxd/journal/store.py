@@ -39,6 +39,8 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 MAX_LIST = 500
 KEPT_REFUSALS = 10_000
+SOURCE = "#source"
+"""After the digest of a policy: the key of what makes that policy again."""
 SIGN_RECORDS = 1000
 SIGN_SECONDS = 600.0
 SIGN_CHECK = 5.0
@@ -370,6 +372,10 @@ class Journal:
         if data is not None and canonical.digest_bytes(data) != digest:
             raise errors.JournalCorrupt(f"what is kept under {digest} was changed", digest=digest)
         return data
+
+    async def source(self, digest: str) -> bytes | None:
+        """What makes the policy of a digest again; whether it does is for the digest of that to say."""
+        return await self._read(lambda connection: upkeep.content(connection, digest + SOURCE))
 
     async def oldest(self, limit: int) -> list[upkeep.Kept]:
         """The oldest calls whose bodies are kept."""

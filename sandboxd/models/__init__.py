@@ -30,6 +30,7 @@ from sandboxd.models.operating import (
 )
 from sandboxd.models.outcome import Cause, Denial, Failure, LimitReached, Outcome, Usage, signal_name
 from sandboxd.models.receipt import Control, Receipt
+from sandboxd.models.replay import Difference, Replay
 from sandboxd.models.request import Input, Narrowing, Request
 from sandboxd.models.retry import FailedAttempt
 from sandboxd.models.search import Hit, Pruning, SearchResults
@@ -57,6 +58,7 @@ __all__ = [
     "Count",
     "Counted",
     "Denial",
+    "Difference",
     "DigestRef",
     "Duration",
     "Event",
@@ -82,6 +84,7 @@ __all__ = [
     "Pruning",
     "Receipt",
     "Release",
+    "Replay",
     "Request",
     "SearchResults",
     "SecretInfo",

@@ -330,6 +330,9 @@ class MemoryService:
     async def search(self, caller: Caller, query: Query) -> models.SearchResults:
         return models.SearchResults(indexed=query.limit)
 
+    async def replay(self, caller: Caller, id: str, policy: str | None) -> models.Replay:
+        return models.Replay(recorded=id, replayed=self.call(caller, id).invocation)
+
     async def lineage(self, caller: Caller, digest: str) -> models.Lineage:
         raise errors.NotFound("no call of yours released that")
 
