@@ -10,7 +10,8 @@ then on the call belongs to a task of the daemon and not to whoever asked (``run
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -45,9 +46,16 @@ if TYPE_CHECKING:
     from sandboxd.session import CallSession
     from sandboxd.supervisor.attempt import Payload
 
-__all__ = ["Calls"]
+__all__ = ["Again", "Calls"]
 
 log = structlog.get_logger("sandboxd.calls")
+
+
+class Again(NamedTuple):
+    """What a recorded call ran under: its policy, and its image by digest."""
+
+    policy: Policy | None = None
+    image: str | None = None
 
 
 class Calls(Recovery):
@@ -58,10 +66,13 @@ class Calls(Recovery):
         super().__init__(**parts)
         self._accepting = 0
 
-    async def submit(self, caller: Caller, request: Request, *, tied: bool) -> Invocation:
+    async def submit(
+        self, caller: Caller, request: Request, *, tied: bool, again: Again | None = None
+    ) -> Invocation:
         """Accept a call durably, or return the one that its key stands for.
 
-        ``tied``: whoever asked waits for the answer, and its going away cancels the call. Raises Refused.
+        ``tied``: whoever asked waits for the answer, and its going away cancels the call. ``again``: what a
+        recorded call ran under, to be run again. Raises Refused.
         """
         asked = await off_the_loop(request, describe, request)
         if request.key is not None:
@@ -75,28 +86,39 @@ class Calls(Recovery):
             raise errors.Draining("the daemon finishes what runs and takes nothing new")
         self._accepting += 1
         try:
-            accepted = await self._submit(caller, request, asked, tied=tied)
+            accepted = await self._submit(caller, request, asked, tied=tied, again=again)
         finally:
             self._accepting -= 1
         log.info("accepted", id=accepted.id, uid=caller.uid, policy=request.policy, tied=tied)
         return accepted
 
-    async def _submit(self, caller: Caller, request: Request, asked: Asked, *, tied: bool) -> Invocation:
+    async def _submit(
+        self, caller: Caller, request: Request, asked: Asked, *, tied: bool, again: Again | None
+    ) -> Invocation:
         if request.session is None:
-            return await self._submit_in(caller, request, asked, None, tied=tied)
+            return await self._submit_in(caller, request, asked, None, tied=tied, again=again)
         named = request.policy if "policy" in request.model_fields_set else None
         session, request = await self._enter(caller, request, request.session, named)
         try:
-            return await self._submit_in(caller, request, asked, session, tied=tied)
+            return await self._submit_in(caller, request, asked, session, tied=tied, again=again)
         except BaseException:
             session.leave()
             raise
 
     async def _submit_in(
-        self, caller: Caller, request: Request, asked: Asked, session: CallSession | None, *, tied: bool
+        self,
+        caller: Caller,
+        request: Request,
+        asked: Asked,
+        session: CallSession | None,
+        *,
+        tied: bool,
+        again: Again | None,
     ) -> Invocation:
-        await self._planner.know_image(caller, request)
-        policy, made = await off_the_loop(request, self._planner.plan_for, caller, request)
+        if again is None:
+            await self._planner.know_image(caller, request)
+        plan_for = partial(self._planner.plan_for, **(again or Again())._asdict())
+        policy, made = await off_the_loop(request, plan_for, caller, request)
         self._scheduler.check_room(caller.uid, caller.queued)
         payload = await off_the_loop(request, payload_of, request)
         held = Held(self._inputs, caller.uid)

@@ -203,7 +203,6 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         tasks.start_soon(policies.watch)
         tasks.start_soon(pool.run)
         tasks.start_soon(sessions.run)
-        tasks.start_soon(journal.keep_signing)
         tasks.start_soon(archive.run)
         sock = stack.enter_context(listening(config.socket, os.environ))
         stopping = anyio.Event()

@@ -52,6 +52,7 @@ DOCUMENTED: set[type[BaseModel]] = {
     models.PlanDocument, models.ImageInfo, models.SlotInfo, models.Health, models.Artifact, models.Withheld,
     models.SecretInfo, models.SessionRequest, models.SessionFork, models.SessionRollback, models.SessionInfo,
     models.SessionList, models.CheckpointInfo, models.CheckpointList, models.SearchResults, models.Pruning,
+    models.Lineage, models.Replay, queries.ReplayBody,
     queries.SignalBody, queries.CheckBody, queries.PruneBody,
 }  # fmt: skip
 

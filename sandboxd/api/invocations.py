@@ -13,6 +13,7 @@ from sandboxd import models
 from sandboxd.api import body, queries
 from sandboxd.api.openapi import NDJSON, OCTETS, Doc
 from sandboxd.api.protocol import CALLER
+from sandboxd.api.ranges import cut, part_of
 from sandboxd.api.streams import StreamResponse, until_gone
 from sandboxd.errors import NotFound, Refused
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["JSON", "Invocations", "caller_of", "id_of", "json_response"]
 
 JSON = "application/json"
+ATTACHED = {"content-disposition": "attachment"}  # a tool made it: no browser shall render it
 SMALL = 4096  # bytes of a body that holds next to nothing
 MAX_REPORTED = 128  # characters of a field in the record of a refusal
 _ID = re.compile(r"[0-9A-Za-z_.-]{1,64}")
@@ -151,9 +153,22 @@ class Invocations:
     async def _stream(self, request: Request, name: Literal["stdout", "stderr"]) -> Response:
         asked, caller, found = body.query(request, queries.StreamQuery), caller_of(request), id_of(request)
         await self.service.readable(caller, found)
+        if "range" in request.headers and not asked.follow and not asked.offset:
+            return await self._part_of_stream(request, name)
         return StreamResponse(
             self.service.stream(caller, found, name, offset=asked.offset, follow=asked.follow), OCTETS
         )
+
+    async def _part_of_stream(self, request: Request, name: Literal["stdout", "stderr"]) -> Response:
+        """A range of a stream, of which all that is there now is the whole."""
+        caller, id_ = caller_of(request), id_of(request)
+        call = await self.service.get(caller, id_)
+        content = call.stdout if name == "stdout" else call.stderr
+        size = 0 if content is None else content.size
+        etag = f'"{content.digest}"' if content is not None and call.state is models.State.ENDED else None
+        part = part_of(request, size, etag)
+        pieces = cut(self.service.stream(caller, id_, name, offset=part.start, follow=False), part.length)
+        return StreamResponse(pieces, OCTETS, status=part.status, headers=part.headers(etag))
 
     async def stdin(self, request: Request) -> Response:
         """Write the body to standard input."""
@@ -192,12 +207,11 @@ class Invocations:
         found, pieces = await self.service.artifact(
             caller_of(request), id_of(request), request.path_params["path"]
         )
-        headers = {
-            "content-length": str(found.size),
-            "content-disposition": "attachment",  # a tool made it: no browser shall render it
-            "etag": f'"{found.digest}"',
-        }
-        return StreamResponse(pieces, OCTETS, headers=headers)
+        etag = f'"{found.digest}"'
+        part = part_of(request, found.size, etag)
+        if part.partial:
+            pieces = self.service.blob(found.digest, part.start, part.length)
+        return StreamResponse(pieces, OCTETS, status=part.status, headers=part.headers(etag) | ATTACHED)
 
     def routes(self) -> Sequence[tuple[str, str, Any, Doc]]:
         """Method, path, handler and documentation of each route."""

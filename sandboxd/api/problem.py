@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pydantic_core
 from starlette.responses import Response
 
-from sandboxd.errors import InvalidRequest, Refused, SandboxdError, TooLarge
+from sandboxd.errors import InvalidRequest, RangeNotSatisfiable, Refused, SandboxdError, TooLarge
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -51,6 +51,8 @@ def respond(error: SandboxdError, *, status: int | None = None) -> Response:
     retry_after = error.details.get("retry_after")
     if isinstance(retry_after, int | float):
         headers["retry-after"] = str(max(1, round(retry_after)))
+    if isinstance(error, RangeNotSatisfiable):
+        headers["content-range"] = f"bytes */{error.details['size']}"
     return Response(
         document(status, error.code, str(error), error.details), status, headers, media_type=MEDIA_TYPE
     )

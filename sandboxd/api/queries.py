@@ -17,6 +17,7 @@ __all__ = [
     "NoQuery",
     "PageQuery",
     "PruneBody",
+    "ReplayBody",
     "SearchQuery",
     "SignalBody",
     "StdinQuery",
@@ -104,6 +105,12 @@ class PruneBody(Parameters):
 
     age: Annotated[int, BeforeValidator(_duration), Field(ge=0, le=units.MAX)] | None = None
     size: Annotated[int, BeforeValidator(_size), Field(ge=0, le=units.MAX)] | None = None
+
+
+class ReplayBody(Parameters):
+    """Under which policy; without one, that of the record."""
+
+    policy: Annotated[str, Field(min_length=1, max_length=128)] | None = None
 
 
 class EventsQuery(Parameters):

@@ -360,6 +360,14 @@ class AsyncClient:
         )  # fmt: skip
         return await self._do(call)
 
+    async def lineage(self, digest: str) -> models.Lineage:
+        """Which calls released a file of this digest, and what they were made of. Raises NotFound."""
+        return await self._do(calls.lineage(digest))
+
+    async def replay(self, id: str, *, policy: str | None = None) -> models.Replay:  # noqa: A002
+        """Run an ended call again and compare; under the policy of its record, or another one."""
+        return await self._do(calls.replay(id, policy))
+
     async def prune(self, *, age: int | None = None, size: int | None = None) -> models.Pruning:
         """Remove bodies, output and artifacts older than ``age`` (µs) or beyond ``size`` bytes, now."""
         return await self._do(calls.prune(age, size))

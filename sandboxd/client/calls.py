@@ -445,6 +445,19 @@ def search(
     return Call(wire.Exchange("GET", target), _one(models.SearchResults))
 
 
+def lineage(digest: str) -> Call[models.Lineage]:
+    """Where a content comes from."""
+    return Call(wire.Exchange("GET", wire.target("artifacts", digest, "lineage")), _one(models.Lineage))
+
+
+def replay(id: str, policy: str | None) -> Call[models.Replay]:  # noqa: A002
+    """Run a recorded call again."""
+    body = json.dumps({} if policy is None else {"policy": policy}).encode()
+    return Call(
+        wire.Exchange("POST", wire.invocation_target(id, "replay"), body, waits=True), _one(models.Replay)
+    )
+
+
 def prune(age: int | None, size: int | None) -> Call[models.Pruning]:
     """Remove the oldest bodies and files now."""
     body = json.dumps({k: v for k, v in (("age", age), ("size", size)) if v is not None}).encode()

@@ -380,6 +380,14 @@ class Client:
         )  # fmt: skip
         return self._do(call)
 
+    def lineage(self, digest: str) -> models.Lineage:
+        """Which calls released a file of this digest, and what they were made of. Raises NotFound."""
+        return self._do(calls.lineage(digest))
+
+    def replay(self, id: str, *, policy: str | None = None) -> models.Replay:  # noqa: A002
+        """Run an ended call again and compare; under the policy of its record, or another one."""
+        return self._do(calls.replay(id, policy))
+
     def prune(self, *, age: int | None = None, size: int | None = None) -> models.Pruning:
         """Remove bodies, output and artifacts older than ``age`` (µs) or beyond ``size`` bytes, now."""
         return self._do(calls.prune(age, size))

@@ -196,7 +196,7 @@ def mapped() -> Iterator[None]:
 def error_of(error: sqlite3.Error) -> errors.SandboxdError:
     """What an error of SQLite means for the journal: https://www.sqlite.org/rescode.html."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code
-    if code in _DAMAGED:
+    if code in _DAMAGED or "Could not decode" in str(error):
         return errors.JournalCorrupt(f"the journal's database is damaged: {error}")
     if code == sqlite3.SQLITE_FULL:
         return errors.HostFailed("no space left for the journal in the state directory")
@@ -234,6 +234,7 @@ def connect_reader(path: Path) -> sqlite3.Connection:
     with mapped():
         connection = sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
         connection.execute("PRAGMA query_only = ON")
+        connection.text_factory = _text
     return connection
 
 
@@ -246,6 +247,11 @@ def _keep_private(path: Path) -> None:
                 each.chmod(0o600)
     except OSError as error:
         raise errors.HostFailed(f"the journal cannot be made: {error.strerror}") from error
+
+
+def _text(data: bytes) -> str:
+    """Text as it is stored; what a damaged page made of it stands for itself, and ends no reading."""
+    return data.decode("utf-8", "backslashreplace")
 
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +30,7 @@ from sandboxd.journal.output import sync_directory
 from sandboxd.journal.writer import Transaction, Writer
 
 if TYPE_CHECKING:
-    import sqlite3
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
 __all__ = ["Journal"]
@@ -39,6 +39,8 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 MAX_LIST = 500
 KEPT_REFUSALS = 10_000
+SOURCE = "#source"
+"""After the digest of a policy: the key of what makes that policy again."""
 SIGN_RECORDS = 1000
 SIGN_SECONDS = 600.0
 SIGN_CHECK = 5.0
@@ -282,13 +284,15 @@ class Journal:
 
         def read(connection: sqlite3.Connection) -> models.Invocation | None:
             row = connection.execute(
-                "SELECT i.doc, i.policy, i.pruned, r.header FROM invocations AS i"
+                "SELECT i.doc, i.policy, i.pruned, i.uid, r.header FROM invocations AS i"
                 " LEFT JOIN records AS r ON r.id = i.id WHERE i.id = ?",
                 (id_,),
             ).fetchone()
             if row is None:
                 return None
-            doc, policy, pruned, header = row
+            doc, policy, pruned, uid, header = row
+            if doc is not None and header is None:  # whoever asks at the start has to go on
+                return _parse_open(id_, doc, uid, policy)
             if doc is not None:
                 return _parse(id_, doc)
             return None if header is None else records.from_header(header, policy, pruned or 0)
@@ -299,8 +303,10 @@ class Journal:
         """Calls that were accepted and have no outcome, oldest first; for the start of a daemon."""
 
         def read(connection: sqlite3.Connection) -> list[models.Invocation]:
-            rows = connection.execute("SELECT id, doc FROM invocations WHERE state != 'ended' ORDER BY id")
-            return [_parse(*row) for row in rows]
+            rows = connection.execute(
+                "SELECT id, doc, uid, policy FROM invocations WHERE state != 'ended' ORDER BY id"
+            )
+            return [_parse_open(*row) for row in rows]
 
         return await self._read(read)
 
@@ -373,6 +379,10 @@ class Journal:
             raise errors.JournalCorrupt(f"what is kept under {digest} was changed", digest=digest)
         return data
 
+    async def source(self, digest: str) -> bytes | None:
+        """What makes the policy of a digest again; whether it does is for the digest of that to say."""
+        return await self._read(lambda connection: upkeep.content(connection, digest + SOURCE))
+
     async def oldest(self, limit: int) -> list[upkeep.Kept]:
         """The oldest calls whose bodies are kept."""
         return await self._read(lambda connection: upkeep.oldest(connection, limit))
@@ -396,8 +406,8 @@ class Journal:
         """Those of these blobs that the record of a kept call names."""
         return await self._read(lambda connection: upkeep.referenced(connection, digests))
 
-    async def releases(self, digest: str, uid: int | None, limit: int) -> list[str]:
-        """Ids of the newest calls that released a file of this digest, of one caller or of all."""
+    async def releases(self, digest: str, uid: int | None, limit: int) -> list[upkeep.Row]:
+        """The newest calls that released a file of this digest, of one caller or of all."""
         return await self._read(lambda connection: upkeep.releases(connection, digest, uid, limit))
 
     async def sign_head(self) -> bytes | None:
@@ -467,8 +477,11 @@ class Journal:
 
         def read(connection: sqlite3.Connection) -> list[models.Invocation]:
             found, size = [], 0
-            for id_, doc in connection.execute(query, values):
-                found.append(_parse(id_, doc))
+            for id_, doc in _each(connection, query, values):
+                try:
+                    found.append(_parse(id_, doc))
+                except errors.JournalCorrupt as error:  # the others are listed; ``get`` says it of this one
+                    log.warning("left out of a list", id=id_, reason=str(error))
                 size += len(doc)
                 if size > _MAX_PAGE:
                     break
@@ -529,6 +542,35 @@ def _conflict(
         request_digest=existing.request_digest,
         differs=differs,
     )
+
+
+def _each(
+    connection: sqlite3.Connection, query: str, values: Sequence[object]
+) -> Iterator[tuple[str, bytes]]:
+    """The rows of a list; where a page is damaged, those that can be read."""
+    try:
+        yield from connection.execute(query, values).fetchall()
+    except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_CORRUPT:
+            raise
+        log.warning("the database is damaged; what can be read is listed", reason=str(error))
+        for (id_,) in connection.execute(query.replace("SELECT id, doc", "SELECT id", 1), values).fetchall():
+            try:
+                row = connection.execute("SELECT doc FROM invocations WHERE id = ?", (id_,)).fetchone()
+            except sqlite3.DatabaseError as damage:
+                log.warning("left out of a list", id=id_, reason=str(damage))
+                continue
+            if row is not None and row[0] is not None:
+                yield id_, row[0]
+
+
+def _parse_open(id_: str, doc: bytes, uid: int, policy: str) -> models.Invocation:
+    """A call without an outcome; of one whose document is damaged, what its row says."""
+    try:
+        return _parse(id_, doc)
+    except errors.JournalCorrupt as error:
+        log.error("what was accepted is damaged", id=id_, reason=str(error))  # noqa: TRY400  # all there is
+        return records.remains(id_, uid, policy)
 
 
 def _parse(id_: str, doc: bytes) -> models.Invocation:

@@ -16,6 +16,7 @@ from sandboxd.models.invocation import (
     Times,
     Withheld,
 )
+from sandboxd.models.lineage import Lineage, Release
 from sandboxd.models.network import NetworkEvent, NetworkRefusal, NetworkUse
 from sandboxd.models.operating import (
     Health,
@@ -29,6 +30,7 @@ from sandboxd.models.operating import (
 )
 from sandboxd.models.outcome import Cause, Denial, Failure, LimitReached, Outcome, Usage, signal_name
 from sandboxd.models.receipt import Control, Receipt
+from sandboxd.models.replay import Difference, Replay
 from sandboxd.models.request import Input, Narrowing, Request
 from sandboxd.models.retry import FailedAttempt
 from sandboxd.models.search import Hit, Pruning, SearchResults
@@ -56,6 +58,7 @@ __all__ = [
     "Count",
     "Counted",
     "Denial",
+    "Difference",
     "DigestRef",
     "Duration",
     "Event",
@@ -68,6 +71,7 @@ __all__ = [
     "Invocation",
     "InvocationList",
     "LimitReached",
+    "Lineage",
     "Narrowing",
     "NetworkEvent",
     "NetworkRefusal",
@@ -79,6 +83,8 @@ __all__ = [
     "Problem",
     "Pruning",
     "Receipt",
+    "Release",
+    "Replay",
     "Request",
     "SearchResults",
     "SecretInfo",

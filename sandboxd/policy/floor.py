@@ -122,6 +122,11 @@ class Floor:
             if allowed is not None and not any(paths.within(mount.source, top) for top in allowed):
                 may = "mounts beneath " + ", ".join(allowed) if allowed else "none"
                 yield wider(f"mounts.{number}", mount.source, may, "mounts")
+        for number, artifact in enumerate(spec.artifacts):
+            path = f"artifacts.{number}.secrets"
+            allows = artifact.secrets == "allow" and self.spec.artifacts.secrets == "deny"
+            if allows and places.sure(path):
+                yield wider(path, "allow", "deny", "artifacts.secrets")
         yield from self._wider_network(spec.network, places, wider)
         yield from self._wider_ports(spec.expose, places, wider)
 

@@ -27,6 +27,7 @@ from sandboxd.policy.floor import FORMATS
         ),
         ("limits: {io: {read: 1MiB}}\n", "", "limits.io.read: no limit is wider than the floor's 1MiB"),
         ("filesystem: {root: read-only}\n", "filesystem: {root: overlay, size: 1MiB}\n", "filesystem.root"),
+        ("artifacts: {secrets: deny}\n", "artifacts: [{path: a}]\n", "artifacts.0.secrets: allow is wider"),
         ("mounts: [/srv]\n", "mounts: [{source: /srvx, target: /a}]\n", "mounts.0: /srvx is wider"),
         ("mounts: []\n", "mounts: [{source: /srv, target: /a}]\n", "wider than the floor's none"),
     ],
