@@ -14,6 +14,7 @@ SandboxdError
 │   │   ├── CallNotStarted         call_not_started         409
 │   │   └── CallEnded              call_ended               409
 │   ├── ImageInUse                 image_in_use             409
+│   ├── PreconditionFailed         precondition_failed      412
 │   ├── TooLarge                   too_large                413
 │   ├── RequestTooWide             request_too_wide         422
 │   ├── PolicyInvalid              policy_invalid           422
@@ -70,6 +71,7 @@ __all__ = [
     "PortAnswerInvalid",
     "PortNotAnswering",
     "PortNotExposed",
+    "PreconditionFailed",
     "QueueFull",
     "QuotaExceeded",
     "Refused",
@@ -186,6 +188,16 @@ class ImageInUse(Refused):
 
     code = "image_in_use"
     status = 409
+
+
+class PreconditionFailed(Refused):
+    """Raised when a file is not what ``If-Match`` or ``If-None-Match`` said.
+
+    ``details["digest"]`` is what it is; None where there is no file.
+    """
+
+    code = "precondition_failed"
+    status = 412
 
 
 class TooLarge(Refused):

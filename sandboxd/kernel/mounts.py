@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MountEntry",
     "attach",
+    "clone_directory",
     "clone_tree",
     "detach",
     "hide_hybrid_cgroup2",
@@ -45,7 +46,7 @@ MOVE_MOUNT_F_EMPTY_PATH = 0x4
 FSOPEN_CLOEXEC = FSMOUNT_CLOEXEC = 1
 FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 0, 1, 6
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 1, 2, 4, 8
-MOUNT_ATTR_IDMAP = 0x00100000
+MOUNT_ATTR_IDMAP, MOUNT_ATTR_NOSYMFOLLOW = 0x00100000, 0x00200000
 # The numbers of the system calls added since Linux 5.0 are the same on every architecture.
 SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT = 428, 429, 430, 431, 432
 SYS_MOUNT_SETATTR = 442
@@ -183,14 +184,26 @@ def clone_tree(path: Path) -> int:
     return _call(f"open_tree {path}", SYS_OPEN_TREE, -100, os.fsencode(path), flags)
 
 
-def set_attributes(mount: int, *, read_only: bool, userns: int | None) -> None:
+def clone_directory(directory: int) -> int:
+    """A detached mount that has an open directory as its root, and none of the mounts below it.
+
+    Its mount has to be in the mount namespace of the calling thread. Raises OSError (EINVAL: it is not).
+    """
+    flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_EMPTY_PATH
+    return _call("open_tree", SYS_OPEN_TREE, directory, b"", flags)
+
+
+def set_attributes(mount: int, *, read_only: bool, userns: int | None, follow_links: bool = True) -> None:
     """Make a detached mount ``nosuid,nodev``, read-only if asked, and id-mapped by a user namespace.
 
+    Without ``follow_links`` no symbolic link on it is followed (Linux 5.14).
     Linux 5.12 (``mount_setattr``), 5.19 for layers of overlayfs. Raises OSError.
     """
     attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
     if read_only:
         attributes |= MOUNT_ATTR_RDONLY
+    if not follow_links:
+        attributes |= MOUNT_ATTR_NOSYMFOLLOW
     if userns is not None:
         attributes |= MOUNT_ATTR_IDMAP
     packed = struct.pack("=QQQQ", attributes, 0, 0, userns or 0)
