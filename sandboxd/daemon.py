@@ -151,9 +151,8 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
             log.warning("policy not in force", problem=str(problem))
         blobs = BlobStore(config.state / "blobs")
         blobs.clean()
-        sessions = await Sessions.open(
-            journal, LayerStore(config.state / "sessions"), partial(_owner, policies)
-        )
+        sessions = Sessions(journal, LayerStore(config.state / "sessions"))
+        await sessions.open()
         secrets = SecretStore.open(
             config.state / "secrets", place_of(config.secrets.key, config.state, os.environ)
         )
@@ -222,12 +221,6 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         systemd.notify("STOPPING=1")
         stopping.set()
         tasks.cancel_scope.cancel()
-
-
-def _owner(policies: PolicyStore, policy: str | None) -> tuple[int, int]:
-    """Whose files are that are put into a session without any: those of its policy's tools."""
-    process = policies.current.get(policy or "default").spec.process
-    return process.user, process.user if process.group is None else process.group
 
 
 async def _until_stopped(service: DaemonService) -> None:

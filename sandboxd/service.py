@@ -20,7 +20,6 @@ from sandboxd.journal.records import Refusal
 from sandboxd.metrics import Numbers, exposition
 from sandboxd.policy import check_text, explain
 from sandboxd.pool import Fate, HandOver
-from sandboxd.sessionfiles import SessionFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +53,6 @@ class DaemonService(Calls):
         super().__init__(state=config.state, pool=pool, sessions=sessions, **parts)
         self.config = config
         self.sessions = sessions
-        self.session_files = SessionFiles(sessions)
         self._version = version
         self._engine_name = engine_name
         self._runtime = runtime

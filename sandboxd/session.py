@@ -18,7 +18,7 @@ from sandboxd.workspace import layer, tables
 if TYPE_CHECKING:
     import sqlite3
     from collections import Counter
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from contextlib import ExitStack
 
     from sandboxd.engine.base import Slot
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sandboxd.workspace.tables import Checkpoint, Row, Stack
     from sandboxd.workspace.turns import Turns
 
-__all__ = ["CallSession", "Commit", "check_quota"]
+__all__ = ["CallSession", "Commit"]
 
 Commit = Literal["exited", "success", "always", "never"]
 
@@ -49,29 +49,6 @@ def _keeps(commit: Commit, outcome: Outcome) -> bool:
             return outcome.cause is Cause.EXITED and outcome.exit_code == 0
         case "never":
             return False
-
-
-def check_quota(
-    row: Row, stack: Stack, figures: layer.Figures, *, share: int, held: Mapping[int, int]
-) -> None:
-    """Raise QuotaExceeded where a session or its caller may not have another layer.
-
-    ``share`` and ``held``: what all sessions of the caller may hold, and what those of each do.
-    """
-    for quota, allowed, asked, show in (
-        ("session.size", row.quota_size, stack.size + figures.size, units.format_size),
-        ("session.inodes", row.quota_inodes, stack.inodes + figures.inodes, units.format_count),
-        ("sessions.size", share, held.get(row.uid, 0) + figures.size, units.format_size),
-    ):
-        if allowed is not None and asked > allowed:
-            whose = "all sessions of its caller" if quota == "sessions.size" else "the session"
-            raise errors.QuotaExceeded(
-                f"the files are not kept: with them {whose} would have {show(asked)}, more than the "
-                f"{show(allowed)} of its quota",
-                quota=quota,
-                asked=asked,
-                allowed=allowed,
-            )
 
 
 @dataclass(frozen=True)
@@ -181,7 +158,7 @@ class CallSession:
             return
         name, figures = self._store.take(upper, slot.id_base)
         try:
-            check_quota(start.row, start.stack, figures, share=self._share, held=self._held)
+            self._check_quota(start, figures)
         except BaseException:
             self._store.remove(name)
             raise
@@ -208,6 +185,23 @@ class CallSession:
             return layer.is_same(upper, newest, base)
         finally:
             os.close(newest)
+
+    def _check_quota(self, start: _Start, figures: layer.Figures) -> None:
+        row, stack = start.row, start.stack
+        for quota, allowed, asked, show in (
+            ("session.size", row.quota_size, stack.size + figures.size, units.format_size),
+            ("session.inodes", row.quota_inodes, stack.inodes + figures.inodes, units.format_count),
+            ("sessions.size", self._share, self._held[row.uid] + figures.size, units.format_size),
+        ):
+            if allowed is not None and asked > allowed:
+                whose = "all sessions of its caller" if quota == "sessions.size" else "the session"
+                raise errors.QuotaExceeded(
+                    f"the call's files are not kept: with them {whose} would have {show(asked)}, more than "
+                    f"the {show(allowed)} of its quota",
+                    quota=quota,
+                    asked=asked,
+                    allowed=allowed,
+                )
 
     def commit(self, connection: sqlite3.Connection) -> None:
         """What comes about with the outcome, in its transaction. Raises StateConflict; then nothing does."""

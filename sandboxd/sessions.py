@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
@@ -25,16 +24,15 @@ import structlog
 from uuid6 import uuid7
 
 from sandboxd import errors, models, units
-from sandboxd.session import CallSession, check_quota
+from sandboxd.session import CallSession
 from sandboxd.workspace import tables
-from sandboxd.workspace.layer import Figures, measure
+from sandboxd.workspace.layer import Figures
 from sandboxd.workspace.merge import merge
 from sandboxd.workspace.turns import Turns
-from sandboxd.workspace.view import View
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
     from sandboxd.api.identity import Caller
@@ -42,9 +40,8 @@ if TYPE_CHECKING:
     from sandboxd.workspace.store import LayerStore
     from sandboxd.workspace.tables import Checkpoint, Row, Stack
 
-__all__ = ["Sessions", "Shown"]
+__all__ = ["Sessions"]
 
-T = TypeVar("T")
 LOOK = 1.0  # seconds between two looks for sessions whose time is over
 MOST = 500  # of a page
 LONG = 3 * tables.FAN  # layers of a stack whose merges were missed
@@ -59,11 +56,7 @@ def _now() -> int:
 class Sessions:
     """For one event loop; ``run`` is to be a task of it. What belongs to another caller is not found."""
 
-    def __init__(
-        self, journal: Journal, store: LayerStore, owner_of: Callable[[str | None], tuple[int, int]]
-    ) -> None:
-        """``owner_of``: whose files are that are put into an empty session, by its policy."""
-        self._owner_of = owner_of
+    def __init__(self, journal: Journal, store: LayerStore) -> None:
         self._journal = journal
         self._store = store
         self._turns = Turns()
@@ -73,16 +66,7 @@ class Sessions:
         self._to_prune: deque[str] = deque()
         self._wake = anyio.Event()
 
-    @classmethod
-    async def open(
-        cls, journal: Journal, store: LayerStore, owner_of: Callable[[str | None], tuple[int, int]]
-    ) -> Self:
-        """The sessions of a state directory, after what an earlier daemon left was looked at."""
-        sessions = cls(journal, store, owner_of)
-        await sessions._take_over()
-        return sessions
-
-    async def _take_over(self) -> None:
+    async def open(self) -> None:
         """Remove the layers that nothing refers to, and go on with what an earlier daemon began."""
         referenced, held, going = await self._journal.read(
             lambda connection: (
@@ -258,81 +242,6 @@ class Sessions:
         self._to_prune.append(row.id)
         self._wake.set()
 
-    @asynccontextmanager
-    async def look(
-        self, caller: Caller, named: str, *checkpoints: str | None, origin: bool = False
-    ) -> AsyncIterator[Sequence[Shown]]:
-        """Checkpoints of a session, that stay while they are looked at; None is where it stands.
-
-        ``origin``: the first of them is the one that it began with. Raises NotFound.
-        """
-        row = await self._find(caller, named)
-        if row.id in self._removing:
-            raise errors.NotFound(f"no session {named!r} of yours")
-        self._turns.enter(row.id)
-        try:
-            found = []
-            for number, wanted in enumerate(checkpoints):
-                at = row.origin if origin and not number else row.head
-                found.append(await self._shown(row, at if wanted is None else wanted))
-            yield found
-        finally:
-            self._turns.leave(row.id)
-
-    async def _shown(self, row: Row, named: str) -> Shown:
-        found = await self._checkpoint(row, named)
-        stack = await self._journal.read(lambda connection: tables.stack_of(connection, found.id))
-        return Shown(found, tuple(self._paths(stack.layers)), stack)
-
-    async def change(
-        self, caller: Caller, named: str, fill: Callable[[View, int, tuple[int, int]], T]
-    ) -> tuple[Checkpoint, T]:
-        """Put a layer that ``fill`` makes over the files of a session, as a checkpoint of its own.
-
-        It gets what the session shows, the empty layer, and who owns what has no owner. It is not in the
-        journal's records. Raises NotFound, SessionBusy, QuotaExceeded, and what ``fill`` raises.
-        """
-        row = await self._find(caller, named)
-        with self._alone(row), anyio.CancelScope(shield=True):
-            shown = await self._shown(row, row.head)
-            owner = self._owner_of(row.policy)
-            results: list[T] = []
-
-            def make(into: int, _: int) -> Figures:
-                with View(shown.layers) as view:
-                    root = view.root()
-                    results.append(fill(view, into, (root.uid, root.gid) if shown.layers else owner))
-                return measure(into)
-
-            name, figures = await anyio.to_thread.run_sync(self._store.add, make)
-            try:
-                check_quota(row, shown.stack, figures, share=caller.sessions.size, held=self._held)
-                made = tables.make_checkpoint(
-                    str(uuid7()),
-                    row.id,
-                    row.uid,
-                    shown.checkpoint,
-                    layer=name,
-                    content=figures.digest,
-                    size=figures.size,
-                    inodes=figures.inodes,
-                    created=_now(),
-                )
-                await self._journal.write(partial(self._insert_change, row=row, made=made))
-            except BaseException:
-                await anyio.to_thread.run_sync(self._store.remove, name)
-                raise
-            self._held[row.uid] += made.size
-            self._kept(made, len(shown.layers) + 1)
-        return made, results[0]
-
-    @staticmethod
-    def _insert_change(connection: sqlite3.Connection, row: Row, made: Checkpoint) -> None:
-        tables.insert_checkpoint(connection, made)
-        tables.touch(connection, row, at=_now())
-        if not tables.move(connection, row.id, since=row.head, to=made.id):
-            raise errors.SessionBusy(f"session {row.id} was changed meanwhile; ask again")
-
     # What calls ask for.
 
     async def enter(self, caller: Caller, named: str, policy: str | None) -> CallSession:
@@ -471,15 +380,6 @@ class Sessions:
                 lambda connection, made=made: tables.insert_merge(connection, made)  # type: ignore[misc]
             ):
                 await anyio.to_thread.run_sync(self._store.remove, name)
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A checkpoint, and the layers that make its files, the uppermost first."""
-
-    checkpoint: Checkpoint
-    layers: tuple[Path, ...]
-    stack: Stack
 
 
 class _Alone:

@@ -27,7 +27,6 @@ from sandboxd.api.openapi import ANY, document
 from sandboxd.api.ports import Ports
 from sandboxd.api.protocol import CALLER, ServerConfig
 from sandboxd.api.secrets import Secrets
-from sandboxd.api.session_files import SessionFiles
 from sandboxd.api.sessions import Sessions
 from sandboxd.errors import InvalidRequest, NotFound, NotIdentified, SandboxdError, TooLarge
 from sandboxd.room import Room
@@ -49,11 +48,9 @@ __all__ = ["Edge", "build", "serve"]
 VERSION = "1"
 DOCUMENTED: set[type[BaseModel]] = {
     models.Request, models.Invocation, models.InvocationList, models.PolicyInfo, models.PolicyProblem,
-    models.PlanDocument, models.ImageInfo, models.SlotInfo, models.Health, models.Artifact,
-    models.Withheld, models.SecretInfo, models.SessionRequest, models.SessionFork, models.SessionRollback,
-    models.SessionInfo, models.FileInfo, models.FileList, models.FileWritten, models.FileChange,
-    models.SessionDiff, models.LayerImported, models.SessionList, models.CheckpointInfo,
-    models.CheckpointList, queries.SignalBody, queries.CheckBody,
+    models.PlanDocument, models.ImageInfo, models.SlotInfo, models.Health, models.Artifact, models.Withheld,
+    models.SecretInfo, models.SessionRequest, models.SessionFork, models.SessionRollback, models.SessionInfo,
+    models.SessionList, models.CheckpointInfo, models.CheckpointList, queries.SignalBody, queries.CheckBody,
 }  # fmt: skip
 
 log = structlog.get_logger(__name__)
@@ -93,7 +90,6 @@ def build(service: Service) -> Edge:
         *Catalogue(service, bodies).routes(),
         *Secrets(service, bodies).routes(),
         *Sessions(service, bodies).routes(),
-        *SessionFiles(service, bodies).routes(),
     ]
 
     @cache  # most daemons are never asked

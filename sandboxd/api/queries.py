@@ -12,19 +12,13 @@ from sandboxd.models import Cause, State  # pydantic evaluates the annotations
 
 __all__ = [
     "CheckBody",
-    "CheckpointQuery",
-    "DiffQuery",
     "EventsQuery",
-    "ExportQuery",
-    "FilesQuery",
     "ListQuery",
     "NoQuery",
     "PageQuery",
-    "RemoveQuery",
     "SignalBody",
     "StdinQuery",
     "StreamQuery",
-    "WriteQuery",
 ]
 
 REPEATED = {"repeated": True}
@@ -76,59 +70,6 @@ class PageQuery(Parameters):
     before: Annotated[str, Field(max_length=64)] | None = None
     """The ``next`` of the page before."""
     limit: Annotated[int, Field(ge=1, le=500)] = 100
-
-
-Checkpoint = Annotated[str, Field(min_length=1, max_length=128)]
-
-
-class CheckpointQuery(Parameters):
-    """Of which checkpoint, by its id or digest; else of where the session stands."""
-
-    checkpoint: Checkpoint | None = None
-
-
-class FilesQuery(CheckpointQuery):
-    """Which directory, and which page of it."""
-
-    path: Annotated[str, Field(max_length=4095)] = ""
-    after: Annotated[str, Field(max_length=16_384)] | None = None
-    """The ``next`` of the page before."""
-    limit: Annotated[int, Field(ge=1, le=1000)] = 1000
-
-
-class WriteQuery(Parameters):
-    """How a file is written."""
-
-    mode: Annotated[str, Field(pattern="^0?[0-7]{3}$")] | None = None
-    """Octal, such as 755; else that of the file, or 644."""
-
-    def number(self) -> int | None:
-        """The mode."""
-        return None if self.mode is None else int(self.mode, 8)
-
-
-class RemoveQuery(Parameters):
-    """How much is removed."""
-
-    recursive: Flag = False
-
-
-class DiffQuery(Parameters):
-    """Which checkpoints are compared, by their ids or digests, and how."""
-
-    old: Checkpoint | None = None
-    """Without it, the one that the session began with."""
-    new: Checkpoint | None = None
-    """Without it, where the session stands."""
-    text: Flag = False
-    """With the differences of texts."""
-    limit: Annotated[int, Field(ge=1, le=1000)] = 1000
-
-
-class ExportQuery(CheckpointQuery):
-    """What is exported: all files, or what changed since a checkpoint."""
-
-    since: Checkpoint | None = None
 
 
 class EventsQuery(Parameters):

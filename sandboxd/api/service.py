@@ -10,62 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
-    from contextlib import AbstractAsyncContextManager
 
     from sandboxd import errors, models
     from sandboxd.api.identity import Caller
     from sandboxd.config import Config
     from sandboxd.network.entrance import Entrance
-    from sandboxd.workspace.edit import Condition
 
-__all__ = ["FileService", "Service", "SessionService"]
-
-
-class FileService(Protocol):
-    """The files of sessions. All raise NotFound for what is not there, or not the caller's.
-
-    ``checkpoint`` is an id or a digest; None: where the session stands.
-    """
-
-    async def list(
-        self, caller: Caller, named: str, path: str, *, checkpoint: str | None, after: str | None, limit: int
-    ) -> models.FileList:
-        """A page of what a directory has. Raises StateConflict for what is none."""
-        ...
-
-    def opened(
-        self, caller: Caller, named: str, path: str, *, checkpoint: str | None
-    ) -> AbstractAsyncContextManager[tuple[int, str, AsyncIterator[bytes]]]:
-        """Size, digest and bytes of a file. Raises StateConflict for what is none."""
-        ...
-
-    async def write(
-        self, caller: Caller, named: str, path: str, data: bytes, *, mode: int | None, condition: Condition
-    ) -> tuple[models.FileWritten, bool]:
-        """Write a file; whether it is new. Raises PreconditionFailed, QuotaExceeded, SessionBusy."""
-        ...
-
-    async def remove(
-        self, caller: Caller, named: str, path: str, *, recursive: bool, condition: Condition
-    ) -> models.FileWritten:
-        """Remove a file or directory. Raises as ``write``, and StateConflict."""
-        ...
-
-    async def take_in(self, caller: Caller, named: str, data: bytes) -> models.LayerImported:
-        """Unpack a tar. Raises as ``write``, and InvalidRequest."""
-        ...
-
-    async def diff(
-        self, caller: Caller, named: str, *, old: str | None, new: str | None, text: bool, limit: int
-    ) -> models.SessionDiff:
-        """What differs between two checkpoints."""
-        ...
-
-    def exported(
-        self, caller: Caller, named: str, *, checkpoint: str | None, since: str | None
-    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """The files as a tar."""
-        ...
+__all__ = ["Service", "SessionService"]
 
 
 class SessionService(Protocol):
@@ -117,11 +68,6 @@ class Service(Protocol):
     @property
     def sessions(self) -> SessionService:
         """The sessions of all callers."""
-        ...
-
-    @property
-    def session_files(self) -> FileService:
-        """Their files."""
         ...
 
     async def submit(self, caller: Caller, request: models.Request, *, tied: bool) -> models.Invocation:

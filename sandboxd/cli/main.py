@@ -84,13 +84,6 @@ GROUPS = {
             "fork": "session:fork",
             "rollback": "session:rollback",
             "discard": "session:discard",
-            "files": "session_files:files",
-            "cat": "session_files:cat",
-            "put": "session_files:put",
-            "unlink": "session_files:unlink",
-            "diff": "session_files:diff",
-            "export": "session_files:export",
-            "import": "session_files:import_tar",
         },
     ),
     "journal": (

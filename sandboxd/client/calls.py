@@ -424,66 +424,6 @@ def discard_session(named: str) -> Call[models.SessionInfo]:
     )
 
 
-def _file_target(named: str, path: str, **query: str | int | None) -> str:
-    return wire.target("sessions", named, "files", *path.split("/"), **query)
-
-
-def files(
-    named: str, path: str, checkpoint: str | None, after: str | None, limit: int | None
-) -> Call[models.FileList]:
-    """A page of what a directory of a session has."""
-    target = wire.target(
-        "sessions", named, "files", path=path or None, checkpoint=checkpoint, after=after, limit=limit
-    )
-    return Call(wire.Exchange("GET", target), _one(models.FileList))
-
-
-def read_file(named: str, path: str, checkpoint: str | None) -> wire.Exchange:
-    """The bytes of a file."""
-    headers = {"Accept": "application/octet-stream"}
-    return wire.Exchange("GET", _file_target(named, path, checkpoint=checkpoint), headers=headers)
-
-
-def _conditions(match: str | None, *, new: bool) -> dict[str, str]:
-    given = {} if match is None else {"If-Match": f'"{match}"'}
-    return given | ({"If-None-Match": "*"} if new else {})
-
-
-def write_file(
-    named: str, path: str, data: bytes, *, mode: int | None, match: str | None, new: bool
-) -> Call[models.FileWritten]:
-    """Write a file."""
-    target = _file_target(named, path, mode=None if mode is None else f"{mode:03o}")
-    exchange = wire.Exchange("PUT", target, data, {**_OCTETS, **_conditions(match, new=new)})
-    return Call(exchange, _one(models.FileWritten))
-
-
-def remove_file(named: str, path: str, *, recursive: bool, match: str | None) -> Call[models.FileWritten]:
-    """Remove a file."""
-    target = _file_target(named, path, recursive=int(recursive))
-    exchange = wire.Exchange("DELETE", target, headers=_conditions(match, new=False))
-    return Call(exchange, _one(models.FileWritten))
-
-
-def diff(
-    named: str, old: str | None, new: str | None, *, text: bool, limit: int | None
-) -> Call[models.SessionDiff]:
-    """What differs between two checkpoints."""
-    target = wire.target("sessions", named, "diff", old=old, new=new, text=int(text), limit=limit)
-    return Call(wire.Exchange("GET", target), _one(models.SessionDiff))
-
-
-def export(named: str, checkpoint: str | None, since: str | None) -> wire.Exchange:
-    """The files as a tar."""
-    return wire.Exchange("GET", wire.target("sessions", named, "export", checkpoint=checkpoint, since=since))
-
-
-def import_tar(named: str, data: bytes) -> Call[models.LayerImported]:
-    """Unpack a tar."""
-    exchange = wire.Exchange("POST", wire.target("sessions", named, "import"), data, _OCTETS)
-    return Call(exchange, _one(models.LayerImported))
-
-
 def health() -> Call[models.Health]:
     """Whether the daemon takes calls."""
     return Call(wire.Exchange("GET", wire.target("health")), _one(models.Health))

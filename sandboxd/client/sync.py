@@ -360,64 +360,6 @@ class Client:
         """Forget the checkpoints that a session does not stand on. Raises NotFound, SessionBusy."""
         return self._do(calls.discard_session(named))
 
-    def files(
-        self,
-        named: str,
-        path: str = "",
-        *,
-        checkpoint: str | None = None,
-        after: str | None = None,
-        limit: int | None = None,
-    ) -> models.FileList:
-        """A page of what a directory of a session has. Raises NotFound, StateConflict."""
-        return self._do(calls.files(named, path, checkpoint, after, limit))
-
-    def read_file(self, named: str, path: str, *, checkpoint: str | None = None) -> Stream[bytes]:
-        """The bytes of a file of a session. Raises NotFound, StateConflict for what is no file."""
-        return self._raw(calls.read_file(named, path, checkpoint))
-
-    def write_file(
-        self,
-        named: str,
-        path: str,
-        data: bytes,
-        *,
-        mode: int | None = None,
-        match: str | None = None,
-        new: bool = False,
-    ) -> models.FileWritten:
-        """Write a file of a session, if it has the digest ``match``, or is ``new``, where these are given.
-
-        Raises PreconditionFailed, StateConflict, QuotaExceeded, SessionBusy.
-        """
-        return self._do(calls.write_file(named, path, data, mode=mode, match=match, new=new))
-
-    def remove_file(
-        self, named: str, path: str, *, recursive: bool = False, match: str | None = None
-    ) -> models.FileWritten:
-        """Remove a file of a session, or a directory. Raises as ``write_file``, and NotFound."""
-        return self._do(calls.remove_file(named, path, recursive=recursive, match=match))
-
-    def diff(
-        self,
-        named: str,
-        old: str | None = None,
-        new: str | None = None,
-        *,
-        text: bool = False,
-        limit: int | None = None,
-    ) -> models.SessionDiff:
-        """What differs between two checkpoints of a session; else since it began. Raises NotFound."""
-        return self._do(calls.diff(named, old, new, text=text, limit=limit))
-
-    def export(self, named: str, *, checkpoint: str | None = None, since: str | None = None) -> Stream[bytes]:
-        """The files of a session, or what changed ``since`` a checkpoint, as a tar for an image's layer."""
-        return self._raw(calls.export(named, checkpoint, since))
-
-    def import_tar(self, named: str, data: bytes) -> models.LayerImported:
-        """Unpack a tar over the files of a session. Raises InvalidRequest, TooLarge, QuotaExceeded."""
-        return self._do(calls.import_tar(named, data))
-
     def health(self) -> models.Health:
         """Whether the daemon takes calls, and with what."""
         return self._do(calls.health())

@@ -40,14 +40,6 @@ from sandboxd.models.session import (
     SessionRequest,
     SessionRollback,
 )
-from sandboxd.models.session_files import (
-    FileChange,
-    FileInfo,
-    FileList,
-    FileWritten,
-    LayerImported,
-    SessionDiff,
-)
 from sandboxd.models.wire import Bytes, Content, Count, Counted, Duration, Size, Text, Wire
 
 __all__ = [
@@ -66,16 +58,11 @@ __all__ = [
     "Duration",
     "Event",
     "Failure",
-    "FileChange",
-    "FileInfo",
-    "FileList",
-    "FileWritten",
     "Health",
     "ImageInfo",
     "Input",
     "Invocation",
     "InvocationList",
-    "LayerImported",
     "LimitReached",
     "Narrowing",
     "NetworkEvent",
@@ -90,7 +77,6 @@ __all__ = [
     "Request",
     "SecretInfo",
     "SecretUse",
-    "SessionDiff",
     "SessionFork",
     "SessionInfo",
     "SessionList",

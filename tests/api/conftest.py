@@ -107,33 +107,6 @@ class MemorySessions:
         return self.find(caller, named)
 
 
-class MemoryFiles:
-    """No session has any."""
-
-    async def list(self, caller: Caller, named: str, path: str, **_: Any) -> models.FileList:
-        raise errors.NotFound("there is no such session")
-
-    def opened(self, caller: Caller, named: str, path: str, **_: Any) -> Any:
-        raise errors.NotFound("there is no such session")
-
-    async def write(
-        self, caller: Caller, named: str, path: str, data: bytes, **_: Any
-    ) -> tuple[models.FileWritten, bool]:
-        raise errors.NotFound("there is no such session")
-
-    async def remove(self, caller: Caller, named: str, path: str, **_: Any) -> models.FileWritten:
-        raise errors.NotFound("there is no such session")
-
-    async def take_in(self, caller: Caller, named: str, data: bytes) -> models.LayerImported:
-        raise errors.NotFound("there is no such session")
-
-    async def diff(self, caller: Caller, named: str, **_: Any) -> models.SessionDiff:
-        raise errors.NotFound("there is no such session")
-
-    def exported(self, caller: Caller, named: str, **_: Any) -> Any:
-        raise errors.NotFound("there is no such session")
-
-
 class MemoryService:
     """Implements ``Service``. ``true`` and ``zeros N`` end at once, ``wait`` when it is told to."""
 
@@ -191,10 +164,6 @@ class MemoryService:
     @property
     def sessions(self) -> MemorySessions:
         return self._sessions
-
-    @property
-    def session_files(self) -> MemoryFiles:
-        return MemoryFiles()
 
     def may_store(self, caller: Caller) -> None:
         if not caller.sees_all:
