@@ -26,6 +26,7 @@ from sandboxd.api.invocations import JSON, Invocations, json_response
 from sandboxd.api.openapi import ANY, document
 from sandboxd.api.ports import Ports
 from sandboxd.api.protocol import CALLER, ServerConfig
+from sandboxd.api.records import Records
 from sandboxd.api.secrets import Secrets
 from sandboxd.api.sessions import Sessions
 from sandboxd.errors import InvalidRequest, NotFound, NotIdentified, SandboxdError, TooLarge
@@ -50,7 +51,8 @@ DOCUMENTED: set[type[BaseModel]] = {
     models.Request, models.Invocation, models.InvocationList, models.PolicyInfo, models.PolicyProblem,
     models.PlanDocument, models.ImageInfo, models.SlotInfo, models.Health, models.Artifact, models.Withheld,
     models.SecretInfo, models.SessionRequest, models.SessionFork, models.SessionRollback, models.SessionInfo,
-    models.SessionList, models.CheckpointInfo, models.CheckpointList, queries.SignalBody, queries.CheckBody,
+    models.SessionList, models.CheckpointInfo, models.CheckpointList, models.SearchResults, models.Pruning,
+    queries.SignalBody, queries.CheckBody, queries.PruneBody,
 }  # fmt: skip
 
 log = structlog.get_logger(__name__)
@@ -90,6 +92,7 @@ def build(service: Service) -> Edge:
         *Catalogue(service, bodies).routes(),
         *Secrets(service, bodies).routes(),
         *Sessions(service, bodies).routes(),
+        *Records(service).routes(),
     ]
 
     @cache  # most daemons are never asked

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sandboxd import errors, models
     from sandboxd.api.identity import Caller
     from sandboxd.config import Config
+    from sandboxd.journal.search import Query
     from sandboxd.network.entrance import Entrance
 
 __all__ = ["Service", "SessionService"]
@@ -97,6 +98,10 @@ class Service(Protocol):
         limit: int,
     ) -> models.InvocationList:
         """A page of invocations, newest first; each label must be there with its value."""
+        ...
+
+    async def readable(self, caller: Caller, id: str) -> None:  # noqa: A002
+        """Raise what keeps its events and output from being read."""
         ...
 
     def events(self, caller: Caller, id: str, *, after: int, follow: bool) -> AsyncIterator[models.Event]:  # noqa: A002
@@ -204,6 +209,14 @@ class Service(Protocol):
 
     async def remove_secret(self, caller: Caller, name: str) -> None:
         """Forget one."""
+        ...
+
+    async def search(self, caller: Caller, query: Query) -> models.SearchResults:
+        """A page of calls that fit, newest first: the caller's own, or for an operator all."""
+        ...
+
+    async def prune(self, caller: Caller, *, age: int | None, size: int | None) -> models.Pruning:
+        """Remove the oldest bodies and files now; for operators."""
         ...
 
     async def refused(self, caller: Caller, error: errors.Refused, summary: dict[str, Any]) -> None:

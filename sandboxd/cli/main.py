@@ -91,6 +91,11 @@ GROUPS = {
         {
             "verify": "journal:verify",
             "head": "journal:head",
+            "key": "journal:key",
+            "export": "journal:export",
+            "show": "journal:show",
+            "search": "search:search",
+            "prune": "search:prune",
         },
     ),
 }

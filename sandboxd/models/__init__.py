@@ -30,6 +30,8 @@ from sandboxd.models.operating import (
 from sandboxd.models.outcome import Cause, Denial, Failure, LimitReached, Outcome, Usage, signal_name
 from sandboxd.models.receipt import Control, Receipt
 from sandboxd.models.request import Input, Narrowing, Request
+from sandboxd.models.retry import FailedAttempt
+from sandboxd.models.search import Hit, Pruning, SearchResults
 from sandboxd.models.session import (
     CheckpointInfo,
     CheckpointList,
@@ -57,8 +59,10 @@ __all__ = [
     "DigestRef",
     "Duration",
     "Event",
+    "FailedAttempt",
     "Failure",
     "Health",
+    "Hit",
     "ImageInfo",
     "Input",
     "Invocation",
@@ -73,8 +77,10 @@ __all__ = [
     "PolicyInfo",
     "PolicyProblem",
     "Problem",
+    "Pruning",
     "Receipt",
     "Request",
+    "SearchResults",
     "SecretInfo",
     "SecretUse",
     "SessionFork",
