@@ -243,6 +243,18 @@ class Reach:
             "a rule with a cidr inside it says so",
         )
 
+    def leads(self, address: Address, port: int) -> bool:
+        """Whether there is a rule by which a connection may be made to an address, whatever the name."""
+        if self._denied(address, port) is not None:
+            return False
+        never = _never(address)
+        rules = [rule for listed in self._allow.values() for rule in listed if port in rule.ports]
+        if never is None and rules:
+            return True
+        if never is not None and any(_leads(each, never, address) for rule in rules for each in rule.within):
+            return True
+        return self._allowed(address, port) is not None
+
     def _denied(self, address: Address, port: int) -> Decision | None:
         for network, deny in self._refused:
             if address.version == network.version and address in network and port in (deny.ports or (port,)):

@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import dns.asyncbackend
 import dns.rdata
 
 from sandboxd.egress.budget import Budget
@@ -23,12 +22,15 @@ from sandboxd.egress.inward import Inward
 from sandboxd.egress.jail import give_up
 from sandboxd.egress.leaves import Leaves
 from sandboxd.egress.messages import MAX_FAULT, MAX_MESSAGE, Enter, Serve, Setup, decode, encode, rules_of
+from sandboxd.egress.outside import NameServers, Outside
 from sandboxd.egress.servers import Servers, host_authorities
 from sandboxd.egress.upstream import Resolver, host_names
 from sandboxd.kernel import descriptors
 from sandboxd.reach import Reach
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from anyio.abc import TaskGroup
 
 DESCRIPTORS = 65536
@@ -38,9 +40,18 @@ DOORS = 5
 class Worker:
     """Serves the containers of one caller until the daemon closes its end."""
 
-    def __init__(self, sock: socket.socket, resolver: Resolver, servers: Servers, leaves: Leaves) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        setup: Setup,
+        *,
+        hosts: Mapping[str, Sequence[str]],
+        servers: Servers,
+        leaves: Leaves,
+    ) -> None:
         self._sock = sock
-        self._resolver = resolver
+        self._outside = Outside(self._say)
+        self._resolver = Resolver(setup.nameservers, hosts, setup.port, NameServers(self._outside))
         self._servers = servers
         self._leaves = leaves
         self._containers: dict[str, Container] = {}
@@ -62,7 +73,9 @@ class Worker:
                 self._take(tasks, kind, content, fds)
             tasks.cancel_scope.cancel()
 
-    def _take(self, tasks: TaskGroup, kind: str, content: dict[str, Any], fds: list[int]) -> None:
+    def _take(  # noqa: C901  (a line for each kind)
+        self, tasks: TaskGroup, kind: str, content: dict[str, Any], fds: list[int]
+    ) -> None:
         match kind:
             case "rules":
                 rules = rules_of(content["rules"])
@@ -80,6 +93,7 @@ class Worker:
                     budget=Budget(budget),
                     names=self._known.pop(asked.id, {}),
                     resolver=self._resolver,
+                    begin=partial(self._outside.connect, asked.id),
                     servers=self._servers,
                     leaves=self._leaves,
                 )
@@ -89,6 +103,10 @@ class Worker:
                 self._take_secrets(content["id"], content["values"])
             case "answer":
                 self._take_answer(**content)
+            case "connected":
+                self._outside.connected(content["number"], content["code"], fds)
+            case "reply":
+                self._outside.replied(content["number"], content["data"])
             case "enter" if len(fds) == Inward.DESCRIPTORS:
                 self._inward.begin(tasks, Enter(**content), fds)
             case "cut":
@@ -129,7 +147,6 @@ async def main(fd: int, uid: int) -> None:
         sock.setblocking(False)
         # what is imported late elsewhere: no file can be opened later
         dns.rdata.load_all_types()
-        dns.asyncbackend.get_backend("asyncio")
         await anyio.wait_readable(sock)
         _, said = decode(sock.recv(MAX_MESSAGE))
         setup = Setup(**said)
@@ -137,7 +154,7 @@ async def main(fd: int, uid: int) -> None:
         leaves = Leaves(setup.authority, setup.authority_key)
         give_up(uid, DESCRIPTORS, base64.b64decode(setup.filter))
         gc.freeze()
-        await Worker(sock, Resolver(setup.nameservers, hosts, setup.port), servers, leaves).run()
+        await Worker(sock, setup, hosts=hosts, servers=servers, leaves=leaves).run()
     except Exception:  # noqa: BLE001  (it can write no file, and has nobody else to tell)
         sock.setblocking(True)
         with suppress(OSError):

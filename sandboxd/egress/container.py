@@ -65,16 +65,19 @@ class Container:
         budget: Budget,
         names: dict[str, str],
         resolver: upstream.Resolver,
+        begin: Callable[[Address, int], Awaitable[socket.socket]],
         servers: Servers,
         leaves: Leaves,
     ) -> None:
         """``fds``: those of ``network.namespace.Doors``, in its order; this owns them from now on.
 
-        ``names``: those that it was told before, with their addresses.
+        ``begin`` makes connections outside, by these rules. ``names``: those that it was told before, with
+        their addresses.
         """
         self._reach = reach
         self._budget = budget
         self._resolver = resolver
+        self._begin = begin
         self._servers = servers
         self._leaves = leaves
         self.secrets: dict[str, Secret] = {}
@@ -303,9 +306,9 @@ class Container:
 
     async def _connect(self, connection: Connection, address: Address) -> tuple[socket.socket, Address]:
         if connection.name is None:
-            return await upstream.connect_to([address], connection.port)
+            return await upstream.connect_to([address], connection.port, self._begin)
         addresses = await self._resolver.addresses(connection.name)
-        return await upstream.connect(addresses, connection.port, self._reach, connection.name)
+        return await upstream.connect(addresses, connection.port, self._reach, connection.name, self._begin)
 
     async def _relay(self, client: socket.socket, server: socket.socket, connection: Connection) -> None:
         out = Pump(client, server, "out", self._budget)
@@ -365,7 +368,9 @@ class Container:
 
             async def connect() -> socket.socket:
                 addresses = await self._resolver.addresses(name)
-                server, at = await upstream.connect(addresses, connection.port, self._reach, name)
+                server, at = await upstream.connect(
+                    addresses, connection.port, self._reach, name, self._begin
+                )
                 connection.upstream = str(at)
                 return server
 

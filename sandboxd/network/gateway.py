@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -34,7 +35,9 @@ from sandboxd.kernel.cgroup import CgroupLimits
 from sandboxd.models import NetworkEvent, NetworkUse
 from sandboxd.network.authority import Authority
 from sandboxd.network.filter import filter_program
+from sandboxd.network.outward import Outward
 from sandboxd.network.questions import Questions, nobody
+from sandboxd.reach import Reach
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -88,6 +91,11 @@ class _Served:
     ended: anyio.Event = field(default_factory=anyio.Event)
     use: NetworkUse = field(default_factory=NetworkUse)
 
+    @cached_property
+    def reach(self) -> Reach:
+        """Its rules, by which each connection is checked again that its process asks for."""
+        return Reach(self.rules)
+
     def hear(self, kind: str, content: dict[str, Any]) -> None:
         """What its process says of it. Raises ValueError and the like for what it may not say."""
         if self.ended.is_set():
@@ -103,6 +111,8 @@ class _Served:
             case "ask":
                 if not self.ending:  # else it has not heard yet that the call is over
                     self.questions.ask(content, self.worker.send)
+            case "connect":
+                self.worker.outward.connect(content, self.reach.leads)
             case "withdraw":
                 self.questions.withdraw(int(content["number"]))
             case "ended":
@@ -131,6 +141,7 @@ class _Worker:
         self.ready = anyio.Event()
         """Set when it takes containers, or never will."""
         self.faults = 0
+        self.outward: Outward
         self.rules: set[str] = set()
         """The names of those that it has."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -149,6 +160,20 @@ class _Worker:
                 cwd="/",
                 env={"LANG": "C.UTF-8"},
             )
+
+    def hear(self, kind: str, content: dict[str, Any]) -> None:
+        """What it says that is of no container. Raises ValueError and the like for what it may not say."""
+        match kind:
+            case "inward":
+                self.inward.pop(content["number"])(content)
+            case "connect":
+                self.outward.connect(content, None)
+            case "query":
+                self.outward.query(content)
+            case "enough":
+                self.outward.enough(int(content["number"]))
+            case _:
+                raise ValueError(f"unknown: {kind[:32]!r}")
 
     def kill(self) -> None:
         """End the process; its end is heard like any other."""
@@ -309,13 +334,15 @@ class Gateway:
                 return least
         if not self._uids:
             raise errors.HostFailed("every id of the network's processes is in use; raise network.count")
+        nameservers = tuple(map(str, self._config.nameservers)) or _host_nameservers()
         worker = _Worker(caller, self._uids.pop())
+        worker.outward = Outward(self._tasks, worker.send, nameservers, self._config.port)
         workers.append(worker)
         self._tasks.start_soon(self._hear, worker)
         try:
             limits = CgroupLimits(self._config.memory, MAX_THREADS, self._config.cpus)
             await self._confining.confine(worker.name, worker.process.pid, limits)
-            await worker.send(encode("setup", self._setup()))
+            await worker.send(encode("setup", self._setup(nameservers)))
         except BaseException as error:
             worker.process.kill()  # the end of it is heard, and who waits for it looks for another
             if isinstance(error, errors.SandboxdError | OSError | UnicodeDecodeError):
@@ -324,8 +351,7 @@ class Gateway:
         worker.ready.set()
         return worker
 
-    def _setup(self) -> Setup:
-        nameservers = tuple(map(str, self._config.nameservers)) or _host_nameservers()
+    def _setup(self, nameservers: tuple[str, ...]) -> Setup:
         program = base64.b64encode(filter_program()).decode()
         authorities = "\n".join(file.read_text(encoding="ascii") for file in self._config.authorities)
         authority = self._authority
@@ -359,6 +385,7 @@ class Gateway:
                 with suppress(errors.SandboxdError):
                     await self._confining.release(worker.name)
             worker.ready.set()
+            worker.outward.close()
             self._uids.append(worker.uid)
             while worker.inward:
                 worker.inward.popitem()[1](None)
@@ -378,10 +405,10 @@ class Gateway:
                     why = str(content["why"])[:MAX_FAULT]
                     log.error("a network process failed", pid=worker.process.pid, why=why)
                 return True
-            if kind == "inward":
-                worker.inward.pop(content["number"])(content)
-                return True
-            worker.containers[id].hear(kind, content)
+            if id is None:
+                worker.hear(kind, content)
+            else:
+                worker.containers[id].hear(kind, content)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             log.error(  # noqa: TRY400  (its words are hostile, and no trace of ours)
                 "a network process is not understood", pid=worker.process.pid, reason=str(error)[:500]
