@@ -33,12 +33,20 @@ pytestmark = pytest.mark.anyio
 
 AUTHORITY = Authority.make()
 RULES = NetworkRules((Allow("www.example.test", (80,), "net.yaml:1"),), ())
+CONFIG = NetworkConfig.model_validate({"nameservers": ["192.0.2.53"]})
 EVENT = '["event", {"id": "ID", "verdict": "denied"}]'
 
 ASK = (
     '["ask", {"id": "ID", "number": 1, "protocol": "tcp", "name": "a", "address": "", "port": 1, '
     '"method": "", "path": "", "rule": null}]'
 )
+
+CONNECT = '["connect", {"id": "ID", "number": 1, "address": "ADDRESS", "port": 80}]'
+QUERY = '["query", {"number": 1, "server": "192.0.2.53", "data": "QQ=="}]'
+NOWHERE = [
+    "127.0.0.1", "::1", "0.0.0.0", "::", "10.1.2.3", "192.168.1.1", "169.254.169.254", "::ffff:127.0.0.1",
+    "64:ff9b::7f00:1", "fe80::1", "fe80::1%1", "fd00::1", "224.0.0.1", "198.18.0.1", "name.example",
+]  # fmt: skip
 
 
 class Refusing(Unconfined):
@@ -73,7 +81,7 @@ async def serve_until_given_up(confining: Unconfined) -> list[NetworkEvent]:
     """The events of a call whose container no process serves in the end."""
     events: list[NetworkEvent] = []
     async with anyio.create_task_group() as tasks:
-        gateway = Gateway(NetworkConfig(), confining, tasks, AUTHORITY)
+        gateway = Gateway(CONFIG, confining, tasks, AUTHORITY)
         with served(RULES) as (_, made), anyio.fail_after(60):
             await gateway.serve("call", 0, made, events.append, decide=undecided)
             while made.doors.tcp >= 0:  # noqa: ASYNC110  (no event tells)
@@ -109,11 +117,21 @@ async def serve_until_given_up(confining: Unconfined) -> list[NetworkEvent]:
         ASK.replace('"name": "a"', '"name": "%s"' % ("a" * 2000)),
         f"{ASK}\n{ASK}",
         "\n".join(ASK.replace('"number": 1', f'"number": {number}') for number in range(1, 66)),
+        *(CONNECT.replace("ADDRESS", address) for address in NOWHERE),
+        CONNECT.replace("ADDRESS", "93.184.216.34").replace("80", "81"),
+        CONNECT.replace("ADDRESS", "93.184.216.34").replace("80", "0"),
+        CONNECT.replace("ADDRESS", "93.184.216.53").replace('"id": "ID", ', "").replace("80", "53"),
+        CONNECT.replace("ADDRESS", "192.0.2.53").replace('"id": "ID", ', ""),
+        QUERY.replace("192.0.2.53", "127.0.0.1"),
+        QUERY.replace("QQ==", "QQ"),
+        QUERY.replace("QQ==", "QQ==" * 1000),
+        f"{QUERY}\n{QUERY}",
+        '["enough", {}]',
         '["withdraw", {"id": "ID"}]',
         '["withdraw", {"id": "ID", "number": []}]',
         "\n".join([EVENT] * (MAX_EVENTS + 1)),
     ],
-    ids=range(25),
+    ids=range(25 + 9 + len(NOWHERE)),
 )
 async def test_what_says_more_than_it_may_is_ended(hostile: Callable[..., None], message: str) -> None:
     hostile(message)
