@@ -20,7 +20,6 @@ from sandboxd.egress.container import Container
 from sandboxd.egress.injection import Secret
 from sandboxd.egress.inward import Inward
 from sandboxd.egress.jail import give_up
-from sandboxd.egress.leaves import Leaves
 from sandboxd.egress.messages import MAX_FAULT, MAX_MESSAGE, Enter, Serve, Setup, decode, encode, rules_of
 from sandboxd.egress.outside import NameServers, Outside
 from sandboxd.egress.servers import Servers, host_authorities
@@ -29,9 +28,11 @@ from sandboxd.kernel import descriptors
 from sandboxd.reach import Reach
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from anyio.abc import TaskGroup
+
+    from sandboxd.egress.inspect import Inspection
 
 DESCRIPTORS = 65536
 DOORS = 5
@@ -46,14 +47,12 @@ class Worker:
         setup: Setup,
         *,
         hosts: Mapping[str, Sequence[str]],
-        servers: Servers,
-        leaves: Leaves,
+        look: Callable[..., Inspection] | None,
     ) -> None:
         self._sock = sock
         self._outside = Outside(self._say)
         self._resolver = Resolver(setup.nameservers, hosts, setup.port, NameServers(self._outside))
-        self._servers = servers
-        self._leaves = leaves
+        self._look = look
         self._containers: dict[str, Container] = {}
         self._inward = Inward(self._say)
         self._known: dict[str, dict[str, str]] = {}
@@ -94,8 +93,7 @@ class Worker:
                     names=self._known.pop(asked.id, {}),
                     resolver=self._resolver,
                     begin=partial(self._outside.connect, asked.id),
-                    servers=self._servers,
-                    leaves=self._leaves,
+                    look=self._look,
                 )
                 container.secrets.update(self._secrets.pop(asked.id, {}))
                 container.begin(tasks)
@@ -140,6 +138,15 @@ class Worker:
             self._sock.setblocking(False)
 
 
+def _looking(setup: Setup) -> Callable[..., Inspection]:
+    """What serves connections whose rules look into HTTP; most processes do without all that it needs."""
+    from sandboxd.egress.inspect import Inspection  # noqa: PLC0415
+    from sandboxd.egress.leaves import Leaves  # noqa: PLC0415
+
+    servers = Servers(host_authorities() + setup.authorities)
+    return partial(Inspection, leaves=Leaves(setup.authority, setup.authority_key), servers=servers)
+
+
 async def main(fd: int, uid: int) -> None:
     """Become what serves, and serve."""
     sock = socket.socket(fileno=fd)
@@ -150,11 +157,11 @@ async def main(fd: int, uid: int) -> None:
         await anyio.wait_readable(sock)
         _, said = decode(sock.recv(MAX_MESSAGE))
         setup = Setup(**said)
-        hosts, servers = host_names(), Servers(host_authorities() + setup.authorities)
-        leaves = Leaves(setup.authority, setup.authority_key)
+        hosts = host_names()
+        look = _looking(setup) if setup.authority else None
         give_up(uid, DESCRIPTORS, base64.b64decode(setup.filter))
         gc.freeze()
-        await Worker(sock, setup, hosts=hosts, servers=servers, leaves=leaves).run()
+        await Worker(sock, setup, hosts=hosts, look=look).run()
     except Exception:  # noqa: BLE001  (it can write no file, and has nobody else to tell)
         sock.setblocking(True)
         with suppress(OSError):

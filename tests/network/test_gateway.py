@@ -13,6 +13,7 @@ from sandboxd import errors
 from sandboxd.config import NetworkConfig
 from sandboxd.engine.probe import probe_shape
 from sandboxd.journal.spool import Spool
+from sandboxd.models import NetworkUse
 from sandboxd.network.authority import Authority
 from sandboxd.network.entrance import Entrances
 from sandboxd.network.gateway import MAX_EVENTS, Gateway
@@ -150,15 +151,36 @@ async def test_a_process_that_cannot_be_confined_serves_nobody_and_holds_up_nobo
 
 
 async def test_a_last_word_that_does_not_come_is_not_waited_for(hostile: Callable[..., None]) -> None:
-    hostile(EVENT)
+    hostile('["awake", {"id": "ID"}]', EVENT)
     events: list[NetworkEvent] = []
     async with anyio.create_task_group() as tasks:
         gateway = Gateway(NetworkConfig(), Unconfined(), tasks, AUTHORITY)
         with served(RULES) as (_, made), anyio.fail_after(20):
             await gateway.serve("call", 0, made, events.append)
+            while not events:  # noqa: ASYNC110  (no event tells)
+                await anyio.sleep(0.01)
             await gateway.begin_end("call")
             await gateway.end("call")
         assert events[-1].verdict == "failed"
+        tasks.cancel_scope.cancel()
+
+
+async def test_where_nothing_happened_nobody_waits_for_it_and_one_that_is_silent_is_ended(
+    hostile: Callable[..., None],
+) -> None:
+    hostile("")
+    events: list[NetworkEvent] = []
+    async with anyio.create_task_group() as tasks:
+        gateway = Gateway(NetworkConfig(), Unconfined(), tasks, AUTHORITY)
+        with served(RULES) as (_, made), anyio.fail_after(20):
+            await gateway.serve("call", 0, made, events.append)
+            [worker] = gateway._workers[0]
+            with anyio.fail_after(1):
+                await gateway.begin_end("call")
+                assert await gateway.end("call") == NetworkUse()
+            while worker.process.poll() is None:  # noqa: ASYNC110
+                await anyio.sleep(0.05)
+        assert events == []
         tasks.cancel_scope.cancel()
 
 
