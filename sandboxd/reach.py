@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
+from sandboxd.excerpt import excerpt
 from sandboxd.httprule import ambiguous
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ class Reach:
         denied = [rule for rule in _matching(self._deny, name) if port in (rule.ports or (port,))]
         allowed = [rule for rule in _matching(self._allow, name) if port in rule.ports]
         rules: tuple[Allow | Deny, ...] = (*denied, *allowed)
-        said = f"{asked.method[:32]} {asked.path.decode(errors='replace')[:1024]}"
+        said = f"{excerpt(asked.method, 32)} {excerpt(asked.path.decode(errors='replace'), 1024)}"
         of_paths = any(rule.http is not None and rule.http.paths for rule in rules)
         if of_paths and (why := ambiguous(asked.target)) is not None:
             return Decision(allowed=False, why=f"{said}: {why}")
