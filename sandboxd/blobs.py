@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import secrets
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -19,7 +20,7 @@ from sandboxd import errors
 from sandboxd.failpoint import failpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -89,8 +90,9 @@ class BlobWriter:
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._tmp.replace(path)
             except FileExistsError:
-                # What is there may have lost its bytes with the power: this copy has them for sure.
-                if durable or path.stat().st_size != self.size:
+                # What is there may have lost its bytes with the power: this copy has them for sure. It is new
+                # again, so that it is not taken for one that nobody wants.
+                with self._store.changing:
                     self._tmp.replace(path)
             failpoint("blob.placed")
             if durable:
@@ -115,6 +117,7 @@ class BlobStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.changing = threading.Lock()  # between a blob that comes again and one that is removed
         with _mapped():
             (root / "tmp").mkdir(mode=0o700, parents=True, exist_ok=True)
             (root / "sha256").mkdir(mode=0o700, exist_ok=True)
@@ -147,6 +150,32 @@ class BlobStore:
             return self.path(digest).open("rb")
         except FileNotFoundError:
             raise errors.NotFound(f"no blob {digest} is stored") from None
+
+    def directories(self) -> list[Path]:
+        """Where blobs are, some in each."""
+        return sorted((self.root / "sha256").iterdir())
+
+    def unused_since(self, directory: Path, when: float) -> list[str]:
+        """Digests of blobs in one of the directories that were last written before a time."""
+        return [
+            f"sha256:{path.name}"
+            for path in directory.iterdir()
+            if _DIGEST.fullmatch(f"sha256:{path.name}") and path.stat().st_mtime < when
+        ]
+
+    def discard(self, digests: Sequence[str], when: float) -> int:
+        """Remove blobs, unless one was written again since a time; returns how many."""
+        removed = 0
+        for digest in digests:
+            path = self.path(digest)
+            with self.changing:
+                try:
+                    if path.stat().st_mtime < when:
+                        path.unlink()
+                        removed += 1
+                except FileNotFoundError:
+                    continue
+        return removed
 
     def clean(self) -> int:
         """Remove what an earlier process left half-written, before the first writer; returns how many."""

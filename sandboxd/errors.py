@@ -7,11 +7,15 @@ SandboxdError
 │   ├── NotPermitted               not_permitted            403
 │   ├── PortNotExposed             port_not_exposed         403
 │   ├── NotFound                   not_found                404
+│   ├── Pruned                     pruned                   410
 │   ├── KeyConflict                key_conflict             409
 │   ├── StateConflict              state_conflict           409
+│   │   ├── SessionExists          session_exists           409
+│   │   ├── SessionBusy            session_busy             409
 │   │   ├── CallNotStarted         call_not_started         409
 │   │   └── CallEnded              call_ended               409
 │   ├── ImageInUse                 image_in_use             409
+│   ├── PreconditionFailed         precondition_failed      412
 │   ├── TooLarge                   too_large                413
 │   ├── RequestTooWide             request_too_wide         422
 │   ├── PolicyInvalid              policy_invalid           422
@@ -19,6 +23,8 @@ SandboxdError
 │   ├── ImageInvalid               image_invalid            422
 │   ├── SecretMissing              secret_missing           422
 │   ├── SecretUnfit                secret_unfit             422
+│   ├── QuotaExceeded              quota_exceeded           422
+│   ├── WorkspaceUnfit             workspace_unfit          422
 │   ├── QueueFull                  queue_full               429
 │   ├── RequestTimeout             request_timeout          408
 │   ├── PortNotAnswering           port_not_answering       502
@@ -66,7 +72,10 @@ __all__ = [
     "PortAnswerInvalid",
     "PortNotAnswering",
     "PortNotExposed",
+    "PreconditionFailed",
+    "Pruned",
     "QueueFull",
+    "QuotaExceeded",
     "Refused",
     "RequestTimeout",
     "RequestTooWide",
@@ -74,9 +83,12 @@ __all__ = [
     "SecretMissing",
     "SecretUnfit",
     "SecretsUnavailable",
+    "SessionBusy",
+    "SessionExists",
     "StateConflict",
     "TooLarge",
     "Unavailable",
+    "WorkspaceUnfit",
 ]
 
 
@@ -135,6 +147,13 @@ class NotFound(Refused):
     status = 404
 
 
+class Pruned(Refused):
+    """Raised when what was named was removed by retention; ``details["pruned"]`` says when."""
+
+    code = "pruned"
+    status = 410
+
+
 class KeyConflict(Refused):
     """Raised when an idempotency key was used before with another request."""
 
@@ -161,11 +180,33 @@ class CallEnded(StateConflict):
     code = "call_ended"
 
 
+class SessionExists(StateConflict):
+    """Raised when a session is made by a name that another of the caller's has, ``details["id"]``."""
+
+    code = "session_exists"
+
+
+class SessionBusy(StateConflict):
+    """Raised when something is asked of a session that does not go while calls run in it or wait for it."""
+
+    code = "session_busy"
+
+
 class ImageInUse(Refused):
     """Raised when an image is removed that a policy or a running call uses."""
 
     code = "image_in_use"
     status = 409
+
+
+class PreconditionFailed(Refused):
+    """Raised when a file is not what ``If-Match`` or ``If-None-Match`` said.
+
+    ``details["digest"]`` is what it is; None where there is no file.
+    """
+
+    code = "precondition_failed"
+    status = 412
 
 
 class TooLarge(Refused):
@@ -217,6 +258,26 @@ class SecretUnfit(Refused):
     """Raised when a secret cannot be given as the policy grants it, such as one with a NUL as a variable."""
 
     code = "secret_unfit"
+    status = 422
+
+
+class QuotaExceeded(Refused):
+    """Raised when a quota has no room; ``details`` has its name, ``quota``, and ``allowed`` and ``asked``.
+
+    Where a call's files are what does not fit, it is the call's outcome, ``denied``.
+    """
+
+    code = "quota_exceeded"
+    status = 422
+
+
+class WorkspaceUnfit(Refused):
+    """Raised when no layer can hold a workspace's files, such as one with a name that is too long.
+
+    Where it is found after a call, it is the call's outcome, ``denied``.
+    """
+
+    code = "workspace_unfit"
     status = 422
 
 

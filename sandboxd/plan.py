@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from sandboxd import canonical, units
-from sandboxd.errors import ControlNotSupported, InvalidRequest, RequestTooWide, TooLarge
+from sandboxd.errors import InvalidRequest, RequestTooWide, TooLarge
 from sandboxd.models import Bytes
 from sandboxd.policy import paths, seccomp
 from sandboxd.policy.environment import environment
@@ -215,6 +215,8 @@ class Plan(Data):
     artifacts: tuple[tuple[str, int | None], ...]
     """Patterns that the policy releases, each with its largest file size."""
     narrowed_artifacts: tuple[str, ...] | None
+    commit: Literal["exited", "success", "always", "never"] | None = None
+    """When its session keeps what it changed; None: it runs in none."""
 
     @property
     def holds(self) -> int:
@@ -236,6 +238,7 @@ class Plan(Data):
             "tar": self.tar,
             "artifacts": self.artifacts,
             "narrowed_artifacts": self.narrowed_artifacts,
+            "commit": self.commit,
         }
         encoded = {name: canonical.canonical(value) for name, value in rest.items()}
         return canonical.joined({"shape": self.shape.encoded, **encoded})
@@ -293,10 +296,8 @@ def make_plan(policy: Policy, shape: Shape, request: Request) -> Plan:
     """The plan of a request under its policy's shape.
 
     Raises RequestTooWide if the request asks for more than the policy allows, InvalidRequest for a
-    path, pattern, variable or limit that is malformed, ControlNotSupported for a session.
+    path, pattern, variable or limit that is malformed.
     """
-    if request.session is not None:
-        raise ControlNotSupported("sessions are not supported by this release", field="session")
     for name in shape.granted("env"):
         if name in request.env:
             raise InvalidRequest(
@@ -311,6 +312,7 @@ def make_plan(policy: Policy, shape: Shape, request: Request) -> Plan:
         tar=None if request.tar is None else canonical.digest_bytes(request.tar.decode()),
         artifacts=tuple((artifact.path, artifact.max_size) for artifact in policy.artifacts),
         narrowed_artifacts=_patterns(request.artifacts),
+        commit=None if request.session is None else policy.commit,
     )
 
 

@@ -27,7 +27,7 @@ from daemons import PATIENCE, Daemon, slots_of, start_daemon, until
 
 from sandboxd import canonical, errors
 from sandboxd.failpoint import VARIABLE
-from sandboxd.journal import chain, schema
+from sandboxd.journal import schema, verify
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -264,7 +264,7 @@ class Crashing:
         answers = self.answers(before)  # before the journal: meanwhile callers go on
         connection = schema.connect_reader(self.state / "journal.sqlite3")
         try:
-            report = chain.verify(connection)
+            report = verify.verify(connection)
             rows = dict(connection.execute("SELECT key, id FROM invocations WHERE key IS NOT NULL"))
         finally:
             connection.close()

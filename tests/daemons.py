@@ -82,6 +82,13 @@ class Daemon:
             check=False,
         )
 
+    def sandboxd(self, *argv: str) -> str:
+        """What ``sandboxd`` with these arguments prints, asked of this daemon."""
+        command = [str(SANDBOXD), *argv, "--socket", str(self.socket)]
+        done = subprocess.run(command, capture_output=True, check=False, timeout=60 * PATIENCE)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout.decode()
+
     @property
     def engine(self) -> int:
         """Its other process, which has the engine and whose children the containers are."""

@@ -192,9 +192,10 @@ def test_artifacts_are_the_policys_and_what_the_request_narrows() -> None:
     assert plan("python", artifacts=[]).narrowed_artifacts == ()
 
 
-def test_a_session_is_not_supported_yet() -> None:
-    with pytest.raises(errors.ControlNotSupported):
-        plan(session="s")
+def test_a_plan_says_when_its_session_keeps_what_it_changed() -> None:
+    alone, within = plan(), plan(session="s")
+    assert (alone.commit, within.commit) == (None, "exited")
+    assert alone.digest != within.digest
 
 
 def test_plans_differ_by_what_they_would_do_only() -> None:

@@ -26,7 +26,9 @@ from sandboxd.api.invocations import JSON, Invocations, json_response
 from sandboxd.api.openapi import ANY, document
 from sandboxd.api.ports import Ports
 from sandboxd.api.protocol import CALLER, ServerConfig
+from sandboxd.api.records import Records
 from sandboxd.api.secrets import Secrets
+from sandboxd.api.sessions import Sessions
 from sandboxd.errors import InvalidRequest, NotFound, NotIdentified, SandboxdError, TooLarge
 from sandboxd.room import Room
 
@@ -48,7 +50,9 @@ VERSION = "1"
 DOCUMENTED: set[type[BaseModel]] = {
     models.Request, models.Invocation, models.InvocationList, models.PolicyInfo, models.PolicyProblem,
     models.PlanDocument, models.ImageInfo, models.SlotInfo, models.Health, models.Artifact, models.Withheld,
-    models.SecretInfo, queries.SignalBody, queries.CheckBody,
+    models.SecretInfo, models.SessionRequest, models.SessionFork, models.SessionRollback, models.SessionInfo,
+    models.SessionList, models.CheckpointInfo, models.CheckpointList, models.SearchResults, models.Pruning,
+    queries.SignalBody, queries.CheckBody, queries.PruneBody,
 }  # fmt: skip
 
 log = structlog.get_logger(__name__)
@@ -87,6 +91,8 @@ def build(service: Service) -> Edge:
         *ports.routes(),
         *Catalogue(service, bodies).routes(),
         *Secrets(service, bodies).routes(),
+        *Sessions(service, bodies).routes(),
+        *Records(service).routes(),
     ]
 
     @cache  # most daemons are never asked

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from sandboxd.config import SessionShare
 from sandboxd.models import CallerInfo
 
 if TYPE_CHECKING:
@@ -66,7 +67,10 @@ class Caller:
     policies: tuple[str, ...] = ()
     concurrent: int | None = None
     weight: int = 1
+    queued: int | None = None
+    """Calls that may wait; None: only the daemon's queue bounds them."""
     secrets: tuple[str, ...] = ()
+    sessions: SessionShare = field(default_factory=SessionShare)
 
     def may_have(self, secret: str) -> bool:
         """Whether a policy may give this secret to the caller's calls."""
@@ -129,7 +133,9 @@ class Identity:
                     policies=rule.policies,
                     concurrent=rule.concurrent,
                     weight=rule.weight,
+                    queued=rule.queued,
                     secrets=rule.granted,
+                    sessions=rule.sessions,
                 )
         return Caller(peer.uid, peer.gid, peer.groups, "none")
 

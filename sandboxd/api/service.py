@@ -14,9 +14,48 @@ if TYPE_CHECKING:
     from sandboxd import errors, models
     from sandboxd.api.identity import Caller
     from sandboxd.config import Config
+    from sandboxd.journal.search import Query
     from sandboxd.network.entrance import Entrance
 
-__all__ = ["Service"]
+__all__ = ["Service", "SessionService"]
+
+
+class SessionService(Protocol):
+    """Sessions, by their ids or names. All raise NotFound for one that is not the caller's."""
+
+    async def create(self, caller: Caller, asked: models.SessionRequest) -> models.SessionInfo:
+        """A new one. Raises SessionExists, QuotaExceeded, NotPermitted."""
+        ...
+
+    async def list(self, caller: Caller, *, before: str | None, limit: int) -> models.SessionList:
+        """A page of them, newest first."""
+        ...
+
+    async def get(self, caller: Caller, named: str) -> models.SessionInfo:
+        """One."""
+        ...
+
+    async def delete(self, caller: Caller, named: str) -> None:
+        """Remove one. Raises SessionBusy, as do those that follow."""
+        ...
+
+    async def checkpoints(
+        self, caller: Caller, named: str, *, before: str | None, limit: int
+    ) -> models.CheckpointList:
+        """A page of its checkpoints, newest first."""
+        ...
+
+    async def fork(self, caller: Caller, named: str, asked: models.SessionFork) -> models.SessionInfo:
+        """A new one that begins with a checkpoint of it."""
+        ...
+
+    async def rollback(self, caller: Caller, named: str, checkpoint: str) -> models.SessionInfo:
+        """Move it to a checkpoint."""
+        ...
+
+    async def discard(self, caller: Caller, named: str) -> models.SessionInfo:
+        """Forget the checkpoints that it does not stand on."""
+        ...
 
 
 class Service(Protocol):
@@ -25,6 +64,11 @@ class Service(Protocol):
     @property
     def config(self) -> Config:
         """The configuration that the daemon runs with."""
+        ...
+
+    @property
+    def sessions(self) -> SessionService:
+        """The sessions of all callers."""
         ...
 
     async def submit(self, caller: Caller, request: models.Request, *, tied: bool) -> models.Invocation:
@@ -54,6 +98,10 @@ class Service(Protocol):
         limit: int,
     ) -> models.InvocationList:
         """A page of invocations, newest first; each label must be there with its value."""
+        ...
+
+    async def readable(self, caller: Caller, id: str) -> None:  # noqa: A002
+        """Raise what keeps its events and output from being read."""
         ...
 
     def events(self, caller: Caller, id: str, *, after: int, follow: bool) -> AsyncIterator[models.Event]:  # noqa: A002
@@ -161,6 +209,14 @@ class Service(Protocol):
 
     async def remove_secret(self, caller: Caller, name: str) -> None:
         """Forget one."""
+        ...
+
+    async def search(self, caller: Caller, query: Query) -> models.SearchResults:
+        """A page of calls that fit, newest first: the caller's own, or for an operator all."""
+        ...
+
+    async def prune(self, caller: Caller, *, age: int | None, size: int | None) -> models.Pruning:
+        """Remove the oldest bodies and files now; for operators."""
         ...
 
     async def refused(self, caller: Caller, error: errors.Refused, summary: dict[str, Any]) -> None:

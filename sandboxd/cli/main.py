@@ -73,11 +73,29 @@ GROUPS = {
             "rm": "secret:rm",
         },
     ),
+    "session": (
+        "Lines of calls that share a workspace, and their checkpoints.",
+        {
+            "create": "session:create",
+            "ls": "session:list_sessions",
+            "show": "session:show",
+            "rm": "session:delete",
+            "checkpoints": "session:checkpoints",
+            "fork": "session:fork",
+            "rollback": "session:rollback",
+            "discard": "session:discard",
+        },
+    ),
     "journal": (
         "The chained records of all calls.",
         {
             "verify": "journal:verify",
             "head": "journal:head",
+            "key": "journal:key",
+            "export": "journal:export",
+            "show": "journal:show",
+            "search": "search:search",
+            "prune": "search:prune",
         },
     ),
 }

@@ -45,6 +45,7 @@ class RequestFields(TypedDict):
     labels: NotRequired[Mapping[str, str]]
     key: NotRequired[str]
     session: NotRequired[str]
+    priority: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -343,6 +344,111 @@ def rotate_secret(name: str, value: bytes) -> Call[models.SecretInfo]:
 def remove_secret(name: str) -> Call[None]:
     """Forget one."""
     return Call(wire.Exchange("DELETE", wire.target("secrets", name)), _none)
+
+
+def _session_fields(
+    name: str | None,
+    *,
+    policy: str | None,
+    labels: Mapping[str, str] | None,
+    ttl: int | str | None,
+    idle: int | str | None,
+    size: int | str | None,
+    inodes: int | str | None,
+) -> dict[str, Any]:
+    given = {"name": name, "policy": policy, "labels": labels and dict(labels), "ttl": ttl, "idle": idle}
+    quota = {key: value for key, value in (("size", size), ("inodes", inodes)) if value is not None}
+    return {key: value for key, value in {**given, "quota": quota}.items() if value}
+
+
+def _valid(model: type[M], fields: Mapping[str, Any]) -> M:
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise errors.InvalidRequest(f"{where}: {first['msg']}", field=where) from None
+
+
+def create_session(name: str | None, **fields: Any) -> Call[models.SessionInfo]:
+    """A new session."""
+    asked = _valid(models.SessionRequest, _session_fields(name, **fields))
+    return Call(wire.Exchange("POST", wire.target("sessions"), _body(asked)), _one(models.SessionInfo))
+
+
+def fork_session(
+    session: str, name: str | None, checkpoint: str | None, **fields: Any
+) -> Call[models.SessionInfo]:
+    """A new session that begins with a checkpoint of another."""
+    given = _session_fields(name, **fields) | ({} if checkpoint is None else {"checkpoint": checkpoint})
+    body = _body(_valid(models.SessionFork, given))
+    return Call(
+        wire.Exchange("POST", wire.target("sessions", session, "fork"), body), _one(models.SessionInfo)
+    )
+
+
+def sessions(before: str | None, limit: int | None) -> Call[models.SessionList]:
+    """A page of sessions."""
+    return Call(
+        wire.Exchange("GET", wire.target("sessions", before=before, limit=limit)), _one(models.SessionList)
+    )
+
+
+def session(named: str) -> Call[models.SessionInfo]:
+    """One of them."""
+    return Call(wire.Exchange("GET", wire.target("sessions", named)), _one(models.SessionInfo))
+
+
+def delete_session(named: str) -> Call[None]:
+    """Remove one."""
+    return Call(wire.Exchange("DELETE", wire.target("sessions", named)), _none)
+
+
+def checkpoints(named: str, before: str | None, limit: int | None) -> Call[models.CheckpointList]:
+    """A page of the checkpoints of one."""
+    target = wire.target("sessions", named, "checkpoints", before=before, limit=limit)
+    return Call(wire.Exchange("GET", target), _one(models.CheckpointList))
+
+
+def rollback_session(named: str, checkpoint: str) -> Call[models.SessionInfo]:
+    """Move one to a checkpoint."""
+    body = _body(_valid(models.SessionRollback, {"checkpoint": checkpoint}))
+    return Call(
+        wire.Exchange("POST", wire.target("sessions", named, "rollback"), body), _one(models.SessionInfo)
+    )
+
+
+def discard_session(named: str) -> Call[models.SessionInfo]:
+    """Forget what one does not stand on."""
+    return Call(
+        wire.Exchange("POST", wire.target("sessions", named, "discard"), b""), _one(models.SessionInfo)
+    )
+
+
+def search(
+    q: str,
+    *,
+    policy: str | None,
+    uid: int | None,
+    cause: str | None,
+    image: str | None,
+    since: int | None,
+    until: int | None,
+    before: int | None,
+    limit: int | None,
+) -> Call[models.SearchResults]:
+    """A page of calls that fit."""
+    target = wire.target(
+        "search", q=q or None, policy=policy, uid=uid, cause=cause, image=image, since=since, until=until,
+        before=before, limit=limit,
+    )  # fmt: skip
+    return Call(wire.Exchange("GET", target), _one(models.SearchResults))
+
+
+def prune(age: int | None, size: int | None) -> Call[models.Pruning]:
+    """Remove the oldest bodies and files now."""
+    body = json.dumps({k: v for k, v in (("age", age), ("size", size)) if v is not None}).encode()
+    return Call(wire.Exchange("POST", wire.target("prune"), body, waits=True), _one(models.Pruning))
 
 
 def health() -> Call[models.Health]:

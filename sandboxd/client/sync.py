@@ -13,7 +13,7 @@ from sandboxd.client.destination import Destination
 if TYPE_CHECKING:
     import signal as signals
     import socket as sockets
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
     from typing import Unpack
 
@@ -282,6 +282,107 @@ class Client:
     def remove_secret(self, name: str) -> None:
         """Forget a secret. Raises NotFound."""
         self._do(calls.remove_secret(name))
+
+    def create_session(
+        self,
+        name: str | None = None,
+        *,
+        policy: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        ttl: int | str | None = None,
+        idle: int | str | None = None,
+        size: int | str | None = None,
+        inodes: int | str | None = None,
+    ) -> models.SessionInfo:
+        """Make a session: calls with ``session=`` its name or id find the files that those before left.
+
+        ``policy`` is the only one of its calls; after ``ttl``, or ``idle`` after its last use, it is removed;
+        ``size`` and ``inodes`` are its quota. Raises SessionExists, QuotaExceeded, NotPermitted.
+        """
+        call = calls.create_session(
+            name, policy=policy, labels=labels, ttl=ttl, idle=idle, size=size, inodes=inodes
+        )
+        return self._do(call)
+
+    def fork_session(
+        self,
+        session: str,
+        name: str | None = None,
+        *,
+        checkpoint: str | None = None,
+        policy: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        ttl: int | str | None = None,
+        idle: int | str | None = None,
+        size: int | str | None = None,
+        inodes: int | str | None = None,
+    ) -> models.SessionInfo:
+        """Make a session that begins with a checkpoint of another, else with where that stands.
+
+        Raises NotFound, SessionExists, QuotaExceeded, NotPermitted.
+        """
+        call = calls.fork_session(
+            session,
+            name,
+            checkpoint,
+            policy=policy,
+            labels=labels,
+            ttl=ttl,
+            idle=idle,
+            size=size,
+            inodes=inodes,
+        )
+        return self._do(call)
+
+    def sessions(self, *, before: str | None = None, limit: int | None = None) -> models.SessionList:
+        """A page of sessions, newest first; ``before`` is the ``next`` of the page before."""
+        return self._do(calls.sessions(before, limit))
+
+    def session(self, named: str) -> models.SessionInfo:
+        """One session, by its name or id. Raises NotFound."""
+        return self._do(calls.session(named))
+
+    def delete_session(self, named: str) -> None:
+        """Remove a session and its files. Raises NotFound, SessionBusy while calls are in it."""
+        self._do(calls.delete_session(named))
+
+    def checkpoints(
+        self, named: str, *, before: str | None = None, limit: int | None = None
+    ) -> models.CheckpointList:
+        """A page of the checkpoints of a session, newest first. Raises NotFound."""
+        return self._do(calls.checkpoints(named, before, limit))
+
+    def rollback_session(self, named: str, checkpoint: str) -> models.SessionInfo:
+        """Let a session stand on one of its checkpoints, by id or digest. Raises NotFound, SessionBusy."""
+        return self._do(calls.rollback_session(named, checkpoint))
+
+    def discard_session(self, named: str) -> models.SessionInfo:
+        """Forget the checkpoints that a session does not stand on. Raises NotFound, SessionBusy."""
+        return self._do(calls.discard_session(named))
+
+    def search(
+        self,
+        q: str = "",
+        *,
+        policy: str | None = None,
+        uid: int | None = None,
+        cause: str | None = None,
+        image: str | None = None,
+        since: int | None = None,
+        until: int | None = None,
+        before: int | None = None,
+        limit: int | None = None,
+    ) -> models.SearchResults:
+        """A page of ended calls whose command or output fits; times are µs. Raises InvalidRequest."""
+        call = calls.search(
+            q, policy=policy, uid=uid, cause=cause, image=image, since=since, until=until, before=before,
+            limit=limit,
+        )  # fmt: skip
+        return self._do(call)
+
+    def prune(self, *, age: int | None = None, size: int | None = None) -> models.Pruning:
+        """Remove bodies, output and artifacts older than ``age`` (µs) or beyond ``size`` bytes, now."""
+        return self._do(calls.prune(age, size))
 
     def health(self) -> models.Health:
         """Whether the daemon takes calls, and with what."""

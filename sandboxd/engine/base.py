@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sandboxd.plan import Shape
     from sandboxd.receipt import Reading
 
-__all__ = ["Capabilities", "Check", "Engine", "Slot", "Trusted"]
+__all__ = ["Capabilities", "Check", "Engine", "Slot", "Stacked", "Trusted"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,16 @@ class Trusted:
     """Digests of the bundles that have it, by their places in the container."""
 
 
+@dataclass(frozen=True)
+class Stacked:
+    """The workspace of a call in a session: an overlay, with an upper layer of the call's own."""
+
+    upper_fd: int
+    """Descriptor of the upper layer, which outlives the container."""
+    layers: int
+    """How many are below it."""
+
+
 @dataclass
 class Slot:
     """One container that an engine has made; its tool process is parked before ``execve``."""
@@ -119,6 +129,8 @@ class Slot:
     """Whether the parked process is the shape's interpreter, which waits for a command."""
     held: ExitStack = field(default_factory=ExitStack)
     """Keeps the image from being removed; a slot that waits lets go of it."""
+    stacked: Stacked | None = None
+    """Where the call's session has put its files into the place of the empty workspace."""
     reading: Reading | None = None
     """What was read of the slot when it was made, where it has waited for its call."""
 

@@ -203,6 +203,15 @@ class Spool:
             output.size = min(size, output.sealed + _MAX_EVENT)
             self._seal(stream)
 
+    def allow(self, caps: Mapping[Stream, int]) -> None:
+        """Let each stream grow by so many bytes from where it is: another attempt has caps of its own."""
+        for stream, output in self._outputs.items():
+            output.cap = output.size + caps[stream]
+
+    def size(self, stream: Stream) -> int:
+        """Bytes of a stream so far."""
+        return self._outputs[stream].size if stream in self._outputs else self._summary(stream).size
+
     def append(self, stream: Stream, data: bytes | memoryview) -> int:
         """Store output up to the stream's cap; returns how many bytes were stored, the rest is dropped.
 
@@ -314,6 +323,19 @@ class Spool:
             for fd in {self._events, self._details} - {-1}:
                 os.close(fd)
             self._notify()
+
+    def leave(self) -> None:
+        """Let go of the files as if this daemon died: another spool goes on with them."""
+        with mapped():
+            for stream in STREAMS:
+                if self._held is None:
+                    self._seal(stream)
+        self._closed = True
+        for output in self._outputs.values():
+            output.close()
+        for fd in {self._events, self._details} - {-1}:
+            os.close(fd)
+        self._notify()
 
     def _summarise(self) -> None:
         with mapped():

@@ -80,6 +80,11 @@ class Writer:
             connection.close()
             raise
 
+    @property
+    def head(self) -> chain.Head:
+        """The head of the chain, as the newest transaction left it."""
+        return chain.Head(0, chain.GENESIS) if self._transaction is None else self._transaction.head
+
     def serve(self) -> None:
         """Take operations from the running event loop."""
         self._sync = FileSync(self._log)

@@ -348,14 +348,17 @@ def _write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view[:_CHUNK]) :]
 
 
-def write_inputs(root: int, inputs: Iterable[tuple[str, bytes, int]], uid: int, gid: int) -> None:
+def write_inputs(
+    root: int, inputs: Iterable[tuple[str, bytes, int]], uid: int, gid: int, *, replace: bool = False
+) -> None:
     """Write ``(path, bytes, mode)`` files into a workspace before its tool starts, owned by these host ids.
 
-    ``root`` is a descriptor of the workspace's root (``O_PATH`` will do). Blocks; call it in a thread.
+    ``root`` is a descriptor of the workspace's root (``O_PATH`` will do). With ``replace`` a file that is
+    there already gives way. Blocks; call it in a thread.
     Raises InvalidRequest for a bad path or one that is given twice, TooLarge when the workspace is
     full, HostFailed.
     """
-    with Writer(root, uid, gid) as writer:
+    with Writer(root, uid, gid, replace=replace) as writer:
         for path, data, mode in inputs:
             try:
                 name = path.encode()

@@ -7,6 +7,7 @@ visible to the host, and all of them go with the daemon, however it ends.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import stat
 import struct
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
 __all__ = [
     "MountEntry",
     "attach",
+    "clone_directory",
     "clone_tree",
     "detach",
     "hide_hybrid_cgroup2",
     "new_mount",
+    "new_overlay",
     "own_devices",
     "parse_mountinfo",
     "private_namespace",
@@ -43,7 +46,7 @@ MOVE_MOUNT_F_EMPTY_PATH = 0x4
 FSOPEN_CLOEXEC = FSMOUNT_CLOEXEC = 1
 FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 0, 1, 6
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 1, 2, 4, 8
-MOUNT_ATTR_IDMAP = 0x00100000
+MOUNT_ATTR_IDMAP, MOUNT_ATTR_NOSYMFOLLOW = 0x00100000, 0x00200000
 # The numbers of the system calls added since Linux 5.0 are the same on every architecture.
 SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT = 428, 429, 430, 431, 432
 SYS_MOUNT_SETATTR = 442
@@ -136,20 +139,71 @@ def new_mount(
         os.close(context)
 
 
+def new_overlay(
+    lowers: Sequence[str], options: Mapping[str, str], place: Path, *, one_by_one: bool = True
+) -> int:
+    """A detached overlay of layers, the uppermost first, ``nosuid,nodev``; returns its descriptor.
+
+    ``place`` is a directory of a mount namespace of our own, used for a moment where the kernel does not take
+    layers one by one (``lowerdir+``, Linux 6.8): a text of all of them has room for as many as a page holds.
+    Raises OSError.
+    """
+    if one_by_one:
+        try:
+            return _overlay_one_by_one(lowers, options)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    text = ",".join([f"lowerdir={':'.join(lowers)}", *(f"{key}={value}" for key, value in options.items())])
+    flags = ctypes.c_ulong(MS_NOSUID | MS_NODEV)
+    if _libc.mount(b"overlay", os.fsencode(place), b"overlay", flags, text.encode()) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mount overlay: {os.strerror(code)}")
+    try:
+        return clone_tree(place)
+    finally:
+        detach(place)
+
+
+def _overlay_one_by_one(lowers: Sequence[str], options: Mapping[str, str]) -> int:
+    context = _call("fsopen overlay", SYS_FSOPEN, b"overlay", FSOPEN_CLOEXEC)
+    try:
+        for key, value in [*(("lowerdir+", lower) for lower in lowers), *options.items()]:
+            arguments = (context, FSCONFIG_SET_STRING, key.encode(), value.encode(), 0)
+            _call(f"fsconfig {key}", SYS_FSCONFIG, *arguments)
+        _call("fsconfig overlay", SYS_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
+        attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
+        return _call("fsmount overlay", SYS_FSMOUNT, context, FSMOUNT_CLOEXEC, attributes)
+    finally:
+        os.close(context)
+
+
 def clone_tree(path: Path) -> int:
     """A detached copy of the mount at ``path``; returns its descriptor. Raises OSError."""
     flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC
     return _call(f"open_tree {path}", SYS_OPEN_TREE, -100, os.fsencode(path), flags)
 
 
-def set_attributes(mount: int, *, read_only: bool, userns: int | None) -> None:
+def clone_directory(directory: int) -> int:
+    """A detached mount that has an open directory as its root, and none of the mounts below it.
+
+    Its mount has to be in the mount namespace of the calling thread. Raises OSError (EINVAL: it is not).
+    """
+    flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_EMPTY_PATH
+    return _call("open_tree", SYS_OPEN_TREE, directory, b"", flags)
+
+
+def set_attributes(mount: int, *, read_only: bool, userns: int | None, follow_links: bool = True) -> None:
     """Make a detached mount ``nosuid,nodev``, read-only if asked, and id-mapped by a user namespace.
 
+    Without ``follow_links`` no symbolic link on it is followed (Linux 5.14).
     Linux 5.12 (``mount_setattr``), 5.19 for layers of overlayfs. Raises OSError.
     """
     attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
     if read_only:
         attributes |= MOUNT_ATTR_RDONLY
+    if not follow_links:
+        attributes |= MOUNT_ATTR_NOSYMFOLLOW
     if userns is not None:
         attributes |= MOUNT_ATTR_IDMAP
     packed = struct.pack("=QQQQ", attributes, 0, 0, userns or 0)

@@ -23,7 +23,7 @@ from sandboxd import errors
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["IdRange", "UserNamespaces"]
+__all__ = ["IdRange", "UserNamespaces", "map_namespace"]
 
 RANGE = 65_536
 
@@ -102,21 +102,31 @@ class UserNamespaces:
             self.give_back(taken)
 
     def _make(self, base: int) -> int:
-        with subprocess.Popen(
-            [self._launcher, "userns", str(base)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
-        ) as helper:
-            assert helper.stdin is not None  # noqa: S101  (Popen was asked for pipes)
-            assert helper.stdout is not None  # noqa: S101
-            self._step(helper.stdout.read(1))
-            for kind in ("uid_map", "gid_map"):
-                Path(f"/proc/{helper.pid}/{kind}").write_text(f"0 {base} {RANGE}\n")
-            helper.stdin.write(b"\n")
-            self._step(helper.stdout.read(1))
-            namespace = os.open(f"/proc/{helper.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-            helper.stdin.close()
-        return namespace
+        return map_namespace(self._launcher, base, (0, base, RANGE), (0, base, RANGE))
 
-    @staticmethod
-    def _step(answer: bytes | None) -> None:
-        if answer != b"\n":
-            raise OSError("the kernel refused a user namespace (sysctl user.max_user_namespaces?)")
+
+def map_namespace(launcher: Path, owner: int, uids: tuple[int, int, int], gids: tuple[int, int, int]) -> int:
+    """A user namespace that belongs to a host uid and maps ids as user_namespaces(7) has it.
+
+    ``uids`` and ``gids`` are the first id inside, the first on the host, and how many; for an id-mapped
+    mount, inside is what the disk says, and the host's what it shows. Returns a descriptor, with which the
+    namespace lives. Raises OSError, subprocess.SubprocessError.
+    """
+    with subprocess.Popen(
+        [launcher, "userns", str(owner)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    ) as helper:
+        assert helper.stdin is not None  # noqa: S101  (Popen was asked for pipes)
+        assert helper.stdout is not None  # noqa: S101
+        _step(helper.stdout.read(1))
+        for kind, ids in (("uid_map", uids), ("gid_map", gids)):
+            Path(f"/proc/{helper.pid}/{kind}").write_text("{} {} {}\n".format(*ids))
+        helper.stdin.write(b"\n")
+        _step(helper.stdout.read(1))
+        namespace = os.open(f"/proc/{helper.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+        helper.stdin.close()
+    return namespace
+
+
+def _step(answer: bytes | None) -> None:
+    if answer != b"\n":
+        raise OSError("the kernel refused a user namespace (sysctl user.max_user_namespaces?)")

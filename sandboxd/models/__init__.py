@@ -30,6 +30,18 @@ from sandboxd.models.operating import (
 from sandboxd.models.outcome import Cause, Denial, Failure, LimitReached, Outcome, Usage, signal_name
 from sandboxd.models.receipt import Control, Receipt
 from sandboxd.models.request import Input, Narrowing, Request
+from sandboxd.models.retry import FailedAttempt
+from sandboxd.models.search import Hit, Pruning, SearchResults
+from sandboxd.models.session import (
+    CheckpointInfo,
+    CheckpointList,
+    SessionFork,
+    SessionInfo,
+    SessionList,
+    SessionQuota,
+    SessionRequest,
+    SessionRollback,
+)
 from sandboxd.models.wire import Bytes, Content, Count, Counted, Duration, Size, Text, Wire
 
 __all__ = [
@@ -37,6 +49,8 @@ __all__ = [
     "Bytes",
     "CallerInfo",
     "Cause",
+    "CheckpointInfo",
+    "CheckpointList",
     "Content",
     "Control",
     "Count",
@@ -45,8 +59,10 @@ __all__ = [
     "DigestRef",
     "Duration",
     "Event",
+    "FailedAttempt",
     "Failure",
     "Health",
+    "Hit",
     "ImageInfo",
     "Input",
     "Invocation",
@@ -61,10 +77,18 @@ __all__ = [
     "PolicyInfo",
     "PolicyProblem",
     "Problem",
+    "Pruning",
     "Receipt",
     "Request",
+    "SearchResults",
     "SecretInfo",
     "SecretUse",
+    "SessionFork",
+    "SessionInfo",
+    "SessionList",
+    "SessionQuota",
+    "SessionRequest",
+    "SessionRollback",
     "Size",
     "SlotInfo",
     "State",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sandboxd import canonical
 from sandboxd.models import PolicyInfo, PolicyProblem
@@ -96,7 +96,7 @@ class Policy:
         return self.spec.network is not None and self.spec.network.mode == "host"
 
     @property
-    def commit(self) -> str:
+    def commit(self) -> Literal["exited", "success", "always", "never"]:
         """When a session keeps the files of a call: exited, success, always or never."""
         return self.spec.commit
 

@@ -9,8 +9,9 @@ Read again: ``status`` (ids, groups, capabilities, no_new_privs, the number of f
 ``oom_score_adj``, ``limits``, ``mountinfo``, ``net/dev``, the routes, of a namespace with network rules the
 generation of its packet filter and its sysctls, the host name, the size of the upper layer of an overlay,
 the change times of ``/dev``, the cgroups of both processes, who else is in the slot's, and its limits; and
-whether a path of ``/proc`` that is to be masked has come into being, with a kernel module say. The process is
-the same one: its files in ``/proc`` are read through descriptors that were opened when it was first read, and
+whether a path of ``/proc`` that is to be masked has come into being, with a kernel module say. Where a
+session has put its files into the workspace since, what is mounted there is judged anew. The process is the
+same one: its files in ``/proc`` are read through descriptors that were opened when it was first read, and
 those of a process that is gone say ESRCH for ever, whoever has its number.
 
 Not read again, since nothing can have changed it while that process lives:
@@ -35,14 +36,16 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Self
 
 from sandboxd import errors
-from sandboxd.kernel import uts
+from sandboxd.kernel import files, uts
+from sandboxd.kernel.mounts import parse_mountinfo
 from sandboxd.models import Receipt
 from sandboxd.network.namespace import mark
-from sandboxd.receipt.mounted import absent_masks
+from sandboxd.receipt.mounted import absent_masks, presented_control, stacked_control
+from sandboxd.receipt.parked import RESOLVE_IN_ROOT
 from sandboxd.receipt.reading import check, limit_controls, read_receipt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from sandboxd.engine.base import Slot
     from sandboxd.models import Control
@@ -57,9 +60,9 @@ STEADY = (  # the lines of ``status`` that a receipt speaks of; others count wha
     b"Umask", b"PPid", b"Uid", b"Gid", b"Groups", b"CapInh", b"CapPrm", b"CapEff", b"CapBnd", b"CapAmb",
     b"NoNewPrivs", b"Seccomp", b"Seccomp_filters",
 )  # fmt: skip
-NAMESPACED = ("mountinfo", "net/dev", "net/route", "net/ipv6_route")
+NAMESPACED = ("net/dev", "net/route", "net/ipv6_route")
 """Opened for each reading: an open one would keep its namespace alive after the container's end."""
-READ = ("_steady", "_absent", "_sources", "_limits", "counted")
+READ = ("_steady", "_absent", "_sources", "_workspace", "_limits", "counted")
 """What a reading knows beside the receipt."""
 Sources = tuple[bytes | int | str, ...]
 
@@ -91,7 +94,7 @@ class Reading:
             lines = os.pread(self._status, READ_MAX, 0).splitlines()
             self._steady = [b"\n%b\n" % line for line in lines if line.partition(b":")[0] in STEADY]
             self._absent = absent_masks()  # before they are judged: what comes meanwhile is seen then
-            self._sources = self._read()
+            self._sources, self._workspace = self._read()
             self._limits = slot.cgroup.read_limits()
             self.receipt = read_receipt(slot, slot.shape.limits)
             slot.cgroup.reset_peak()
@@ -136,8 +139,10 @@ class Reading:
         slot, asked = self._slot, self._slot.shape.limits
         try:
             status = os.pread(self._status, READ_MAX, 0)
-            same = all(line in status for line in self._steady) and self._read() == self._sources
+            sources, workspace = self._read()
+            same = all(line in status for line in self._steady) and sources == self._sources
             same = same and not any(map(os.path.exists, self._absent))
+            same = same and (workspace == self._workspace or slot.stacked is not None)
         except OSError as error:
             raise errors.ControlNotEnforced(
                 f"the parked tool process cannot be read: {error}", control="process"
@@ -148,6 +153,9 @@ class Reading:
         if found != self._limits or limits != asked:
             judged: dict[str, Control] = {control.name: control for control in limit_controls(found, limits)}
             controls = [judged.get(control.name, control) for control in controls]
+        if slot.stacked is not None:
+            stacked = {control.name: control for control in self._stacked(workspace)}
+            controls = [stacked.get(control.name, control) for control in controls]
         # Not validated: each control was, when it was made.
         return Receipt.model_construct(
             engine=slot.engine,
@@ -158,21 +166,45 @@ class Reading:
             warnings=self.receipt.warnings,
         )
 
-    def _read(self) -> Sources:
+    def _stacked(self, lines: list[bytes]) -> Iterator[Control]:
+        """The controls of a workspace that took the place of the first. Raises ControlNotEnforced."""
+        entries = parse_mountinfo(b"".join(lines).decode(errors="surrogateescape"))
+        yield stacked_control(self._slot, entries[0] if len(entries) == 1 else None)
+        try:
+            root = os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._directory)
+            try:
+                inside = files.openat2(root, b"/workspace", os.O_PATH, resolve=RESOLVE_IN_ROOT)
+            finally:
+                os.close(root)
+            try:
+                found = os.fstat(inside)
+            finally:
+                os.close(inside)
+        except OSError as error:
+            raise errors.ControlNotEnforced(
+                f"the workspace cannot be read: {error}", control="workspace"
+            ) from error
+        yield presented_control("/workspace", self._slot.presented["/workspace"], found)
+
+    def _read(self) -> tuple[Sources, list[bytes]]:
+        """The sources, but for the lines of ``mountinfo`` that are of the workspace, which come apart."""
         dev = os.stat("root/dev", dir_fd=self._directory)
         upper = None if self._slot.upper_fd is None else os.fstatvfs(self._slot.upper_fd)
+        mounted = _whole("mountinfo", self._directory).splitlines(keepends=True)
+        workspace = [line for line in mounted if b" /workspace " in line]
         uts_namespace = os.open("ns/uts", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
         return (
             uts.hostname_of(uts_namespace),
             *(() if upper is None else (upper.f_blocks, upper.f_files)),
             *(() if self._slot.doors is None else self._network()),
             *(os.pread(file, READ_MAX, 0) for file in self._files),
+            *(line for line in mounted if b" /workspace " not in line),
             *(_whole(name, self._directory) for name in NAMESPACED),
             dev.st_ino,
             dev.st_mtime_ns,
             dev.st_ctime_ns,
             *(_whole(path) for path in self._slot.cgroup.procs_files),
-        )
+        ), workspace
 
     def _network(self) -> tuple[int, str]:
         namespace = os.open("ns/net", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)

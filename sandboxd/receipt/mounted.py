@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sandboxd.engine.base import Slot
     from sandboxd.receipt.parked import Parked
 
-__all__ = ["absent_masks", "mount_controls"]
+__all__ = ["absent_masks", "mount_controls", "presented_control", "stacked_control"]
 
 OWN = {"/", "/proc", "/dev", "/dev/pts", "/dev/shm", "/tmp"}  # beside what the engine presents
 DEVICES = {  # Documentation/admin-guide/devices.txt
@@ -107,10 +107,8 @@ def _root(slot: Slot, entry: MountEntry | None) -> Iterator[Control]:
 
 
 def _presented(slot: Slot, process: Parked) -> Iterator[Control]:
-    for target, (device, inode) in sorted(slot.presented.items()):
-        found = process.stat_inside(target)
-        shown = "nothing" if found is None else f"{found.st_dev:x}:{found.st_ino}"
-        yield _equal(f"mount {target}", f"{device:x}:{inode}", shown, f"device and inode of {target}")
+    for target, wanted in sorted(slot.presented.items()):
+        yield presented_control(target, wanted, process.stat_inside(target))
 
 
 def _trust(slot: Slot, process: Parked) -> Iterator[Control]:
@@ -148,13 +146,48 @@ def _last_certificate(content: bytes) -> str:
 
 def _temporary(slot: Slot, at: dict[str, MountEntry]) -> Iterator[Control]:
     limits = slot.shape.limits
+    if slot.stacked is not None:
+        yield stacked_control(slot, at.get("/workspace"))
+    plain = ("workspace", "/workspace", limits.workspace_size, limits.workspace_inodes)
     for name, target, size, inodes in (
-        ("workspace", "/workspace", limits.workspace_size, limits.workspace_inodes),
+        *((plain,) if slot.stacked is None else ()),
         ("tmp", "/tmp", limits.tmp_size, limits.tmp_inodes),
         ("shm", "/dev/shm", shm_size(slot.shape), limits.tmp_inodes),
     ):
         asked = f"tmpfs of {_pages(size)} bytes, {inodes} inodes"
         yield _equal(name, asked, _tmpfs(at.get(target)), f"mountinfo: {target}")
+
+
+def stacked_control(slot: Slot, entry: MountEntry | None) -> Control:
+    """What is at the workspace of a call in a session; that it is the one we made is another control.
+
+    The kernel may make an overlay that only can be read, without a word but the ``ro`` of its file system.
+    """
+    if slot.stacked is None:
+        raise ValueError("the slot has no session's files")
+    limits, upper = slot.shape.limits, os.fstatvfs(slot.stacked.upper_fd)
+    said = "overlay, {} bytes and {} inodes above {} layers, {}, nosuid, nodev"
+    asked = said.format(
+        _pages(limits.workspace_size), limits.workspace_inodes, slot.stacked.layers, "writable"
+    )
+    found = "no overlay"
+    if entry is not None and entry.kind == "overlay" and entry.root == "/":
+        writable = "rw" in entry.options and "rw" in entry.super_options
+        found = said.format(
+            upper.f_blocks * upper.f_frsize,
+            upper.f_files,
+            slot.stacked.layers,
+            "writable" if writable else "READ-ONLY",
+        )
+        if not {"nosuid", "nodev"} <= entry.options:
+            found = "overlay, neither nosuid nor nodev"
+    return _equal("workspace", asked, found, "mountinfo: /workspace; statfs of the upper layer")
+
+
+def presented_control(target: str, wanted: tuple[int, int], found: os.stat_result | None) -> Control:
+    """Whether what is at a place in the container is what was put there."""
+    shown = "nothing" if found is None else f"{found.st_dev:x}:{found.st_ino}"
+    return _equal(f"mount {target}", f"{wanted[0]:x}:{wanted[1]}", shown, f"device and inode of {target}")
 
 
 def _secrets(slot: Slot, entry: MountEntry | None) -> Iterator[Control]:

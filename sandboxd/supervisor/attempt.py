@@ -18,7 +18,7 @@ import base64
 import errno
 import os
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -32,7 +32,7 @@ from sandboxd.engine.oci import cgroup_limits
 from sandboxd.init.protocol import Alone, ExecFailed, Exited, Gone, Started
 from sandboxd.init.warm import serves
 from sandboxd.kernel import files, tar
-from sandboxd.models import Cause, Denial, Event, Failure, Outcome
+from sandboxd.models import Cause, Denial, Event, Failure, LimitReached, Outcome
 from sandboxd.policy import seccomp
 from sandboxd.supervisor import network
 from sandboxd.supervisor.ending import CommandFailed, Ended, Evidence, Lost, Stopped, classify
@@ -47,10 +47,11 @@ if TYPE_CHECKING:
     from sandboxd.engine.base import Slot
     from sandboxd.init.protocol import Report
     from sandboxd.journal.spool import Spool
-    from sandboxd.models import Artifact, LimitReached, NetworkUse, Receipt, Usage, Withheld
+    from sandboxd.models import Artifact, NetworkUse, Receipt, Usage, Withheld
     from sandboxd.plan import Plan
     from sandboxd.pool import Pool
     from sandboxd.redaction import Stream
+    from sandboxd.session import CallSession
     from sandboxd.supervisor.ending import Deadline, Ending
     from sandboxd.supervisor.network import CallNetwork
     from sandboxd.supervisor.secrets import CallSecrets
@@ -102,18 +103,23 @@ class Attempt:
         spool: Spool,
         network: CallNetwork,
         secrets: CallSecrets,
+        session: CallSession | None,
         blobs: BlobStore,
         deadline: Deadline | None,
         accepted: anyio.Event,
         on_state: Callable[[Literal["running", "collecting"]], None],
     ) -> None:
-        """``deadline`` is that of the call as a whole. Nothing is handed over before ``accepted`` is set."""
+        """``deadline`` is that of the call as a whole. Nothing is handed over before ``accepted`` is set.
+
+        ``session`` has its turn for the call, where the call has one.
+        """
         self._plan = plan
         self._payload = payload
         self._pool = pool
         self._spool = spool
         self._network = network
         self._secrets = secrets
+        self._session = session
         self._filters: dict[Literal["stdout", "stderr"], Stream] = {}
         self._blobs = blobs
         self._deadline = deadline
@@ -139,6 +145,11 @@ class Attempt:
     async def __aexit__(self, *exception: object) -> None:
         """Destroy the slot, whose processes but PID 1 are all dead when ``run`` has returned."""
         await self._stack.aclose()
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether the command was given to the container, and so may have done something."""
+        return bool(self._handed_over)
 
     def cancel(self) -> None:
         """End the call with the outcome ``cancelled``, unless it has ended."""
@@ -189,6 +200,9 @@ class Attempt:
         return True
 
     async def _prepare(self, slot: Slot) -> Receipt:
+        if self._session is not None:
+            files_of = self._stack.enter_context(ExitStack())
+            await anyio.to_thread.run_sync(self._session.attach, slot, files_of)
         if self._payload.inputs or self._payload.tar is not None:
             await anyio.to_thread.run_sync(self._fill_workspace, slot)
         limits = self._plan.limits
@@ -223,11 +237,25 @@ class Attempt:
         self._report(slot, ending, evidence, used, self._result)
         if not isinstance(ending, CommandFailed):
             await self._collect(slot, self._result)
+        if self._session is not None and self._session.keeps(self._result.outcome):
+            await self._keep(slot, self._session, self._result)
+
+    async def _keep(self, slot: Slot, session: CallSession, result: Result) -> None:
+        """Keep what the command changed of its session's files; all that it began is dead."""
+        try:
+            await anyio.to_thread.run_sync(session.keep, slot)
+        except (errors.QuotaExceeded, errors.WorkspaceUnfit) as error:
+            result.outcome = _not_kept(error, result.outcome)
+            if isinstance(error, errors.QuotaExceeded):
+                quota = error.details
+                result.limits_reached.append(LimitReached(limit=quota["quota"], value=quota["allowed"]))
 
     def _fill_workspace(self, slot: Slot) -> None:
         owner = slot.shape.process
         uid, gid = slot.id_base + owner.uid, slot.id_base + owner.gid
-        files.write_inputs(slot.workspace_fd, self._payload.inputs, uid, gid)
+        # in a session an input takes the place of a file that an earlier call left
+        replace = slot.stacked is not None
+        files.write_inputs(slot.workspace_fd, self._payload.inputs, uid, gid, replace=replace)
         if self._payload.tar is not None:
             limits = tar.Limits(size=slot.shape.limits.workspace_size)
             tar.unpack_tar(slot.workspace_fd, self._payload.tar, uid, gid, limits)
@@ -480,6 +508,16 @@ def _withdrawn(error: errors.SecretMissing) -> Outcome:
         cause=Cause.DENIED,
         message=f"A secret was removed after the call had been accepted: {error}.",
         error=Failure(code=error.code, message=str(error), details=error.details),
+    )
+
+
+def _not_kept(error: errors.SandboxdError, ended: Outcome) -> Outcome:
+    """The session's files are as they were: what the command said of its success is not so."""
+    return Outcome(
+        cause=Cause.DENIED,
+        message=f"The command ended, but {error}; the session is as it was before.",
+        error=Failure(code=error.code, message=str(error), details=error.details),
+        evidence={"cause": ended.cause.value, "exit_code": ended.exit_code, "signal": ended.signal},
     )
 
 

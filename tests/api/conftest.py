@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
     from sandboxd.api.identity import Caller
+    from sandboxd.journal.search import Query
     from sandboxd.network.entrance import Entrance
 
 AGENT_UID, AGENT_GID = 54_321, 54_322
@@ -46,10 +47,72 @@ class Call:
     cancelled: bool = False
 
 
+class MemorySessions:
+    """Sessions without files."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, models.SessionInfo] = {}
+
+    def find(self, caller: Caller, named: str) -> models.SessionInfo:
+        for one in self.made.values():
+            if named in {one.id, one.name} and one.uid == caller.uid:
+                return one
+        raise errors.NotFound("there is no such session")
+
+    async def create(self, caller: Caller, asked: models.SessionRequest) -> models.SessionInfo:
+        if asked.name is not None and any(one.name == asked.name for one in self.made.values()):
+            raise errors.SessionExists("it is there")
+        head = models.CheckpointInfo(id="first", digest="sha256:0", size=0, inodes=0, created=1, head=True)
+        made = models.SessionInfo(
+            id=f"session-{len(self.made)}",
+            name=asked.name,
+            uid=caller.uid,
+            labels=asked.labels,
+            created=1,
+            used=1,
+            quota=asked.quota,
+            head=head,
+            size=0,
+            inodes=0,
+            layers=0,
+            calls=0,
+        )
+        self.made[made.id] = made
+        return made
+
+    async def list(self, caller: Caller, *, before: str | None, limit: int) -> models.SessionList:
+        return models.SessionList(sessions=[one for one in self.made.values() if one.uid == caller.uid])
+
+    async def get(self, caller: Caller, named: str) -> models.SessionInfo:
+        return self.find(caller, named)
+
+    async def delete(self, caller: Caller, named: str) -> None:
+        del self.made[self.find(caller, named).id]
+
+    async def checkpoints(
+        self, caller: Caller, named: str, *, before: str | None, limit: int
+    ) -> models.CheckpointList:
+        return models.CheckpointList(checkpoints=[self.find(caller, named).head])
+
+    async def fork(self, caller: Caller, named: str, asked: models.SessionFork) -> models.SessionInfo:
+        self.find(caller, named)
+        return await self.create(caller, asked)
+
+    async def rollback(self, caller: Caller, named: str, checkpoint: str) -> models.SessionInfo:
+        found = self.find(caller, named)
+        if checkpoint != found.head.id:
+            raise errors.NotFound("there is no such checkpoint")
+        return found
+
+    async def discard(self, caller: Caller, named: str) -> models.SessionInfo:
+        return self.find(caller, named)
+
+
 class MemoryService:
     """Implements ``Service``. ``true`` and ``zeros N`` end at once, ``wait`` when it is told to."""
 
     def __init__(self, config: Config) -> None:
+        self._sessions = MemorySessions()
         self.config = config
         self.calls: dict[str, Call] = {}
         self.refusals: list[tuple[Caller, str, dict[str, Any]]] = []
@@ -98,6 +161,10 @@ class MemoryService:
         call.invocation.state = models.State.ENDED
         call.invocation.outcome = models.Outcome(cause=cause, message="it ended", exit_code=0)
         call.ended.set()
+
+    @property
+    def sessions(self) -> MemorySessions:
+        return self._sessions
 
     def may_store(self, caller: Caller) -> None:
         if not caller.sees_all:
@@ -256,6 +323,16 @@ class MemoryService:
     async def metrics(self, caller: Caller) -> bytes:
         self.slots(caller)
         return b"# EOF"
+
+    async def readable(self, caller: Caller, id: str) -> None:
+        self.call(caller, id)
+
+    async def search(self, caller: Caller, query: Query) -> models.SearchResults:
+        return models.SearchResults(indexed=query.limit)
+
+    async def prune(self, caller: Caller, *, age: int | None, size: int | None) -> models.Pruning:
+        self.slots(caller)
+        return models.Pruning(calls=age or 0, bytes=size or 0)
 
     async def refused(self, caller: Caller, error: errors.Refused, summary: dict[str, Any]) -> None:
         self.refusals.append((caller, error.code, summary))

@@ -48,7 +48,7 @@ class Told:
         invocation = call(uid=uid, key=key)
         assert await journal.accept(Accepted(invocation, DIGEST)) is None
         self.accepted.append((time.monotonic_ns(), invocation))
-        journal.attempt_started(invocation.model_copy(update={"state": models.State.RUNNING}))
+        journal.follow(invocation.model_copy(update={"state": models.State.RUNNING}))
         done = ended(invocation)
         head = await journal.ended(done, outcome_header(done))
         self.ended.append((time.monotonic_ns(), done, head))

@@ -107,6 +107,16 @@ def test_an_engine_that_remaps_ids(
     assert root.outcome.exit_code != 0
     with pytest.raises(errors.ControlNotSupported):
         daemon.run("true", policy="tiny")
+    session = daemon.client().create_session().id  # whose files are kept with the container's ids
+    for code, said in (
+        ("echo x > f; chmod 600 f", ""),
+        ("stat -c %u f; cat f; echo y >> f", "1000\nx\n"),
+        ("cat f", "x\ny\n"),
+    ):
+        kept = daemon.run("sh", "-c", code, policy="mapped", session=session)
+        assert kept.stdout is not None
+        assert kept.stdout.text == said, kept.stderr
+    assert "overlay" in in_force(kept)["workspace"]
 
 
 def test_a_warm_interpreter_waits(

@@ -226,7 +226,7 @@ async def test_records_that_point_at_nothing_are_dropped(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["details", "events"])
 async def test_an_end_that_power_took_from_a_closed_spool_is_told_again(tmp_path: Path, name: str) -> None:
-    """What comes after the sync may be lost in parts: here the summary is there, and its end is not."""
+    """What comes after the sync may be lost in parts: here the summary is there, what it follows is not."""
     spool = Spool.create(tmp_path / "call", CAPS)
     spool.append("stdout", b"out")
     spool.sync()

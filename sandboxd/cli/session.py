@@ -1,0 +1,190 @@
+"""``sandboxd session …``: lines of calls that share a workspace, and their checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from sandboxd import errors
+from sandboxd.cli import terminal
+from sandboxd.cli.options import REMOTE, Remote
+
+if TYPE_CHECKING:
+    from sandboxd import models
+
+__all__ = ["checkpoints", "create", "delete", "discard", "fork", "list_sessions", "rollback", "show"]
+
+PAGE = 500
+Session = Annotated[str, Parameter(help="The session's name or id.")]
+Checkpoint = Annotated[str, Parameter(help="The checkpoint's id or digest.")]
+FlatRemote = Annotated[Remote, Parameter(name="*")]
+Policy = Annotated[str | None, Parameter(help="The only policy of its calls; else any that you may use.")]
+Ttl = Annotated[str | None, Parameter(help="Remove it after so long, such as 8h.")]
+Idle = Annotated[str | None, Parameter(help="Remove it so long after it was last used.")]
+Size = Annotated[str | None, Parameter(help="What its files may hold, such as 1GiB.")]
+Inodes = Annotated[str | None, Parameter(help="How many files it may have, such as 100k.")]
+Labels = Annotated[
+    tuple[str, ...], Parameter(name="--label", negative="", help="KEY=VALUE; may be given more than once.")
+]
+
+
+def create(
+    name: Annotated[str | None, Parameter(help="A name for it; its id does as well.")] = None,
+    /,
+    *,
+    policy: Policy = None,
+    label: Labels = (),
+    ttl: Ttl = None,
+    idle: Idle = None,
+    size: Size = None,
+    inodes: Inodes = None,
+    remote: FlatRemote = REMOTE,
+) -> None:
+    """Make a session: calls in it find the files that the calls before left."""
+    made = remote.client().create_session(
+        name, policy=policy, labels=_labels(label), ttl=ttl, idle=idle, size=size, inodes=inodes
+    )
+    _made(made, remote)
+
+
+def fork(
+    session: Session,
+    name: Annotated[str | None, Parameter(help="A name for the new one.")] = None,
+    /,
+    *,
+    checkpoint: Annotated[
+        str | None, Parameter(help="Where to begin; else where the session stands.")
+    ] = None,
+    policy: Policy = None,
+    label: Labels = (),
+    ttl: Ttl = None,
+    idle: Idle = None,
+    size: Size = None,
+    inodes: Inodes = None,
+    remote: FlatRemote = REMOTE,
+) -> None:
+    """Make a session that begins with the files of another; both go on apart."""
+    made = remote.client().fork_session(
+        session,
+        name,
+        checkpoint=checkpoint,
+        policy=policy,
+        labels=_labels(label),
+        ttl=ttl,
+        idle=idle,
+        size=size,
+        inodes=inodes,
+    )
+    _made(made, remote)
+
+
+def list_sessions(*, remote: FlatRemote = REMOTE) -> None:
+    """List sessions, newest first."""
+    client, found, before = remote.client(), [], None
+    while True:
+        page = client.sessions(before=before, limit=PAGE)
+        found += page.sessions
+        if (before := page.next) is None:
+            break
+    if remote.json:
+        terminal.print_json({"sessions": [terminal.wire(one) for one in found]})
+        return
+    rows = [
+        (
+            one.name or one.id,
+            one.policy or "any",
+            one.calls,
+            _bytes(one.size),
+            terminal.age(one.created),
+            terminal.age(one.used),
+            f"{one.in_flight} in flight" if one.in_flight else "",
+        )
+        for one in found
+    ]
+    empty = "no sessions yet: `sandboxd session create NAME`"
+    terminal.print_rows(("SESSION", "POLICY", "CALLS", "SIZE", "CREATED", "USED", ""), rows, empty=empty)
+
+
+def show(session: Session, /, *, remote: FlatRemote = REMOTE) -> None:
+    """Show one session."""
+    _told(remote.client().session(session), remote)
+
+
+def delete(session: Session, /, *, remote: FlatRemote = REMOTE) -> None:
+    """Remove a session and its files; what forks of it stand on stays."""
+    remote.client().delete_session(session)
+    if remote.json:
+        terminal.print_json({"removed": session})
+
+
+def checkpoints(session: Session, /, *, remote: FlatRemote = REMOTE) -> None:
+    """List the checkpoints of a session, newest first."""
+    client, found, before = remote.client(), [], None
+    while True:
+        page = client.checkpoints(session, before=before, limit=PAGE)
+        found += page.checkpoints
+        if (before := page.next) is None:
+            break
+    if remote.json:
+        terminal.print_json({"checkpoints": [terminal.wire(one) for one in found]})
+        return
+    rows = [
+        (
+            "*" if one.head else "",
+            one.id,
+            one.digest[:19],
+            _bytes(one.size),
+            one.inodes,
+            terminal.age(one.created),
+            one.call or "",
+        )
+        for one in found
+    ]
+    columns = ("", "CHECKPOINT", "DIGEST", "ADDED", "FILES", "MADE", "CALL")
+    terminal.print_rows(columns, rows, empty="no checkpoints")
+
+
+def rollback(session: Session, checkpoint: Checkpoint, /, *, remote: FlatRemote = REMOTE) -> None:
+    """Let a session stand on another of its checkpoints."""
+    _told(remote.client().rollback_session(session, checkpoint), remote)
+
+
+def discard(session: Session, /, *, remote: FlatRemote = REMOTE) -> None:
+    """Forget the checkpoints that a session does not stand on, as a rollback left them."""
+    _told(remote.client().discard_session(session), remote)
+
+
+def _labels(given: tuple[str, ...]) -> dict[str, str]:
+    for text in given:
+        if "=" not in text:
+            raise errors.InvalidRequest(f"--label {text!r} is not KEY=VALUE", field="labels")
+    return dict(text.split("=", 1) for text in given)
+
+
+def _made(info: models.SessionInfo, remote: Remote) -> None:
+    if remote.json:
+        terminal.print_json(terminal.wire(info))
+    else:
+        terminal.print_text(info.name or info.id)
+
+
+def _told(info: models.SessionInfo, remote: Remote) -> None:
+    if remote.json:
+        terminal.print_json(terminal.wire(info))
+        return
+    lines = [
+        f"{info.name or info.id}" + (f"  {info.id}" if info.name else ""),
+        f"policy      {info.policy or 'any'}",
+        f"stands on   {info.head.id}  {info.head.digest}",
+        f"files       {_bytes(info.size)} in {info.inodes} entries of {info.layers} layers",
+        f"calls       {info.calls}" + (f", {info.in_flight} in flight" if info.in_flight else ""),
+        f"made        {terminal.age(info.created)} ago, used {terminal.age(info.used)} ago",
+    ]
+    terminal.print_text("\n".join(lines))
+
+
+def _bytes(size: int) -> str:
+    from sandboxd import units  # noqa: PLC0415 - only for a table
+
+    return units.format_size(size)

@@ -1,0 +1,240 @@
+"""One call's part in a session: its turn, the files that it begins with, and what is kept of its own."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import anyio.to_thread
+from uuid6 import uuid7
+
+from sandboxd import errors, units
+from sandboxd.engine.stacked import attach_stack
+from sandboxd.models import Cause
+from sandboxd.workspace import layer, tables
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections import Counter
+    from collections.abc import Callable
+    from contextlib import ExitStack
+
+    from sandboxd.engine.base import Slot
+    from sandboxd.journal import Journal
+    from sandboxd.models import Outcome
+    from sandboxd.workspace.store import LayerStore
+    from sandboxd.workspace.tables import Checkpoint, Row, Stack
+    from sandboxd.workspace.turns import Turns
+
+__all__ = ["CallSession", "Commit"]
+
+Commit = Literal["exited", "success", "always", "never"]
+
+RAN = {
+    Cause.EXITED, Cause.SIGNALLED, Cause.WALL_TIME, Cause.CPU_TIME, Cause.MEMORY, Cause.OUTPUT,
+    Cause.CANCELLED,
+}  # fmt: skip
+"""The causes of a command that ran, and did what it did."""
+
+
+def _keeps(commit: Commit, outcome: Outcome) -> bool:
+    match commit:
+        case "always":
+            return outcome.cause in RAN
+        case "exited":
+            return outcome.cause is Cause.EXITED
+        case "success":
+            return outcome.cause is Cause.EXITED and outcome.exit_code == 0
+        case "never":
+            return False
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where the session stood when the call had its turn."""
+
+    row: Row
+    head: Checkpoint
+    stack: Stack
+
+
+class CallSession:
+    """Entered when it is made; ``leave`` ends it, whatever happened."""
+
+    def __init__(
+        self,
+        row: Row,
+        share: int,
+        *,
+        journal: Journal,
+        store: LayerStore,
+        turns: Turns,
+        held: Counter[int],
+        kept: Callable[[Checkpoint, int], None],
+    ) -> None:
+        """``share`` and ``held``: what all the caller's sessions may hold and do."""
+        self.row = row
+        self._share = share
+        self._journal = journal
+        self._store = store
+        self._turns = turns
+        self._held = held
+        self._on_kept = kept
+        self.call = ""
+        """The call's id, and when its policy has its files kept."""
+        self.policy: Commit = "never"
+        self._start: _Start | None = None
+        self._made: Checkpoint | None = None
+        self._turn = False
+        self._inside = True
+
+    async def begin(self) -> None:
+        """Wait for the call's turn and see where the session stands. Raises JournalCorrupt, HostFailed."""
+        if not self._turn:  # else it is tried again
+            await self._turns.take(self.row.id)
+            self._turn = True
+
+        def read(connection: sqlite3.Connection) -> _Start | None:
+            row = tables.find(connection, self.row.id, None)
+            head = None if row is None else tables.checkpoint(connection, row.head)
+            if row is None or head is None:
+                return None
+            return _Start(row, head, tables.stack_of(connection, head.id))
+
+        self._start = await self._journal.read(read)
+        if self._start is None:
+            raise errors.HostFailed(f"session {self.row.id} is gone")
+
+    @property
+    def has_turn(self) -> bool:
+        """Whether the call knows where its session stands."""
+        return self._start is not None
+
+    def leave(self) -> None:
+        """Let the next call have its turn. Safe to call twice."""
+        if self._turn:
+            self._turn = False
+            self._turns.give(self.row.id)
+        if self._inside:
+            self._inside = False
+            self._turns.leave(self.row.id)
+
+    @property
+    def before(self) -> str | None:
+        """The digest of the checkpoint that the call began with."""
+        return None if self._start is None else self._start.head.digest
+
+    @property
+    def after(self) -> str | None:
+        """The digest of the checkpoint that it left: the same where nothing was changed, or kept."""
+        return self.before if self._made is None else self._made.digest
+
+    @property
+    def checkpoints(self) -> dict[str, str | None]:
+        """Both, as the fields of an invocation."""
+        return {"checkpoint_before": self.before, "checkpoint_after": self.after}
+
+    def attach(self, slot: Slot, stack: ExitStack) -> None:
+        """Put the session's files into a slot. Blocks. Raises OSError, HostFailed."""
+        assert self._start is not None  # noqa: S101  (it has its turn)
+        attach_stack(
+            slot,
+            self._start.stack.layers,
+            store=self._store.layers,
+            places=self._store.mounts,
+            empty=self._store.empty.name,
+            stack=stack,
+        )
+
+    def keeps(self, outcome: Outcome) -> bool:
+        """Whether the files of a call that ended so are kept."""
+        return _keeps(self.policy, outcome)
+
+    def keep(self, slot: Slot) -> None:
+        """Write what the call changed to disk, where nothing refers to it yet. Blocks.
+
+        Raises QuotaExceeded, WorkspaceUnfit, HostFailed; then nothing of it is left.
+        """
+        assert self._start is not None  # noqa: S101
+        assert slot.stacked is not None  # noqa: S101
+        upper, start = slot.stacked.upper_fd, self._start
+        if self._is_unchanged(upper, slot.id_base):
+            return
+        name, figures = self._store.take(upper, slot.id_base)
+        try:
+            self._check_quota(start, figures)
+        except BaseException:
+            self._store.remove(name)
+            raise
+        self._made = tables.make_checkpoint(
+            str(uuid7()),
+            start.row.id,
+            start.row.uid,
+            start.head,
+            layer=name,
+            content=figures.digest,
+            size=figures.size,
+            inodes=figures.inodes,
+            created=time.time_ns() // 1000,
+            call=self.call,
+        )
+
+    def _is_unchanged(self, upper: int, base: int) -> bool:
+        assert self._start is not None  # noqa: S101
+        layers = self._start.stack.layers
+        if not layers:
+            return not os.listdir(upper)
+        newest = os.open(self._store.path(layers[0]), layer.DIRECTORY)
+        try:
+            return layer.is_same(upper, newest, base)
+        finally:
+            os.close(newest)
+
+    def _check_quota(self, start: _Start, figures: layer.Figures) -> None:
+        row, stack = start.row, start.stack
+        for quota, allowed, asked, show in (
+            ("session.size", row.quota_size, stack.size + figures.size, units.format_size),
+            ("session.inodes", row.quota_inodes, stack.inodes + figures.inodes, units.format_count),
+            ("sessions.size", self._share, self._held[row.uid] + figures.size, units.format_size),
+        ):
+            if allowed is not None and asked > allowed:
+                whose = "all sessions of its caller" if quota == "sessions.size" else "the session"
+                raise errors.QuotaExceeded(
+                    f"the call's files are not kept: with them {whose} would have {show(asked)}, more than "
+                    f"the {show(allowed)} of its quota",
+                    quota=quota,
+                    asked=asked,
+                    allowed=allowed,
+                )
+
+    def commit(self, connection: sqlite3.Connection) -> None:
+        """What comes about with the outcome, in its transaction. Raises StateConflict; then nothing does."""
+        start = self._start
+        if start is None:
+            return
+        tables.touch(connection, start.row, at=time.time_ns() // 1000, called=True)
+        if self._made is None:
+            return
+        tables.insert_checkpoint(connection, self._made)
+        if not tables.move(connection, start.row.id, since=start.head.id, to=self._made.id):
+            raise errors.StateConflict(f"session {start.row.id} was changed while a call ran in it")
+
+    def committed(self) -> None:
+        """The transaction is on disk."""
+        if self._made is not None and self._start is not None:
+            self._held[self._made.uid] += self._made.size
+            self._on_kept(self._made, len(self._start.stack.layers) + 1)
+
+    async def abandon(self) -> None:
+        """The outcome could not be written with what was kept: it goes, unless it was written after all."""
+        made, self._made = self._made, None
+        if made is None or made.layer is None:
+            return
+        try:
+            found = await self._journal.read(lambda connection: tables.checkpoint(connection, made.id))
+        except errors.SandboxdError:
+            return  # it is removed at the next start, if nothing refers to it
+        if found is None:
+            await anyio.to_thread.run_sync(self._store.remove, made.layer)

@@ -1,0 +1,425 @@
+"""Sessions: lines of calls that share a workspace, their checkpoints, and what becomes of both.
+
+Theory of operation.  A session points at a checkpoint, its head. A call begins with the files of the head,
+and where its policy keeps what it changed, that becomes a layer on disk first, to which nothing refers;
+then one transaction of the journal writes the outcome, the checkpoint and the session's new head. So there
+is no change in a session without its record, and no record of a change that is not there. Fork and rollback
+only move pointers. What nothing refers to any more is removed in the background, and at start.
+
+One task makes layers into one where they have become many, removes sessions whose time is over, and clears
+away.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.to_thread
+import structlog
+from uuid6 import uuid7
+
+from sandboxd import errors, models, units
+from sandboxd.session import CallSession
+from sandboxd.workspace import tables
+from sandboxd.workspace.layer import Figures
+from sandboxd.workspace.merge import merge
+from sandboxd.workspace.turns import Turns
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from sandboxd.api.identity import Caller
+    from sandboxd.journal import Journal
+    from sandboxd.workspace.store import LayerStore
+    from sandboxd.workspace.tables import Checkpoint, Row, Stack
+
+__all__ = ["Sessions"]
+
+LOOK = 1.0  # seconds between two looks for sessions whose time is over
+MOST = 500  # of a page
+LONG = 3 * tables.FAN  # layers of a stack whose merges were missed
+
+log = structlog.get_logger("sandboxd.sessions")
+
+
+def _now() -> int:
+    return time.time_ns() // 1000
+
+
+class Sessions:
+    """For one event loop; ``run`` is to be a task of it. What belongs to another caller is not found."""
+
+    def __init__(self, journal: Journal, store: LayerStore) -> None:
+        self._journal = journal
+        self._store = store
+        self._turns = Turns()
+        self._held: Counter[int] = Counter()
+        self._removing: set[str] = set()
+        self._to_merge: deque[str] = deque()
+        self._to_prune: deque[str] = deque()
+        self._wake = anyio.Event()
+
+    async def open(self) -> None:
+        """Remove the layers that nothing refers to, and go on with what an earlier daemon began."""
+        referenced, held, going = await self._journal.read(
+            lambda connection: (
+                tables.referenced(connection),
+                tables.held(connection),
+                tables.going(connection),
+            )
+        )
+        removed = await anyio.to_thread.run_sync(self._store.clean, referenced)
+        if removed:
+            log.warning("files of calls without an outcome were removed", layers=removed)
+        self._held = Counter(held)
+        self._to_prune += going
+
+    async def run(self) -> None:
+        """Look after sessions until cancelled. No fault in here ends a call."""
+        while True:
+            self._wake = anyio.Event()
+            try:
+                await self._expire()
+                while self._to_prune:
+                    await self._prune(self._to_prune.popleft())
+                while self._to_merge:
+                    await self._merge(self._to_merge.popleft())
+            except errors.SandboxdError:
+                log.exception("sessions could not be looked after")
+            except Exception:
+                log.exception("sessions could not be looked after")
+            with anyio.move_on_after(LOOK):
+                await self._wake.wait()
+
+    # What callers ask for.
+
+    async def create(self, caller: Caller, asked: models.SessionRequest) -> models.SessionInfo:
+        """A new session without files. Raises SessionExists, QuotaExceeded, NotPermitted."""
+        id_, now = str(uuid7()), _now()
+        first = tables.make_checkpoint(str(uuid7()), id_, caller.uid, None, created=now)
+        row = self._row(caller, asked, id_=id_, at=first.id, now=now)
+        return await self._insert(caller, row, first)
+
+    async def fork(self, caller: Caller, named: str, asked: models.SessionFork) -> models.SessionInfo:
+        """A new session that begins with a checkpoint of another of the caller's.
+
+        Raises NotFound, SessionExists, QuotaExceeded, NotPermitted.
+        """
+        source = await self._find(caller, named)
+        start = source.head
+        if asked.checkpoint is not None:
+            start = (await self._checkpoint(source, asked.checkpoint)).id
+        row = self._row(caller, asked, id_=str(uuid7()), at=start, now=_now())
+        if asked.policy is None:
+            row = replace(row, policy=source.policy)
+        return await self._insert(caller, row, None)
+
+    def _row(self, caller: Caller, asked: models.SessionRequest, *, id_: str, at: str, now: int) -> Row:
+        if asked.policy is not None and not caller.may_use(asked.policy):
+            raise errors.NotPermitted(
+                f"policy {asked.policy!r} is not yours to use; you may use "
+                f"{', '.join(sorted(caller.policies))}",
+                policies=sorted(caller.policies),
+            )
+        if asked.quota.size is not None and asked.quota.size > caller.sessions.size:
+            raise errors.QuotaExceeded(
+                f"quota.size {units.format_size(asked.quota.size)} is more than the "
+                f"{units.format_size(caller.sessions.size)} that all your sessions may hold",
+                quota="sessions.size",
+                asked=asked.quota.size,
+                allowed=caller.sessions.size,
+            )
+        quota = asked.quota
+        return tables.Row(
+            id_, caller.uid, asked.name, asked.policy, asked.labels, now, now, asked.ttl, asked.idle,
+            quota.size, quota.inodes, at, at,
+        )  # fmt: skip
+
+    async def _insert(self, caller: Caller, row: Row, first: Checkpoint | None) -> models.SessionInfo:
+        most = caller.sessions.count
+
+        def insert(connection: sqlite3.Connection) -> None:
+            count = tables.count_of(connection, caller.uid)
+            if count >= most:
+                raise errors.QuotaExceeded(
+                    f"you have {count} sessions, and may have {most}; delete some, or give them a ttl",
+                    quota="sessions.count",
+                    asked=count + 1,
+                    allowed=most,
+                )
+            if row.name is not None and (found := tables.find(connection, row.name, caller.uid)) is not None:
+                raise errors.SessionExists(f"you have a session {row.name!r} already", id=found.id)
+            if first is not None:
+                tables.insert_checkpoint(connection, first)
+            elif tables.checkpoint(connection, row.head) is None:  # it went meanwhile
+                raise errors.NotFound("the checkpoint was removed")
+            tables.insert_session(connection, row)
+
+        await self._journal.write(insert)
+        return await self._info(row)
+
+    async def get(self, caller: Caller, named: str) -> models.SessionInfo:
+        """One session, by its id or name. Raises NotFound."""
+        return await self._info(await self._find(caller, named))
+
+    async def list(self, caller: Caller, *, before: str | None, limit: int) -> models.SessionList:
+        """A page of the caller's sessions, or of everybody's for an operator; newest first."""
+        uid, most = None if caller.sees_all else caller.uid, min(limit, MOST)
+        read = partial(tables.list_sessions, uid=uid, before=before, limit=most + 1)
+        rows = await self._journal.read(read)
+        shown = [await self._info(row) for row in rows[:most]]
+        return models.SessionList(sessions=shown, next=rows[most - 1].id if len(rows) > most else None)
+
+    async def checkpoints(
+        self, caller: Caller, named: str, *, before: str | None, limit: int
+    ) -> models.CheckpointList:
+        """A page of the checkpoints of a session, newest first; the last is the one that it began with.
+
+        Raises NotFound.
+        """
+        row, most = await self._find(caller, named), min(limit, MOST)
+
+        def read(connection: sqlite3.Connection) -> tuple[list[Checkpoint], Checkpoint | None]:
+            found = tables.checkpoints(connection, row.id, before=before, limit=most + 1)
+            return found, tables.checkpoint(connection, row.origin)
+
+        found, origin = await self._journal.read(read)
+        more = len(found) > most
+        page = found[:most]
+        if not more and origin is not None and origin.session != row.id:
+            page.append(origin)  # of the session that this one was forked from
+        return models.CheckpointList(
+            checkpoints=[_checkpoint_info(one, row.head) for one in page],
+            next=page[-1].id if more else None,
+        )
+
+    async def rollback(self, caller: Caller, named: str, checkpoint: str) -> models.SessionInfo:
+        """Let a session stand on another of its checkpoints. Raises NotFound, SessionBusy."""
+        row = await self._find(caller, named)
+        wanted = await self._checkpoint(row, checkpoint)
+        with self._alone(row):
+
+            def move(connection: sqlite3.Connection) -> bool:
+                if tables.checkpoint(connection, wanted.id) is None:
+                    return False
+                tables.touch(connection, row, at=_now())
+                return tables.move(connection, row.id, since=row.head, to=wanted.id)
+
+            if not await self._journal.write(move):
+                raise errors.SessionBusy(f"session {named!r} was changed meanwhile; ask again")
+        return await self.get(caller, row.id)
+
+    async def discard(self, caller: Caller, named: str) -> models.SessionInfo:
+        """Forget the checkpoints that a session's head does not stand on, as a rollback left them.
+
+        Raises NotFound, SessionBusy.
+        """
+        row = await self._find(caller, named)
+        with self._alone(row):
+            await self._prune(row.id)
+        return await self.get(caller, row.id)
+
+    async def delete(self, caller: Caller, named: str) -> None:
+        """Remove a session; what forks of it stand on stays. Raises NotFound, SessionBusy."""
+        row = await self._find(caller, named)
+        await self._delete(row)
+        log.info("session removed", id=row.id, uid=caller.uid)
+
+    async def _delete(self, row: Row) -> None:
+        with self._alone(row):
+            self._removing.add(row.id)
+            try:
+                await self._journal.write(lambda connection: tables.mark_gone(connection, row.id))
+            finally:
+                self._removing.discard(row.id)
+        self._to_prune.append(row.id)
+        self._wake.set()
+
+    # What calls ask for.
+
+    async def enter(self, caller: Caller, named: str, policy: str | None) -> CallSession:
+        """A call's hold on a session, which lives on until the call has left it.
+
+        ``policy`` is what the request names. Raises NotFound, NotPermitted.
+        """
+        row = await self._find(caller, named)
+        if row.policy is not None and policy not in {None, row.policy}:
+            raise errors.NotPermitted(
+                f"calls in session {named!r} run under policy {row.policy!r}, and the request asks for "
+                f"{policy!r}; leave it out, or take another session",
+                policies=[row.policy],
+            )
+        if row.id in self._removing:
+            raise errors.NotFound(f"no session {named!r} of yours")
+        self._turns.enter(row.id)
+        return CallSession(
+            row,
+            caller.sessions.size,
+            journal=self._journal,
+            store=self._store,
+            turns=self._turns,
+            held=self._held,
+            kept=self._kept,
+        )
+
+    def hold(self, id_: str) -> None:
+        """Keep a session for a call that waits since an earlier daemon, until ``let_go``."""
+        self._turns.enter(id_)
+
+    def let_go(self, id_: str) -> None:
+        """The call has entered it, or never will."""
+        self._turns.leave(id_)
+
+    def _kept(self, checkpoint: Checkpoint, layers: int) -> None:
+        """A call was kept: where there are enough layers, they are made into one."""
+        if checkpoint.depth % tables.FAN == 0 or layers > LONG:
+            self._to_merge.append(checkpoint.id)
+            self._wake.set()
+
+    def _paths(self, names: tuple[str, ...]) -> Iterator[Path]:
+        yield from map(self._store.path, names)
+
+    # Within.
+
+    async def _find(self, caller: Caller, named: str) -> Row:
+        def read(connection: sqlite3.Connection) -> Row | None:
+            found = tables.find(connection, named, caller.uid)
+            if found is None and caller.sees_all:
+                found = tables.find(connection, named, None)
+            return found
+
+        row = await self._journal.read(read)
+        if row is None or self._is_over(row):
+            raise errors.NotFound(f"no session {named!r} of yours; `sandboxd session create` makes one")
+        return row
+
+    def _is_over(self, row: Row) -> bool:
+        return row.expires is not None and row.expires <= _now() and not self._turns.inside(row.id)
+
+    async def _checkpoint(self, row: Row, named: str) -> Checkpoint:
+        found = await self._journal.read(lambda connection: tables.within(connection, row, named))
+        if found is None:
+            raise errors.NotFound(f"session {row.name or row.id!r} has no checkpoint {named!r}")
+        return found
+
+    def _alone(self, row: Row) -> _Alone:
+        return _Alone(self._turns, row)
+
+    async def _info(self, row: Row) -> models.SessionInfo:
+        def read(connection: sqlite3.Connection) -> tuple[Checkpoint | None, Stack]:
+            return tables.checkpoint(connection, row.head), tables.stack_of(connection, row.head)
+
+        head, stack = await self._journal.read(read)
+        if head is None:
+            raise errors.NotFound(f"no session {row.id!r} of yours")
+        return models.SessionInfo(
+            id=row.id,
+            name=row.name,
+            uid=row.uid,
+            policy=row.policy,
+            labels=row.labels,
+            created=row.created,
+            used=row.used,
+            expires=row.expires,
+            ttl=row.ttl,
+            idle=row.idle,
+            quota=models.SessionQuota(size=row.quota_size, inodes=row.quota_inodes),
+            head=_checkpoint_info(head, row.head),
+            size=stack.size,
+            inodes=stack.inodes,
+            layers=len(stack.layers),
+            calls=row.calls,
+            in_flight=self._turns.inside(row.id),
+        )
+
+    async def _expire(self) -> None:
+        over = await self._journal.read(lambda connection: tables.expired(connection, _now()))
+        for id_ in over:
+            row = await self._journal.read(lambda connection, id_=id_: tables.find(connection, id_, None))  # type: ignore[misc]
+            if row is None or not self._is_over(row):
+                continue
+            try:
+                await self._delete(row)
+                log.info("session removed", id=row.id, uid=row.uid, why="its time is over")
+            except errors.SessionBusy:
+                continue
+
+    async def _prune(self, session: str) -> None:
+        """Forget what nothing stands on, in steps; then its layers go."""
+        complete = False
+        while not complete:
+            found = await self._journal.write(lambda connection: tables.prune(connection, session))
+            self._held.subtract(found.freed)
+            for name in found.layers:
+                await anyio.to_thread.run_sync(self._store.remove, name)
+            complete = found.complete
+
+    async def _merge(self, checkpoint: str) -> None:
+        """Make layers below a checkpoint into fewer; what goes wrong is tried again with a later call."""
+        wanted = await self._journal.read(lambda connection: tables.due(connection, checkpoint))
+        for end, span, below in wanted:
+
+            def read(
+                connection: sqlite3.Connection, end: Checkpoint = end, span: int = span, below: str = below
+            ) -> tuple[Stack, Stack]:
+                floor = end.depth - span
+                return tables.stack_of(connection, end.id, floor=floor), tables.stack_of(connection, below)
+
+            upper, lower = await self._journal.read(read)
+            if len(upper.layers) < 2:
+                continue
+
+            def fill(into: int, _: int, upper: Stack = upper, lower: Stack = lower) -> Figures:
+                size, inodes = merge(
+                    tuple(self._paths(upper.layers)), into, below=tuple(self._paths(lower.layers))
+                )
+                return Figures("", size, inodes)
+
+            name, figures = await anyio.to_thread.run_sync(self._store.add, fill)
+            made = tables.Merge(end.id, span, below, name, figures.size, figures.inodes)
+            if not await self._journal.write(
+                lambda connection, made=made: tables.insert_merge(connection, made)  # type: ignore[misc]
+            ):
+                await anyio.to_thread.run_sync(self._store.remove, name)
+
+
+class _Alone:
+    """For the time of a block nobody else is in a session. Entering raises SessionBusy."""
+
+    def __init__(self, turns: Turns, row: Row) -> None:
+        self._turns = turns
+        self._row = row
+
+    def __enter__(self) -> None:
+        inside = self._turns.inside(self._row.id)
+        if inside:
+            raise errors.SessionBusy(
+                f"{inside} calls run in session {self._row.name or self._row.id!r} or wait for it; wait for "
+                "them, or cancel them",
+                session=self._row.id,
+                calls=inside,
+            )
+        self._turns.enter(self._row.id)
+
+    def __exit__(self, *_: object) -> None:
+        self._turns.leave(self._row.id)
+
+
+def _checkpoint_info(one: Checkpoint, head: str) -> models.CheckpointInfo:
+    return models.CheckpointInfo(
+        id=one.id,
+        parent=one.parent,
+        digest=one.digest,
+        size=one.size,
+        inodes=one.inodes,
+        created=one.created,
+        call=one.call,
+        head=one.id == head,
+    )

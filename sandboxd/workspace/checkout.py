@@ -1,0 +1,222 @@
+"""A caller's own directory as the lowest layer of a session: nothing is copied, and nothing of it is
+written.
+
+Theory of operation.  The caller opens the directory and passes the descriptor; no path of a caller's is
+opened here. The descriptor says that the caller can read that directory, and nothing of what is in it,
+while the daemon's root could read all of it. So it is shown through a mount that maps the caller's uid
+and gid, and nobody else's, to those of the tool: what is the caller's is the tool's, and what is anybody
+else's belongs to nobody, where the kernel grants what the mode grants to others, to the daemon's root as
+well (an id that is not mapped is beyond CAP_DAC_OVERRIDE, ``capable_wrt_inode_uidgid``). The mount has
+the directory as its root and no mount below it, is read-only, ``nosuid``, ``nodev`` and follows no link.
+
+Made in the mount namespace of the caller, since the kernel clones a mount there only, it is kept at a
+place of the daemon's own. The directory may change while sessions stand on it: what a tool sees then is
+not defined, but nothing else is.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import subprocess
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from sandboxd import errors
+from sandboxd.kernel import mounts
+from sandboxd.kernel.inside import in_mount_namespace
+from sandboxd.kernel.userns import map_namespace
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Checkout", "Owner", "check_directory"]
+
+O_PATH = os.O_PATH
+MAX_DEPTH = 2048
+"""Directories above one that is passed; PATH_MAX has room for no more."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who passed a directory: the process, as the kernel tells it."""
+
+    uid: int
+    gid: int
+    pid: int
+
+
+def check_directory(directory: int, kept: Sequence[Path]) -> os.stat_result:
+    """Whether a descriptor may become a session's lowest layer; returns what it is.
+
+    ``kept`` are paths of the daemon's own: neither they, nor what is in them, nor what they are in, is lent.
+    Raises InvalidRequest, HostFailed.
+    """
+    found = os.fstat(directory)
+    if not stat.S_ISDIR(found.st_mode):
+        raise errors.InvalidRequest("what was passed is no directory", field="directory")
+    if fcntl.fcntl(directory, fcntl.F_GETFL) & O_PATH:
+        raise errors.InvalidRequest(
+            "the directory was opened with O_PATH, which does not show that you can read it; open it with "
+            "O_RDONLY | O_DIRECTORY",
+            field="directory",
+        )
+    try:
+        root = Path("/").stat()
+        if (found.st_dev, found.st_ino) == (root.st_dev, root.st_ino):
+            raise errors.InvalidRequest(
+                "/ is not lent to a session; pass a directory in it", field="directory"
+            )
+        above = _above(directory)
+        for path in kept:
+            _check_kept(path, (found.st_dev, found.st_ino), above)
+    except OSError as error:
+        raise errors.HostFailed(
+            f"the directory that was passed cannot be looked at: {error.strerror}"
+        ) from error
+    return found
+
+
+def _check_kept(path: Path, passed: tuple[int, int], above: set[tuple[int, int]]) -> None:
+    for number, one in enumerate([path, *path.parents]):
+        try:
+            status = one.stat()
+        except FileNotFoundError:
+            continue
+        identity = status.st_dev, status.st_ino
+        if identity == passed:
+            raise errors.InvalidRequest(
+                f"the directory is or has {path}, which is the daemon's own; pass one that does not",
+                field="directory",
+            )
+        if number == 0 and identity in above:
+            raise errors.InvalidRequest(
+                f"the directory is in {path}, which is the daemon's own", field="directory"
+            )
+
+
+def _above(directory: int) -> set[tuple[int, int]]:
+    """Device and inode of every directory above one, as far as its mount namespace goes."""
+    found: set[tuple[int, int]] = set()
+    here = os.open(".", O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        for _ in range(MAX_DEPTH):
+            above = os.open("..", O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=here)
+            os.close(here)
+            here = above
+            status = os.fstat(here)
+            if (status.st_dev, status.st_ino) in found:
+                return found
+            found.add((status.st_dev, status.st_ino))
+    finally:
+        os.close(here)
+    raise errors.InvalidRequest("the directory is too deep in others", field="directory")
+
+
+@dataclass
+class Checkout:
+    """A directory that is lent to sessions, kept at ``place``. A context manager; ``close`` ends the loan."""
+
+    place: Path
+    launcher: Path
+    owner: Owner
+    identity: tuple[int, int]
+    """Device and inode of the directory."""
+    _namespaces: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def of(cls, directory: int, owner: Owner, *, place: Path, launcher: Path, kept: Sequence[Path]) -> Self:
+        """Lend a directory that a caller has passed; the descriptor stays the caller's to close.
+
+        ``place`` does not exist yet, in a directory of a mount namespace of our own. Blocks. Raises
+        InvalidRequest, HostFailed.
+        """
+        found = check_directory(directory, kept)
+        try:
+            mount = _cloned(directory, owner.pid)
+        except OSError as error:
+            raise errors.InvalidRequest(
+                "the directory cannot be lent: it is on no mount of the process that passed it",
+                field="directory",
+            ) from error
+        try:
+            mounts.set_attributes(mount, read_only=True, userns=None, follow_links=False)
+            place.mkdir(mode=0o700)
+            try:
+                mounts.attach(mount, place)
+            except BaseException:
+                place.rmdir()
+                raise
+        except OSError as error:
+            raise errors.HostFailed(f"the directory cannot be lent: {error.strerror}") from error
+        finally:
+            os.close(mount)
+        return cls(place, launcher, owner, (found.st_dev, found.st_ino))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the directory; sessions that are at work in it keep what they have."""
+        with self._lock:
+            for namespace in self._namespaces.values():
+                os.close(namespace)
+            self._namespaces.clear()
+        mounts.detach(self.place)
+        self.place.rmdir()
+
+    def mapped(self, uid: int, gid: int, *, slot: int) -> int:
+        """The directory, detached; what is its owner's is that of these host ids. Yours to close.
+
+        ``slot`` is the first host id of the slot, to whose user the kernel counts the namespace of the map.
+        Raises HostFailed; InvalidRequest where the file system knows no maps.
+        """
+        try:
+            namespace = self._namespace(uid, gid, slot)
+            mount = mounts.clone_tree(self.place)
+            try:
+                mounts.set_attributes(mount, read_only=True, userns=namespace, follow_links=False)
+            except BaseException:
+                os.close(mount)
+                raise
+        except (OSError, subprocess.SubprocessError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EINVAL:
+                raise errors.InvalidRequest(
+                    "the directory is on a file system that the kernel cannot map ids of, such as an "
+                    "overlay, NFS or FUSE; upload its files instead",
+                    field="directory",
+                ) from error
+            raise errors.HostFailed(f"the directory cannot be lent: {error}") from error
+        return mount
+
+    def _namespace(self, uid: int, gid: int, slot: int) -> int:
+        with self._lock:
+            key = uid, gid, slot
+            if key not in self._namespaces:
+                owner = self.owner
+                self._namespaces[key] = map_namespace(
+                    self.launcher, slot, (owner.uid, uid, 1), (owner.gid, gid, 1)
+                )
+            return self._namespaces[key]
+
+
+def _cloned(directory: int, pid: int) -> int:
+    try:
+        return mounts.clone_directory(directory)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not pid:
+            raise
+    # A pid that is another's by now does no harm: the mount is in that namespace, or it is not.
+    namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return in_mount_namespace(namespace, lambda: mounts.clone_directory(directory))
+    finally:
+        os.close(namespace)

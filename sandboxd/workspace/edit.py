@@ -1,0 +1,203 @@
+"""Single changes of a session's files from outside: each is a layer that is put over those of a view.
+
+The layer is made in a directory that the caller gives, empty, by a descriptor; making it a checkpoint is
+the caller's too. Nothing of the view is changed, and nothing is followed: a link on the way or at the end
+refuses the change. Directories on the way look as they do below; those that are missing are made, the
+owner's.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sandboxd import errors, units
+from sandboxd.kernel import files
+from sandboxd.workspace.tree import join
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from sandboxd.workspace.view import Entry, View
+
+__all__ = ["ANYTHING", "Condition", "Written", "make_directory", "put", "remove"]
+
+_LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What has to hold of a path for a change to be made: a file of this digest there, or nothing at all."""
+
+    match: str | None = None
+    absent: bool = False
+
+    def check(self, view: View, path: bytes, entry: Entry | None) -> None:
+        """Raises PreconditionFailed."""
+        if self.match is None and not (self.absent and entry is not None):
+            return
+        digest = view.digest(entry) if entry is not None and entry.kind == "file" else None
+        if self.absent and entry is not None:
+            raise errors.PreconditionFailed(f"{_shown(path)} is there, as a {entry.kind}", digest=digest)
+        if self.match is not None and digest != self.match:
+            found = "is not there" if entry is None else f"is {digest or f'a {entry.kind}'}"
+            raise errors.PreconditionFailed(
+                f"{_shown(path)} should be {self.match[:80]} and {found}", digest=digest
+            )
+
+
+ANYTHING = Condition()
+"""No condition."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """The file as it is now."""
+
+    digest: str
+    size: int
+    created: bool
+
+
+def put(
+    view: View,
+    into: int,
+    path: bytes,
+    chunks: Iterable[bytes],
+    *,
+    owner: tuple[int, int],
+    most: int,
+    mode: int | None = None,
+    condition: Condition = ANYTHING,
+) -> Written:
+    """Write a file of ``most`` bytes or less; one that is there keeps its owner, and a mode not told.
+
+    Blocks. Raises InvalidRequest, PreconditionFailed, StateConflict for a path that leads through or to what
+    is no file, TooLarge, HostFailed.
+    """
+    parts = files.split_path(path)
+    entry = view.find(path)
+    condition.check(view, path, entry)
+    if entry is not None and entry.kind != "file":
+        raise errors.StateConflict(f"{_shown(path)} is a {entry.kind}; remove it first")
+    digest, size = hashlib.sha256(), 0
+    with _parent(view, into, parts, owner) as parent:
+        with _typed(path):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            fd = files.openat2(parent, parts[-1], flags, 0o600)
+        try:
+            for chunk in chunks:
+                size += len(chunk)
+                if size > most:
+                    raise errors.TooLarge(f"{_shown(path)} is over {units.format_size(most)}", limit=most)
+                digest.update(chunk)
+                with _typed(path):
+                    _write_all(fd, chunk)
+            with _typed(path):
+                os.fchown(fd, *((entry.uid, entry.gid) if entry is not None else owner))
+                os.fchmod(fd, _mode(entry, mode))
+        finally:
+            os.close(fd)
+    return Written(f"sha256:{digest.hexdigest()}", size, entry is None)
+
+
+def make_directory(view: View, into: int, path: bytes, *, owner: tuple[int, int], mode: int = 0o755) -> None:
+    """Make a directory, and those above it. Raises as ``put``; StateConflict where something is already."""
+    parts = files.split_path(path)
+    entry = view.find(path)
+    if entry is not None:
+        raise errors.StateConflict(f"{_shown(path)} is there already, as a {entry.kind}")
+    with _parent(view, into, parts, owner) as parent, _typed(path):
+        os.close(_made(parent, parts[-1], owner, mode & 0o777))
+
+
+def remove(
+    view: View, into: int, path: bytes, *, recursive: bool = False, condition: Condition = ANYTHING
+) -> None:
+    """Remove what is at a path; a directory that is not empty only with ``recursive``.
+
+    Raises NotFound, StateConflict, and as ``put``.
+    """
+    parts = files.split_path(path)
+    entry = view.find(path)
+    condition.check(view, path, entry)
+    if entry is None:
+        raise errors.NotFound(f"the session has no {_shown(path)}")
+    if entry.is_directory and not recursive and view.children(entry):
+        raise errors.StateConflict(f"{_shown(path)} is a directory with files in it; remove it recursively")
+    # All directories on the way are there, so none is made that would need an owner.
+    with _parent(view, into, parts, (0, 0)) as parent, _typed(path):
+        os.mknod(parts[-1], stat.S_IFCHR, 0, dir_fd=parent)
+
+
+def _mode(entry: Entry | None, asked: int | None) -> int:
+    if asked is not None:
+        return asked & 0o777
+    return entry.mode & 0o777 if entry is not None else 0o644
+
+
+@contextmanager
+def _parent(view: View, into: int, parts: list[bytes], owner: tuple[int, int]) -> Iterator[int]:
+    """The directory of the new layer that the last part goes into."""
+    found: Entry | None = view.root()
+    with _typed(b""):
+        here = files.openat2(into, b".", _LISTED)
+    try:
+        path = b""
+        for name in [b"", *parts[:-1]]:  # the root first
+            if name:
+                path = join(path, name)
+                found = view.child(found, name) if found is not None else None
+            if found is not None and not found.is_directory:
+                raise errors.StateConflict(f"{_shown(path)} is a {found.kind}, and no directory")
+            known = found if found is not None and found.members else None
+            ids = (known.uid, known.gid) if known is not None else owner
+            mode = known.mode if known is not None else 0o755
+            with _typed(path):
+                if name:
+                    deeper = _made(here, name, ids, mode)
+                    os.close(here)
+                    here = deeper
+                else:
+                    os.fchown(here, *ids)
+                    os.fchmod(here, mode)
+        yield here
+    finally:
+        os.close(here)
+
+
+def _made(parent: int, name: bytes, ids: tuple[int, int], mode: int) -> int:
+    os.mkdir(name, 0o700, dir_fd=parent)
+    fd = files.openat2(parent, name, _LISTED)
+    try:
+        os.fchown(fd, *ids)
+        os.fchmod(fd, mode)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _shown(path: bytes) -> str:
+    return ascii(os.fsdecode(path[:200]))
+
+
+@contextmanager
+def _typed(path: bytes) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise errors.HostFailed("no space left for a session's files in the state directory") from error
+        raise errors.HostFailed(f"{_shown(path)} cannot be changed: {error.strerror}") from error

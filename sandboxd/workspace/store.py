@@ -1,0 +1,125 @@
+"""The layers on disk: a directory each, by a name that nothing else says anything about.
+
+Theory of operation.  A layer is written whole and synced before anything refers to it, and is not changed
+afterwards; what refers to it is in the journal's database. So a layer that nothing refers to is one whose
+transaction never was, or whose references are gone: it is removed. ``layers`` is root's alone: its files have
+the container's ids, which on the host are somebody else's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import structlog
+from uuid6 import uuid7
+
+from sandboxd import errors
+from sandboxd.workspace import layer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+    from pathlib import Path
+
+    from sandboxd.workspace.layer import Figures
+
+__all__ = ["LayerStore"]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+log = structlog.get_logger("sandboxd.sessions")
+
+
+class LayerStore:
+    """The layers of one state directory. Methods block, and are safe in several threads."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises HostFailed."""
+        self.layers = directory / "layers"
+        self.mounts = directory / "mounts"
+        """Where mounts are attached for a moment."""
+        self._scratch = directory / "scratch"
+        try:
+            for path in (directory, self.layers, self.mounts, self._scratch):
+                path.mkdir(mode=0o700, exist_ok=True)
+            self.empty.mkdir(mode=0o755, exist_ok=True)
+        except OSError as error:
+            raise errors.HostFailed(f"{directory} cannot be used: {error.strerror}") from error
+
+    @property
+    def empty(self) -> Path:
+        """A layer without anything, since an overlay has to have one below."""
+        return self.layers / "empty"
+
+    def path(self, name: str) -> Path:
+        """Where a layer is."""
+        return self.layers / name
+
+    def clean(self, referenced: Collection[str]) -> int:
+        """Remove the layers that nothing refers to, and what was at work when the daemon ended; how many."""
+        removed = 0
+        for name in [one.name for one in self.layers.iterdir()]:
+            if name != self.empty.name and name not in referenced:
+                self.remove(name)
+                removed += 1
+        for path in (self.mounts, self._scratch):
+            for name in [one.name for one in path.iterdir()]:
+                self._remove(path, name)
+        return removed
+
+    def remove(self, name: str) -> None:
+        """Remove a layer, or what there is of it. What cannot be removed stays until the next start."""
+        self._remove(self.layers, name)
+
+    def _remove(self, parent: Path, name: str) -> None:
+        try:
+            directory = os.open(parent, layer.DIRECTORY)
+            try:
+                layer.remove_tree(directory, name)
+            finally:
+                os.close(directory)
+        except OSError as error:
+            log.warning("files of a session are not removed yet", layer=name, reason=error.strerror)
+
+    def take(self, upper: int, base: int) -> tuple[str, Figures]:
+        """Keep an upper layer (a descriptor); returns its name, and what it holds. It is on disk then.
+
+        Raises WorkspaceUnfit, HostFailed; then nothing of it is left.
+        """
+
+        def fill(into: int, scratch: int) -> Figures:
+            return layer.take(upper, into, base, scratch=scratch)
+
+        return self.add(fill)
+
+    def add(self, fill: Callable[[int, int], Figures]) -> tuple[str, Figures]:
+        """A layer that ``fill`` makes of an empty directory, with another to work in; synced.
+
+        Raises HostFailed, and what ``fill`` raises; then nothing of it is left.
+        """
+        name = uuid7().hex
+        try:
+            with self._made(self.layers, name) as into, self._made(self._scratch, name) as scratch:
+                figures = fill(into, scratch)
+                if _libc.syncfs(into) < 0:
+                    code = ctypes.get_errno()
+                    raise OSError(code, os.strerror(code))
+        except BaseException as error:
+            self.remove(name)
+            if isinstance(error, OSError):
+                raise errors.HostFailed(f"a session's files cannot be kept: {error.strerror}") from error
+            raise
+        finally:
+            self._remove(self._scratch, name)
+        return name, figures
+
+    @contextmanager
+    def _made(self, parent: Path, name: str) -> Iterator[int]:
+        path = parent / name
+        path.mkdir(mode=0o700)
+        fd = os.open(path, layer.DIRECTORY)
+        try:
+            yield fd
+        finally:
+            os.close(fd)

@@ -1,0 +1,428 @@
+"""Sessions and checkpoints in the journal's database: plain functions on a connection, within a transaction.
+
+A checkpoint is a layer on top of its parent; many sessions may stand on one. What a checkpoint shows is the
+stack of layers from it down: where the last 16 (256, 4096 …) up to one of them were merged into one layer,
+that stands for them, so a stack has at most some dozen layers however many calls there were.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from sandboxd import canonical
+
+if TYPE_CHECKING:
+    import sqlite3
+
+__all__ = [
+    "FAN",
+    "Checkpoint",
+    "Merge",
+    "Pruned",
+    "Row",
+    "Stack",
+    "checkpoint",
+    "checkpoints",
+    "count_of",
+    "due",
+    "expired",
+    "find",
+    "going",
+    "held",
+    "insert_checkpoint",
+    "insert_merge",
+    "insert_session",
+    "list_sessions",
+    "make_checkpoint",
+    "mark_gone",
+    "move",
+    "prune",
+    "referenced",
+    "stack_of",
+    "touch",
+    "within",
+]
+
+FAN = 16
+"""How many layers are merged into one, and how many of those again."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A session. Times and durations in microseconds, sizes in bytes; None: no limit of its own."""
+
+    id: str
+    uid: int
+    name: str | None
+    policy: str | None
+    labels: dict[str, str]
+    created: int
+    used: int
+    ttl: int | None
+    idle: int | None
+    quota_size: int | None
+    quota_inodes: int | None
+    head: str
+    origin: str
+    """The checkpoint that it began with."""
+    calls: int = 0
+
+    @property
+    def expires(self) -> int | None:
+        """When it ends by itself, if nothing uses it until then."""
+        ends = []
+        if self.ttl is not None:
+            ends.append(self.created + self.ttl)
+        if self.idle is not None:
+            ends.append(self.used + self.idle)
+        return min(ends, default=None)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A workspace as it stood. ``content``, ``size`` and ``inodes`` are its own layer's."""
+
+    id: str
+    session: str | None
+    uid: int
+    """Whose quota it counts to: of the session that it was made in."""
+    parent: str | None
+    depth: int
+    digest: str
+    layer: str | None
+    content: str | None
+    size: int
+    inodes: int
+    created: int
+    call: str | None
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One layer in the place of ``span`` of them."""
+
+    checkpoint: str
+    span: int
+    below: str | None
+    layer: str
+    size: int
+    inodes: int
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The layers that make a checkpoint, the newest first, and what they hold together."""
+
+    layers: tuple[str, ...]
+    size: int
+    inodes: int
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """Layers that nothing refers to any more, bytes that callers have again, and whether that is all."""
+
+    layers: list[str]
+    freed: Counter[int]
+    complete: bool
+
+
+_SESSION = ", ".join(one.name for one in fields(Row))
+_CHECKPOINT = ", ".join(one.name for one in fields(Checkpoint))
+_MERGE = ", ".join(one.name for one in fields(Merge))
+
+
+def make_checkpoint(
+    id_: str,
+    session: str,
+    uid: int,
+    parent: Checkpoint | None,
+    *,
+    layer: str | None = None,
+    content: str | None = None,
+    size: int = 0,
+    inodes: int = 0,
+    created: int,
+    call: str | None = None,
+) -> Checkpoint:
+    """A checkpoint on top of its parent; its digest is of the parent's and the content's."""
+    digest = canonical.digest({"content": content, "parent": None if parent is None else parent.digest})
+    depth = 0 if parent is None else parent.depth + 1
+    above = None if parent is None else parent.id
+    return Checkpoint(id_, session, uid, above, depth, digest, layer, content, size, inodes, created, call)
+
+
+def _session(row: tuple[Any, ...]) -> Row:
+    values = dict(zip((one.name for one in fields(Row)), row, strict=True))
+    return Row(**{**values, "labels": json.loads(values["labels"])})
+
+
+def insert_session(connection: sqlite3.Connection, row: Row) -> None:
+    """Add a session, whose name nobody else of the caller's has. Raises sqlite3.IntegrityError."""
+    values = {one.name: getattr(row, one.name) for one in fields(Row)}
+    values |= {"labels": json.dumps(row.labels), "expires": row.expires, "gone": 0}
+    names, marks = ", ".join(values), ", ".join("?" * len(values))
+    connection.execute(f"INSERT INTO sessions ({names}) VALUES ({marks})", tuple(values.values()))  # noqa: S608
+
+
+def insert_checkpoint(connection: sqlite3.Connection, one: Checkpoint) -> None:
+    """Add a checkpoint."""
+    marks = ", ".join("?" * len(fields(Checkpoint)))
+    values = tuple(getattr(one, field.name) for field in fields(Checkpoint))
+    connection.execute(f"INSERT INTO checkpoints ({_CHECKPOINT}) VALUES ({marks})", values)  # noqa: S608
+
+
+def insert_merge(connection: sqlite3.Connection, one: Merge) -> bool:
+    """Add a merge; whether its checkpoint is still there, and it was."""
+    if checkpoint(connection, one.checkpoint) is None:
+        return False
+    values = tuple(getattr(one, field.name) for field in fields(Merge))
+    return bool(
+        connection.execute(
+            f"INSERT OR IGNORE INTO merges ({_MERGE}) VALUES (?, ?, ?, ?, ?, ?)",  # noqa: S608
+            values,
+        ).rowcount
+    )
+
+
+def find(connection: sqlite3.Connection, named: str, uid: int | None) -> Row | None:
+    """The session of this id or name; ``uid`` None: anybody's by its id."""
+    if uid is None:
+        where, values = "id = ?", (named,)
+    else:
+        where, values = "uid = ? AND (id = ? OR name = ?)", (uid, named, named)  # type: ignore[assignment]
+    row = connection.execute(
+        f"SELECT {_SESSION} FROM sessions WHERE {where} AND NOT gone",  # noqa: S608  (constants)
+        values,
+    ).fetchone()
+    return _session(row) if row else None
+
+
+def list_sessions(
+    connection: sqlite3.Connection, uid: int | None, *, before: str | None, limit: int
+) -> list[Row]:
+    """Sessions, the newest first."""
+    rows = connection.execute(
+        f"SELECT {_SESSION} FROM sessions WHERE NOT gone AND (?1 IS NULL OR uid = ?1)"  # noqa: S608
+        " AND (?2 IS NULL OR id < ?2) ORDER BY id DESC LIMIT ?3",
+        (uid, before, limit),
+    )
+    return [_session(row) for row in rows]
+
+
+def touch(connection: sqlite3.Connection, row: Row, *, at: int, called: bool = False) -> None:
+    """Note that a session was used."""
+    ends = Row(**{**{one.name: getattr(row, one.name) for one in fields(Row)}, "used": at}).expires
+    connection.execute(
+        "UPDATE sessions SET used = ?, expires = ?, calls = calls + ? WHERE id = ?",
+        (at, ends, int(called), row.id),
+    )
+
+
+def move(connection: sqlite3.Connection, session: str, *, since: str, to: str) -> bool:
+    """Move a session's head, if it is where it was; whether it was."""
+    return bool(
+        connection.execute(
+            "UPDATE sessions SET head = ? WHERE id = ? AND head = ? AND NOT gone", (to, session, since)
+        ).rowcount
+    )
+
+
+def checkpoint(connection: sqlite3.Connection, id_: str | None) -> Checkpoint | None:
+    """One by its id."""
+    row = connection.execute(
+        f"SELECT {_CHECKPOINT} FROM checkpoints WHERE id = ?",  # noqa: S608
+        (id_,),
+    ).fetchone()
+    return Checkpoint(*row) if row else None
+
+
+def checkpoints(
+    connection: sqlite3.Connection, session: str, *, before: str | None, limit: int
+) -> list[Checkpoint]:
+    """Those that were made in a session, the newest first."""
+    rows = connection.execute(
+        f"SELECT {_CHECKPOINT} FROM checkpoints WHERE session = ?1 AND (?2 IS NULL OR id < ?2)"  # noqa: S608
+        " ORDER BY id DESC LIMIT ?3",
+        (session, before, limit),
+    )
+    return [Checkpoint(*row) for row in rows]
+
+
+def within(connection: sqlite3.Connection, row: Row, named: str) -> Checkpoint | None:
+    """The checkpoint of this id or digest that a session knows: made in it, or before it in its line."""
+    found = connection.execute(
+        f"SELECT {_CHECKPOINT} FROM checkpoints WHERE id = ?1 OR digest = ?1 ORDER BY id DESC",  # noqa: S608
+        (named,),
+    )
+    candidates = [Checkpoint(*one) for one in found]
+    for one in candidates:
+        if one.session == row.id:
+            return one
+    if not candidates:
+        return None
+    wanted, least = {one.id: one for one in candidates}, min(one.depth for one in candidates)
+    current = checkpoint(connection, row.origin)  # a fork's line goes on in that of which it was made
+    while current is not None and current.depth >= least:
+        if current.id in wanted:
+            return current
+        current = checkpoint(connection, current.parent)
+    return None
+
+
+def stack_of(connection: sqlite3.Connection, id_: str, *, floor: int = -1) -> Stack:
+    """The layers of a checkpoint, down to those of a depth above ``floor``."""
+    layers: list[str] = []
+    size = inodes = 0
+    at = checkpoint(connection, id_)
+    while at is not None and at.depth > floor:
+        merges = connection.execute(
+            f"SELECT {_MERGE} FROM merges WHERE checkpoint = ? AND span <= ? ORDER BY span DESC LIMIT 1",  # noqa: S608
+            (at.id, at.depth - max(floor, 0)),
+        ).fetchone() if at.depth % FAN == 0 and at.depth else None  # fmt: skip
+        if merges is not None:
+            merge = Merge(*merges)
+            layers.append(merge.layer)
+            size, inodes = size + merge.size, inodes + merge.inodes
+            at = checkpoint(connection, merge.below)
+            continue
+        if at.layer is not None:
+            layers.append(at.layer)
+            size, inodes = size + at.size, inodes + at.inodes
+        at = checkpoint(connection, at.parent)
+    return Stack(tuple(layers), size, inodes)
+
+
+def due(connection: sqlite3.Connection, id_: str) -> list[tuple[Checkpoint, int, str]]:
+    """Merges that a checkpoint's stack lacks: of which checkpoint, how many, and what is below them.
+
+    Those of fewer come before those of more, which are made of them.
+    """
+    wanted: list[tuple[Checkpoint, int]] = []
+    line: dict[int, str] = {}
+    at = checkpoint(connection, id_)
+    ends: list[Checkpoint] = []
+    while at is not None:
+        line[at.depth] = at.id
+        if at.depth and at.depth % FAN == 0:
+            ends.append(at)
+            known = [
+                Merge(*row)
+                for row in connection.execute(
+                    f"SELECT {_MERGE} FROM merges WHERE checkpoint = ? ORDER BY span DESC",  # noqa: S608
+                    (at.id,),
+                )
+            ]
+            spans = {merge.span for merge in known}
+            span = FAN
+            while at.depth % span == 0:
+                if span not in spans:
+                    wanted.append((at, span))
+                span *= FAN
+            if known:
+                merge = known[0]
+                at = checkpoint(connection, merge.below)
+                continue
+        at = checkpoint(connection, at.parent)
+    found = []
+    for end, span in sorted(wanted, key=lambda one: (one[1], one[0].depth)):
+        below = line.get(end.depth - span)
+        if below is None:
+            continue
+        found.append((end, span, below))
+    return found
+
+
+def held(connection: sqlite3.Connection) -> dict[int, int]:
+    """Bytes of all layers that were made in the sessions of each caller."""
+    rows = connection.execute("SELECT uid, sum(size) FROM checkpoints GROUP BY uid")
+    return {row[0]: int(row[1]) for row in rows}
+
+
+def count_of(connection: sqlite3.Connection, uid: int) -> int:
+    """How many sessions a caller has."""
+    found = connection.execute("SELECT count(*) FROM sessions WHERE uid = ? AND NOT gone", (uid,))
+    return int(found.fetchone()[0])
+
+
+def expired(connection: sqlite3.Connection, now: int, limit: int = 100) -> list[str]:
+    """Ids of sessions whose time is over."""
+    rows = connection.execute(
+        "SELECT id FROM sessions WHERE expires <= ? AND NOT gone ORDER BY expires LIMIT ?", (now, limit)
+    )
+    return [row[0] for row in rows]
+
+
+def going(connection: sqlite3.Connection) -> list[str]:
+    """Ids of sessions that are being removed."""
+    return [row[0] for row in connection.execute("SELECT id FROM sessions WHERE gone")]
+
+
+def mark_gone(connection: sqlite3.Connection, session: str) -> bool:
+    """Take a session away from everybody's eyes; whether it was there."""
+    return bool(
+        connection.execute("UPDATE sessions SET gone = 1 WHERE id = ? AND NOT gone", (session,)).rowcount
+    )
+
+
+def prune(connection: sqlite3.Connection, session: str, *, limit: int = 200) -> Pruned:
+    """Forget checkpoints of a session on which nothing stands, ``limit`` of them at once.
+
+    Of a session that is gone, what others stand on is nobody's then, and the session is forgotten in the end.
+    """
+    layers, freed, count = [], Counter[int](), 0
+    gone = connection.execute("SELECT gone FROM sessions WHERE id = ?", (session,)).fetchone()
+    leaves = [
+        row[0]
+        for row in connection.execute(
+            "SELECT id FROM checkpoints AS c WHERE session = ?"
+            " AND NOT EXISTS (SELECT 1 FROM checkpoints WHERE parent = c.id)"
+            " AND NOT EXISTS (SELECT 1 FROM sessions WHERE (head = c.id OR origin = c.id) AND NOT gone)"
+            " ORDER BY id DESC LIMIT ?",
+            (session, limit),
+        )
+    ]
+    queue = list(leaves)
+    while queue and count < limit:
+        one = checkpoint(connection, queue.pop())
+        if one is None:
+            continue
+        layers += [one.layer] if one.layer is not None else []
+        freed[one.uid] += one.size
+        layers += [
+            row[0] for row in connection.execute("SELECT layer FROM merges WHERE checkpoint = ?", (one.id,))
+        ]
+        connection.execute("DELETE FROM merges WHERE checkpoint = ?", (one.id,))
+        connection.execute("DELETE FROM checkpoints WHERE id = ?", (one.id,))
+        count += 1
+        if one.parent is not None and _is_free(connection, one.parent, session):
+            queue.append(one.parent)
+    if queue or len(leaves) == limit:
+        return Pruned(layers, freed, complete=False)
+    if gone and gone[0]:
+        connection.execute("UPDATE checkpoints SET session = NULL WHERE session = ?", (session,))
+        connection.execute("DELETE FROM sessions WHERE id = ?", (session,))
+    return Pruned(layers, freed, complete=True)
+
+
+def _is_free(connection: sqlite3.Connection, id_: str, session: str) -> bool:
+    """Whether nothing stands on a checkpoint, and it is of this session, or of one that was removed."""
+    return connection.execute(
+        "SELECT 1 FROM checkpoints AS c WHERE id = ?1 AND (session IS NULL OR session = ?2)"
+        " AND NOT EXISTS (SELECT 1 FROM checkpoints WHERE parent = c.id)"
+        " AND NOT EXISTS (SELECT 1 FROM sessions WHERE (head = c.id OR origin = c.id) AND NOT gone)",
+        (id_, session),
+    ).fetchone() is not None  # fmt: skip
+
+
+def referenced(connection: sqlite3.Connection) -> set[str]:
+    """The names of every layer that something refers to."""
+    return {
+        row[0]
+        for row in connection.execute(
+            "SELECT layer FROM checkpoints WHERE layer IS NOT NULL UNION SELECT layer FROM merges"
+        )
+    }

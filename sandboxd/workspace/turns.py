@@ -1,0 +1,65 @@
+"""One call at a time in each session, in the order in which they came."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import anyio
+
+__all__ = ["Turns"]
+
+
+@dataclass
+class _Line:
+    taken: bool = False
+    calls: int = 0
+    waiting: deque[anyio.Event] = field(default_factory=deque)
+
+
+class Turns:
+    """For one event loop. A call is in a session from its acceptance on, and has a turn while it runs."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, _Line] = {}
+
+    def enter(self, session: str) -> None:
+        """A call is about to be in this session, until it has left."""
+        self._lines.setdefault(session, _Line()).calls += 1
+
+    def leave(self, session: str) -> None:
+        """The call is no longer in it."""
+        line = self._lines[session]
+        line.calls -= 1
+        if not line.calls:
+            del self._lines[session]
+
+    def inside(self, session: str) -> int:
+        """How many calls are in a session, running or waiting."""
+        line = self._lines.get(session)
+        return 0 if line is None else line.calls
+
+    async def take(self, session: str) -> None:
+        """Wait for the turn, in a session that was entered."""
+        line = self._lines[session]
+        if not line.taken and not line.waiting:
+            line.taken = True
+            return
+        mine = anyio.Event()
+        line.waiting.append(mine)
+        try:
+            await mine.wait()
+        except BaseException:
+            if mine.is_set():
+                self.give(session)
+            else:
+                line.waiting.remove(mine)
+            raise
+
+    def give(self, session: str) -> None:
+        """Let the next have the turn."""
+        line = self._lines[session]
+        if line.waiting:
+            line.waiting.popleft().set()
+        else:
+            line.taken = False

@@ -1,0 +1,3 @@
+from sessioned import daemon, session
+
+__all__ = ["daemon", "session"]
