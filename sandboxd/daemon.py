@@ -213,17 +213,17 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         waiting.close()
         gc.collect()
         gc.freeze()  # code, policies and schemas stay: no collection has to look at them again
-        log.info(
-            "ready",
-            socket=str(config.socket.path or default_socket()),
-            engine=engine.name,
-            runtime=engine.runtime,
-        )
-        systemd.notify("READY=1")
+        _say_ready(config, engine)
         await _until_stopped(service)
         systemd.notify("STOPPING=1")
         stopping.set()
         tasks.cancel_scope.cancel()
+
+
+def _say_ready(config: Config, engine: EngineProcess) -> None:
+    socket = str(config.socket.path or default_socket())
+    log.info("ready", socket=socket, engine=engine.name, runtime=engine.runtime)
+    systemd.notify("READY=1")
 
 
 def _policies(config: Config) -> PolicyStore:
