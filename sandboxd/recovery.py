@@ -222,6 +222,8 @@ class Recovery(Runner):
                 "times": invocation.times.model_copy(update={"ended": now()}),
             }
         )
+        if spool.stored:
+            await anyio.to_thread.run_sync(spool.sync)
         await self._journal.ended(done, records.outcome_header(done))
         finish(spool, done, durable=True)
         self.ended[outcome.cause] += 1

@@ -172,7 +172,12 @@ class Journal:
             failpoint("accept.write")
             return None
 
-        found = await self._writer.run(operation, durable=True)
+        def undo(transaction: Transaction) -> None:
+            """Whoever asked was told that it is not accepted."""
+            for table in ("request_blobs", "requests", "labels", "invocations"):
+                transaction.connection.execute(f"DELETE FROM {table} WHERE id = ?", (invocation.id,))  # noqa: S608
+
+        found = await self._writer.run(operation, durable=True, undo=undo)
         failpoint("accept.durable")
         return found
 
@@ -272,7 +277,7 @@ class Journal:
                 )
             return transaction.head
 
-        head = await self._writer.run(operation, durable=True)
+        head = await self._writer.run(operation, durable=True, patient=True)
         failpoint("outcome.durable")
         return head
 
