@@ -19,7 +19,7 @@ import structlog
 from sandboxd import errors
 from sandboxd.call import Call, off_the_loop, payload_of
 from sandboxd.journal import records
-from sandboxd.journal.requests import Open, describe
+from sandboxd.journal.requests import Open, Owed, describe
 from sandboxd.journal.spool import Spool
 from sandboxd.kernel.tar import Limits as TarLimits
 from sandboxd.kernel.tar import check_tar
@@ -70,6 +70,12 @@ class Calls(Recovery):
                 return await self.get(caller, existing.id)
             if existing is not None:
                 raise await self._journal.conflict(existing, asked)
+        if request.callback is not None and not caller.callback:
+            raise errors.NotPermitted(
+                "a callback is not yours to ask for; an operator grants it by `callback: true` of your entry "
+                "in the configuration's `callers`",
+                field="callback",
+            )
         if self.draining:
             raise errors.Draining("the daemon finishes what runs and takes nothing new")
         self._accepting += 1
@@ -143,6 +149,7 @@ class Calls(Recovery):
             invocation, caller, made, payload, spool, deadline, held, secrets, ticket, retries, tied=tied
         )
         ticket.on_grant = call.granted
+        call.told = None if request.callback is None else request.callback.unix
         return call
 
     async def _accept(self, caller: Caller, call: Call, asked: Asked) -> Invocation:
@@ -151,7 +158,7 @@ class Calls(Recovery):
         A call that has its turn at once is accepted as started: a later daemon takes it for one that may have
         run, and no second sync is needed to say so.
         """
-        invocation, ticket = call.invocation, call.ticket
+        invocation, ticket, told = call.invocation, call.ticket, call.told
         self._scheduler.enqueue(ticket)
         call.marked = int(ticket.granted)
         accepted = records.Accepted(
@@ -169,6 +176,7 @@ class Calls(Recovery):
                 cpus=ticket.cpus,
                 priority=ticket.priority,
                 serial=ticket.serial,
+                callback=told,
                 deadline=None if call.deadline is None else invocation.times.accepted + call.deadline.asked,
             ),
         )
@@ -183,6 +191,10 @@ class Calls(Recovery):
             call.held.release()
             return await self.get(caller, existing.id)
         self._flying[invocation.id] = call
+        if told is not None:
+            self.callbacks.owe(
+                Owed(invocation.id, caller.uid, caller.gid, tuple(sorted(caller.groups)), told)
+            )
         call.decided.set()
         return invocation
 

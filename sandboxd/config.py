@@ -224,6 +224,9 @@ class CallerRule(Section):
     """Names and globs of the secrets that a policy may give to calls of these; None: an operator's may have
     all, an agent's none."""
 
+    callback: Annotated[bool, Field(strict=True)] = False
+    """Whether the daemon starts a process of theirs to tell a socket of theirs that a call has ended."""
+
     @property
     def granted(self) -> tuple[str, ...]:
         """The same without a default."""

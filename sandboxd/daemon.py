@@ -202,9 +202,8 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         ended, queued = await service.recover()
         if ended or queued:
             log.warning("an earlier daemon's calls", ended=ended, queued=queued)
-        tasks.start_soon(engine.watch)
-        tasks.start_soon(policies.watch)
-        tasks.start_soon(pool.run)
+        for task in (engine.watch, policies.watch, pool.run, service.callbacks.run):
+            tasks.start_soon(task)
         sock = stack.enter_context(listening(config.socket, os.environ))
         stopping = anyio.Event()
         started = anyio.Event()

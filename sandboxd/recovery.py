@@ -89,6 +89,7 @@ class Recovery(Runner):
         Nothing starts before the scheduler is no longer paused.
         """
         ended = 0
+        await self.callbacks.recover()
         callers: dict[tuple[int, int, tuple[int, ...]], Caller] = {}
         for row in await self._journal.open_calls():
             had_container = row.started and row.state != State.QUEUED
@@ -201,6 +202,7 @@ class Recovery(Runner):
         await self._journal.ended(done, records.outcome_header(done))
         finish(spool, done, durable=True)
         self.ended[outcome.cause] += 1
+        self.callbacks.ended(done)
         return done
 
     async def _wake(self, id: str) -> None:

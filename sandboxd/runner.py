@@ -16,6 +16,7 @@ import anyio
 import structlog
 
 from sandboxd import errors
+from sandboxd.callbacks import Callbacks
 from sandboxd.ledger import Ledger, finish, streams_of
 from sandboxd.models import Cause, Event, FailedAttempt, State
 from sandboxd.network.entrance import Entrances
@@ -73,6 +74,7 @@ class Runner(Ledger):
         self._scheduler = scheduler
         self._tasks = tasks
         self.ended: Counter[Cause] = Counter()
+        self.callbacks = Callbacks(journal)
 
     async def _run(self, call: Call) -> None:
         try:
@@ -263,12 +265,14 @@ class Runner(Ledger):
                 "times": invocation.times.model_copy(update={"ended": now()}),
             }
         )
+        recorded = True
         try:
             await self._journal.ended(done, header(done, call.plan))
         except errors.SandboxdError as error:
             log.exception("the outcome could not be written", id=done.id)
             done.outcome = ours("host", f"the outcome could not be recorded: {error}")
             self._unrecorded[done.id] = done
+            recorded = False
             self._tasks.start_soon(self._record_later, done, call.plan)
         call.invocation = done
         try:
@@ -280,6 +284,8 @@ class Runner(Ledger):
         call.secrets.close()
         self._flying.pop(done.id, None)
         call.ended.set()
+        if recorded:
+            self.callbacks.ended(done)
         if done.outcome is not None:
             self.ended[done.outcome.cause] += 1
         log.info("ended", id=done.id, cause=done.outcome.cause if done.outcome else None)
@@ -295,6 +301,7 @@ class Runner(Ledger):
             except errors.SandboxdError:
                 log.exception("the outcome cannot be written", id=done.id)
             self._unrecorded.pop(done.id, None)
+            self.callbacks.ended(done)
 
 
 def _streams(spool: Spool, name: str) -> dict[str, Content]:

@@ -69,6 +69,8 @@ class Caller:
     queued: int | None = None
     """Calls that may wait; None: only the daemon's queue bounds them."""
     secrets: tuple[str, ...] = ()
+    callback: bool = False
+    """Whether the daemon tells a socket of the caller's that a call has ended."""
 
     def may_have(self, secret: str) -> bool:
         """Whether a policy may give this secret to the caller's calls."""
@@ -133,6 +135,7 @@ class Identity:
                     weight=rule.weight,
                     queued=rule.queued,
                     secrets=rule.granted,
+                    callback=rule.callback,
                 )
         return Caller(peer.uid, peer.gid, peer.groups, "none")
 

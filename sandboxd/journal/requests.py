@@ -26,7 +26,20 @@ if TYPE_CHECKING:
 
     from sandboxd.blobs import BlobStore
 
-__all__ = ["INLINE", "Asked", "Open", "describe", "differences", "read", "rebuild", "write"]
+__all__ = [
+    "INLINE",
+    "OPEN_CALLS",
+    "Asked",
+    "Open",
+    "Owed",
+    "describe",
+    "differences",
+    "open_calls",
+    "owed",
+    "read",
+    "rebuild",
+    "write",
+]
 
 INLINE = 256 * 1024
 MAX_SHOWN = 200  # characters of a value that is shown, as JSON
@@ -62,6 +75,17 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Owed:
+    """Who has to be told of a call's end, and at which socket."""
+
+    id: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    unix: str
+
+
+@dataclass(frozen=True)
 class Open:
     """What the queue has to know of a call without an outcome, and what became of it so far.
 
@@ -82,6 +106,8 @@ class Open:
     deadline: int | None = None
     state: str = "accepted"
     known: bool = False
+    callback: str | None = None
+    """A socket; only when it is written."""
 
 
 def describe(request: Request) -> Asked:
@@ -133,6 +159,8 @@ def write(connection: sqlite3.Connection, asked: Asked, call: Open) -> None:
             call.memory, call.cpus, call.priority, call.serial, call.deadline,
         ),
     )  # fmt: skip
+    if call.callback is not None:
+        connection.execute("INSERT INTO callbacks (id, unix) VALUES (?, ?)", (call.id, call.callback))
     if asked.large:
         connection.executemany(
             "INSERT INTO request_blobs (digest, id) VALUES (?, ?)", [(each, call.id) for each in asked.large]
@@ -157,6 +185,15 @@ def open_calls(connection: sqlite3.Connection) -> list[Open]:
             )
         )  # fmt: skip
     return found
+
+
+def owed(connection: sqlite3.Connection) -> list[Owed]:
+    """Who has to be told of an end, whether it has come or not."""
+    rows = connection.execute(
+        "SELECT c.id, i.uid, r.gid, r.groups, c.unix FROM callbacks c JOIN invocations i ON i.id = c.id"
+        " JOIN requests r ON r.id = c.id ORDER BY c.id"
+    )
+    return [Owed(id_, uid, gid, tuple(json.loads(groups)), unix) for id_, uid, gid, groups, unix in rows]
 
 
 def read(connection: sqlite3.Connection, id_: str) -> tuple[bytes, bytes, str | None] | None:

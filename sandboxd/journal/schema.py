@@ -79,6 +79,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             digest TEXT NOT NULL, id TEXT NOT NULL, PRIMARY KEY (digest, id)
         ) STRICT, WITHOUT ROWID""",
         "CREATE INDEX request_blobs_of ON request_blobs (id)",
+        # who has to be told of the end of a call: gone when that was done
+        "CREATE TABLE callbacks (id TEXT PRIMARY KEY NOT NULL, unix TEXT NOT NULL) STRICT, WITHOUT ROWID",
     ),
 )
 

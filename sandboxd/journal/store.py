@@ -253,6 +253,17 @@ class Journal:
         """The same calls, by what the queue has to know of them: of a long queue nothing else is read."""
         return await self._read(requests.open_calls)
 
+    async def owed(self) -> list[requests.Owed]:
+        """Who has to be told of a call's end, in any state of it."""
+        return await self._read(requests.owed)
+
+    async def told(self, id_: str) -> None:
+        """Whoever had to be told of a call's end was, or will not be."""
+        await self._writer.run(
+            lambda transaction: transaction.connection.execute("DELETE FROM callbacks WHERE id = ?", (id_,)),
+            durable=False,
+        )
+
     async def refused(self, refusal: records.Refusal) -> None:
         """Keep a refusal. The newest ``KEPT_REFUSALS`` are kept; not durable against power loss."""
         row = refusal.row()
