@@ -75,9 +75,8 @@ class Callbacks:
         """Take up what an earlier daemon owed, before calls are."""
         for owed in await self._journal.owed():
             self.owe(owed)
-        for id_ in list(self._owed):
-            found = await self._journal.get(id_)
-            if found is not None and found.outcome is not None:
+            found = await self._journal.get(owed.id) if owed.ended else None
+            if found is not None:
                 self.ended(found)
 
     async def run(self) -> None:

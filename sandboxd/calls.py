@@ -9,6 +9,7 @@ then on the call belongs to a task of the daemon and not to whoever asked (``run
 
 from __future__ import annotations
 
+import json
 import time
 from typing import TYPE_CHECKING
 
@@ -169,16 +170,16 @@ class Calls(Recovery):
                 id=invocation.id,
                 uid=caller.uid,
                 gid=caller.gid,
-                groups=tuple(sorted(caller.groups)),
+                groups=json.dumps(sorted(caller.groups)),
                 tied=call.tied,
                 started=call.marked,
                 memory=ticket.memory,
                 cpus=ticket.cpus,
                 priority=ticket.priority,
                 serial=ticket.serial,
-                callback=told,
                 deadline=None if call.deadline is None else invocation.times.accepted + call.deadline.asked,
             ),
+            told,
         )
         self._tasks.start_soon(self._run, call)  # makes ready while the disk writes
         try:

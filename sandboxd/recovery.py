@@ -14,6 +14,7 @@ when they have their turn or somebody asks for them. They run under the policy t
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -90,17 +91,20 @@ class Recovery(Runner):
         """
         ended = 0
         await self.callbacks.recover()
-        callers: dict[tuple[int, int, tuple[int, ...]], Caller] = {}
+        callers: dict[tuple[int, int, str], Caller] = {}
         for row in await self._journal.open_calls():
-            had_container = row.started and row.state != State.QUEUED
+            had_container = row.started and not row.resting
             if (row.tied or not row.known or had_container) and not await self._interrupted(row):
                 ended += 1
                 continue
             who = (row.uid, row.gid, row.groups)
             if who not in callers:
-                callers[who] = self._identify(row.uid, row.gid, frozenset(row.groups))
+                callers[who] = self._caller(row)
             self._lay_down(row, callers[who])
         return ended, len(self._dormant)
+
+    def _caller(self, row: Open) -> Caller:
+        return self._identify(row.uid, row.gid, frozenset(json.loads(row.groups)))
 
     def _lay_down(self, row: Open, caller: Caller) -> None:
         ticket = Ticket(
@@ -142,7 +146,7 @@ class Recovery(Runner):
         outcome = ours("interrupted", INTERRUPTED)
         try:
             request = await self._journal.request(row.id)
-            caller = self._identify(row.uid, row.gid, frozenset(row.groups))
+            caller = self._caller(row)
             policy, made = await off_the_loop(request, self._planner.plan_for, caller, request)
         except errors.SandboxdError:
             return False
@@ -224,7 +228,7 @@ class Recovery(Runner):
         if invocation is None:
             raise errors.JournalCorrupt(f"invocation {row.id} in the journal cannot be read", id=row.id)
         request = await self._journal.request(row.id)
-        caller = self._identify(row.uid, row.gid, frozenset(row.groups))
+        caller = self._caller(row)
         await self._planner.know_image(caller, request)
         policy, made = await off_the_loop(request, self._planner.plan_for, caller, request)
         payload = await off_the_loop(request, payload_of, request)

@@ -146,7 +146,8 @@ def test_the_command_line_goes_on_after_kill_9_and_loses_nothing(
     daemon_factory: Callable[..., Daemon],
 ) -> None:
     first = start(daemon_factory)
-    command: list[Any] = [RUN_IN_SANDBOX, "--socket", str(first.socket), "--key", "k", "--policy", "again", "--"]
+    options = ["--socket", str(first.socket), "--key", "k", "--policy", "again"]
+    command: list[Any] = [RUN_IN_SANDBOX, *options, "--"]
     process = subprocess.Popen([*command, "sh", "-c", COUNT], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     until(lambda: first.client().list(state="running").invocations, "it runs")
     time.sleep(0.4)
@@ -207,3 +208,25 @@ def test_a_daemon_that_does_not_come_back_is_given_up(daemon_factory: Callable[.
     assert time.monotonic() - began < 20
     with pytest.raises(errors.Unavailable):  # and nobody waits for one that was never there
         Client(first.socket).run(["true"], key="k2")
+
+
+def test_input_that_a_dead_daemon_had_reaches_the_next(daemon_factory: Callable[..., Daemon]) -> None:
+    first = start(daemon_factory)
+    client = first.client()
+    client.start(["sleep", "1000"])
+    data = bytes(range(256)) * 12_000  # more than is kept at once
+    process = subprocess.Popen(
+        [RUN_IN_SANDBOX, "--socket", str(first.socket), "--key", "fed", "-i", "--", "cksum"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    fed = Waiting(lambda: process.communicate(data, timeout=60))
+    until(lambda: client.list(state="queued").invocations, "it waits")
+    time.sleep(0.5)  # the first of its input is on its way
+    first.stop(signal.SIGKILL)
+    start(daemon_factory, state=first.state)
+    stdout, stderr = fed.result()
+    assert process.returncode == 0, stderr
+    wanted = subprocess.run(["cksum"], input=data, capture_output=True, check=True).stdout
+    assert stdout == wanted

@@ -148,7 +148,7 @@ class Journal:
                     [(name, value, invocation.id) for name, value in invocation.labels.items()],
                 )
             if record.request is not None and record.open is not None:
-                requests.write(transaction.connection, record.request, record.open)
+                requests.write(transaction.connection, record.request, record.open, record.callback)
             return None
 
         return await self._writer.run(operation, durable=True)
@@ -170,21 +170,25 @@ class Journal:
         If the daemon dies at once the call is still there, as an earlier state of it.
         """
         row = self._row(invocation)
-        self._writer.post(
-            lambda transaction: transaction.connection.execute(
+        resting = invocation.state is models.State.QUEUED and invocation.attempts > 0
+
+        def operation(transaction: Transaction) -> None:
+            transaction.connection.execute(
                 "UPDATE invocations SET state = ?, policy = ?, cause = ?, doc = ?"
                 " WHERE id = ? AND state != 'ended'",
                 row,
             )
-        )
+            if resting:
+                transaction.connection.execute("UPDATE queue SET resting = 1 WHERE id = ?", (invocation.id,))
+
+        self._writer.post(operation)
 
     async def started(self, id_: str, attempts: int) -> None:
         """Record, durably, that so many attempts of a call were given a container."""
 
         def operation(transaction: Transaction) -> None:
-            transaction.connection.execute("UPDATE requests SET started = ? WHERE id = ?", (attempts, id_))
             transaction.connection.execute(
-                "UPDATE invocations SET state = 'starting' WHERE id = ? AND state != 'ended'", (id_,)
+                "UPDATE queue SET started = ?, resting = 0 WHERE id = ?", (attempts, id_)
             )
 
         await self._writer.run(operation, durable=True)
@@ -224,6 +228,7 @@ class Journal:
                 if found:
                     raise errors.StateConflict(f"invocation {invocation.id} has an outcome already")
                 raise errors.NotFound(f"invocation {invocation.id} was never accepted")
+            transaction.connection.execute("DELETE FROM queue WHERE id = ?", (invocation.id,))
             transaction.head = chain.append(transaction.connection, transaction.head, header, row[3])
             return transaction.head
 
