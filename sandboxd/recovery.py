@@ -94,8 +94,12 @@ class Recovery(Runner):
         callers: dict[tuple[int, int, str], Caller] = {}
         for row in await self._journal.open_calls():
             had_container = row.started and not row.resting
-            if (row.tied or not row.known or had_container) and not await self._interrupted(row):
-                ended += 1
+            try:
+                if (row.tied or not row.known or had_container) and not await self._interrupted(row):
+                    ended += 1
+                    continue
+            except errors.JournalCorrupt:  # one that cannot be read is no reason to serve nobody
+                log.exception("a call of an earlier daemon cannot be read", id=row.id)
                 continue
             who = (row.uid, row.gid, row.groups)
             if who not in callers:
@@ -222,6 +226,10 @@ class Recovery(Runner):
             except errors.SandboxdError as error:
                 log.exception("a call that waited cannot be run", id=id)
                 await self._refuse(id, ticket, error)
+            except Exception as error:  # a bug of ours must still leave an outcome, and the daemon
+                log.exception("internal error", id=id)
+                fault = f"internal error: {type(error).__name__}"
+                await self._refuse(id, ticket, errors.SandboxdError(fault))
 
     async def _wake_up(self, row: Open, ticket: Ticket) -> None:
         invocation = await self._journal.get(row.id)
@@ -263,9 +271,11 @@ class Recovery(Runner):
         call.decided.set()
         if made.holds > ticket.memory and ticket.granted:  # its policy has changed: it waits for that much
             self._scheduler.rest(ticket)
-            ticket.memory = made.holds
+            ticket.memory, ticket.cpus = made.holds, made.limits.cpus
             ticket.on_grant = call.granted
             self._scheduler.enqueue(ticket)
+        elif not ticket.granted:
+            ticket.memory, ticket.cpus = made.holds, made.limits.cpus
         ticket.on_grant = call.granted
         if ticket.granted:
             call.granted()
@@ -276,13 +286,18 @@ class Recovery(Runner):
     async def _refuse(self, id: str, ticket: Ticket, error: errors.SandboxdError) -> None:
         """End a call that what is in force now does not let run."""
         self._scheduler.leave(ticket)
-        invocation = await self._journal.get(id)
         if isinstance(error, errors.Refused):
             message = f"The call waited while the daemon was restarted, and is refused now: {error}"
             failure = Failure(code=error.code, message=str(error), details=error.details)
             outcome = Outcome(cause=Cause.DENIED, message=message, error=failure)
         else:
             outcome = ours(error.code, str(error))
-        del self._dormant[id], self._rows[id]
-        if invocation is not None:
-            await self._close(invocation, outcome)
+        try:
+            invocation = await self._journal.get(id)
+            if invocation is not None:
+                await self._close(invocation, outcome)
+        except errors.SandboxdError:  # it stays in the journal, for the next daemon
+            log.exception("the outcome could not be written", id=id)
+        finally:
+            self._dormant.pop(id, None)
+            self._rows.pop(id, None)
