@@ -17,6 +17,7 @@ import anyio.to_thread
 import structlog
 
 from sandboxd import errors
+from sandboxd.callbacks import Callbacks
 from sandboxd.journal.behind import Behind
 from sandboxd.ledger import Ledger, finish, streams_of
 from sandboxd.models import Cause, Event, FailedAttempt, State
@@ -76,6 +77,7 @@ class Runner(Ledger):
         self._tasks = tasks
         self._behind = Behind(journal, spools)
         self.ended: Counter[Cause] = Counter()
+        self.callbacks = Callbacks(journal)
 
     async def _run(self, call: Call) -> None:
         try:
@@ -243,6 +245,10 @@ class Runner(Ledger):
     def _put_away(self, call: Call) -> None:
         """Let go of a call that waits for a later daemon."""
         call.spool.leave()
+        self._let_go(call)
+
+    def _let_go(self, call: Call) -> None:
+        """Close what a call holds, and say that no task of this daemon has it any more."""
         call.stdin.close()
         call.held.release()
         call.secrets.close()
@@ -261,6 +267,8 @@ class Runner(Ledger):
             return
         invocation, session = call.invocation, call.session
         outcome, output = await _kept(call.spool, result.outcome)
+        if session is not None and outcome is not result.outcome:
+            await session.abandon()
         done = invocation.model_copy(
             update={
                 "state": State.ENDED,
@@ -277,11 +285,25 @@ class Runner(Ledger):
                 **({} if session is None else session.checkpoints),
             }
         )
+        recorded = await self._record(call, done, output)
+        call.invocation = done
         try:
-            also = None if session is None else session.commit
+            finish(call.spool, done, durable=False)
+        except errors.HostFailed:
+            log.exception("the end of the events could not be written", id=done.id)
+        self._let_go(call)
+        if recorded:
+            self._recorded(done, output)
+        if done.outcome is not None:
+            self.ended[done.outcome.cause] += 1
+        log.info("ended", id=done.id, cause=done.outcome.cause if done.outcome else None)
+
+    async def _record(self, call: Call, done: Invocation, output: bytes | None) -> bool:
+        """Write an outcome, and with it what its session keeps; False when that is tried again later."""
+        session = call.session
+        also = None if session is None else session.commit
+        try:
             await self._journal.ended(done, header(done, call.plan), also=also, output=output)
-            if session is not None:
-                session.committed()
         except errors.SandboxdError as error:
             if session is not None:
                 await session.abandon()
@@ -290,23 +312,16 @@ class Runner(Ledger):
             done.outcome = ours("host", f"the outcome could not be recorded: {error}")
             self._unrecorded[done.id] = done
             self._tasks.start_soon(self._record_later, done, call.plan, output)
-        call.invocation = done
-        try:
-            finish(call.spool, done, durable=False)
-        except errors.HostFailed:
-            log.exception("the end of the events could not be written", id=done.id)
+            return False
+        if session is not None:
+            session.committed()
+        return True
+
+    def _recorded(self, done: Invocation, output: bytes | None) -> None:
+        """See to what may come after the outcome is on disk."""
         if output is not None:
             self._behind.add(done.id)
-        call.stdin.close()
-        call.held.release()
-        call.secrets.close()
-        if session is not None:
-            session.leave()
-        self._flying.pop(done.id, None)
-        call.ended.set()
-        if done.outcome is not None:
-            self.ended[done.outcome.cause] += 1
-        log.info("ended", id=done.id, cause=done.outcome.cause if done.outcome else None)
+        self.callbacks.ended(done)
 
     async def _record_later(self, done: Invocation, made: plan.Plan, output: bytes | None) -> None:
         """Try again until the outcome that was told is written too, before a later daemon gives another."""
@@ -319,6 +334,7 @@ class Runner(Ledger):
             except errors.SandboxdError:
                 log.exception("the outcome cannot be written", id=done.id)
             self._unrecorded.pop(done.id, None)
+            self._recorded(done, output)
 
 
 async def _kept(spool: Spool, outcome: Outcome) -> tuple[Outcome, bytes | None]:
