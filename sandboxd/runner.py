@@ -259,6 +259,8 @@ class Runner(Ledger):
             return
         invocation, session = call.invocation, call.session
         outcome = await _kept(call.spool, result.outcome)
+        if session is not None and outcome is not result.outcome:
+            await session.abandon()  # a failure of ours leaves nothing in it
         done = invocation.model_copy(
             update={
                 "state": State.ENDED,
