@@ -46,6 +46,7 @@ FORMATS: dict[str, Callable[[int], str]] = {
 }
 """Every numeric limit by its path under ``limits``, and how a person reads it."""
 _STRENGTH = {"slot": 0, "engine": 1, "none": 2}
+_KEPT = {"never": 0, "success": 1, "exited": 2, "always": 3}
 
 
 def limit(limits: Limits, path: str) -> int | None:
@@ -117,6 +118,8 @@ class Floor:
         writable = spec.filesystem.root == "overlay" and self.spec.filesystem.root == "read-only"
         if writable and places.sure("filesystem.root"):
             yield wider("filesystem.root", "overlay", "read-only")
+        if _KEPT[spec.commit] > _KEPT[self.spec.commit] and places.sure("commit"):
+            yield wider("commit", spec.commit, self.spec.commit)
         for number, mount in enumerate(spec.mounts):
             allowed = self.spec.mounts
             if allowed is not None and not any(paths.within(mount.source, top) for top in allowed):

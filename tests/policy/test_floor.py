@@ -29,6 +29,8 @@ from sandboxd.policy.floor import FORMATS
         ("filesystem: {root: read-only}\n", "filesystem: {root: overlay, size: 1MiB}\n", "filesystem.root"),
         ("mounts: [/srv]\n", "mounts: [{source: /srvx, target: /a}]\n", "mounts.0: /srvx is wider"),
         ("mounts: []\n", "mounts: [{source: /srv, target: /a}]\n", "wider than the floor's none"),
+        ("commit: exited\n", "commit: always\n", "commit: always is wider than the floor's exited"),
+        ("commit: never\n", "", "commit: exited is wider than the floor's never"),
     ],
 )
 def test_a_wider_policy_is_refused_with_both_values(folder: Any, floor: str, policy: str, said: str) -> None:
