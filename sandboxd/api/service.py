@@ -215,6 +215,18 @@ class Service(Protocol):
         """A page of calls that fit, newest first: the caller's own, or for an operator all."""
         ...
 
+    async def replay(self, caller: Caller, id: str, policy: str | None) -> models.Replay:  # noqa: A002
+        """Run a recorded call again, under another policy if one is named, and say what differs."""
+        ...
+
+    async def lineage(self, caller: Caller, digest: str) -> models.Lineage:
+        """The caller's calls that released a content, or all for an operator."""
+        ...
+
+    def blob(self, digest: str, start: int, length: int) -> AsyncIterator[bytes]:
+        """Bytes of a content that ``lineage`` or ``artifact`` found for the caller."""
+        ...
+
     async def prune(self, caller: Caller, *, age: int | None, size: int | None) -> models.Pruning:
         """Remove the oldest bodies and files now; for operators."""
         ...

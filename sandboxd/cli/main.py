@@ -40,6 +40,7 @@ COMMANDS = {
     "logs": "calls:logs",
     "cancel": "calls:cancel",
     "forward": "forward:forward",
+    "replay": "replay:replay",
     "bench": "bench:bench",
 }
 GROUPS = {

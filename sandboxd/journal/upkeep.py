@@ -97,7 +97,8 @@ def prune(connection: sqlite3.Connection, calls: Iterable[tuple[int, str]], at: 
         if not changed:
             continue
         connection.execute("UPDATE records SET bytes = 0 WHERE n = ?", (n,))
-        connection.execute("DELETE FROM artifacts WHERE id = ?", (id_,))
+        for table in ("artifacts", "request_blobs", "requests"):
+            connection.execute(f"DELETE FROM {table} WHERE id = ?", (id_,))  # noqa: S608  # constants
         connection.executemany(
             "DELETE FROM labels WHERE name = ? AND value = ? AND id = ?",
             [(name, value, id_) for name, value in _labels(row[0] if row else None).items()],
@@ -122,19 +123,21 @@ def pruned_among(connection: sqlite3.Connection, ids: Sequence[str]) -> list[str
 
 
 def referenced(connection: sqlite3.Connection, digests: Collection[str]) -> set[str]:
-    """Those of these blobs that the record of a kept call names."""
+    """Those of these blobs that the record of a kept call names, or a request that waits, runs or ran."""
     marks = ",".join("?" * len(digests))
-    query = f"SELECT DISTINCT digest FROM artifacts WHERE digest IN ({marks})"  # noqa: S608  # marks alone
-    return {row[0] for row in connection.execute(query, list(digests))}
+    found: set[str] = set()
+    for table in ("artifacts", "request_blobs"):
+        query = f"SELECT DISTINCT digest FROM {table} WHERE digest IN ({marks})"  # noqa: S608  # constants
+        found.update(row[0] for row in connection.execute(query, list(digests)))
+    return found
 
 
-def releases(connection: sqlite3.Connection, digest: str, uid: int | None, limit: int) -> list[str]:
+def releases(connection: sqlite3.Connection, digest: str, uid: int | None, limit: int) -> list[Row]:
     """The newest calls that released a file of this digest, of one caller or of all."""
-    return [
-        row[0]
-        for row in connection.execute(
-            "SELECT a.id FROM artifacts AS a JOIN invocations AS i ON i.id = a.id"
-            " WHERE a.digest = ? AND (? IS NULL OR i.uid = ?) ORDER BY a.id DESC LIMIT ?",
-            (digest, uid, uid, limit),
-        )
-    ]
+    rows = connection.execute(
+        "SELECT r.n, r.id, r.header, i.doc FROM artifacts AS a JOIN invocations AS i ON i.id = a.id"
+        " JOIN records AS r ON r.id = a.id WHERE a.digest = ? AND (? IS NULL OR i.uid = ?)"
+        " ORDER BY a.id DESC LIMIT ?",
+        (digest, uid, uid, limit),
+    )
+    return [Row(*row) for row in rows]

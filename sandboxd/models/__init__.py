@@ -4,6 +4,8 @@ Times are integer microseconds since the Unix epoch, durations integer microseco
 Bytes are never assumed to be text: see ``Content``.
 """
 
+from sandboxd.models.batch import Batch, BatchResult
+from sandboxd.models.callback import Callback
 from sandboxd.models.invocation import (
     Artifact,
     CallerInfo,
@@ -16,6 +18,7 @@ from sandboxd.models.invocation import (
     Times,
     Withheld,
 )
+from sandboxd.models.lineage import Lineage, Release
 from sandboxd.models.network import NetworkEvent, NetworkRefusal, NetworkUse
 from sandboxd.models.operating import (
     Health,
@@ -29,6 +32,7 @@ from sandboxd.models.operating import (
 )
 from sandboxd.models.outcome import Cause, Denial, Failure, LimitReached, Outcome, Usage, signal_name
 from sandboxd.models.receipt import Control, Receipt
+from sandboxd.models.replay import Difference, Replay
 from sandboxd.models.request import Input, Narrowing, Request
 from sandboxd.models.retry import FailedAttempt
 from sandboxd.models.search import Hit, Pruning, SearchResults
@@ -46,7 +50,10 @@ from sandboxd.models.wire import Bytes, Content, Count, Counted, Duration, Size,
 
 __all__ = [
     "Artifact",
+    "Batch",
+    "BatchResult",
     "Bytes",
+    "Callback",
     "CallerInfo",
     "Cause",
     "CheckpointInfo",
@@ -56,6 +63,7 @@ __all__ = [
     "Count",
     "Counted",
     "Denial",
+    "Difference",
     "DigestRef",
     "Duration",
     "Event",
@@ -68,6 +76,7 @@ __all__ = [
     "Invocation",
     "InvocationList",
     "LimitReached",
+    "Lineage",
     "Narrowing",
     "NetworkEvent",
     "NetworkRefusal",
@@ -79,6 +88,8 @@ __all__ = [
     "Problem",
     "Pruning",
     "Receipt",
+    "Release",
+    "Replay",
     "Request",
     "SearchResults",
     "SecretInfo",

@@ -330,6 +330,15 @@ class MemoryService:
     async def search(self, caller: Caller, query: Query) -> models.SearchResults:
         return models.SearchResults(indexed=query.limit)
 
+    async def replay(self, caller: Caller, id: str, policy: str | None) -> models.Replay:
+        return models.Replay(recorded=id, replayed=self.call(caller, id).invocation)
+
+    async def lineage(self, caller: Caller, digest: str) -> models.Lineage:
+        raise errors.NotFound("no call of yours released that")
+
+    async def blob(self, digest: str, start: int, length: int) -> AsyncIterator[bytes]:
+        yield b"12345678"[start : start + length]
+
     async def prune(self, caller: Caller, *, age: int | None, size: int | None) -> models.Pruning:
         self.slots(caller)
         return models.Pruning(calls=age or 0, bytes=size or 0)

@@ -163,7 +163,7 @@ def test_every_code_is_documented() -> None:
 
 SECTIONS = {
     **dict.fromkeys(("serve", "doctor"), "### The daemon"),
-    **dict.fromkeys(("ps", "inspect", "logs", "cancel", "forward", "bench"), "### Calls"),
+    **dict.fromkeys(("ps", "inspect", "logs", "cancel", "forward", "replay", "bench"), "### Calls"),
     "policy": "### Policies",
     "image": "### Images",
     "secret": "### Secrets",
