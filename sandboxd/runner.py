@@ -268,7 +268,7 @@ class Runner(Ledger):
         invocation, session = call.invocation, call.session
         outcome, output = await _kept(call.spool, result.outcome)
         if session is not None and outcome is not result.outcome:
-            await session.abandon()
+            await session.abandon()  # a failure of ours leaves nothing in it
         done = invocation.model_copy(
             update={
                 "state": State.ENDED,

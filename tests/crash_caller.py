@@ -26,6 +26,7 @@ KINDS: dict[str, str] = {
     "loud": QUIET + "; echo out of {key}; echo err >&2; head -c 200000 /dev/zero | tr '\\0' x",
     "files": QUIET + "; mkdir out; echo file of {key} > out/a; head -c 100000 /dev/zero > out/b; echo done",
     "fails": QUIET + "; echo no >&2; exit 3",
+    "kept": QUIET + "; echo {key} >> log; echo {key} > file; rm -rf d; mkdir d; : > d/{key}",
 }
 
 
@@ -44,6 +45,7 @@ def told(found: models.Invocation) -> dict[str, Any]:
         "ended": found.times.ended,
         "streams": [[s.digest, s.size] for s in (found.stdout, found.stderr) if s is not None],
         "artifacts": [[a.path, a.digest] for a in found.artifacts],
+        "checkpoints": [found.session, found.checkpoint_before, found.checkpoint_after],
     }
 
 
@@ -59,6 +61,8 @@ class Caller:
         kind = self._random.choice(sorted(KINDS))
         argv = ["sh", "-c", KINDS[kind].format(key=key)]
         self._asked[key] = {"argv": argv, "policy": "counted", "labels": {"kind": kind}}
+        if kind == "kept":
+            self._asked[key]["session"] = "crash"
         say(ask=key, kind=kind)
         self._until_told(key)
 
@@ -106,7 +110,17 @@ class Caller:
                 say(told=key, **told(found))
                 return
 
+    def _make_session(self) -> None:
+        while not closed(0):
+            try:
+                self._client.create_session("crash")
+            except errors.SessionExists:
+                return
+            except (errors.Unavailable, errors.AttemptFailed):
+                time.sleep(0.05)
+
     def run(self) -> None:
+        self._make_session()
         while not closed(0):
             doing = self._random.random()
             if doing < 0.7 or not self._asked:

@@ -46,6 +46,7 @@ FORMATS: dict[str, Callable[[int], str]] = {
 }
 """Every numeric limit by its path under ``limits``, and how a person reads it."""
 _STRENGTH = {"slot": 0, "engine": 1, "none": 2}
+_KEPT = {"never": 0, "success": 1, "exited": 2, "always": 3}
 
 
 def limit(limits: Limits, path: str) -> int | None:
@@ -117,13 +118,7 @@ class Floor:
                 show = FORMATS[path]
                 yield wider(f"limits.{path}", "no limit" if value is None else show(value), show(ceiling))
         yield from self._wider_raises(spec, places, wider)
-        weakest = self.spec.process.user_namespace
-        weaker = _STRENGTH[spec.process.user_namespace] > _STRENGTH[weakest]
-        if weaker and places.sure("process.user_namespace"):
-            yield wider("process.user_namespace", spec.process.user_namespace, weakest)
-        writable = spec.filesystem.root == "overlay" and self.spec.filesystem.root == "read-only"
-        if writable and places.sure("filesystem.root"):
-            yield wider("filesystem.root", "overlay", "read-only")
+        yield from self._wider_choices(spec, places, wider)
         for number, mount in enumerate(spec.mounts):
             allowed = self.spec.mounts
             if allowed is not None and not any(paths.within(mount.source, top) for top in allowed):
@@ -136,6 +131,20 @@ class Floor:
                 yield wider(path, "allow", "deny", "artifacts.secrets")
         yield from self._wider_network(spec.network, places, wider)
         yield from self._wider_ports(spec.expose, places, wider)
+
+    def _wider_choices(
+        self, spec: PolicyFile, places: Places, wider: Callable[..., PolicyProblem]
+    ) -> Iterator[PolicyProblem]:
+        """Values that are one of several, in an order."""
+        weakest = self.spec.process.user_namespace
+        weaker = _STRENGTH[spec.process.user_namespace] > _STRENGTH[weakest]
+        if weaker and places.sure("process.user_namespace"):
+            yield wider("process.user_namespace", spec.process.user_namespace, weakest)
+        writable = spec.filesystem.root == "overlay" and self.spec.filesystem.root == "read-only"
+        if writable and places.sure("filesystem.root"):
+            yield wider("filesystem.root", "overlay", "read-only")
+        if _KEPT[spec.commit] > _KEPT[self.spec.commit] and places.sure("commit"):
+            yield wider("commit", spec.commit, self.spec.commit)
 
     def _wider_raises(
         self, spec: PolicyFile, places: Places, wider: Callable[..., PolicyProblem]

@@ -424,3 +424,5 @@ class FloorFile(Section):
     artifacts: FloorArtifacts = FloorArtifacts()
     expose: Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], Field(max_length=64)] | None = None
     """Ports that policies may expose to their callers; without this key, any."""
+    commit: Literal["exited", "success", "always", "never"] = "always"
+    """The most that a policy may have sessions keep, in the order never, success, exited, always."""

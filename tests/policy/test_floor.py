@@ -34,6 +34,8 @@ from sandboxd.reach import Reach
         ("artifacts: {secrets: deny}\n", "artifacts: [{path: a}]\n", "artifacts.0.secrets: allow is wider"),
         ("mounts: [/srv]\n", "mounts: [{source: /srvx, target: /a}]\n", "mounts.0: /srvx is wider"),
         ("mounts: []\n", "mounts: [{source: /srv, target: /a}]\n", "wider than the floor's none"),
+        ("commit: exited\n", "commit: always\n", "commit: always is wider than the floor's exited"),
+        ("commit: never\n", "", "commit: exited is wider than the floor's never"),
     ],
 )
 def test_a_wider_policy_is_refused_with_both_values(folder: Any, floor: str, policy: str, said: str) -> None:
