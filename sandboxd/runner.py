@@ -259,6 +259,8 @@ class Runner(Ledger):
             return
         invocation, session = call.invocation, call.session
         outcome = await _kept(call.spool, result.outcome)
+        if outcome is not result.outcome and session is not None:
+            await session.abandon()  # what is kept goes by an outcome that it does not have
         done = invocation.model_copy(
             update={
                 "state": State.ENDED,
