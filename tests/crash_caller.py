@@ -2,8 +2,8 @@
 
 Becomes a user of its own: ``crash_caller.py SOCKET UID SEED KIND…``. Each line on stdout is a JSON object:
 ``ask`` is a key that is about to be asked for the first time, ``told`` what was answered to it, each time;
-``fault`` an error that says that the daemon could not; ``wrong`` what must not be. It asks again, with the same
-key, until it is told.
+``fault`` an error that says that the daemon could not; ``wrong`` what must not be. It asks again, with the
+same key, until it is told.
 """
 
 from __future__ import annotations
