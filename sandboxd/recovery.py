@@ -25,6 +25,7 @@ import structlog
 
 from sandboxd import errors
 from sandboxd.call import Call, off_the_loop, payload_of
+from sandboxd.failpoint import failpoint
 from sandboxd.journal import records
 from sandboxd.journal.spool import Spool, Stream
 from sandboxd.ledger import finish, recovered, retried_events, streams_of
@@ -201,6 +202,7 @@ class Recovery(Runner):
         invocation.attempts = row.started
         invocation.state = State.QUEUED
         invocation.times.started = None
+        failpoint("recovery.again")
         self._journal.follow(invocation)
         return True
 
@@ -233,6 +235,7 @@ class Recovery(Runner):
         )
         if spool.stored:
             await anyio.to_thread.run_sync(spool.sync)
+        failpoint("recovery.close")
         await self._journal.ended(done, records.outcome_header(done))
         finish(spool, done, durable=True)
         self.ended[outcome.cause] += 1

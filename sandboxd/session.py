@@ -12,6 +12,7 @@ from uuid6 import uuid7
 
 from sandboxd import errors, units
 from sandboxd.engine.stacked import attach_stack
+from sandboxd.failpoint import failpoint
 from sandboxd.models import Cause
 from sandboxd.workspace import layer, tables
 
@@ -217,12 +218,14 @@ class CallSession:
         tables.touch(connection, start.row, at=time.time_ns() // 1000, called=True)
         if self._made is None:
             return
+        failpoint("session.commit")
         tables.insert_checkpoint(connection, self._made)
         if not tables.move(connection, start.row.id, since=start.head.id, to=self._made.id):
             raise errors.StateConflict(f"session {start.row.id} was changed while a call ran in it")
 
     def committed(self) -> None:
         """The transaction is on disk."""
+        failpoint("session.committed")
         if self._made is not None and self._start is not None:
             self._held[self._made.uid] += self._made.size
             self._on_kept(self._made, len(self._start.stack.layers) + 1)

@@ -1,9 +1,9 @@
 """A caller that asks for calls with keys for as long as its stdin is open, and writes down what it was told.
 
-Becomes a user of its own: ``crash_caller.py SOCKET UID SEED``. Each line on stdout is a JSON object: ``ask``
-is a key that is about to be asked for the first time, ``told`` what was answered to it, each time; ``fault``
-an error that says that the daemon could not; ``wrong`` what must not be. It asks again, with the same key,
-until it is told.
+Becomes a user of its own: ``crash_caller.py SOCKET UID SEED KIND…``. Each line on stdout is a JSON object:
+``ask`` is a key that is about to be asked for the first time, ``told`` what was answered to it, each time;
+``fault`` an error that says that the daemon could not; ``wrong`` what must not be. It asks again, with the
+same key, until it is told.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from typing import Any
 from sandboxd import Client, errors, models
 
 QUIET = "echo {key} > /count/runs"
+SESSION = "log"  # each caller has one of this name
 KINDS: dict[str, str] = {
     "quiet": QUIET,
     "loud": QUIET + "; echo out of {key}; echo err >&2; head -c 200000 /dev/zero | tr '\\0' x",
     "files": QUIET + "; mkdir out; echo file of {key} > out/a; head -c 100000 /dev/zero > out/b; echo done",
+    "session": QUIET + "; echo {key} >> log; wc -l < log",
+    "patient": QUIET + "; echo {key}",
     "fails": QUIET + "; echo no >&2; exit 3",
-    "kept": QUIET + "; echo {key} >> log; echo {key} > file; rm -rf d; mkdir d; : > d/{key}",
 }
 
 
@@ -44,13 +46,15 @@ def told(found: models.Invocation) -> dict[str, Any]:
         "outcome": None if outcome is None else outcome.model_dump(mode="json", exclude_none=True),
         "ended": found.times.ended,
         "streams": [[s.digest, s.size] for s in (found.stdout, found.stderr) if s is not None],
+        "attempts": found.attempts,
         "artifacts": [[a.path, a.digest] for a in found.artifacts],
         "checkpoints": [found.session, found.checkpoint_before, found.checkpoint_after],
     }
 
 
 class Caller:
-    def __init__(self, socket: str, seed: str) -> None:
+    def __init__(self, socket: str, seed: str, kinds: list[str]) -> None:
+        self._kinds = kinds
         self._client = Client(socket, timeout=30)
         self._seed = seed
         self._random = random.Random(seed)
@@ -58,11 +62,13 @@ class Caller:
 
     def new(self) -> None:
         key = f"{self._seed}.{len(self._asked)}"
-        kind = self._random.choice(sorted(KINDS))
+        kind = self._random.choice(self._kinds)
         argv = ["sh", "-c", KINDS[kind].format(key=key)]
         self._asked[key] = {"argv": argv, "policy": "counted", "labels": {"kind": kind}}
-        if kind == "kept":
-            self._asked[key]["session"] = "crash"
+        if kind == "session":
+            self._asked[key]["session"] = SESSION
+        if kind == "patient":
+            self._asked[key]["policy"] = "patient"
         say(ask=key, kind=kind)
         self._until_told(key)
 
@@ -113,11 +119,13 @@ class Caller:
     def _make_session(self) -> None:
         while not closed(0):
             try:
-                self._client.create_session("crash")
+                self._client.create_session(SESSION)
             except errors.SessionExists:
                 return
-            except (errors.Unavailable, errors.AttemptFailed):
+            except errors.Unavailable:
                 time.sleep(0.05)
+            else:
+                return
 
     def run(self) -> None:
         self._make_session()
@@ -139,7 +147,7 @@ def closed(timeout: float) -> bool:
 
 
 if __name__ == "__main__":
-    caller = Caller(sys.argv[1], sys.argv[3])
+    caller = Caller(sys.argv[1], sys.argv[3], sys.argv[4:])
     os.setgroups([])
     os.setregid(int(sys.argv[2]), int(sys.argv[2]))
     os.setreuid(int(sys.argv[2]), int(sys.argv[2]))

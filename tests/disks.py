@@ -76,6 +76,7 @@ def mounted(directory: Path) -> Iterator[Disk]:
         yield disk
     finally:
         subprocess.run(["umount", "-l", disk.at], check=False)
+        process.terminate()  # a daemon of somebody else may have got the mount with all others, and keep it
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:

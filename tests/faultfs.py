@@ -114,7 +114,9 @@ class FaultFS(mfusepy.Operations):  # type: ignore[misc]
         return os.readlink(self._at(path))
 
     def chmod(self, path: str, mode: int) -> int:
-        os.chmod(self._at(path), mode)
+        with self._lock:
+            os.chmod(self._at(path), mode)
+            self._note("chmod", path, mode & 0o7777)
         return 0
 
     def chown(self, path: str, uid: int, gid: int) -> int:
@@ -142,7 +144,7 @@ class FaultFS(mfusepy.Operations):  # type: ignore[misc]
             self._judge(path, "create")
             fd = os.open(self._at(path), os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
             self._ids[os.fstat(fd).st_ino] = self._next
-            self._note("create", path, self._next)
+            self._note("create", path, self._next, mode & 0o7777)
             self._next += 1
             return self._opened(path, fi, fd)
 

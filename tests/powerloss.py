@@ -27,6 +27,7 @@ LEFT_OUT = "-shm"  # SQLite makes it anew, and the kernel writes it whenever it 
 
 @dataclass(eq=False)
 class _File:
+    mode: int
     synced: bytearray = field(default_factory=bytearray)
     since: list[tuple[int, bytes | None]] = field(default_factory=list)
     """Offset and bytes that were written there; None: a new size."""
@@ -117,11 +118,11 @@ class Replay:
         directory, name = self._parent(path)
         return directory.names[name] if name else self._root
 
-    def step(self, operation: str, *what: Any) -> None:
+    def step(self, operation: str, *what: Any) -> None:  # noqa: C901  (one case for each operation)
         """Do one thing again."""
         match operation, what:
-            case "create", (path, number):
-                self._files[number] = _File()
+            case "create", (path, number, mode):
+                self._files[number] = _File(mode)
                 self._name(path, self._files[number])
             case "mkdir", (path,):
                 self._name(path, _Directory())
@@ -129,6 +130,9 @@ class Replay:
                 self._files[number].since.append((offset, data))
             case "truncate", (number, size):
                 self._files[number].since.append((size, None))
+            case "chmod", (path, mode):
+                if isinstance(node := self._node(path), _File):
+                    node.mode = mode
             case "fsync", (number,):
                 self._files[number].sync()
             case "fsyncdir", (path,):
@@ -167,6 +171,7 @@ class Replay:
                     left.append((child, at / name))
                 elif not name.endswith(LEFT_OUT):
                     (at / name).write_bytes(child.found(how, chance))
+                    (at / name).chmod(child.mode)
 
 
 def _all(root: _Directory) -> list[_Directory]:

@@ -312,8 +312,10 @@ def _back_up(connection: sqlite3.Connection, path: Path, version: int) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+        failpoint("journal.backup")
         temporary.replace(target)
-        sync_directory(directory)
+        for each in (directory, path.parent):
+            sync_directory(each)
         for old in sorted(directory.glob("journal-schema-*.sqlite3"), key=_written)[:-KEPT_BACKUPS]:
             old.unlink()
     except OSError as error:

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from sandboxd import canonical, errors
+from sandboxd.failpoint import failpoint
 from sandboxd.journal.chain import Head, parse_head
 
 if TYPE_CHECKING:
@@ -262,6 +263,7 @@ def _make(path: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+        failpoint("journal.key")
         os.link(temporary, path)  # never in the place of one that came meanwhile
     except FileExistsError:
         pass

@@ -220,6 +220,7 @@ class Journal:
             )
 
         await self._writer.run(operation, durable=True)
+        failpoint("attempt.durable")
 
     async def request(self, id_: str) -> models.Request:
         """What was asked for a call, its contents included; for who runs it later, or again.
