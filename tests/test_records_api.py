@@ -220,3 +220,25 @@ def test_streams_in_ranges(daemon_factory: Callable[..., Daemon]) -> None:
     status, body, headers = ask(daemon, f"/v1/invocations/{running.id}/stdout", Range="bytes=2-4")
     assert (status, body, "etag" in headers) == (206, b"234", False)
     client.cancel(running.id)
+
+
+def test_an_agent_replays_its_own_calls_under_policies_of_now(daemon_factory: Callable[..., Daemon]) -> None:
+    """No call of others, and no policy that was taken away: neither by its old form nor by its name."""
+    daemon = daemon_factory(config=CALLERS.replace("[default]", "[mine, default]"))
+    daemon.admit_everybody()
+    file = daemon.policies / "mine.yaml"
+    file.write_text("version: 1\nname: mine\nextends: default\nlimits: {wall: 20s}\n")
+    until(lambda: "mine" in {one.name for one in daemon.client().policies()}, "the policy is in force")
+    time.sleep(1)  # it is kept
+    theirs = as_agent(daemon, "client.run(['true'], policy='mine').id")
+    mine = daemon.run("true")
+    assert as_agent(daemon, f"client.replay({theirs!r}).differs") == "[]"
+    assert as_agent(daemon, f"client.replay({mine.id!r})") == "not_found"
+    assert as_agent(daemon, f"client.replay({theirs!r}, policy='files')") == "not_permitted"
+    wide = daemon.client().policy("mine").digest
+    file.write_text("version: 1\nname: mine\nextends: default\nlimits: {wall: 10s}\n")
+    until(lambda: daemon.client().policy("mine").digest != wide, "the edit is in force")
+    assert as_agent(daemon, f"client.replay({theirs!r})") == "not_permitted"
+    narrow = as_agent(daemon, f"[one.what for one in client.replay({theirs!r}, policy='mine').differs]")
+    assert narrow == "['policy', 'plan']"
+    assert daemon.client().replay(theirs).differs == []
