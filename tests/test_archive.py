@@ -163,6 +163,16 @@ async def test_bodies_go_and_records_stay(tmp_path: Path) -> None:
         assert await archive.prune(HOUR, None) == models.Pruning()
 
 
+async def test_a_record_that_lost_its_invocation_is_no_end_of_pruning(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (journal, _):
+        one, _ = [await record(journal, tmp_path) for _ in range(2)]
+    behind(tmp_path, f"DELETE FROM invocations WHERE id = '{one.id}'")
+    async with opened(tmp_path) as (journal, archive):
+        with anyio.fail_after(20):
+            assert (await archive.prune(HOUR, None)).calls == 1
+        assert await journal.oldest(1) == []
+
+
 async def test_size_takes_the_oldest(tmp_path: Path) -> None:
     async with opened(tmp_path) as (journal, archive):
         calls = [await record(journal, tmp_path, stdout=bytes([n]) * 100_000) for n in range(60)]

@@ -242,3 +242,48 @@ def test_an_agent_replays_its_own_calls_under_policies_of_now(daemon_factory: Ca
     narrow = as_agent(daemon, f"[one.what for one in client.replay({theirs!r}, policy='mine').differs]")
     assert narrow == "['policy', 'plan']"
     assert daemon.client().replay(theirs).differs == []
+
+
+def test_a_session_is_exported_and_verifies_elsewhere(
+    daemon_factory: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    daemon = daemon_factory()
+    client = daemon.client()
+    session = client.create_session(name="work")
+    calls = [
+        client.run(["sh", "-c", f"echo {n} >> log; cat log"], session="work", policy="files")
+        for n in range(3)
+    ]
+    daemon.run("echo", "of nobody's concern")
+    bundle, key = tmp_path / "evidence.tar", tmp_path / "node.pem"
+    state = ["--state", str(daemon.state)]
+    key.write_bytes(
+        subprocess.run([str(SANDBOXD), "journal", "key", *state], capture_output=True, check=True).stdout
+    )
+    for named in (session.id, "work"):
+        command = [
+            str(SANDBOXD),
+            "journal",
+            "export",
+            "--session",
+            named,
+            "-o",
+            str(bundle),
+            *state,
+            "--json",
+        ]
+        done = subprocess.run(command, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["calls"] == 3
+    daemon.stop()
+    check = [str(SANDBOXD), "journal", "verify", "--bundle", str(bundle), "--key", str(key), "--json"]
+    report = json.loads(subprocess.run(check, capture_output=True, check=True, cwd="/").stdout)
+    assert (report["ok"], report["calls"], report["absent"]) == (True, 3, [])  # the policy is in it too
+    data = bundle.read_bytes()
+    at = data.index(b"0\n1\n2\n")
+    bundle.write_bytes(data[:at] + b"0\n1\n3\n" + data[at + 6 :])
+    done = subprocess.run(check, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert calls[2].id in done.stdout.decode()
+    done = subprocess.run(check[:-1], capture_output=True, check=False)
+    assert b"was changed" in done.stderr

@@ -90,13 +90,14 @@ def prune(connection: sqlite3.Connection, calls: Iterable[tuple[int, str]], at: 
     """Take the bodies of these calls away, and what is known of them only for their bodies' sake."""
     done = 0
     for n, id_ in calls:
+        # in any case: a record without its invocation must not come up again for ever
+        connection.execute("UPDATE records SET bytes = 0 WHERE n = ?", (n,))
         row = connection.execute("SELECT doc FROM invocations WHERE id = ?", (id_,)).fetchone()
         changed = connection.execute(
             "UPDATE invocations SET doc = NULL, pruned = ? WHERE id = ? AND state = 'ended'", (at, id_)
         ).rowcount
         if not changed:
             continue
-        connection.execute("UPDATE records SET bytes = 0 WHERE n = ?", (n,))
         for table in ("artifacts", "request_blobs", "requests"):
             connection.execute(f"DELETE FROM {table} WHERE id = ?", (id_,))  # noqa: S608  # constants
         connection.executemany(
