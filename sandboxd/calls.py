@@ -9,6 +9,7 @@ then on the call belongs to a task of the daemon and not to whoever asked (``run
 
 from __future__ import annotations
 
+import json
 import time
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,7 +21,7 @@ import structlog
 from sandboxd import errors
 from sandboxd.call import Call, off_the_loop, payload_of
 from sandboxd.journal import records
-from sandboxd.journal.requests import Open, describe
+from sandboxd.journal.requests import Open, Owed, describe
 from sandboxd.journal.spool import Spool
 from sandboxd.kernel.tar import Limits as TarLimits
 from sandboxd.kernel.tar import check_tar
@@ -82,6 +83,12 @@ class Calls(Recovery):
                 return await self.get(caller, existing.id)
             if existing is not None:
                 raise await self._journal.conflict(existing, asked)
+        if request.callback is not None and not caller.callback:
+            raise errors.NotPermitted(
+                "a callback is not yours to ask for; an operator grants it by `callback: true` of your entry "
+                "in the configuration's `callers`",
+                field="callback",
+            )
         if self.draining:
             raise errors.Draining("the daemon finishes what runs and takes nothing new")
         self._accepting += 1
@@ -184,6 +191,7 @@ class Calls(Recovery):
         if session is not None:
             call.join(session)
         ticket.on_grant = call.granted
+        call.told = None if request.callback is None else request.callback.unix
         return call
 
     async def _accept(self, caller: Caller, call: Call, asked: Asked) -> Invocation:
@@ -192,7 +200,7 @@ class Calls(Recovery):
         A call that has its turn at once is accepted as started: a later daemon takes it for one that may have
         run, and no second sync is needed to say so.
         """
-        invocation, ticket = call.invocation, call.ticket
+        invocation, ticket, told = call.invocation, call.ticket, call.told
         self._scheduler.enqueue(ticket)
         call.marked = int(ticket.granted)
         accepted = records.Accepted(
@@ -203,7 +211,7 @@ class Calls(Recovery):
                 id=invocation.id,
                 uid=caller.uid,
                 gid=caller.gid,
-                groups=tuple(sorted(caller.groups)),
+                groups=json.dumps(sorted(caller.groups)),
                 tied=call.tied,
                 started=call.marked,
                 memory=ticket.memory,
@@ -212,6 +220,7 @@ class Calls(Recovery):
                 serial=ticket.serial,
                 deadline=None if call.deadline is None else invocation.times.accepted + call.deadline.asked,
             ),
+            told,
         )
         self._tasks.start_soon(self._run, call)  # makes ready while the disk writes
         try:
@@ -224,6 +233,10 @@ class Calls(Recovery):
             call.held.release()
             return await self.get(caller, existing.id)
         self._flying[invocation.id] = call
+        if told is not None:
+            self.callbacks.owe(
+                Owed(invocation.id, caller.uid, caller.gid, tuple(sorted(caller.groups)), told)
+            )
         call.decided.set()
         return invocation
 

@@ -199,11 +199,15 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         waiting = stack.enter_context(ExitStack())
         waiting.enter_context(scheduler.paused())
         await service.recover()
-        tasks.start_soon(engine.watch)
-        tasks.start_soon(policies.watch)
-        tasks.start_soon(pool.run)
-        tasks.start_soon(sessions.run)
-        tasks.start_soon(archive.run)
+        for task in (
+            engine.watch,
+            policies.watch,
+            pool.run,
+            sessions.run,
+            archive.run,
+            service.callbacks.run,
+        ):
+            tasks.start_soon(task)
         sock = stack.enter_context(listening(config.socket, os.environ))
         stopping = anyio.Event()
         started = anyio.Event()

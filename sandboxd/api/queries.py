@@ -11,8 +11,10 @@ from sandboxd import units
 from sandboxd.models import Cause, State
 
 __all__ = [
+    "LONGEST_WAIT",
     "CheckBody",
     "EventsQuery",
+    "GetQuery",
     "ListQuery",
     "NoQuery",
     "PageQuery",
@@ -24,6 +26,7 @@ __all__ = [
     "StreamQuery",
 ]
 
+LONGEST_WAIT = 3600.0
 REPEATED = {"repeated": True}
 HIGHEST_SIGNAL = 64  # SIGRTMAX of Linux, signal(7)
 
@@ -55,6 +58,12 @@ class Parameters(BaseModel):
 
 class NoQuery(Parameters):
     """Of routes that take no parameters."""
+
+
+class GetQuery(Parameters):
+    """Whether to wait for the end of an invocation, and for how many seconds."""
+
+    wait: Annotated[float, Field(ge=0, le=LONGEST_WAIT, allow_inf_nan=False)] = 0.0
 
 
 class ListQuery(Parameters):

@@ -143,6 +143,13 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print one JSON object, the invocation, and nothing else on stdout",
     )
+    add(
+        "--batch",
+        metavar="FILE",
+        help="run the requests of FILE (- for standard input), one JSON object a line, and print what came "
+        "of each, one a line, as it ends",
+    )
+    add("--parallel", metavar="N", type=int, help="with --batch: so many at the same time (default: 8)")
     add("--socket", metavar="S", help="the daemon's socket")
     add("argv", metavar="COMMAND", nargs=argparse.REMAINDER, help="the command and its arguments")
     return parser
@@ -163,6 +170,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         options.argv = [*options.argv, "--", *command]
     else:
         options.argv = [*options.argv, *command]
+    if options.parallel is not None and options.batch is None:
+        parser.error("--parallel is for --batch")
+    if options.batch is not None:
+        if options.argv:
+            parser.error("with --batch the commands are in its file")
+        return options
     if not options.argv:
         parser.error("which command? Write it after --, such as: run-in-sandbox -- python3 -V")
     return options

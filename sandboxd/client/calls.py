@@ -46,6 +46,7 @@ class RequestFields(TypedDict):
     key: NotRequired[str]
     session: NotRequired[str]
     priority: NotRequired[int]
+    callback: NotRequired[models.Callback | Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,30 @@ def stream(asked: models.Request) -> wire.Exchange:
     """Run and answer with events."""
     headers = {"Accept": "application/x-ndjson"}
     return wire.Exchange("POST", wire.target("invocations"), _body(asked), headers, waits=True)
+
+
+def batch(
+    requests: Iterable[models.Request | Sequence[str | bytes] | Mapping[str, Any]], parallel: int | None
+) -> wire.Exchange:
+    """Run many requests; each is a Request, an argv, or the JSON of a request, which the daemon judges."""
+    documents: list[Any] = []
+    for each in requests:
+        if isinstance(each, Mapping):
+            documents.append(dict(each))
+        else:
+            asked = request(each, {})
+            documents.append(asked.model_dump(mode="json", exclude_none=True, exclude_defaults=True))
+    body = {"requests": documents} | ({} if parallel is None else {"parallel": parallel})
+    return wire.Exchange("POST", wire.target("batches"), json.dumps(body).encode(), waits=True)
+
+
+batch_result: Callable[[bytes], models.BatchResult] = _one(models.BatchResult)
+"""Decodes one line of the answer to a batch."""
+
+
+def id_at(location: str) -> str | None:
+    """The id of the invocation whose URL the daemon gave before its outcome."""
+    return location.rpartition("/")[2] or None
 
 
 def get(id: str) -> Call[models.Invocation]:  # noqa: A002 - the field's name, here and below

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 from sandboxd import errors, models
 from sandboxd.client import calls, location, transport, wire
 from sandboxd.client.destination import Destination
+from sandboxd.client.patience import RECONNECT, Patience
 
 if TYPE_CHECKING:
     import signal as signals
     import socket as sockets
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
-    from typing import Unpack
+    from typing import Any, Unpack
 
 __all__ = ["Client", "Stream"]
 
@@ -29,17 +30,35 @@ class Stream(Generic[T]):
     the call unless it has a key.
     """
 
-    def __init__(self, answer: transport.Answer, items: Iterator[T]) -> None:
+    def __init__(self, answer: transport.Answer, items: Iterator[T] | None = None) -> None:
         self._answer = answer
-        self._items = items
+        self._items: Iterator[T] = iter(()) if items is None else items
+        self._limit: float | None = None
 
     def set_timeout(self, timeout: float | None) -> None:
         """Bound the wait for each further item to so many seconds."""
+        self._limit = timeout
         self._answer.set_timeout(timeout)
+
+    def continue_with(self, answer: transport.Answer) -> None:
+        """Go on with another answer, in the place of one that was cut."""
+        self._answer.close()
+        self._answer = answer
+        if self._limit is not None:
+            answer.set_timeout(self._limit)
+
+    @property
+    def limit(self) -> float | None:
+        """Seconds that the next item may take."""
+        return self._limit
 
     def close(self) -> None:
         """Hang up. May be called twice."""
         self._answer.close()
+
+    def feed(self, items: Iterator[T]) -> None:
+        """Say where the items come from."""
+        self._items = items
 
     def __iter__(self) -> Self:
         return self
@@ -71,6 +90,11 @@ class Client:
     Every method raises ``errors.Unavailable`` when no daemon answers or the connection is lost
     (``details["reason"]`` says which), and the class of ``errors`` that the daemon's answer names. How a
     tool ended is data in ``Invocation.outcome``, never an exception.
+
+    When the daemon goes away while a call is waited for or its events are read, the client looks for it for
+    ``reconnect`` seconds and goes on where it was: ``run``, ``stream``, ``wait`` and ``events`` lose nothing.
+    A call without a key that the dead daemon ran then has the outcome that the next one gave it; one with a
+    key is asked for again. 0: raise Unavailable at once.
     """
 
     def __init__(
@@ -79,7 +103,9 @@ class Client:
         *,
         connect_timeout: float = 5.0,
         timeout: float | None = 60.0,
+        reconnect: float = RECONNECT,
     ) -> None:
+        self._reconnect = reconnect
         self._paths = location.candidates(socket, os.environ)
         self._connect_timeout = connect_timeout
         self._timeout = timeout
@@ -101,7 +127,52 @@ class Client:
         self, argv: models.Request | Sequence[str | bytes], **fields: Unpack[calls.RequestFields]
     ) -> models.Invocation:
         """Run a command and wait for its outcome. Raises Refused if it is not accepted."""
-        return self._do(calls.run(calls.request(argv, fields)))
+        asked = calls.request(argv, fields)
+        call = calls.run(asked)
+        patience = Patience(self._reconnect)
+        with self._ask(call.exchange, asked.key, patience) as answer:
+            try:
+                return call.decode(answer.read())
+            except errors.Unavailable as error:
+                id_ = calls.id_at(answer.location)
+                if id_ is None or error.details.get("reason") != "lost":
+                    raise
+                cut = error
+        return self._outcome(id_, cut, patience)
+
+    def _ask(self, exchange: wire.Exchange, key: str | None, patience: Patience) -> transport.Answer:
+        """The answer to a request; one with a key may be sent again when it is not known to have arrived."""
+        try:
+            return self._open(exchange)
+        except errors.Unavailable as error:
+            if key is None or error.details.get("reason") != "lost":
+                raise
+            return self._again(exchange, error, patience)
+
+    def _again(
+        self,
+        exchange: wire.Exchange,
+        error: errors.SandboxdError,
+        patience: Patience,
+        limit: float | None = None,
+    ) -> transport.Answer:
+        """The answer of the next daemon to an exchange. Raises what is not going to pass."""
+        until = None if limit is None else time.monotonic() + limit
+        while True:
+            time.sleep(patience.pause(error))
+            if until is not None and time.monotonic() >= until:
+                raise wire.timed_out(limit)
+            try:
+                return self._open(exchange)
+            except (errors.Unavailable, errors.Draining) as found:
+                error = found
+
+    def _outcome(self, id: str, error: errors.SandboxdError, patience: Patience) -> models.Invocation:  # noqa: A002
+        """The outcome of a call whose daemon went away."""
+        call = calls.get(id)
+        with self._again(call.exchange, error, patience) as answer:
+            found = call.decode(answer.read())
+        return found if found.state == models.State.ENDED else self.wait(id)
 
     def start(
         self, argv: models.Request | Sequence[str | bytes], **fields: Unpack[calls.RequestFields]
@@ -113,7 +184,21 @@ class Client:
         self, argv: models.Request | Sequence[str | bytes], **fields: Unpack[calls.RequestFields]
     ) -> Stream[models.Event]:
         """Run a command and iterate over its events; the last one is ``ended``."""
-        return self._events(calls.stream(calls.request(argv, fields)), complete=True)
+        asked = calls.request(argv, fields)
+        return self._events(calls.stream(asked), key=asked.key)
+
+    def batch(
+        self,
+        requests: Iterable[models.Request | Sequence[str | bytes] | Mapping[str, Any]],
+        *,
+        parallel: int | None = None,
+    ) -> Stream[models.BatchResult]:
+        """Run many requests, ``parallel`` at a time; what came of each comes as it ends, with its index.
+
+        A request is a ``Request``, an argv, or the JSON of a request; one that is refused has a ``problem``.
+        """
+        answer = self._open(calls.batch(requests, parallel))
+        return Stream(answer, map(calls.batch_result, answer.lines()))
 
     def get(self, id: str) -> models.Invocation:  # noqa: A002 - the field's name, here and below
         """One invocation. Raises NotFound."""
@@ -157,11 +242,51 @@ class Client:
 
     def events(self, id: str, *, after: int = 0, follow: bool = True) -> Stream[models.Event]:  # noqa: A002
         """The events numbered above ``after``; with ``follow`` until ``ended``, else those so far."""
-        return self._events(calls.events(id, after, follow=follow), complete=follow)
-
-    def _events(self, exchange: wire.Exchange, *, complete: bool) -> Stream[models.Event]:
+        exchange = calls.events(id, after, follow=follow)
+        if follow:
+            return self._events(exchange, id, after)
         answer = self._open(exchange)
-        return Stream(answer, calls.Events(complete=complete).decode(answer.lines()))
+        return Stream(answer, calls.Events(complete=False).decode(answer.lines()))
+
+    def _events(
+        self,
+        exchange: wire.Exchange,
+        id: str | None = None,  # noqa: A002
+        after: int = 0,
+        *,
+        key: str | None = None,
+    ) -> Stream[models.Event]:
+        """Events up to ``ended``, from however many daemons."""
+        patience = Patience(self._reconnect)
+        answer = self._ask(exchange, key, patience)
+        stream: Stream[models.Event] = Stream(answer)
+        stream.feed(self._resumed(stream, answer, id or calls.id_at(answer.location), after, patience))
+        return stream
+
+    def _resumed(
+        self,
+        stream: Stream[models.Event],
+        answer: transport.Answer,
+        id: str | None,  # noqa: A002
+        after: int,
+        patience: Patience,
+    ) -> Iterator[models.Event]:
+        while True:
+            events = calls.Events(complete=True)
+            events.after = after
+            try:
+                for event in events.decode(answer.lines()):
+                    after = event.seq
+                    patience.renew()
+                    yield event
+            except errors.Unavailable as error:
+                if id is None or error.details.get("reason") != "lost":
+                    raise
+                exchange = calls.events(id, after, follow=True)
+                answer = self._again(exchange, error, patience, stream.limit)
+                stream.continue_with(answer)
+            else:
+                return
 
     def stdout(self, id: str, *, offset: int = 0, follow: bool = False) -> Stream[bytes]:  # noqa: A002
         """The stored standard output from a byte offset on."""

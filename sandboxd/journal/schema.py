@@ -65,12 +65,16 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ) STRICT""",
     ),
     (
-        # doc and contents are as ``requests`` says; contents NULL: pruned. started counts the attempts that
-        # were given a container, and is on disk before their command is handed over.
+        # what was asked, as ``requests`` says; contents NULL: pruned
         """CREATE TABLE requests (
+            id TEXT PRIMARY KEY NOT NULL, doc BLOB NOT NULL, contents BLOB
+        ) STRICT""",
+        # Of each call without an outcome what the scheduler has to know, and no more: 100,000 are read at a
+        # start. started counts the attempts that were given a container, and is on disk before their command
+        # is handed over; resting: the last of them has ended, and another follows.
+        """CREATE TABLE queue (
             id TEXT PRIMARY KEY NOT NULL,
-            doc BLOB NOT NULL,
-            contents BLOB,
+            uid INTEGER NOT NULL,
             gid INTEGER NOT NULL,
             groups TEXT NOT NULL,
             tied INTEGER NOT NULL,
@@ -79,12 +83,21 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             cpus INTEGER NOT NULL,
             priority INTEGER NOT NULL,
             serial TEXT,
-            deadline INTEGER
-        ) STRICT""",
+            deadline INTEGER,
+            resting INTEGER NOT NULL
+        ) STRICT, WITHOUT ROWID""",
         """CREATE TABLE request_blobs (
             digest TEXT NOT NULL, id TEXT NOT NULL, PRIMARY KEY (digest, id)
         ) STRICT, WITHOUT ROWID""",
         "CREATE INDEX request_blobs_of ON request_blobs (id)",
+        # who has to be told of the end of a call: gone when that was done
+        """CREATE TABLE callbacks (
+            id TEXT PRIMARY KEY NOT NULL,
+            uid INTEGER NOT NULL,
+            gid INTEGER NOT NULL,
+            groups TEXT NOT NULL,
+            unix TEXT NOT NULL
+        ) STRICT, WITHOUT ROWID""",
     ),
     (
         # gone: it is being removed, and nobody sees it. quota_* and expires: NULL is none.
@@ -171,6 +184,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             " AND json_valid(CAST(i.doc AS TEXT)) THEN CAST(i.doc AS TEXT) ELSE '{}' END, '$.artifacts') AS a"
         ),
         "CREATE INDEX artifacts_of_calls ON artifacts (id)",
+    ),
+    (
+        # Copies of small spools whose files are not synced yet, as ``behind`` says.
+        "CREATE TABLE unsynced (id TEXT PRIMARY KEY NOT NULL, files BLOB NOT NULL) STRICT",
     ),
 )
 

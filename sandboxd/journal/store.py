@@ -169,11 +169,16 @@ class Journal:
                     [(name, value, invocation.id) for name, value in invocation.labels.items()],
                 )
             if record.request is not None and record.open is not None:
-                requests.write(transaction.connection, record.request, record.open)
+                requests.write(transaction.connection, record.request, record.open, record.callback)
             failpoint("accept.write")
             return None
 
-        found = await self._writer.run(operation, durable=True)
+        def undo(transaction: Transaction) -> None:
+            """Whoever asked was told that it is not accepted."""
+            for table in ("request_blobs", "requests", "labels", "invocations"):
+                transaction.connection.execute(f"DELETE FROM {table} WHERE id = ?", (invocation.id,))  # noqa: S608
+
+        found = await self._writer.run(operation, durable=True, undo=undo)
         failpoint("accept.durable")
         return found
 
@@ -194,21 +199,25 @@ class Journal:
         If the daemon dies at once the call is still there, as an earlier state of it.
         """
         row = self._row(invocation)
-        self._writer.post(
-            lambda transaction: transaction.connection.execute(
+        resting = invocation.state is models.State.QUEUED and invocation.attempts > 0
+
+        def operation(transaction: Transaction) -> None:
+            transaction.connection.execute(
                 "UPDATE invocations SET state = ?, policy = ?, cause = ?, doc = ?"
                 " WHERE id = ? AND state != 'ended'",
                 row,
             )
-        )
+            if resting:
+                transaction.connection.execute("UPDATE queue SET resting = 1 WHERE id = ?", (invocation.id,))
+
+        self._writer.post(operation)
 
     async def started(self, id_: str, attempts: int) -> None:
         """Record, durably, that so many attempts of a call were given a container."""
 
         def operation(transaction: Transaction) -> None:
-            transaction.connection.execute("UPDATE requests SET started = ? WHERE id = ?", (attempts, id_))
             transaction.connection.execute(
-                "UPDATE invocations SET state = 'starting' WHERE id = ? AND state != 'ended'", (id_,)
+                "UPDATE queue SET started = ?, resting = 0 WHERE id = ?", (attempts, id_)
             )
 
         await self._writer.run(operation, durable=True)
@@ -231,10 +240,12 @@ class Journal:
         header: dict[str, Any],
         *,
         also: Callable[[sqlite3.Connection], None] | None = None,
+        output: bytes | None = None,
     ) -> chain.Head:
         """Record an outcome, durably, and chain its record; returns the new head.
 
         ``also`` is what comes about with it, in the same transaction, or not at all.
+        ``output`` is the copy of its spool, where that is not on disk yet (``behind``).
 
         ``header`` is ``records.outcome_header``'s. Raises StateConflict for a call that has an outcome
         already, NotFound for one that was never accepted.
@@ -258,7 +269,12 @@ class Journal:
                 raise errors.NotFound(f"invocation {invocation.id} was never accepted")
             if also is not None:
                 also(transaction.connection)
+            transaction.connection.execute("DELETE FROM queue WHERE id = ?", (invocation.id,))
             transaction.head = chain.append(transaction.connection, transaction.head, header, row[3])
+            if output is not None:
+                transaction.connection.execute(
+                    "INSERT INTO unsynced (id, files) VALUES (?, ?)", (invocation.id, output)
+                )
             failpoint("outcome.write")
             if invocation.artifacts:
                 transaction.connection.executemany(
@@ -267,7 +283,7 @@ class Journal:
                 )
             return transaction.head
 
-        head = await self._writer.run(operation, durable=True)
+        head = await self._writer.run(operation, durable=True, patient=True)
         failpoint("outcome.durable")
         return head
 
@@ -308,6 +324,17 @@ class Journal:
     async def open_calls(self) -> list[requests.Open]:
         """The same calls, by what the queue has to know of them: of a long queue nothing else is read."""
         return await self._read(requests.open_calls)
+
+    async def owed(self) -> list[requests.Owed]:
+        """Who has to be told of a call's end, in any state of it."""
+        return await self._read(requests.owed)
+
+    async def told(self, id_: str) -> None:
+        """Whoever had to be told of a call's end was, or will not be."""
+        await self._writer.run(
+            lambda transaction: transaction.connection.execute("DELETE FROM callbacks WHERE id = ?", (id_,)),
+            durable=False,
+        )
 
     async def refused(self, refusal: records.Refusal) -> None:
         """Keep a refusal. The newest ``KEPT_REFUSALS`` are kept; not durable against power loss."""

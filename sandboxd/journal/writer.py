@@ -7,6 +7,10 @@ that was written before it began is durable when it ends, so a hundred calls tha
 one sync. That is what ``synchronous=FULL`` does in each commit, but for the event loop, which does not wait.
 A thread moves the log into the database now and then. Only when all of it was moved is its file written from
 the start again; where operations never leave a moment for that and it grows long, they wait for the thread.
+
+After a sync that failed nothing is known of what the log has on disk, and no later sync would tell. So
+nothing is written until a thread has written the log's bytes once more, synced them, and found that they are
+those that were written (``wal``). Outcomes wait for that; all else is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import structlog
 
 from sandboxd import errors
 from sandboxd.failpoint import failpoint
-from sandboxd.journal import chain, schema
+from sandboxd.journal import chain, schema, wal
 from sandboxd.journal.output import sync_directory
 from sandboxd.kernel.filesync import FileSync
 
@@ -35,6 +39,7 @@ __all__ = ["Transaction", "Writer"]
 T = TypeVar("T")
 EVERY = 128  # transactions between two moves of the log into the database
 PAUSE = 0.02  # seconds until that begins: the answer that is due now comes first
+AGAIN = 1.0  # seconds between two tries to write the log again
 LONG = 32 << 20  # bytes of the log's file beyond which operations wait until all of it was moved
 
 log = structlog.get_logger(__name__)
@@ -62,6 +67,10 @@ class Writer:
         self._most = LONG
         self._may_write = asyncio.Event()
         self._may_write.set()
+        self._lost: str | None = None
+        """Why it is not known what the log has on disk."""
+        self._restoring: asyncio.Task[None] | None = None
+        self._undo: list[Callable[[Transaction], object]] = []
 
     def start(self) -> None:
         """Open the database. Raises what ``schema.connect_writer`` does."""
@@ -89,18 +98,37 @@ class Writer:
         """Take operations from the running event loop."""
         self._sync = FileSync(self._log)
 
-    async def run(self, operation: Callable[[Transaction], T], *, durable: bool) -> T:
+    async def run(
+        self,
+        operation: Callable[[Transaction], T],
+        *,
+        durable: bool,
+        patient: bool = False,
+        undo: Callable[[Transaction], object] | None = None,
+    ) -> T:
         """Run an operation, and wait until it is on disk if it is to be durable.
 
-        What it raises undoes it. A task that is cancelled here does not take its operation back.
+        What it raises undoes it. When it cannot be synced, ``undo`` is run as soon as anything can be; one
+        that is ``patient`` waits for that moment instead, and is durable then. A task that is cancelled here
+        does not take its operation back.
         """
-        while not self._may_write.is_set():  # again: another that waited may have filled the log
-            await self._may_write.wait()
+        while not self._may_write.is_set() or (patient and self._restoring is not None):
+            # again: another that waited may have filled the log
+            await (self._restored() if self._restoring is not None else self._may_write.wait())
         if self._sync is None:
             raise errors.HostFailed("the journal is closed")
         result = self._apply(operation)
         if durable:
-            await self.synced()
+            try:
+                await self.synced()
+            except errors.HostFailed:
+                if undo is not None:
+                    self._undo.append(undo)
+                if not patient:
+                    raise
+                await self._restored()
+                if self._lost is not None:
+                    raise
         return result
 
     async def synced(self) -> None:
@@ -112,7 +140,43 @@ class Writer:
             await self._sync.synced()
             failpoint("journal.synced")
         except OSError as error:
-            raise errors.HostFailed(f"the journal could not be synced: {error.strerror}") from error
+            if self._lost is None:
+                self._lost = f"the journal could not be synced: {error.strerror}"
+                self._restoring = asyncio.create_task(self._restore())
+            raise errors.HostFailed(self._lost) from error
+
+    async def _restored(self) -> None:
+        if self._restoring is not None:
+            await asyncio.wait({self._restoring})
+
+    async def _restore(self) -> None:
+        """Write the log again until that reaches the disk; ``_lost`` stays if its bytes are gone."""
+        log.error("nothing is accepted until the journal can be synced", reason=self._lost)
+        try:
+            if self._moving is not None:
+                await self._moving
+            while True:
+                try:
+                    intact = await asyncio.to_thread(wal.write_again, self._log, self._path)
+                    break
+                except OSError as error:
+                    log.warning("the journal still cannot be synced", reason=str(error))
+                    await asyncio.sleep(AGAIN)
+            if not intact:
+                self._lost = (
+                    "the host lost what was written to the journal's log; restart the daemon: it goes on "
+                    "from what is on disk"
+                )
+                log.error("the journal's log is not what was written", reason=self._lost)
+            elif self._sync is not None:
+                self._sync.written_again()
+                self._lost = None
+                for undo in self._undo:
+                    self.post(undo)
+                log.warning("the journal is synced again")
+        finally:
+            self._undo.clear()
+            self._restoring = None
 
     def post(self, operation: Callable[[Transaction], object]) -> None:
         """Run an operation; it is not durable yet, and its failure concerns nobody."""
@@ -125,6 +189,8 @@ class Writer:
         transaction = self._transaction
         if transaction is None:
             raise errors.HostFailed("the journal is closed")
+        if self._lost is not None:
+            raise errors.HostFailed(self._lost)
         connection, before = transaction.connection, transaction.head
         try:
             connection.execute("BEGIN IMMEDIATE")
@@ -137,6 +203,8 @@ class Writer:
                 connection.execute("ROLLBACK")
             if isinstance(error, sqlite3.Error):
                 raise schema.error_of(error) from error
+            if isinstance(error, OSError):
+                raise errors.HostFailed(f"the journal cannot be written: {error.strerror}") from error
             raise
         failpoint("journal.committed")
         self._written += 1
@@ -166,7 +234,7 @@ class Writer:
             failpoint("journal.move")
             _, pages, moved = self._mover.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             failpoint("journal.moved")
-        except sqlite3.Error as error:  # it is tried again, and commits say what is wrong
+        except (sqlite3.Error, OSError) as error:  # it is tried again, and commits say what is wrong
             log.warning("the journal's log was not moved into the database", reason=str(error))
             return False
         return bool(pages == moved)
@@ -185,6 +253,9 @@ class Writer:
 
     async def rest(self) -> None:
         """Take nothing more, and wait for what goes on beside the event loop."""
+        if self._restoring is not None:
+            self._restoring.cancel()
+            await self._restored()
         sync, self._sync = self._sync, None
         if sync is not None:
             with contextlib.suppress(OSError):  # it was told to those who wait for it

@@ -4,6 +4,9 @@ Theory of operation.  The kernel syncs on a thread of its own (io_submit(2), ``I
 4.18) and says so on an eventfd. A thread of ours would do, but to begin and to end it needs the interpreter's
 lock, for which it waits a millisecond while the event loop is at work: more than the disk takes. It is what
 is left where the kernel refuses. One sync serves all who asked before it began.
+
+A sync that failed says nothing of what was written, and the next one says nothing of it either: the kernel
+takes the pages for clean, and tells an error once. So all fail from then on, until ``written_again``.
 """
 
 from __future__ import annotations
@@ -80,6 +83,7 @@ class FileSync:
         self._waiting: list[asyncio.Future[None]] = []
         self._served: list[asyncio.Future[None]] = []
         self._kernel: _Kernel | None = None
+        self._failed: OSError | None = None
         try:
             self._kernel = _Kernel(fd)
         except OSError:
@@ -88,6 +92,8 @@ class FileSync:
 
     async def synced(self) -> None:
         """Return when all that was written before is on disk. Raises OSError."""
+        if self._failed is not None:
+            raise OSError(self._failed.errno, self._failed.strerror)
         future: asyncio.Future[None] = self._loop.create_future()
         self._waiting.append(future)
         if not self._served:
@@ -113,6 +119,10 @@ class FileSync:
 
     def _end(self, error: BaseException | None) -> None:
         served, self._served = self._served, []
+        if isinstance(error, OSError):
+            self._failed = error
+            served += self._waiting
+            self._waiting = []
         if self._waiting:
             self._begin()
         for future in served:
@@ -122,6 +132,10 @@ class FileSync:
                 future.set_result(None)
             else:
                 future.set_exception(error)
+
+    def written_again(self) -> None:
+        """All that was written before the failure was written once more, and synced."""
+        self._failed = None
 
     def __enter__(self) -> Self:
         return self

@@ -4,6 +4,8 @@ Times are integer microseconds since the Unix epoch, durations integer microseco
 Bytes are never assumed to be text: see ``Content``.
 """
 
+from sandboxd.models.batch import Batch, BatchResult
+from sandboxd.models.callback import Callback
 from sandboxd.models.invocation import (
     Artifact,
     CallerInfo,
@@ -48,7 +50,10 @@ from sandboxd.models.wire import Bytes, Content, Count, Counted, Duration, Size,
 
 __all__ = [
     "Artifact",
+    "Batch",
+    "BatchResult",
     "Bytes",
+    "Callback",
     "CallerInfo",
     "Cause",
     "CheckpointInfo",
