@@ -197,6 +197,11 @@ def test_artifacts_by_digest_in_ranges_and_with_their_lineage(daemon_factory: Ca
         assert ask(daemon, target, Range="bytes=0-0", If_Range='"other"')[0] == 200
         assert ask(daemon, target, Range="bytes=0-0", If_Range="W/" + etag)[0] == 200
         assert ask(daemon, target, Range="bytes=0-0", If_Range="Sat, 28 Nov 2026 00:00:00 GMT")[0] == 200
+    bare = digest.removeprefix("sha256:")
+    (daemon.state / "blobs" / "sha256" / bare[:2] / bare).unlink()
+    status, body, _ = ask(daemon, by_digest)
+    assert (status, json.loads(body)["code"]) == (500, "journal_corrupt")
+    assert daemon.client().lineage(digest) == lineage
     for wrong in ("sha256:" + "0" * 64, "sha256:zz", "..%2f..%2fetc", "sha256:" + "A" * 64):
         assert ask(daemon, f"/v1/artifacts/{wrong}")[0] in {400, 404}
 
