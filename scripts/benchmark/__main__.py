@@ -28,6 +28,7 @@ import processes
 import records
 import runtimes
 import sandboxes
+import sessions
 from installation import Installation
 
 from sandboxd import errors
@@ -232,6 +233,10 @@ class Bench:
         """Connections, bytes and calls under network rules."""
         return network.network(self.images, self.quick, self.until(), tell)
 
+    def sessions(self) -> dict[str, Any]:
+        """Calls in sessions, and what is done to these."""
+        return sessions.sessions(self.images, self.quick, self.until(), tell)
+
     def start(self) -> dict[str, Any]:
         """The daemon's start."""
         return flow.starts(self.images, 3 if self.quick else 10, self.until(), tell)
@@ -251,6 +256,7 @@ MODES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "search": Bench.search,
     "output": Bench.output,
     "network": Bench.network,
+    "sessions": Bench.sessions,
     "start": Bench.start,
 }
 LONG = {"row", "journal"}

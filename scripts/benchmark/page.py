@@ -166,6 +166,16 @@ def _network(found: Figures) -> Iterator[str]:
     yield table(["`true`, warm, policy", "p50 ms", "p95 ms"], rows)
 
 
+def _sessions(found: Figures) -> Iterator[str]:
+    yield "### In sessions"
+    for head, which in (("a call, warm", "calls"), ("`true`, warm, in a session with", "grown")):
+        rows = [[who, *_ms(one)] for who, one in found[which].items()]
+        yield table([head, *(f"{one} ms" for one in TIMES)], rows)
+    yield f"Many files: {found['files']:,}. Many calls: {found['length']:,}, each of which changed a file."
+    rows = [[who, *_ms(one)] for who, one in found["moves"].items()]
+    yield table(["of the session with many files", *(f"{one} ms" for one in TIMES)], rows)
+
+
 def _row(found: Figures) -> Iterator[str]:
     yield f"### {found['asked']:,} calls in a row"
     rows = [
@@ -211,6 +221,7 @@ SECTIONS = {
     "alive": _alive,
     "row": _row,
     "network": _network,
+    "sessions": _sessions,
     "command": _command,
 }
 PLOTS = {
