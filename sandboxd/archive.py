@@ -230,6 +230,13 @@ class Archive:
             raise errors.NotFound(f"no call of yours released a file with the digest {digest}")
         return found
 
+    def present(self, digest: str) -> None:
+        """Raise JournalCorrupt where the content of an artifact is gone that records name."""
+        if not self._blobs.has(digest):
+            raise errors.JournalCorrupt(
+                f"the content {digest} is gone from the store, though records name it", digest=digest
+            )
+
     async def blob(self, digest: str, start: int, length: int) -> AsyncIterator[bytes]:
         """Bytes of an artifact's content, in pieces. Raises NotFound."""
         async with await anyio.open_file(self._blobs.path(digest), "rb") as file:

@@ -251,7 +251,8 @@ class DaemonService(Calls):
         return await self._archive.lineage(digest, None if caller.sees_all else caller.uid)
 
     def blob(self, digest: str, start: int, length: int) -> AsyncIterator[bytes]:
-        """Bytes of a content that ``lineage`` or ``artifact`` found for the caller."""
+        """Bytes of a content that ``lineage`` or ``artifact`` found for the caller. Raises JournalCorrupt."""
+        self._archive.present(digest)
         return self._archive.blob(digest, start, length)
 
     async def prune(self, caller: Caller, *, age: int | None, size: int | None) -> models.Pruning:

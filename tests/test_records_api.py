@@ -197,6 +197,11 @@ def test_artifacts_by_digest_in_ranges_and_with_their_lineage(daemon_factory: Ca
         assert ask(daemon, target, Range="bytes=0-0", If_Range='"other"')[0] == 200
         assert ask(daemon, target, Range="bytes=0-0", If_Range="W/" + etag)[0] == 200
         assert ask(daemon, target, Range="bytes=0-0", If_Range="Sat, 28 Nov 2026 00:00:00 GMT")[0] == 200
+    bare = digest.removeprefix("sha256:")
+    (daemon.state / "blobs" / "sha256" / bare[:2] / bare).unlink()
+    status, body, _ = ask(daemon, by_digest)
+    assert (status, json.loads(body)["code"]) == (500, "journal_corrupt")
+    assert daemon.client().lineage(digest) == lineage
     for wrong in ("sha256:" + "0" * 64, "sha256:zz", "..%2f..%2fetc", "sha256:" + "A" * 64):
         assert ask(daemon, f"/v1/artifacts/{wrong}")[0] in {400, 404}
 
@@ -220,3 +225,70 @@ def test_streams_in_ranges(daemon_factory: Callable[..., Daemon]) -> None:
     status, body, headers = ask(daemon, f"/v1/invocations/{running.id}/stdout", Range="bytes=2-4")
     assert (status, body, "etag" in headers) == (206, b"234", False)
     client.cancel(running.id)
+
+
+def test_an_agent_replays_its_own_calls_under_policies_of_now(daemon_factory: Callable[..., Daemon]) -> None:
+    """No call of others, and no policy that was taken away: neither by its old form nor by its name."""
+    daemon = daemon_factory(config=CALLERS.replace("[default]", "[mine, default]"))
+    daemon.admit_everybody()
+    file = daemon.policies / "mine.yaml"
+    file.write_text("version: 1\nname: mine\nextends: default\nlimits: {wall: 20s}\n")
+    until(lambda: "mine" in {one.name for one in daemon.client().policies()}, "the policy is in force")
+    time.sleep(1)  # it is kept
+    theirs = as_agent(daemon, "client.run(['true'], policy='mine').id")
+    mine = daemon.run("true")
+    assert as_agent(daemon, f"client.replay({theirs!r}).differs") == "[]"
+    assert as_agent(daemon, f"client.replay({mine.id!r})") == "not_found"
+    assert as_agent(daemon, f"client.replay({theirs!r}, policy='files')") == "not_permitted"
+    wide = daemon.client().policy("mine").digest
+    file.write_text("version: 1\nname: mine\nextends: default\nlimits: {wall: 10s}\n")
+    until(lambda: daemon.client().policy("mine").digest != wide, "the edit is in force")
+    assert as_agent(daemon, f"client.replay({theirs!r})") == "not_permitted"
+    narrow = as_agent(daemon, f"[one.what for one in client.replay({theirs!r}, policy='mine').differs]")
+    assert narrow == "['policy', 'plan']"
+    assert daemon.client().replay(theirs).differs == []
+
+
+def test_a_session_is_exported_and_verifies_elsewhere(
+    daemon_factory: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    daemon = daemon_factory()
+    client = daemon.client()
+    session = client.create_session(name="work")
+    calls = [
+        client.run(["sh", "-c", f"echo {n} >> log; cat log"], session="work", policy="files")
+        for n in range(3)
+    ]
+    daemon.run("echo", "of nobody's concern")
+    bundle, key = tmp_path / "evidence.tar", tmp_path / "node.pem"
+    state = ["--state", str(daemon.state)]
+    key.write_bytes(
+        subprocess.run([str(SANDBOXD), "journal", "key", *state], capture_output=True, check=True).stdout
+    )
+    for named in (session.id, "work"):
+        command = [
+            str(SANDBOXD),
+            "journal",
+            "export",
+            "--session",
+            named,
+            "-o",
+            str(bundle),
+            *state,
+            "--json",
+        ]
+        done = subprocess.run(command, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["calls"] == 3
+    daemon.stop()
+    check = [str(SANDBOXD), "journal", "verify", "--bundle", str(bundle), "--key", str(key), "--json"]
+    report = json.loads(subprocess.run(check, capture_output=True, check=True, cwd="/").stdout)
+    assert (report["ok"], report["calls"], report["absent"]) == (True, 3, [])  # the policy is in it too
+    data = bundle.read_bytes()
+    at = data.index(b"0\n1\n2\n")
+    bundle.write_bytes(data[:at] + b"0\n1\n3\n" + data[at + 6 :])
+    done = subprocess.run(check, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert calls[2].id in done.stdout.decode()
+    done = subprocess.run(check[:-1], capture_output=True, check=False)
+    assert b"was changed" in done.stderr

@@ -21,7 +21,7 @@ USAGE = 2
 HERE = Path(__file__).parent
 # Whether everything is gone is looked at when everything has run.
 AREAS = (
-    *("receipt", "limits", "outcomes", "attempts", "streams", "files", "requests"),
+    *("receipt", "limits", "outcomes", "attempts", "streams", "files", "requests", "records"),
     *(
         "network",
         "trust",

@@ -61,6 +61,10 @@ limits: {stdout: {size: 64KiB, on_limit: kill}, stderr: {size: 16KiB, on_limit: 
 extends: conformance-plain
 artifacts: [{path: "out/**", max_size: 1MiB}, {path: "*.txt"}]
 """,
+    "release": """
+extends: conformance-plain
+artifacts: [{path: "out/*", type: [image/png, text/plain], count: 2, secrets: deny}]
+""",
     "strict": "extends: conformance-python\nsyscalls: {base: strict}\n",
     "root": "extends: conformance-python\nprocess: {user: $root}\n",
     "warm": "extends: conformance-python\nwarm: {command: python3, preload: [json]}\n",

@@ -169,7 +169,8 @@ def write(connection: sqlite3.Connection, asked: Asked, call: Open, callback: st
         )
     if asked.large:
         connection.executemany(
-            "INSERT INTO request_blobs (digest, id) VALUES (?, ?)", [(each, call.id) for each in asked.large]
+            "INSERT INTO request_blobs (digest, id, size) VALUES (?, ?, ?)",
+            [(digest, call.id, len(data)) for digest, data in asked.large.items()],
         )
 
 

@@ -87,7 +87,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             resting INTEGER NOT NULL
         ) STRICT, WITHOUT ROWID""",
         """CREATE TABLE request_blobs (
-            digest TEXT NOT NULL, id TEXT NOT NULL, PRIMARY KEY (digest, id)
+            digest TEXT NOT NULL, id TEXT NOT NULL, size INTEGER NOT NULL, PRIMARY KEY (digest, id)
         ) STRICT, WITHOUT ROWID""",
         "CREATE INDEX request_blobs_of ON request_blobs (id)",
         # who has to be told of the end of a call: gone when that was done

@@ -125,6 +125,7 @@ class Journal:
             ) from error
         try:
             self._key = signing.NodeKey.open(self._place)
+            self._key.publish(self._directory)
             self._writer.start()
         except BaseException:
             self._lock.release()

@@ -221,6 +221,10 @@ class Bench:
         """Checking a journal."""
         return records.records(self.images, 5000 if self.quick else 100_000, self.until(), tell)
 
+    def search(self) -> dict[str, Any]:
+        """Searching a long journal."""
+        return records.search(5000 if self.quick else 1_000_000, self.until(), tell)
+
     def output(self) -> dict[str, Any]:
         """1 GiB through the raw stream."""
         return flow.output(self.images, 2**27 if self.quick else 2**30, tell)
@@ -249,6 +253,7 @@ MODES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "policies": Bench.policies,
     "journal": Bench.journal,
     "records": Bench.records,
+    "search": Bench.search,
     "output": Bench.output,
     "network": Bench.network,
     "sessions": Bench.sessions,

@@ -196,6 +196,12 @@ def _others(found: Figures) -> Iterator[str]:
         text = f"{one['fresh']['p50']:.1f} ms when it was empty; start {one['start_s']} s"
         text += f", a page of `ps` {one['ps_ms']} ms, {one['gib']} GiB, RSS {one['rss_mib']} MiB"
         rows.append([f"a journal of {one['calls']:,} calls", f"{one['p50']:.1f}", text])
+    if (one := found.get("records")) and "verify_s" in one:
+        text = f"{one['records']:,} records are checked in {one['verify_s']} s of one core"
+        yield f"{text}; a record and its body take {one['bytes_each']:,} bytes."
+    if (one := found.get("search")) and "ms" in one:
+        yield f"### Searching {one['calls']:,} calls"
+        yield table(["", "slowest of five, ms"], [[what, str(ms)] for what, ms in one["ms"].items()])
     if rows:
         yield "### As other things grow"
         yield table(["", "p50 ms of `true`", "and"], rows)
