@@ -445,7 +445,7 @@ class Gateway:
                     why = str(content["why"])[:MAX_FAULT]
                     log.error("a network process failed", pid=worker.process.pid, why=why)
                 return True
-            if id is None:
+            if id is None or kind == "inward":  # which is of a call whose container it may not serve
                 worker.hear(kind, content)
             else:
                 worker.containers[id].hear(kind, content)
