@@ -12,17 +12,21 @@ import time
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 from daemons import until
 
-from sandboxd import errors
+from sandboxd import AsyncClient, errors
 from sandboxd.client import transport, wire
+from sandboxd.models import Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from daemons import Daemon
+
+    from sandboxd.models import BatchResult
 
 UID = 54_322
 CALLERS = (
@@ -218,3 +222,25 @@ def test_a_batch_of_the_command_line(daemon: Daemon, tmp_path: Path) -> None:
     assert done.returncode == 125
     assert b"line 2" in done.stderr
     assert isinstance(done, subprocess.CompletedProcess)
+
+
+def test_batches_of_both_clients(daemon: Daemon) -> None:
+    requests: list[Any] = [
+        ["sh", "-c", "exit 1"],
+        Request(argv=["sh", "-c", "exit 2"]),
+        {"argv": [], "policy": "x"},
+    ]
+
+    async def run() -> list[BatchResult]:
+        async with await AsyncClient(daemon.socket).batch(requests, parallel=2) as results:
+            return [each async for each in results]
+
+    with daemon.client().batch(requests) as results:
+        found = list(results)
+    for each in (found, anyio.run(run)):
+        by_index = {one.index: one for one in each}
+        codes = [one.invocation.outcome.exit_code for _, one in sorted(by_index.items())
+                 if one.invocation and one.invocation.outcome]  # fmt: skip
+        assert codes == [1, 2]
+        assert by_index[2].problem is not None
+        assert by_index[2].problem.code == "invalid_request"

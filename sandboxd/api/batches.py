@@ -123,6 +123,6 @@ class Batches:
         create = Doc(
             "Run many requests: a line for each, a BatchResult, as it ends",
             body=models.Batch,
-            raw_answer=True,
+            lines=models.BatchResult,
         )
         return [("POST", "/v1/batches", self.create, create)]

@@ -102,8 +102,9 @@ class Invocations:
         where = {"location": f"/v1/invocations/{found.id}"}
         if seconds is not None and NDJSON not in request.headers.get("accept", ""):
             found = await self._within(request, caller, found.id, seconds)
-            applied = {"preference-applied": f"wait={seconds:g}"}
-            return json_response(found, 200 if found.state is models.State.ENDED else 202, where | applied)
+            applied = f"respond-async, wait={seconds:g}" if asynchronous else f"wait={seconds:g}"
+            status = 200 if found.state is models.State.ENDED else 202
+            return json_response(found, status, where | {"preference-applied": applied})
         if asynchronous:
             return json_response(found, 202, where | {"preference-applied": "respond-async"})
 

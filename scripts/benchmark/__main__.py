@@ -29,6 +29,7 @@ import records
 import runtimes
 import sandboxes
 import sessions
+import waiting
 from installation import Installation
 
 from sandboxd import errors
@@ -241,6 +242,10 @@ class Bench:
         """The daemon's start."""
         return flow.starts(self.images, 3 if self.quick else 10, self.until(), tell)
 
+    def queue(self) -> dict[str, Any]:
+        """A long queue, across a restart."""
+        return waiting.queue(self.images, 2_000 if self.quick else 100_000, tell)
+
 
 MODES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "sequential": Bench.sequential,
@@ -258,8 +263,9 @@ MODES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "network": Bench.network,
     "sessions": Bench.sessions,
     "start": Bench.start,
+    "queue": Bench.queue,
 }
-LONG = {"row", "journal"}
+LONG = {"row", "journal", "queue"}
 FIGURES = "figures.json"
 
 

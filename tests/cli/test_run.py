@@ -21,7 +21,7 @@ from api_server import ID, Exchange, event, invocation, output
 
 from sandboxd import models
 from sandboxd.cli import usage
-from sandboxd.cli.verdict import exit_status
+from sandboxd.cli.verdict import exit_status, explain
 
 if TYPE_CHECKING:
     from api_server import ApiServer
@@ -433,3 +433,8 @@ def test_every_option_is_documented() -> None:
         b"SANDBOXD_SOCKET",
     ):
         assert word in found.stdout
+
+
+def test_attempts_are_told_whatever_the_exit() -> None:
+    call = {"outcome": {"cause": "exited", "exit_code": 0}, "attempts": 2, "retried": [{"cause": "memory"}]}
+    assert explain(call, artifacts=False) == ["2 attempts, after memory"]
