@@ -20,6 +20,7 @@ from sandboxd.journal.records import Refusal
 from sandboxd.metrics import Numbers, exposition
 from sandboxd.policy import check_text, explain
 from sandboxd.pool import Fate, HandOver
+from sandboxd.sessionfiles import SessionFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +54,7 @@ class DaemonService(Calls):
         super().__init__(state=config.state, pool=pool, sessions=sessions, **parts)
         self.config = config
         self.sessions = sessions
+        self.files = SessionFiles(sessions, config.state / "sessions")
         self._version = version
         self._engine_name = engine_name
         self._runtime = runtime

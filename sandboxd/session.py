@@ -18,8 +18,9 @@ from sandboxd.workspace import layer, tables
 if TYPE_CHECKING:
     import sqlite3
     from collections import Counter
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from contextlib import ExitStack
+    from pathlib import Path
 
     from sandboxd.engine.base import Slot
     from sandboxd.journal import Journal
@@ -153,10 +154,14 @@ class CallSession:
         """
         assert self._start is not None  # noqa: S101
         assert slot.stacked is not None  # noqa: S101
-        upper, start = slot.stacked.upper_fd, self._start
+        upper = slot.stacked.upper_fd
         if self._is_unchanged(upper, slot.id_base):
             return
-        name, figures = self._store.take(upper, slot.id_base)
+        self._kept(*self._store.take(upper, slot.id_base))
+
+    def _kept(self, name: str, figures: layer.Figures) -> Checkpoint:
+        assert self._start is not None  # noqa: S101
+        start = self._start
         try:
             self._check_quota(start, figures)
         except BaseException:
@@ -172,8 +177,21 @@ class CallSession:
             size=figures.size,
             inodes=figures.inodes,
             created=time.time_ns() // 1000,
-            call=self.call,
+            call=self.call or None,
         )
+        return self._made
+
+    def make(self, fill: Callable[[Sequence[Path], int], None]) -> Checkpoint:
+        """The same of a layer that ``fill`` makes over the session's, in an empty directory."""
+        assert self._start is not None  # noqa: S101
+        below = [self._store.path(name) for name in self._start.stack.layers]
+
+        def filled(into: int, _: int) -> layer.Figures:
+            fill(below, into)
+            return layer.measure(into)
+
+        name, figures = self._store.add(filled)
+        return self._kept(name, figures)
 
     def _is_unchanged(self, upper: int, base: int) -> bool:
         assert self._start is not None  # noqa: S101
@@ -208,7 +226,7 @@ class CallSession:
         start = self._start
         if start is None:
             return
-        tables.touch(connection, start.row, at=time.time_ns() // 1000, called=True)
+        tables.touch(connection, start.row, at=time.time_ns() // 1000, called=bool(self.call))
         if self._made is None:
             return
         tables.insert_checkpoint(connection, self._made)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from dataclasses import replace
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ from sandboxd.workspace.turns import Turns
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from pathlib import Path
 
     from sandboxd.api.identity import Caller
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from sandboxd.workspace.store import LayerStore
     from sandboxd.workspace.tables import Checkpoint, Row, Stack
 
-__all__ = ["Sessions"]
+__all__ = ["Sessions", "Standing"]
 
 LOOK = 1.0  # seconds between two looks for sessions whose time is over
 MOST = 500  # of a page
@@ -242,6 +243,61 @@ class Sessions:
         self._to_prune.append(row.id)
         self._wake.set()
 
+    # What its files are read and changed for.
+
+    @asynccontextmanager
+    async def standing(
+        self, caller: Caller, named: str, *checkpoints: str | None
+    ) -> AsyncIterator[tuple[Standing, ...]]:
+        """What checkpoints are made of: ids, digests, ``origin``, or None for where the session stands.
+
+        The session is not removed meanwhile. Raises NotFound.
+        """
+        row = await self._find(caller, named)
+        self._turns.enter(row.id)
+        try:
+            ids = [await self._named(row, one) for one in checkpoints]
+            stacks = await self._journal.read(
+                lambda connection: [tables.stack_of(connection, one) for one in ids]
+            )
+            yield tuple(
+                Standing(id_, row.created, tuple(self._paths(stack.layers)))
+                for id_, stack in zip(ids, stacks, strict=True)
+            )
+        finally:
+            self._turns.leave(row.id)
+
+    async def _named(self, row: Row, checkpoint: str | None) -> str:
+        if checkpoint is None:
+            current = await self._journal.read(lambda connection: tables.find(connection, row.id, None))
+            return row.head if current is None else current.head
+        if checkpoint == "origin":
+            return row.origin
+        return (await self._checkpoint(row, checkpoint)).id
+
+    async def change(
+        self, caller: Caller, named: str, fill: Callable[[Sequence[Path], int], None]
+    ) -> models.CheckpointInfo:
+        """A checkpoint of a change from outside; it waits for its turn, as a call does.
+
+        ``fill`` makes a layer over others in an empty directory, in a thread. Raises NotFound, QuotaExceeded,
+        WorkspaceUnfit, HostFailed, and what ``fill`` raises; then nothing has changed.
+        """
+        hold = await self.enter(caller, named, None)
+        try:
+            await hold.begin()
+            made = await anyio.to_thread.run_sync(hold.make, fill)
+            try:
+                await self._journal.write(hold.commit)
+            except BaseException:
+                with anyio.CancelScope(shield=True):
+                    await hold.abandon()
+                raise
+            hold.committed()
+        finally:
+            hold.leave()
+        return _checkpoint_info(made, made.id)
+
     # What calls ask for.
 
     async def enter(self, caller: Caller, named: str, policy: str | None) -> CallSession:
@@ -380,6 +436,15 @@ class Sessions:
                 lambda connection, made=made: tables.insert_merge(connection, made)  # type: ignore[misc]
             ):
                 await anyio.to_thread.run_sync(self._store.remove, name)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A checkpoint's id, and its layers, the newest first; and when its session was made."""
+
+    checkpoint: str
+    created: int
+    layers: tuple[Path | int, ...]
 
 
 class _Alone:

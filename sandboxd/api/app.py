@@ -21,6 +21,7 @@ from starlette.routing import Route
 from sandboxd import models
 from sandboxd.api import problem, queries
 from sandboxd.api.catalogue import Catalogue
+from sandboxd.api.files import Files
 from sandboxd.api.identity import Identity
 from sandboxd.api.invocations import JSON, Invocations, json_response
 from sandboxd.api.openapi import ANY, document
@@ -50,7 +51,8 @@ DOCUMENTED: set[type[BaseModel]] = {
     models.Request, models.Invocation, models.InvocationList, models.PolicyInfo, models.PolicyProblem,
     models.PlanDocument, models.ImageInfo, models.SlotInfo, models.Health, models.Artifact, models.Withheld,
     models.SecretInfo, models.SessionRequest, models.SessionFork, models.SessionRollback, models.SessionInfo,
-    models.SessionList, models.CheckpointInfo, models.CheckpointList, queries.SignalBody, queries.CheckBody,
+    models.SessionList, models.CheckpointInfo, models.CheckpointList, models.SessionDiff, models.FileChange,
+    models.FileInfo, models.FileList, models.FileWritten, queries.SignalBody, queries.CheckBody,
 }  # fmt: skip
 
 log = structlog.get_logger(__name__)
@@ -90,6 +92,7 @@ def build(service: Service) -> Edge:
         *Catalogue(service, bodies).routes(),
         *Secrets(service, bodies).routes(),
         *Sessions(service, bodies).routes(),
+        *Files(service).routes(),
     ]
 
     @cache  # most daemons are never asked

@@ -4,6 +4,7 @@ Times are integer microseconds since the Unix epoch, durations integer microseco
 Bytes are never assumed to be text: see ``Content``.
 """
 
+from sandboxd.models.files import FileChange, FileInfo, FileList, FileWritten, SessionDiff
 from sandboxd.models.invocation import (
     Artifact,
     CallerInfo,
@@ -58,6 +59,10 @@ __all__ = [
     "Duration",
     "Event",
     "Failure",
+    "FileChange",
+    "FileInfo",
+    "FileList",
+    "FileWritten",
     "Health",
     "ImageInfo",
     "Input",
@@ -77,6 +82,7 @@ __all__ = [
     "Request",
     "SecretInfo",
     "SecretUse",
+    "SessionDiff",
     "SessionFork",
     "SessionInfo",
     "SessionList",
