@@ -28,6 +28,8 @@ import structlog
 from sandboxd import errors, plan, systemd
 from sandboxd.api.app import build
 from sandboxd.api.app import serve as serve_app
+from sandboxd.api.descriptors import Descriptors, listening_beside
+from sandboxd.api.identity import Identity
 from sandboxd.api.listener import listening
 from sandboxd.blobs import BlobStore
 from sandboxd.config import default_socket
@@ -46,6 +48,7 @@ from sandboxd.scheduler import Scheduler
 from sandboxd.secrets import SecretStore, place_of
 from sandboxd.service import DaemonService
 from sandboxd.sessions import Sessions
+from sandboxd.workspace.handles import Handles
 from sandboxd.workspace.store import LayerStore
 
 if TYPE_CHECKING:
@@ -151,8 +154,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
             log.warning("policy not in force", problem=str(problem))
         blobs = BlobStore(config.state / "blobs")
         blobs.clean()
-        sessions = Sessions(journal, LayerStore(config.state / "sessions"))
-        await sessions.open()
+        sessions = await _open_sessions(config, journal, handles := Handles(), stack)
         secrets = SecretStore.open(
             config.state / "secrets", place_of(config.secrets.key, config.state, os.environ)
         )
@@ -204,6 +206,8 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         tasks.start_soon(pool.run)
         tasks.start_soon(sessions.run)
         sock = stack.enter_context(listening(config.socket, os.environ))
+        beside = stack.enter_context(listening_beside(config.socket))
+        tasks.start_soon(Descriptors(handles, Identity(config.callers)).serve, beside)
         stopping = anyio.Event()
         started = anyio.Event()
         tasks.start_soon(partial(serve_app, build(service), sock, config, started=started, stop=stopping))
@@ -221,6 +225,16 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         systemd.notify("STOPPING=1")
         stopping.set()
         tasks.cancel_scope.cancel()
+
+
+async def _open_sessions(
+    config: Config, journal: Journal, handles: Handles, stack: AsyncExitStack
+) -> Sessions:
+    kept = [config.state, config.socket.path or default_socket()]
+    sessions = Sessions(journal, LayerStore(config.state / "sessions"), handles=handles, kept=kept)
+    await sessions.open()
+    stack.callback(sessions.close)
+    return sessions
 
 
 async def _until_stopped(service: DaemonService) -> None:

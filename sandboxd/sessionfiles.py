@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
@@ -18,6 +18,7 @@ import anyio.to_thread
 from sandboxd import errors, models, units
 from sandboxd.artifacts import decode_path, encode_path
 from sandboxd.images.tarstream import ImportLimits
+from sandboxd.session import OWNER, lowest
 from sandboxd.workspace import edit
 from sandboxd.workspace.diff import compare
 from sandboxd.workspace.layerimport import import_layer
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SessionFiles"]
 
-OWNER = (1000, 1000)
-"""Who has what is made from outside, where nothing says whose it is: the tool of a policy that names none."""
 MAX_FILE = 1 << 30
 MAX_IMPORT = ImportLimits(total=4 << 30, entries=200_000)
 MAX_DIFFS = 4 << 20
@@ -63,7 +62,7 @@ class SessionFiles:
         """What differs between two checkpoints; with ``text``, how."""
 
         def compared(old: Standing, new: Standing) -> models.SessionDiff:
-            with View(old.layers) as before, View(new.layers) as after:
+            with _views(old, new) as (before, after):
                 changes: list[models.FileChange] = []
                 left = MAX_DIFFS if text else 0
                 for change in compare(before, after):
@@ -87,7 +86,7 @@ class SessionFiles:
         place = _path(path) if path else b""
 
         def listed(one: Standing) -> models.FileList:
-            with View(one.layers) as view:
+            with _views(one) as (view,):
                 entry = _found(view, place)
                 if not entry.is_directory:
                     raise errors.StateConflict(f"{path!r} is a {entry.kind}, and no directory")
@@ -111,7 +110,7 @@ class SessionFiles:
             with ExitStack() as stack:
 
                 def opened() -> tuple[models.FileInfo, Iterator[bytes]]:
-                    view = stack.enter_context(View(one.layers))
+                    (view,) = stack.enter_context(_views(one))
                     entry = _found(view, place)
                     return _info(view, entry, digest=True), view.content(entry)
 
@@ -174,7 +173,7 @@ class SessionFiles:
             with ExitStack() as stack:
 
                 def made() -> Export:
-                    views = [stack.enter_context(View(one.layers)) for one in stands]
+                    views = stack.enter_context(_views(*stands))
                     if len(views) == 1:
                         return export_stack(views[0], times=times)
                     return export_diff(views[0], views[1], times=times)
@@ -227,10 +226,19 @@ async def _threaded(chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
         yield chunk
 
 
+@contextmanager
+def _views(*stands: Standing) -> Iterator[list[View]]:
+    """Views of checkpoints of one session; what its caller has lent is the same layer in all."""
+    with ExitStack() as stack:
+        bottom = stack.enter_context(lowest(stands[-1].checkout))
+        yield [stack.enter_context(View((*one.layers, *bottom))) for one in stands]
+
+
 def _owner(view: View) -> tuple[int, int]:
-    """Who has what is made: as the workspace itself."""
+    """Who has what is made: who has the workspace, unless it is a directory of a caller's."""
     root = view.root()
-    return (root.uid, root.gid) if root.members else OWNER
+    lent = any(isinstance(one, int) for one in view.layers)
+    return (root.uid, root.gid) if root.members and not lent else OWNER
 
 
 def _path(text: str) -> bytes:

@@ -51,7 +51,8 @@ DOCUMENTED: set[type[BaseModel]] = {
     models.Request, models.Invocation, models.InvocationList, models.PolicyInfo, models.PolicyProblem,
     models.PlanDocument, models.ImageInfo, models.SlotInfo, models.Health, models.Artifact, models.Withheld,
     models.SecretInfo, models.SessionRequest, models.SessionFork, models.SessionRollback, models.SessionInfo,
-    models.SessionList, models.CheckpointInfo, models.CheckpointList, models.SessionDiff, models.FileChange,
+    models.SessionList, models.CheckpointInfo, models.CheckpointList, models.SessionDiff,
+    models.SessionLend, models.FileChange,
     models.FileInfo, models.FileList, models.FileWritten, queries.SignalBody, queries.CheckBody,
 }  # fmt: skip
 

@@ -51,6 +51,10 @@ class SessionService(Protocol):
         """A new one that begins with a checkpoint of it."""
         ...
 
+    async def lend(self, caller: Caller, named: str, handle: str) -> models.SessionInfo:
+        """Give it the directory that it stands on again. Raises StateConflict."""
+        ...
+
     async def rollback(self, caller: Caller, named: str, checkpoint: str) -> models.SessionInfo:
         """Move it to a checkpoint."""
         ...

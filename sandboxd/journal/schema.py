@@ -113,6 +113,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (checkpoint, span)
         ) STRICT, WITHOUT ROWID""",
     ),
+    # device and inode of the caller's directory that a session stands on
+    ("ALTER TABLE sessions ADD COLUMN checkout TEXT",),
 )
 
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})

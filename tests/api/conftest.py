@@ -98,6 +98,10 @@ class MemorySessions:
         self.find(caller, named)
         return await self.create(caller, asked)
 
+    async def lend(self, caller: Caller, named: str, handle: str) -> models.SessionInfo:
+        self.find(caller, named)
+        raise errors.StateConflict(f"{handle} is of no directory")
+
     async def rollback(self, caller: Caller, named: str, checkpoint: str) -> models.SessionInfo:
         found = self.find(caller, named)
         if checkpoint != found.head.id:
