@@ -12,13 +12,15 @@ import hashlib
 import os
 import re
 import secrets
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO
 
 from sandboxd import errors
+from sandboxd.failpoint import failpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -64,6 +66,7 @@ class BlobWriter:
         self._hash.update(data)
         self.size += len(data)
         with _mapped():
+            failpoint("blob.write")
             if data.count(0) == len(data):
                 os.lseek(self._fd, len(data), os.SEEK_CUR)
                 return
@@ -78,16 +81,20 @@ class BlobWriter:
         with _mapped():
             os.ftruncate(self._fd, self.size)
             if durable:
+                failpoint("blob.sync")
                 os.fdatasync(self._fd)
+            failpoint("blob.place")
             try:
                 os.link(self._tmp, path)
             except FileNotFoundError:
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._tmp.replace(path)
             except FileExistsError:
-                # What is there may have lost its bytes with the power: this copy has them for sure.
-                if durable or path.stat().st_size != self.size:
+                # What is there may have lost its bytes with the power: this copy has them for sure. It is new
+                # again, so that it is not taken for one that nobody wants.
+                with self._store.changing:
                     self._tmp.replace(path)
+            failpoint("blob.placed")
             if durable:
                 _sync_directories(path.parent, self._store.root)
         return digest
@@ -110,9 +117,11 @@ class BlobStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.changing = threading.Lock()  # between a blob that comes again and one that is removed
         with _mapped():
             (root / "tmp").mkdir(mode=0o700, parents=True, exist_ok=True)
             (root / "sha256").mkdir(mode=0o700, exist_ok=True)
+            _sync_directories(root, root.parent)  # once: a blob syncs what is below
 
     def path(self, digest: str) -> Path:
         """Where the blob of this digest is, or would be. Raises InvalidRequest for another form."""
@@ -141,6 +150,32 @@ class BlobStore:
             return self.path(digest).open("rb")
         except FileNotFoundError:
             raise errors.NotFound(f"no blob {digest} is stored") from None
+
+    def directories(self) -> list[Path]:
+        """Where blobs are, some in each."""
+        return sorted((self.root / "sha256").iterdir())
+
+    def unused_since(self, directory: Path, when: float) -> list[str]:
+        """Digests of blobs in one of the directories that were last written before a time."""
+        return [
+            f"sha256:{path.name}"
+            for path in directory.iterdir()
+            if _DIGEST.fullmatch(f"sha256:{path.name}") and path.stat().st_mtime < when
+        ]
+
+    def discard(self, digests: Sequence[str], when: float) -> int:
+        """Remove blobs, unless one was written again since a time; returns how many."""
+        removed = 0
+        for digest in digests:
+            path = self.path(digest)
+            with self.changing:
+                try:
+                    if path.stat().st_mtime < when:
+                        path.unlink()
+                        removed += 1
+                except FileNotFoundError:
+                    continue
+        return removed
 
     def clean(self) -> int:
         """Remove what an earlier process left half-written, before the first writer; returns how many."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 import anyio
 import anyio.to_thread
 
-from sandboxd import canonical
 from sandboxd.models import Bytes
 from sandboxd.supervisor.attempt import Payload
 from sandboxd.supervisor.streams import Stdin
@@ -21,14 +20,16 @@ if TYPE_CHECKING:
     from sandboxd.api.identity import Caller
     from sandboxd.journal.spool import Spool
     from sandboxd.models import Invocation, Request
+    from sandboxd.retries import Retries
     from sandboxd.room import Held
+    from sandboxd.scheduler import Ticket
     from sandboxd.session import CallSession
     from sandboxd.supervisor.attempt import Attempt
     from sandboxd.supervisor.ending import Deadline
     from sandboxd.supervisor.network import CallNetwork
     from sandboxd.supervisor.secrets import CallSecrets
 
-__all__ = ["Call", "off_the_loop", "payload_of", "request_digest"]
+__all__ = ["Call", "off_the_loop", "payload_of"]
 
 LARGE = 256 * 1024  # characters of inputs that are not hashed and decoded on the event loop
 
@@ -48,22 +49,48 @@ class Call:
     deadline: Deadline | None
     held: Held
     secrets: CallSecrets
+    ticket: Ticket
+    retries: Retries
+    tied: bool
+    """Whether its caller waits, and its going away ends the call."""
     session: CallSession | None = None
     cancelled: bool = False
+    shelved: bool = False
+    """Whether it was left in the queue for a later daemon; it has ended here without an outcome."""
+    marked: int = 0
+    """Which attempt may begin: it is on disk that it was given a container."""
     attempt: Attempt | None = None
     network: CallNetwork | None = None
     stdin: Stdin = field(default_factory=Stdin)
+    turn: anyio.Event = field(default_factory=anyio.Event)
     queue_scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     ended: anyio.Event = field(default_factory=anyio.Event)
     decided: anyio.Event = field(default_factory=anyio.Event)
     """Set when the acceptance is on disk, or ``refused``: until then all is made ready, and nothing runs."""
     refused: bool = False
 
+    def join(self, session: CallSession) -> None:
+        """It is a call of this session, which was entered for it."""
+        self.session = session
+        self.invocation.session = session.row.id
+        session.call = self.invocation.id
+        if self.plan.commit is not None:
+            session.policy = self.plan.commit
+
+    def granted(self) -> None:
+        """It has its turn."""
+        self.turn.set()
+
     def refuse(self) -> None:
         """The acceptance was not written: there is no such call, and what was made ready for it goes."""
         self.refused = True
         self.cancel()
         self.decided.set()
+
+    def shelve(self) -> None:
+        """Leave it to a later daemon, where it waits in the queue."""
+        self.shelved = True
+        self.queue_scope.cancel()
 
     def cancel(self) -> None:
         """Ask for the outcome ``cancelled``, in whatever state the call is."""
@@ -92,23 +119,3 @@ def payload_of(request: Request) -> Payload:
     stdin = None if isinstance(request.stdin, str) else request.stdin.decode()
     inputs = tuple((item.path, item.content.decode(), item.mode) for item in request.inputs)
     return Payload(inputs, data(request.tar), stdin)
-
-
-def request_digest(request: Request) -> str:
-    """The digest of all that a request asks for, its key aside."""
-    asked = request.model_dump(
-        mode="json",
-        exclude={
-            "key": True,
-            "inputs": {"__all__": {"content"}},
-            "tar": True,
-            "stdin": isinstance(request.stdin, Bytes),
-        },
-        exclude_none=True,
-    )
-    payload = payload_of(request)  # by digest: as JSON it is tens of MiB that the event loop would wait for
-    asked["contents"] = [canonical.digest_bytes(data) for _, data, _ in payload.inputs]
-    asked["given"] = [None if d is None else canonical.digest_bytes(d) for d in (payload.tar, payload.stdin)]
-    if "cpus" in (limits := asked.get("limits", {})):
-        limits["cpus"] = str(limits["cpus"])  # canonical JSON of a float depends on how it was written
-    return canonical.digest(asked)

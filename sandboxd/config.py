@@ -38,8 +38,11 @@ __all__ = [
     "DockerConfig",
     "HttpLimits",
     "IdRange",
+    "JournalConfig",
     "Match",
     "PoolSize",
+    "Pressure",
+    "Retention",
     "SecretsConfig",
     "SessionShare",
     "SocketConfig",
@@ -76,6 +79,13 @@ def _count(value: object) -> object:
     return units.parse_count(value) if isinstance(value, str) else value
 
 
+def _percent(value: object) -> object:
+    share = re.fullmatch(r"([0-9]{1,3})\s?%", value) if isinstance(value, str) else None
+    if share is None:
+        raise ValueError('write a share such as "3%"')
+    return int(share[1])
+
+
 def _path(value: object) -> object:
     if not isinstance(value, str):
         raise ValueError("a path must be a text")  # noqa: TRY004  # pydantic collects ValueError only
@@ -92,6 +102,7 @@ def _account(value: str) -> str:
 
 Size = Annotated[int, BeforeValidator(_size), Field(gt=0, le=units.MAX)]
 Duration = Annotated[int, BeforeValidator(_duration), Field(gt=0, le=24 * 3600 * 10**6)]
+LongDuration = Annotated[int, BeforeValidator(_duration), Field(ge=60 * 10**6, le=3650 * 24 * 3600 * 10**6)]
 Count = Annotated[int, BeforeValidator(_count), Field(strict=True, ge=0)]
 AbsolutePath = Annotated[Path, BeforeValidator(_path)]
 Account = Annotated[str, AfterValidator(_account)]
@@ -134,6 +145,8 @@ class Budget(Section):
     memory: int | float = 0.75
     """An int is bytes; a float is a share of the host's memory, above 0 and at most 1."""
     slots: Annotated[Count, Field(ge=1, le=100_000)] = 64
+    cpus: Annotated[int, BeforeValidator(_cpus), Field(ge=10)] | None = None
+    """Thousandths of a CPU, by the calls' limits; None: CPUs are shared out, however many calls run."""
     inputs: Annotated[Size, Field(ge=2**20)] = 2**30
     """Bytes of bodies that are being read, and again of the inputs, tars and stdin of calls that have not
     ended: the daemon holds both in memory."""
@@ -156,6 +169,15 @@ class Budget(Section):
     def bytes_of(self, total: int) -> int:
         """The budget in bytes on a host with ``total`` bytes of memory."""
         return int(total * self.memory) if isinstance(self.memory, float) else min(self.memory, total)
+
+
+class Pressure(Section):
+    """When the host has no room for more: nothing starts beside what runs. One call runs in any case."""
+
+    available: Annotated[int, BeforeValidator(_percent), Field(ge=0, le=100)] = 3
+    """Percent of the host's memory; less than that is pressure."""
+    stalled: Annotated[int, BeforeValidator(_percent), Field(ge=1, le=100)] = 60
+    """Percent of the last ten seconds in which some task waited for memory (PSI); more is pressure."""
 
 
 class PoolSize(Section):
@@ -208,6 +230,8 @@ class CallerRule(Section):
     concurrent: Annotated[Count, Field(ge=1, le=100_000)] | None = None
     """Calls that run at once; None: only the budget bounds them."""
     weight: Annotated[Count, Field(ge=1, le=1000)] = 1
+    queued: Annotated[Count, Field(ge=1, le=1_000_000)] | None = None
+    """Calls that wait; None: only the queue bounds them."""
     secrets: Annotated[tuple[str, ...], Field(max_length=1000)] | None = None
     """Names and globs of the secrets that a policy may give to calls of these; None: an operator's may have
     all, an agent's none."""
@@ -317,6 +341,23 @@ class SecretsConfig(Section):
     ``sandboxd-secrets-key``, else a file in the state directory that the daemon makes."""
 
 
+class JournalConfig(Section):
+    """The records of all calls."""
+
+    key: AbsolutePath | None = None
+    """A file, 0600, of an Ed25519 key in PEM, which heads are signed with. Without it: systemd's credential
+    ``sandboxd-journal-key``, else a file in the state directory that the daemon makes."""
+
+
+class Retention(Section):
+    """How long bodies, output and artifacts are kept. Records and digests stay. Without keys: for ever."""
+
+    age: LongDuration | None = None
+    """Of a call, from its end."""
+    size: Annotated[Size, Field(ge=2**20)] | None = None
+    """Of bodies, output and artifacts together; the oldest calls go first."""
+
+
 def _default_callers() -> tuple[CallerRule, ...]:
     return (
         CallerRule(match=Match(uid=0), role="operator"),
@@ -352,6 +393,9 @@ class Config(Section):
     ids: IdRange = IdRange()
     network: NetworkConfig = NetworkConfig()
     secrets: SecretsConfig = SecretsConfig()
+    journal: JournalConfig = JournalConfig()
+    pressure: Pressure = Pressure()
+    retention: Retention = Retention()
 
     @model_validator(mode="after")
     def _apart(self) -> Self:

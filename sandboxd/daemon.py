@@ -16,7 +16,7 @@ import os
 import resource
 import signal
 import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -29,12 +29,13 @@ from sandboxd import errors, plan, systemd
 from sandboxd.api.app import build
 from sandboxd.api.app import serve as serve_app
 from sandboxd.api.descriptors import Descriptors, listening_beside
-from sandboxd.api.identity import Identity
+from sandboxd.api.identity import Identity, Peer
 from sandboxd.api.listener import listening
+from sandboxd.archive import Archive
 from sandboxd.blobs import BlobStore
 from sandboxd.config import default_socket
 from sandboxd.engine.host import enter_private_mounts, instance_name
-from sandboxd.journal import Journal
+from sandboxd.journal import Journal, signing
 from sandboxd.kernel.orphans import adopt_orphans
 from sandboxd.maker.process import EngineProcess
 from sandboxd.network.authority import Authority
@@ -42,6 +43,7 @@ from sandboxd.network.gateway import Gateway
 from sandboxd.policy import shipped_policies
 from sandboxd.pool import Pool
 from sandboxd.pool import Room as SlotRoom
+from sandboxd.pressure import HostPressure
 from sandboxd.reload import PolicyStore
 from sandboxd.room import Room
 from sandboxd.scheduler import Scheduler
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from sandboxd.api.identity import Caller
     from sandboxd.config import Config
 
 __all__ = ["serve"]
@@ -143,27 +146,21 @@ def _configure_logs() -> None:
 async def _serve(config: Config, engine: EngineProcess) -> None:
     anyio.to_thread.current_default_thread_limiter().total_tokens = WORKER_THREADS
     async with AsyncExitStack() as stack:
-        journal = await stack.enter_async_context(Journal.open(config.state))
+        place = signing.place_of(config.journal.key, config.state, os.environ)
+        journal = await stack.enter_async_context(Journal.open(config.state, place))
         await stack.enter_async_context(engine)
         authority = Authority.make()  # here, and not before the engine's process was made: that has no key
         removed = await engine.open((authority.certificate, authority.fingerprint))
         if removed:
             log.warning("containers of an earlier daemon were removed", count=len(removed))
-        policies = PolicyStore(policy_directories(config), config.floor, host_network=config.network.host)
-        for problem in policies.problems:
-            log.warning("policy not in force", problem=str(problem))
+        policies = _policies(config)
         blobs = BlobStore(config.state / "blobs")
         blobs.clean()
-        sessions = await _open_sessions(config, journal, handles := Handles(), stack)
-        secrets = SecretStore.open(
-            config.state / "secrets", place_of(config.secrets.key, config.state, os.environ)
-        )
-        if (why := secrets.problem()) is not None:
-            log.error("secrets cannot be used", reason=why)
-        scheduler = Scheduler(
-            memory=config.budget.bytes_of(psutil.virtual_memory().total),
-            slots=config.budget.slots,
-            queue=config.queue,
+        sessions, handles = await _open_sessions(config, journal, stack)
+        secrets = _secrets(config)
+        scheduler = _scheduler(config)
+        archive = Archive(
+            state=config.state, journal=journal, blobs=blobs, policies=policies, retention=config.retention
         )
 
         def in_force(shape: plan.Shape) -> bool:
@@ -197,14 +194,18 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
             inputs=Room(config.budget.inputs),
             secrets=secrets,
             sessions=sessions,
+            identify=partial(_identify, Identity(config.callers)),
+            archive=archive,
         )
-        interrupted = await service.close_interrupted()
-        if interrupted:
-            log.warning("calls of an earlier daemon were closed as interrupted", count=interrupted)
+        waiting = stack.enter_context(ExitStack())
+        waiting.enter_context(scheduler.paused())
+        await service.recover()
         tasks.start_soon(engine.watch)
         tasks.start_soon(policies.watch)
         tasks.start_soon(pool.run)
         tasks.start_soon(sessions.run)
+        tasks.start_soon(journal.keep_signing)
+        tasks.start_soon(archive.run)
         sock = stack.enter_context(listening(config.socket, os.environ))
         beside = stack.enter_context(listening_beside(config.socket))
         tasks.start_soon(Descriptors(handles, Identity(config.callers)).serve, beside)
@@ -212,29 +213,54 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         started = anyio.Event()
         tasks.start_soon(partial(serve_app, build(service), sock, config, started=started, stop=stopping))
         await started.wait()
+        waiting.close()
         gc.collect()
         gc.freeze()  # code, policies and schemas stay: no collection has to look at them again
-        log.info(
-            "ready",
-            socket=str(config.socket.path or default_socket()),
-            engine=engine.name,
-            runtime=engine.runtime,
-        )
-        systemd.notify("READY=1")
+        _say_ready(config, engine)
         await _until_stopped(service)
         systemd.notify("STOPPING=1")
         stopping.set()
         tasks.cancel_scope.cancel()
 
 
-async def _open_sessions(
-    config: Config, journal: Journal, handles: Handles, stack: AsyncExitStack
-) -> Sessions:
+async def _open_sessions(config: Config, journal: Journal, stack: AsyncExitStack) -> tuple[Sessions, Handles]:
+    handles = Handles()
     kept = [config.state, config.socket.path or default_socket()]
     sessions = Sessions(journal, LayerStore(config.state / "sessions"), handles=handles, kept=kept)
     await sessions.open()
     stack.callback(sessions.close)
-    return sessions
+    return sessions, handles
+
+
+def _say_ready(config: Config, engine: EngineProcess) -> None:
+    socket = str(config.socket.path or default_socket())
+    log.info("ready", socket=socket, engine=engine.name, runtime=engine.runtime)
+    systemd.notify("READY=1")
+
+
+def _policies(config: Config) -> PolicyStore:
+    found = PolicyStore(policy_directories(config), config.floor, host_network=config.network.host)
+    for problem in found.problems:
+        log.warning("policy not in force", problem=str(problem))
+    return found
+
+
+def _scheduler(config: Config) -> Scheduler:
+    scheduler = Scheduler(
+        memory=config.budget.bytes_of(psutil.virtual_memory().total),
+        slots=config.budget.slots,
+        cpus=config.budget.cpus,
+        queue=config.queue,
+    )
+    scheduler.pressed = HostPressure(config.pressure).high
+    return scheduler
+
+
+def _secrets(config: Config) -> SecretStore:
+    found = SecretStore.open(config.state / "secrets", place_of(config.secrets.key, config.state, os.environ))
+    if (why := found.problem()) is not None:
+        log.error("secrets cannot be used", reason=why)
+    return found
 
 
 async def _until_stopped(service: DaemonService) -> None:
@@ -242,7 +268,7 @@ async def _until_stopped(service: DaemonService) -> None:
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         number = await anext(signals)
         log.info("draining", signal=number.name, in_flight=len(service.in_flight))
-        service.draining = True
+        service.drain()
         async with anyio.create_task_group() as waiting:
             waiting.start_soon(_cancel_on_signal, signals, service)
             with anyio.move_on_after(DRAIN):
@@ -250,6 +276,10 @@ async def _until_stopped(service: DaemonService) -> None:
             service.cancel_all()
             await service.all_ended()
             waiting.cancel_scope.cancel()
+
+
+def _identify(rules: Identity, uid: int, gid: int, groups: frozenset[int]) -> Caller:
+    return rules.caller(Peer(uid, gid, groups))
 
 
 async def _cancel_on_signal(signals: AsyncIterator[signal.Signals], service: DaemonService) -> None:

@@ -7,6 +7,7 @@ SandboxdError
 │   ├── NotPermitted               not_permitted            403
 │   ├── PortNotExposed             port_not_exposed         403
 │   ├── NotFound                   not_found                404
+│   ├── Pruned                     pruned                   410
 │   ├── KeyConflict                key_conflict             409
 │   ├── StateConflict              state_conflict           409
 │   │   ├── SessionExists          session_exists           409
@@ -72,6 +73,7 @@ __all__ = [
     "PortNotAnswering",
     "PortNotExposed",
     "PreconditionFailed",
+    "Pruned",
     "QueueFull",
     "QuotaExceeded",
     "Refused",
@@ -143,6 +145,13 @@ class NotFound(Refused):
 
     code = "not_found"
     status = 404
+
+
+class Pruned(Refused):
+    """Raised when what was named was removed by retention; ``details["pruned"]`` says when."""
+
+    code = "pruned"
+    status = 410
 
 
 class KeyConflict(Refused):

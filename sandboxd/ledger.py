@@ -17,21 +17,24 @@ import anyio.to_thread
 
 from sandboxd import errors, units
 from sandboxd.call import Call
+from sandboxd.journal.output import sync_directory
 from sandboxd.journal.spool import Spool, Stream
 from sandboxd.models import Event, InvocationList, State
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Mapping, Sequence
     from pathlib import Path
 
     from sandboxd.api.identity import Caller
     from sandboxd.blobs import BlobStore
     from sandboxd.journal import Journal
     from sandboxd.models import Artifact, Cause, Content, Invocation
+    from sandboxd.scheduler import Ticket
 
-__all__ = ["Ledger", "finish", "recovered", "streams_of"]
+__all__ = ["Ledger", "finish", "recovered", "retried_events", "streams_of"]
 
 LIST_LIMIT = 500
+LATER = "the daemon stops, and the call waits for its next start; ask again then"
 CHUNK = 256 * 1024  # bytes of an artifact that are read at once
 
 
@@ -40,11 +43,15 @@ class Ledger:
 
     def __init__(self, *, spools: Path, journal: Journal, blobs: BlobStore) -> None:
         spools.mkdir(mode=0o700, exist_ok=True)
+        sync_directory(spools.parent)  # whose sync a spool's own does not include
         self._spools = spools
         self._journal = journal
         self._blobs = blobs
         self._flying: dict[str, Call] = {}
         self._unrecorded: dict[str, Invocation] = {}
+        self._dormant: dict[str, Ticket] = {}
+        """Calls that wait since before this daemon's start, of which nothing else is in memory."""
+        self.draining = False
         self._closing = anyio.Lock()
 
     @property
@@ -52,7 +59,17 @@ class Ledger:
         """Ids of the calls that have no outcome yet."""
         return tuple(self._flying)
 
+    async def _wake(self, id: str) -> None:
+        """Make a dormant call one in flight, or end it. Whoever makes calls dormant says how."""
+
     async def _find(self, caller: Caller, id: str) -> Call | Invocation:
+        asleep = self._dormant.get(id)
+        if asleep is not None and (caller.sees_all or asleep.uid == caller.uid):
+            if self.draining:
+                raise errors.Draining(
+                    "the daemon stops, and the call waits for its next start; ask again then"
+                )
+            await self._wake(id)
         call = self._flying.get(id)
         found: Call | Invocation | None = call or self._unrecorded.get(id) or await self._journal.get(id)
         shown = found.invocation if isinstance(found, Call) else found
@@ -64,6 +81,7 @@ class Ledger:
         found = await self._find(caller, id)
         if isinstance(found, Call):
             return found.spool
+        _still_kept(found)
         if _was_silent(found) and not (self._spools / found.id).is_dir():
             return Spool.held(_events_of(found))
         return await self._closed_spool(found)
@@ -85,7 +103,7 @@ class Ledger:
         found = await self._find(caller, id)
         if isinstance(found, Call):
             return found.invocation.model_copy(update=streams_of(found.spool))
-        if (self._spools / found.id).is_dir():
+        if found.pruned is None and (self._spools / found.id).is_dir():
             return found.model_copy(update=streams_of(await self._closed_spool(found)))
         return found
 
@@ -95,6 +113,8 @@ class Ledger:
         if not isinstance(found, Call):
             return await self.get(caller, id)
         await found.ended.wait()
+        if found.shelved:
+            raise errors.Draining(LATER)
         return found.invocation
 
     async def list(
@@ -122,6 +142,8 @@ class Ledger:
                 and label.items() <= one.labels.items()
                 and (before is None or one.id < before)
             ]
+            if state is State.QUEUED and cause is None:
+                fits += await self._asleep(caller, policy=policy, label=label, before=before)
             fits.sort(key=lambda one: one.id, reverse=True)
             page = fits[: min(limit, LIST_LIMIT)]
             return InvocationList(invocations=page, next=page[-1].id if len(page) < len(fits) else None)
@@ -136,13 +158,35 @@ class Ledger:
         found = await fitting(before=before, limit=min(limit, LIST_LIMIT))
         # A page may be short because its calls are large, so its length does not say whether it is the last.
         more = bool(found) and bool(await fitting(before=found[-1].id, limit=1))
-        shown = [
-            self._flying[item.id].invocation
-            if item.id in self._flying
-            else self._unrecorded.get(item.id, item)
-            for item in found
-        ]
-        return InvocationList(invocations=shown, next=found[-1].id if more else None)
+        return InvocationList(
+            invocations=[self._now(item) for item in found], next=found[-1].id if more else None
+        )
+
+    async def _asleep(
+        self, caller: Caller, *, policy: str | None, label: Mapping[str, str], before: str | None
+    ) -> Sequence[Invocation]:
+        """The newest dormant calls that fit, one more than a page has."""
+        found: Sequence[Invocation] = []
+        for name in sorted(self._dormant, reverse=True):
+            uid = self._dormant[name].uid if name in self._dormant else None
+            if len(found) > LIST_LIMIT or not (caller.sees_all or uid == caller.uid):
+                continue
+            one = None if before is not None and name >= before else await self._journal.get(name)
+            if one is not None and policy in {None, one.policy.name} and label.items() <= one.labels.items():
+                found = [*found, one.model_copy(update={"state": State.QUEUED})]
+        return found
+
+    def _now(self, item: Invocation) -> Invocation:
+        """An invocation of the journal as it is now."""
+        if item.id in self._flying:
+            return self._flying[item.id].invocation
+        if item.id in self._dormant:
+            return item.model_copy(update={"state": State.QUEUED})
+        return self._unrecorded.get(item.id, item)
+
+    async def readable(self, caller: Caller, id: str) -> None:
+        """Raise NotFound, or Pruned where its output and events were removed."""
+        await self._spool(caller, id)
 
     async def events(self, caller: Caller, id: str, *, after: int, follow: bool) -> AsyncIterator[Event]:
         """Events from number ``after`` on, with or without waiting for those to come. Raises NotFound."""
@@ -162,10 +206,21 @@ class Ledger:
         """A released file by its path as listed, and its bytes. Raises NotFound."""
         found = await self._find(caller, id)
         invocation = found.invocation if isinstance(found, Call) else found
+        _still_kept(invocation)
         for artifact in invocation.artifacts:
             if artifact.path == path:
                 return artifact, _chunks(self._blobs.path(artifact.digest))
         raise errors.NotFound(f"call {id!r} released no file {path!r}")
+
+
+def _still_kept(invocation: Invocation) -> None:
+    """Raise Pruned for a call of which only the record is left."""
+    if invocation.pruned is not None:
+        raise errors.Pruned(
+            f"the output and the artifacts of call {invocation.id!r} were removed by retention; "
+            "its record has their digests",
+            pruned=invocation.pruned,
+        )
 
 
 def streams_of(spool: Spool) -> dict[str, Content]:
@@ -201,10 +256,23 @@ def _was_silent(invocation: Invocation) -> bool:
     return all(stream is not None and stream.size == 0 for stream in streams)
 
 
+def retried_events(invocation: Invocation) -> list[Event]:
+    """What was told of the attempts before the last, their output and their network aside."""
+    events = []
+    for each in invocation.retried:
+        if each.started is not None:
+            events.append(Event(seq=0, at=each.started, type="started"))
+        events += [Event(seq=0, at=0, type="denied", denial=denial) for denial in each.denials]
+        events += [Event(seq=0, at=0, type="limit", limit=limit) for limit in each.limits_reached]
+        events.append(Event(seq=0, at=each.ended, type="retry", retry=each))
+    return events
+
+
 def _events_of(invocation: Invocation) -> list[Event]:
     """The events of an ended call without output, as they were told while it ran."""
     times = invocation.times
     events = [Event(seq=0, at=times.accepted, type="accepted", id=invocation.id)]
+    events += retried_events(invocation)
     if times.started is not None:
         events.append(Event(seq=0, at=times.started, type="started"))
     events += [Event(seq=0, at=0, type="denied", denial=denial) for denial in invocation.denials]

@@ -73,6 +73,8 @@ class Allow:
     """Which requests; None: any, and also what is no HTTP."""
     within: tuple[str, ...] = ()
     """Of a name: networks inside one of ``NEVER`` that it may lead to."""
+    ask: bool = False
+    """Whether somebody has to allow what the rule speaks of, each time. No key of a policy says so yet."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,12 @@ class Decision:
     where: str | None = None
     injections: tuple[Injection, ...] = ()
     """What is put into a request that is allowed."""
+    asks: bool = False
+    """Whether it is allowed only once somebody has said so."""
 
 
 class Reach:
-    """The compiled rules."""
+    """The compiled rules. Deny wins over ask, and ask over allow."""
 
     def __init__(self, rules: NetworkRules) -> None:
         self._allow: dict[str, list[Allow]] = {}
@@ -156,9 +160,9 @@ class Reach:
         for deny in _matching(self._deny, name):
             if deny.http is None and port in (deny.ports or (port,)):
                 return Decision(allowed=False, why=f"{deny.target} is denied", where=deny.where)
-        for rule in _matching(self._allow, name):
-            if port in rule.ports:
-                return Decision(allowed=True, why=f"{rule.target} is allowed", where=rule.where)
+        if matching := [rule for rule in _matching(self._allow, name) if port in rule.ports]:
+            asks = not self.looks_inside(name, port)  # where rules do, it is requests that are asked about
+            return _allowing(matching, asks=asks)
         ports = self.ports(name)
         said = f"{name} is allowed at {_said(ports)}, not at {port}" if ports else f"no rule allows {name}"
         return Decision(allowed=False, why=said)
@@ -192,13 +196,7 @@ class Reach:
         for rule in matching:
             if rule.http is not None and rule.http.inject is not None:
                 injections.setdefault(rule.http.inject.header.lower(), rule.http.inject)
-        first = matching[0]
-        return Decision(
-            allowed=True,
-            why=f"{first.target} is allowed",
-            where=first.where,
-            injections=tuple(injections.values()),
-        )
+        return _allowing(matching, injections=tuple(injections.values()))
 
     def offers(self, name: str, port: int) -> list[str]:
         """What of HTTP the rules allow of a name at a port, a line for each rule; for who was refused."""
@@ -253,12 +251,13 @@ class Reach:
 
     def _allowed(self, address: Address, port: int) -> Decision | None:
         never = _never(address)
-        for network, rule in self._networks:
-            if address.version != network.version or address not in network or port not in rule.ports:
-                continue
-            if never is None or inside(network, never):
-                return Decision(allowed=True, why=f"{rule.target} is allowed", where=rule.where)
-        return None
+        matching = [
+            rule
+            for network, rule in self._networks
+            if address.version == network.version and address in network and port in rule.ports
+            if never is None or inside(network, never)
+        ]
+        return _allowing(matching) if matching else None
 
     def networks(self) -> tuple[list[tuple[Cidr, Allow]], list[tuple[Cidr, Allow]]]:
         """The networks that are allowed: those inside one of ``NEVER``, and the others."""
@@ -273,6 +272,21 @@ class Reach:
     def refused(self) -> Sequence[tuple[Cidr, Deny]]:
         """The networks that are denied."""
         return self._refused
+
+
+def _allowing(
+    matching: Sequence[Allow], *, asks: bool = True, injections: tuple[Injection, ...] = ()
+) -> Decision:
+    """By those rules, at least one, the closest first."""
+    asking = next((rule for rule in matching if rule.ask), None) if asks else None
+    rule = asking or matching[0]
+    return Decision(
+        allowed=True,
+        why=f"{rule.target} is allowed",
+        where=rule.where,
+        injections=injections,
+        asks=asking is not None,
+    )
 
 
 def standin6(block: ipaddress.IPv4Network) -> ipaddress.IPv6Network:

@@ -1,148 +1,325 @@
 """Admission: which accepted call starts next.
 
-A call starts when its caller runs fewer than it may, a slot is free, and its memory fits the budget.
-Callers take turns, in proportion to their weights: the caller whose started calls, divided by its
-weight, are fewest goes next; within a caller calls start in order of acceptance. A call whose memory
-does not fit yet holds the free memory back from everybody behind it, so that a large one starts too.
-How many may wait is bounded, and nobody can take all the places (``room``).
+A call starts when its caller runs fewer than it may, a slot is free, its memory and CPUs fit the budgets, the
+host is not pressed, and no other call of its series runs. Callers take turns, in proportion to their weights:
+the caller whose started calls, divided by its weight, are fewest goes next; one that comes anew goes next at
+once, however many calls of others wait. Within a caller higher priorities go first, and calls of one priority
+in order of acceptance. A call that does not fit yet holds what is free back from everybody behind it, so that
+a large one starts too. How many may wait is bounded, and nobody can take all the places (``room``).
+
+Each step takes O(log n) of the calls that wait: what is ready is in heaps, of each caller's calls and of the
+callers, and what was withdrawn stays there, marked, until it comes up or is the greater part.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from contextlib import asynccontextmanager
+import asyncio
+import heapq
+import itertools
+import math
+import time
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import anyio
 
 from sandboxd import errors, room
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 __all__ = ["Scheduler", "Ticket"]
 
-RETRY_AFTER = 1  # seconds; what a full queue tells its callers
+LONGEST_RETRY = 60  # seconds
+LOOK_AGAIN = 0.5  # seconds until the host's pressure is looked at again
+PACE = 0.2  # how much the newest interval between two ends counts
+
+
+def _nothing() -> None:
+    """Nobody waits to be told."""
 
 
 @dataclass(eq=False)
 class Ticket:
-    """A call in the queue. ``memory`` in bytes."""
+    """A call in the queue: ``memory`` in bytes, ``cpus`` in thousandths.
 
+    Of those that have the same ``serial`` one runs at a time, in order of acceptance. ``on_grant`` is called
+    once for each turn, from whatever gave it; ``order`` is the scheduler's, and kept by who comes again.
+    """
+
+    uid: int
     memory: int
-    granted: anyio.Event = field(default_factory=anyio.Event)
+    cpus: int = 0
+    priority: int = 0
+    serial: str | None = None
+    concurrent: int | None = None
+    weight: int = 1
+    on_grant: Callable[[], None] = _nothing
+    order: int = 0
+    state: Literal["new", "blocked", "waiting", "running", "resting", "gone"] = "new"
+
+    @property
+    def granted(self) -> bool:
+        """Whether it holds a slot now."""
+        return self.state == "running"
+
+    def __lt__(self, other: Ticket) -> bool:
+        return (-self.priority, self.order) < (-other.priority, other.order)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Share:
     """What the scheduler knows of one caller."""
 
     weight: int = 1
     concurrent: int | None = None
     running: int = 0
+    waiting: int = 0
+    """Calls in the queue, those included that wait for another of their series."""
     turns: float = 0.0
-    waiting: deque[Ticket] = field(default_factory=deque)
+    ready: list[Ticket] = field(default_factory=list)
+    withdrawn: int = 0
+    listed: bool = False
+
+    def head(self) -> Ticket | None:
+        """The call that goes next."""
+        while self.ready and self.ready[0].state != "waiting":
+            heapq.heappop(self.ready)
+            self.withdrawn -= 1
+        return self.ready[0] if self.ready else None
+
+    def withdraw(self) -> None:
+        """One of ``ready`` was marked."""
+        self.withdrawn += 1
+        if self.withdrawn * 2 > len(self.ready) > 16:
+            self.ready = [ticket for ticket in self.ready if ticket.state == "waiting"]
+            heapq.heapify(self.ready)
+            self.withdrawn = 0
+
+    @property
+    def may_start(self) -> bool:
+        return self.concurrent is None or self.running < self.concurrent
+
+
+@dataclass(eq=False)
+class _Series:
+    """Calls that run one at a time: the one whose turn it is, and those that wait for it, by order."""
+
+    holder: Ticket
+    waiting: list[tuple[int, Ticket]] = field(default_factory=list)
 
 
 class Scheduler:
     """Grants tickets. All methods are for one event loop; none of them blocks."""
 
-    def __init__(self, *, memory: int, slots: int, queue: int) -> None:
-        """A budget in bytes and in containers, and how many calls may wait."""
+    def __init__(self, *, memory: int, slots: int, queue: int, cpus: int | None = None) -> None:
+        """Budgets in bytes, containers and thousandths of a CPU (None: any), and how many calls may wait."""
         self.memory = memory
         self.slots = slots
+        self.cpus = cpus
         self._queue = queue
         self._shares: dict[int, _Share] = {}
+        self._callers: list[tuple[float, int, _Share]] = []
+        self._series: dict[str, _Series] = {}
+        self._numbers = itertools.count(1)
+        self._time = 0.0
+        self._paused = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._pace = 1.0
+        self._busy_since: float | None = None
         self.memory_used = 0
+        self.cpus_used = 0
         self.running = 0
         self.queued = 0
-        self.on_grant: Callable[[], None] = lambda: None
+        self.on_grant: Callable[[], None] = _nothing
         """Called when calls got their turns: who uses what is left over makes room."""
+        self.pressed: Callable[[], bool] = lambda: False
+        """Whether the host has no room for more than what runs."""
 
-    def check_room(self, uid: int) -> None:
-        """Raise QueueFull when no further call of this caller may wait."""
+    def check_room(self, uid: int, most: int | None = None) -> None:
+        """Raise QueueFull when no further call of this caller may wait; ``most`` is a bound of its own."""
         share = self._shares.get(uid)
-        own = len(share.waiting) if share is not None else 0
-        if not room.fits(own + 1, self._queue - self.queued - 1) and not self._idle():
-            raise errors.QueueFull(
-                f"{self.queued} calls wait already, {own} of them yours; try again later",
-                retry_after=RETRY_AFTER,
-                queued=self.queued,
-                running=self.running,
-            )
+        own = share.waiting if share is not None else 0
+        if (most is None or own < most) and room.fits(own + 1, self._queue - self.queued - 1):
+            return
+        if own == 0 and self.queued == 0 and self.running < self.slots:
+            return
+        whose = "as many as you may have wait" if most is not None and own >= most else "try again later"
+        raise errors.QueueFull(
+            f"{self.queued} calls wait already, {own} of them yours; {whose}",
+            retry_after=min(LONGEST_RETRY, max(1, math.ceil(self._pace))),
+            queued=self.queued,
+            yours=own,
+            running=self.running,
+            limit=self._queue if most is None else min(most, self._queue),
+            estimate=round(self._pace * (self.queued + 1), 3),
+        )
 
-    def _idle(self) -> bool:
-        return self.queued == 0 and self.running < self.slots
-
-    @asynccontextmanager
-    async def admitted(
-        self, uid: int, memory: int, *, concurrent: int | None, weight: int
-    ) -> AsyncIterator[None]:
-        """Wait for a turn, and hold slot and memory for the time of the block."""
-        share = self._shares.setdefault(uid, _Share())
-        share.weight, share.concurrent = weight, concurrent
+    def enqueue(self, ticket: Ticket) -> None:
+        """Wait for a turn, which may come at once; one that had a turn before keeps its place."""
+        share = self._shares.get(ticket.uid)
+        if share is None:
+            share = self._shares[ticket.uid] = _Share()
+        share.weight, share.concurrent = ticket.weight, ticket.concurrent
         if not share.running and not share.waiting:  # an idle caller saves up no turns
-            share.turns = max([share.turns, *self._active_turns()])
-        ticket = Ticket(memory)
-        share.waiting.append(ticket)
+            share.turns = max(share.turns, self._time)
+        ticket.order = ticket.order or next(self._numbers)
+        share.waiting += 1
         self.queued += 1
+        if self._busy_since is None:
+            self._busy_since = time.monotonic()
+        series = self._series.get(ticket.serial) if ticket.serial is not None else None
+        if series is not None and series.holder is not ticket:
+            ticket.state = "blocked"
+            heapq.heappush(series.waiting, (ticket.order, ticket))
+            return
+        if ticket.serial is not None:
+            self._series.setdefault(ticket.serial, _Series(ticket))
+        self._make_ready(share, ticket)
         self._grant()
-        try:
-            await ticket.granted.wait()
-        except BaseException:
-            if ticket.granted.is_set():
-                self._release(share, ticket)
-            else:
-                share.waiting.remove(ticket)
-                self.queued -= 1
-            self._forget(uid, share)
-            self._grant()
-            raise
-        try:
-            yield
-        finally:
-            self._release(share, ticket)
-            self._forget(uid, share)
-            self._grant()
 
-    def _active_turns(self) -> list[float]:
-        active = [share.turns for share in self._shares.values() if share.running or share.waiting]
-        return [min(active)] if active else []
+    def _make_ready(self, share: _Share, ticket: Ticket) -> None:
+        ticket.state = "waiting"
+        heapq.heappush(share.ready, ticket)
+        self._list(share)
 
-    def _release(self, share: _Share, ticket: Ticket) -> None:
+    def _list(self, share: _Share) -> None:
+        if not share.listed and share.ready and share.may_start:
+            share.listed = True
+            heapq.heappush(self._callers, (share.turns, next(self._numbers), share))
+
+    def leave(self, ticket: Ticket) -> None:
+        """Be done, in whatever state: give back what it holds, or leave the queue. Safe to call twice."""
+        share = self._shares.get(ticket.uid)
+        if ticket.state == "running":
+            self._give_back(ticket)
+        elif ticket.state in {"waiting", "blocked"} and share is not None:
+            share.waiting -= 1
+            self.queued -= 1
+            if ticket.state == "waiting":
+                ticket.state = "gone"
+                share.withdraw()
+        ticket.state = "gone"
+        self._next_of_series(ticket)
+        self._forget(ticket.uid)
+        self._grant()
+
+    def rest(self, ticket: Ticket) -> None:
+        """Give back what a ticket holds, which will be enqueued again: its series waits for that."""
+        if ticket.state == "running":
+            self._give_back(ticket)
+        ticket.state = "resting"
+        self._forget(ticket.uid)
+        self._grant()
+
+    def _next_of_series(self, ticket: Ticket) -> None:
+        series = self._series.get(ticket.serial) if ticket.serial is not None else None
+        if series is None or series.holder is not ticket or ticket.serial is None:
+            return
+        while series.waiting:
+            _, following = heapq.heappop(series.waiting)
+            if following.state == "blocked":
+                series.holder = following
+                self._make_ready(self._shares[following.uid], following)
+                return
+        del self._series[ticket.serial]
+
+    def _give_back(self, ticket: Ticket) -> None:
+        share = self._shares[ticket.uid]
         share.running -= 1
         self.running -= 1
         self.memory_used -= ticket.memory
+        self.cpus_used -= ticket.cpus
+        self._list(share)
+        now = time.monotonic()
+        if self._busy_since is not None:
+            self._pace += PACE * (now - self._busy_since - self._pace)
+        self._busy_since = now if self.queued else None
 
-    def _forget(self, uid: int, share: _Share) -> None:
-        if not share.running and not share.waiting:
-            self._shares.pop(uid, None)
+    def _forget(self, uid: int) -> None:
+        share = self._shares.get(uid)
+        if share is not None and not share.running and not share.waiting:
+            del self._shares[uid]
+            share.ready.clear()
+            if not self._shares:
+                self._time = 0.0
+                self._callers.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Grant nothing within a block."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+            self._grant()
 
     def _grant(self) -> None:
-        if self._grant_all():
-            self.on_grant()
-
-    def _grant_all(self) -> int:
-        granted = 0
-        while self.running < self.slots and (share := self._next()) is not None:
-            ticket = share.waiting[0]
-            if self.memory_used + ticket.memory > self.memory:
+        granted = []
+        while not self._paused and self.running < self.slots and (share := self._next()) is not None:
+            ticket = share.head()
+            if ticket is None or not self._fits(ticket):
                 break
-            share.waiting.popleft()
-            self.queued -= 1
-            share.running += 1
-            share.turns += 1 / share.weight
-            self.running += 1
-            self.memory_used += ticket.memory
-            ticket.granted.set()
-            granted += 1
-        return granted
+            heapq.heappop(share.ready)
+            self._start(share, ticket)
+            granted.append(ticket)
+        if granted:
+            self.on_grant()
+        for ticket in granted:
+            ticket.on_grant()
+
+    def _start(self, share: _Share, ticket: Ticket) -> None:
+        heapq.heappop(self._callers)
+        share.listed = False
+        self._time = max(self._time, share.turns)
+        share.turns += 1 / share.weight
+        share.waiting -= 1
+        self.queued -= 1
+        share.running += 1
+        self.running += 1
+        self.memory_used += ticket.memory
+        self.cpus_used += ticket.cpus
+        ticket.state = "running"
+        self._list(share)
+
+    def _fits(self, ticket: Ticket) -> bool:
+        """Whether a call may start beside those that run. One may always run alone."""
+        if not self.running:
+            return True
+        if self.memory_used + ticket.memory > self.memory:
+            return False
+        if self.cpus is not None and self.cpus_used + ticket.cpus > self.cpus:
+            return False
+        if self.pressed():
+            if self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(LOOK_AGAIN, self._look_again)
+            return False
+        return True
+
+    def _look_again(self) -> None:
+        self._timer = None
+        self._grant()
 
     def _next(self) -> _Share | None:
-        ready = [
-            share
-            for share in self._shares.values()
-            if share.waiting and (share.concurrent is None or share.running < share.concurrent)
-        ]
-        return min(ready, key=lambda share: share.turns, default=None)
+        """The caller whose turn it is; it stays the first of the heap."""
+        while self._callers:
+            share = self._callers[0][2]
+            if share.head() is not None and share.may_start:
+                return share
+            heapq.heappop(self._callers)
+            share.listed = False
+        return None
+
+    @asynccontextmanager
+    async def admitted(self, ticket: Ticket) -> AsyncIterator[None]:
+        """Wait for a turn, and hold slot, memory and CPUs for the time of the block."""
+        turn = anyio.Event()
+        ticket.on_grant = turn.set
+        self.enqueue(ticket)
+        try:
+            await turn.wait()
+            yield
+        finally:
+            self.leave(ticket)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
 import anyio.to_thread
@@ -26,9 +27,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sandboxd.api.identity import Caller
+    from sandboxd.archive import Archive
     from sandboxd.config import Config
+    from sandboxd.images import ImageStore
+    from sandboxd.journal.search import Query
     from sandboxd.policy import Policy
-    from sandboxd.pool import Pool
+    from sandboxd.reload import PolicyStore
     from sandboxd.sessions import Sessions
 
 __all__ = ["DaemonService"]
@@ -46,15 +50,19 @@ class DaemonService(Calls):
         version: str,
         engine_name: str,
         runtime: str,
-        pool: Pool,
+        policies: PolicyStore,
+        images: ImageStore,
         sessions: Sessions,
+        archive: Archive,
         **parts: Any,
     ) -> None:
-        """``parts`` are those of ``Calls``."""
-        super().__init__(state=config.state, pool=pool, sessions=sessions, **parts)
+        """``parts`` are the others of ``Calls``."""
+        super().__init__(state=config.state, policies=policies, images=images, sessions=sessions, **parts)
+        self._policies = policies
+        self._images = images
         self.config = config
-        self.sessions = sessions
         self.files = SessionFiles(sessions, config.state / "sessions")
+        self._archive = archive
         self._version = version
         self._engine_name = engine_name
         self._runtime = runtime
@@ -80,7 +88,7 @@ class DaemonService(Calls):
 
     async def policy(self, caller: Caller, name: str) -> models.PolicyInfo:
         """One policy with its resolved form. Raises NotFound, NotPermitted."""
-        return self._info(self.policy_for(caller, name), resolved=True)
+        return self._info(self._planner.policy_for(caller, name), resolved=True)
 
     async def check_policy(self, caller: Caller, text: str, name: str | None) -> list[models.PolicyProblem]:
         """All that is wrong with the text of a policy file; nothing is stored."""
@@ -90,8 +98,8 @@ class DaemonService(Calls):
 
     async def plan(self, caller: Caller, request: models.Request) -> models.PlanDocument:
         """What would run, exactly, and where each value came from; nothing runs."""
-        await self.know_image(caller, request)
-        policy, made = await off_the_loop(request, self.plan_for, caller, request)
+        await self._planner.know_image(caller, request)
+        policy, made = await off_the_loop(request, self._planner.plan_for, caller, request)
         return models.PlanDocument(digest=made.digest, plan=made.to_json(), explain=explain(policy, made))
 
     async def images(self, caller: Caller) -> list[models.ImageInfo]:
@@ -168,6 +176,21 @@ class DaemonService(Calls):
         info = await anyio.to_thread.run_sync(change, name, value)
         log.info("secret stored", how=what, name=name, version=info.version, uid=caller.uid)
         return info
+
+    async def search(self, caller: Caller, query: Query) -> models.SearchResults:
+        """A page of the caller's calls that fit; an operator's are all. Raises InvalidRequest."""
+        if not caller.sees_all:
+            if query.uid not in {None, caller.uid}:
+                raise errors.NotPermitted("only operators search the calls of others", uid=query.uid)
+            query = replace(query, uid=caller.uid)
+        return await self._archive.search(query)
+
+    async def prune(self, caller: Caller, *, age: int | None, size: int | None) -> models.Pruning:
+        """Remove the oldest bodies, output and artifacts now. Raises NotPermitted."""
+        _operators_only(caller)
+        done = await self._archive.prune(age, size)
+        await self._archive.sweep()
+        return done
 
     async def refused(self, caller: Caller, error: errors.Refused, summary: dict[str, Any]) -> None:
         """Keep a refusal for the operator; a journal that cannot be written does not hide the refusal."""

@@ -113,8 +113,9 @@ class CallSession:
 
     async def begin(self) -> None:
         """Wait for the call's turn and see where the session stands. Raises JournalCorrupt, HostFailed."""
-        await self._turns.take(self.row.id)
-        self._turn = True
+        if not self._turn:  # else it is tried again
+            await self._turns.take(self.row.id)
+            self._turn = True
 
         def read(connection: sqlite3.Connection) -> _Start | None:
             row = tables.find(connection, self.row.id, None)
@@ -150,6 +151,11 @@ class CallSession:
     def after(self) -> str | None:
         """The digest of the checkpoint that it left: the same where nothing was changed, or kept."""
         return self.before if self._made is None else self._made.digest
+
+    @property
+    def checkpoints(self) -> dict[str, str | None]:
+        """Both, as the fields of an invocation."""
+        return {"checkpoint_before": self.before, "checkpoint_after": self.after}
 
     def attach(self, slot: Slot, stack: ExitStack) -> None:
         """Put the session's files into a slot. Blocks. Raises OSError, HostFailed."""

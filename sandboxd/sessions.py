@@ -404,6 +404,14 @@ class Sessions:
             checkout=checkout,
         )
 
+    def hold(self, id_: str) -> None:
+        """Keep a session for a call that waits since an earlier daemon, until ``let_go``."""
+        self._turns.enter(id_)
+
+    def let_go(self, id_: str) -> None:
+        """The call has entered it, or never will."""
+        self._turns.leave(id_)
+
     def _kept(self, checkpoint: Checkpoint, layers: int) -> None:
         """A call was kept: where there are enough layers, they are made into one."""
         if checkpoint.depth % tables.FAN == 0 or layers > LONG:

@@ -30,7 +30,7 @@ SIZES = {
     "GB": 10**9,
     "TB": 10**12,
 }
-DURATIONS = {"us": 1, "ms": 10**3, "s": 10**6, "m": 60 * 10**6, "h": 3600 * 10**6}
+DURATIONS = {"us": 1, "ms": 10**3, "s": 10**6, "m": 60 * 10**6, "h": 3600 * 10**6, "d": 86_400 * 10**6}
 COUNTS = {"": 1, "k": 10**3, "M": 10**6}
 MAX = 2**53 - 1  # what canonical JSON can hold exactly
 _QUANTITY = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s?([A-Za-z]*)")

@@ -120,8 +120,13 @@ class Daemon:
 
 
 @contextmanager
-def start_daemon(directory: Path, *, config: str = "", state: Path | None = None) -> Iterator[Daemon]:
-    """A daemon below a directory; ``config`` is appended to its configuration file."""
+def start_daemon(
+    directory: Path, *, config: str = "", state: Path | None = None, ready: bool = True
+) -> Iterator[Daemon]:
+    """A daemon below a directory; ``config`` is appended to its configuration file.
+
+    Without ``ready`` nobody waits until it serves, which it may never do.
+    """
     state = state or directory / "state"
     state.mkdir(parents=True, exist_ok=True)
     images = state / "images"
@@ -146,7 +151,8 @@ def start_daemon(directory: Path, *, config: str = "", state: Path | None = None
         )
     daemon = Daemon(process, directory / "s", state, policies, log)
     try:
-        _until_ready(daemon)
+        if ready:
+            _until_ready(daemon)
         yield daemon
     finally:
         daemon.stop()

@@ -259,6 +259,10 @@ class Told:
     received: int
 
 
+async def never_asked(exchange: Exchange, decision: Decision) -> Decision:
+    raise AssertionError(exchange, decision)
+
+
 class Between:
     """A container's connection, on its way to servers that are made as they are connected to."""
 
@@ -274,6 +278,7 @@ class Between:
         settings: dict[SettingCodes, int] | None = None,
         program_settings: dict[SettingCodes, int] | None = None,
         rules: HttpRule = RULES,
+        ask: Callable[[Exchange, Decision], Awaitable[Decision]] | None = None,
     ) -> None:
         self.tasks = tasks
         self.told: list[Told] = []
@@ -285,12 +290,14 @@ class Between:
         self._serve = serve
         self._settings = settings
         budget = Budget(limits or {})
+        rule = Allow("api.test", (80,), "policy.yaml:1", rules, ask=ask is not None)
         site = Site(
             "api.test",
             80,
             "http",
-            reach=Reach(NetworkRules((Allow("api.test", (80,), "policy.yaml:1", rules),), ())),
+            reach=Reach(NetworkRules((rule,), ())),
             budget=budget,
+            ask=ask or never_asked,
             inject=inject or (lambda decision, request, digest: (list(request.headers), ())),
             tell=self._tell,
         )

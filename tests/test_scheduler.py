@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sandboxd import errors
-from sandboxd.scheduler import Scheduler
+from sandboxd.scheduler import Scheduler, Ticket
 
 MEMORY, SLOTS = 100, 3
 
@@ -53,7 +55,7 @@ class Run:
 
     async def call(self, number: int, asked: Asked) -> None:
         concurrent, weight = self.share[asked.uid]
-        turn = self.scheduler.admitted(asked.uid, asked.memory, concurrent=concurrent, weight=weight)
+        turn = self.scheduler.admitted(Ticket(asked.uid, asked.memory, concurrent=concurrent, weight=weight))
         scope = anyio.CancelScope()
         if asked.gives_up:
             scope.deadline = anyio.current_time() + 0.0005
@@ -136,7 +138,7 @@ def test_a_full_queue_says_when_to_come_again() -> None:
         async with anyio.create_task_group() as tasks:
 
             async def hold() -> None:
-                async with scheduler.admitted(1, 1, concurrent=None, weight=1):
+                async with scheduler.admitted(Ticket(1, 1)):
                     await anyio.sleep_forever()
 
             scheduler.check_room(1)
@@ -147,7 +149,181 @@ def test_a_full_queue_says_when_to_come_again() -> None:
             with pytest.raises(errors.QueueFull) as caught:
                 scheduler.check_room(1)
             assert caught.value.details["retry_after"] >= 1
+            told = {name: caught.value.details[name] for name in ("queued", "yours", "running", "limit")}
+            assert told == {"queued": 2, "yours": 2, "running": 1, "limit": 2}
+            assert caught.value.details["estimate"] > 0
             tasks.cancel_scope.cancel()
         assert (scheduler.running, scheduler.queued) == (0, 0)
+
+    anyio.run(run)
+
+
+def test_100_000_that_wait_make_no_step_long() -> None:
+    """Counted in comparisons, since time says little: of 100,000 that wait each step looks at a few."""
+    looked = 0
+
+    class Counted(Ticket):
+        def __lt__(self, other: Ticket) -> bool:
+            nonlocal looked
+            looked += 1
+            return super().__lt__(other)
+
+    scheduler = Scheduler(memory=1 << 40, slots=1, queue=10**6)
+    tickets = [Counted(number % 7, 1, priority=number % 3) for number in range(100_000)]
+    for ticket in tickets:
+        scheduler.enqueue(ticket)
+    assert (scheduler.running, scheduler.queued) == (1, 99_999)
+    for ticket in [*tickets[40_000:60_000], *tickets]:  # those in the middle are withdrawn, then all the rest
+        scheduler.leave(ticket)
+    assert (scheduler.running, scheduler.queued) == (0, 0)
+    assert looked < 100_000 * 60
+
+
+class Fairness(RuleBasedStateMachine):
+    """The scheduler beside a model that looks at all that wait, each time anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = Scheduler(memory=MEMORY, slots=SLOTS, queue=10**6, cpus=2000)
+        self.waiting: list[Ticket] = []
+        self.running: list[Ticket] = []
+        self.resting: list[Ticket] = []
+        self.turned: dict[int, list[Ticket]] = {}
+        self.owed: dict[int, int] = {}
+
+    def granted(self, ticket: Ticket) -> None:
+        assert ticket in self.waiting
+        self.waiting.remove(ticket)
+        before = [
+            other
+            for other in self.waiting
+            if other.uid == ticket.uid
+            and other < ticket
+            and not (other.serial and any(other.serial == each.serial for each in [*self.running, ticket]))
+            and not (other.serial and any(other.serial == each.serial for each in self.resting))
+            and not (
+                other.serial and any(o.serial == other.serial and o.order < other.order for o in self.waiting)
+            )
+        ]
+        assert not before, "first by priority, then by order"
+        self.running.append(ticket)
+        if ticket.uid in self.owed:
+            del self.owed[ticket.uid]
+        for uid in self.owed:
+            self.owed[uid] += 1
+            assert self.owed[uid] <= SLOTS, "a first call waits for no more than one turn of others"
+
+    @rule(
+        uid=st.integers(0, 3),
+        memory=st.integers(1, MEMORY),
+        cpus=st.integers(1, 2000),
+        priority=st.integers(-2, 2),
+        serial=st.none() | st.sampled_from(["a", "b"]),
+        concurrent=st.none() | st.integers(1, 2),
+        weight=st.integers(1, 3),
+    )
+    def ask(self, uid: int, **asked: Any) -> None:
+        if asked["serial"]:
+            asked["serial"] += str(uid)
+        first = not any(ticket.uid == uid for ticket in [*self.waiting, *self.running, *self.resting])
+        ticket = Ticket(uid, **asked)
+        ticket.on_grant = lambda: self.granted(ticket)
+        self.waiting.append(ticket)
+        if first and ticket.serial is None:
+            self.owed[uid] = 0
+        self.scheduler.enqueue(ticket)
+
+    @precondition(lambda self: self.waiting or self.running or self.resting)
+    @rule(which=st.integers(0, 10**6), again=st.booleans())
+    def end(self, which: int, *, again: bool) -> None:
+        held = [*self.running, *self.waiting, *self.resting]
+        ticket = held[which % len(held)]
+        for each in (self.waiting, self.running, self.resting):
+            if ticket in each:
+                again = again and each is self.running
+                each.remove(ticket)
+        if ticket.uid in self.owed and not any(other.uid == ticket.uid for other in self.waiting):
+            del self.owed[ticket.uid]
+        if again:
+            self.resting.append(ticket)
+            self.scheduler.rest(ticket)
+        else:
+            self.scheduler.leave(ticket)
+
+    @precondition(lambda self: self.resting)
+    @rule()
+    def come_again(self) -> None:
+        ticket = self.resting.pop()
+        self.waiting.append(ticket)
+        self.scheduler.enqueue(ticket)
+
+    @invariant()
+    def holds(self) -> None:
+        scheduler = self.scheduler
+        assert len(self.running) <= SLOTS
+        if len(self.running) > 1:
+            assert sum(ticket.memory for ticket in self.running) <= MEMORY
+            assert sum(ticket.cpus for ticket in self.running) <= 2000
+        series = [ticket.serial for ticket in [*self.running, *self.resting] if ticket.serial]
+        assert len(series) == len(set(series)), "one of a series at a time"
+        assert (scheduler.running, scheduler.queued) == (len(self.running), len(self.waiting))
+        assert scheduler.memory_used == sum(ticket.memory for ticket in self.running)
+        if not self.running:  # nobody starves: what waits, waits for a series that rests
+            resting = {ticket.serial for ticket in self.resting}
+            assert all(ticket.serial in resting for ticket in self.waiting)
+
+
+TestFairness = Fairness.TestCase
+TestFairness.settings = settings(max_examples=150, stateful_step_count=60)
+
+
+def test_10_000_calls_of_one_delay_the_first_of_another_by_one_turn() -> None:
+    scheduler = Scheduler(memory=10**9, slots=1, queue=10**6)
+    many = [Ticket(1, 1, weight=5) for _ in range(10_000)]
+    for ticket in many:
+        scheduler.enqueue(ticket)
+    for ended in many[:500]:
+        scheduler.leave(ended)
+    other = Ticket(2, 1)
+    scheduler.enqueue(other)
+    assert not other.granted
+    scheduler.leave(many[500])
+    assert other.granted
+
+
+def test_a_priority_jumps_nobody_but_its_own_caller() -> None:
+    scheduler = Scheduler(memory=10**9, slots=1, queue=100)
+    running, low, high, other = (
+        Ticket(1, 1),
+        Ticket(1, 1),
+        Ticket(1, 1, priority=9),
+        Ticket(2, 1, priority=-9),
+    )
+    for ticket in (running, low, high, other):
+        scheduler.enqueue(ticket)
+    order = []
+    for _ in range(4):
+        [now] = [ticket for ticket in (running, low, high, other) if ticket.granted]
+        order.append(now)
+        scheduler.leave(now)
+    assert order == [running, other, high, low]
+
+
+def test_under_pressure_one_runs_and_no_more_until_it_falls() -> None:
+    async def run() -> None:
+        scheduler = Scheduler(memory=10**9, slots=8, queue=100)
+        pressed = True
+        scheduler.pressed = lambda: pressed
+        tickets = [Ticket(1, 1) for _ in range(3)]
+        turn = anyio.Event()
+        tickets[2].on_grant = turn.set
+        for ticket in tickets:
+            scheduler.enqueue(ticket)
+        assert [ticket.granted for ticket in tickets] == [True, False, False]
+        scheduler.leave(tickets[0])
+        assert [ticket.granted for ticket in tickets] == [False, True, False]
+        pressed = False
+        with anyio.fail_after(5):
+            await turn.wait()  # nothing ended: it looks again by itself
 
     anyio.run(run)

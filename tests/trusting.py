@@ -20,6 +20,7 @@ PLAIN = "network: {allow: [{host: www.example.test, ports: [443]}]}\n"
 VARIABLES = {
     "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "GIT_SSL_CAINFO",
     "PIP_CERT", "AWS_CA_BUNDLE", "CARGO_HTTP_CAINFO", "DENO_CERT",
+    "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
 }  # fmt: skip
 OURS = """
 import hashlib, ssl

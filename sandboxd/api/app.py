@@ -27,6 +27,7 @@ from sandboxd.api.invocations import JSON, Invocations, json_response
 from sandboxd.api.openapi import ANY, document
 from sandboxd.api.ports import Ports
 from sandboxd.api.protocol import CALLER, ServerConfig
+from sandboxd.api.records import Records
 from sandboxd.api.secrets import Secrets
 from sandboxd.api.sessions import Sessions
 from sandboxd.errors import InvalidRequest, NotFound, NotIdentified, SandboxdError, TooLarge
@@ -52,8 +53,8 @@ DOCUMENTED: set[type[BaseModel]] = {
     models.PlanDocument, models.ImageInfo, models.SlotInfo, models.Health, models.Artifact, models.Withheld,
     models.SecretInfo, models.SessionRequest, models.SessionFork, models.SessionRollback, models.SessionInfo,
     models.SessionList, models.CheckpointInfo, models.CheckpointList, models.SessionDiff,
-    models.SessionLend, models.FileChange,
-    models.FileInfo, models.FileList, models.FileWritten, queries.SignalBody, queries.CheckBody,
+    models.SessionLend, models.FileChange, models.FileInfo, models.FileList, models.FileWritten,
+    models.SearchResults, models.Pruning, queries.SignalBody, queries.CheckBody, queries.PruneBody,
 }  # fmt: skip
 
 log = structlog.get_logger(__name__)
@@ -94,6 +95,7 @@ def build(service: Service) -> Edge:
         *Secrets(service, bodies).routes(),
         *Sessions(service, bodies).routes(),
         *Files(service).routes(),
+        *Records(service).routes(),
     ]
 
     @cache  # most daemons are never asked

@@ -67,6 +67,8 @@ class Caller:
     policies: tuple[str, ...] = ()
     concurrent: int | None = None
     weight: int = 1
+    queued: int | None = None
+    """Calls that may wait; None: only the daemon's queue bounds them."""
     secrets: tuple[str, ...] = ()
     sessions: SessionShare = field(default_factory=SessionShare)
 
@@ -131,6 +133,7 @@ class Identity:
                     policies=rule.policies,
                     concurrent=rule.concurrent,
                     weight=rule.weight,
+                    queued=rule.queued,
                     secrets=rule.granted,
                     sessions=rule.sessions,
                 )

@@ -135,7 +135,7 @@ class Invocations:
     async def events(self, request: Request) -> Response:
         """The events of a call, one JSON object on each line."""
         asked, caller, found = body.query(request, queries.EventsQuery), caller_of(request), id_of(request)
-        await self.service.get(caller, found)  # what is refused must be before the first byte is sent
+        await self.service.readable(caller, found)  # what is refused must be before the first byte is sent
         return StreamResponse(
             _lines(self.service.events(caller, found, after=asked.after, follow=asked.follow)), NDJSON
         )
@@ -150,7 +150,7 @@ class Invocations:
 
     async def _stream(self, request: Request, name: Literal["stdout", "stderr"]) -> Response:
         asked, caller, found = body.query(request, queries.StreamQuery), caller_of(request), id_of(request)
-        await self.service.get(caller, found)
+        await self.service.readable(caller, found)
         return StreamResponse(
             self.service.stream(caller, found, name, offset=asked.offset, follow=asked.follow), OCTETS
         )

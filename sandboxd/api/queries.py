@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from sandboxd import units
-from sandboxd.models import Cause, State  # pydantic evaluates the annotations
+from sandboxd.models import Cause, State
 
 __all__ = [
     "CheckBody",
@@ -16,6 +16,8 @@ __all__ = [
     "ListQuery",
     "NoQuery",
     "PageQuery",
+    "PruneBody",
+    "SearchQuery",
     "SignalBody",
     "StdinQuery",
     "StreamQuery",
@@ -30,6 +32,14 @@ def _flag(value: object) -> object:
     return {"1": True, "true": True, "0": False, "false": False}.get(value, value) if isinstance(
         value, str
     ) else value  # fmt: skip
+
+
+def _duration(value: object) -> object:
+    return units.parse_duration(value) if isinstance(value, str) else value
+
+
+def _size(value: object) -> object:
+    return units.parse_size(value) if isinstance(value, str) else value
 
 
 Flag = Annotated[bool, BeforeValidator(_flag), Field(strict=True)]
@@ -70,6 +80,30 @@ class PageQuery(Parameters):
     before: Annotated[str, Field(max_length=64)] | None = None
     """The ``next`` of the page before."""
     limit: Annotated[int, Field(ge=1, le=500)] = 100
+
+
+class SearchQuery(Parameters):
+    """What is searched for; all that is given must hold."""
+
+    q: Annotated[str, Field(max_length=1000)] = ""
+    """Words, in the language of SQLite's FTS5."""
+    policy: Annotated[str, Field(max_length=128)] | None = None
+    uid: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    cause: Cause | None = None
+    image: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
+    since: Number | None = None
+    """Microseconds since the epoch, as the two are."""
+    until: Number | None = None
+    before: Number | None = None
+    """The ``next`` of the page before."""
+    limit: Annotated[int, Field(ge=1, le=500)] = 50
+
+
+class PruneBody(Parameters):
+    """What is to go: what ended longer ago than ``age``, and the oldest beyond ``size`` bytes."""
+
+    age: Annotated[int, BeforeValidator(_duration), Field(ge=0, le=units.MAX)] | None = None
+    size: Annotated[int, BeforeValidator(_size), Field(ge=0, le=units.MAX)] | None = None
 
 
 class EventsQuery(Parameters):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sandboxd import errors, models
     from sandboxd.api.identity import Caller
     from sandboxd.config import Config
+    from sandboxd.journal.search import Query
     from sandboxd.network.entrance import Entrance
     from sandboxd.workspace.edit import Condition
     from sandboxd.workspace.layertar import Export
@@ -166,6 +167,10 @@ class Service(Protocol):
         """A page of invocations, newest first; each label must be there with its value."""
         ...
 
+    async def readable(self, caller: Caller, id: str) -> None:  # noqa: A002
+        """Raise what keeps its events and output from being read."""
+        ...
+
     def events(self, caller: Caller, id: str, *, after: int, follow: bool) -> AsyncIterator[models.Event]:  # noqa: A002
         """The events with a number above ``after``; with ``follow``, up to ``ended``."""
         ...
@@ -271,6 +276,14 @@ class Service(Protocol):
 
     async def remove_secret(self, caller: Caller, name: str) -> None:
         """Forget one."""
+        ...
+
+    async def search(self, caller: Caller, query: Query) -> models.SearchResults:
+        """A page of calls that fit, newest first: the caller's own, or for an operator all."""
+        ...
+
+    async def prune(self, caller: Caller, *, age: int | None, size: int | None) -> models.Pruning:
+        """Remove the oldest bodies and files now; for operators."""
         ...
 
     async def refused(self, caller: Caller, error: errors.Refused, summary: dict[str, Any]) -> None:

@@ -96,6 +96,7 @@ class Sessions:
     async def discard(self, request: Request) -> Response:
         """Forget the checkpoints that the session does not stand on, as a rollback left them."""
         body.query(request, queries.NoQuery)
+        await body.read(request, self.bounds)
         return json_response(await self.service.sessions.discard(caller_of(request), _named(request)))
 
     def routes(self) -> Sequence[tuple[str, str, Any, Doc]]:

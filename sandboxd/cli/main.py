@@ -94,6 +94,11 @@ GROUPS = {
         {
             "verify": "journal:verify",
             "head": "journal:head",
+            "key": "journal:key",
+            "export": "journal:export",
+            "show": "journal:show",
+            "search": "search:search",
+            "prune": "search:prune",
         },
     ),
 }

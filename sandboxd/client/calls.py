@@ -45,6 +45,7 @@ class RequestFields(TypedDict):
     labels: NotRequired[Mapping[str, str]]
     key: NotRequired[str]
     session: NotRequired[str]
+    priority: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -424,6 +425,32 @@ def discard_session(named: str) -> Call[models.SessionInfo]:
     return Call(
         wire.Exchange("POST", wire.target("sessions", named, "discard"), b""), _one(models.SessionInfo)
     )
+
+
+def search(
+    q: str,
+    *,
+    policy: str | None,
+    uid: int | None,
+    cause: str | None,
+    image: str | None,
+    since: int | None,
+    until: int | None,
+    before: int | None,
+    limit: int | None,
+) -> Call[models.SearchResults]:
+    """A page of calls that fit."""
+    target = wire.target(
+        "search", q=q or None, policy=policy, uid=uid, cause=cause, image=image, since=since, until=until,
+        before=before, limit=limit,
+    )  # fmt: skip
+    return Call(wire.Exchange("GET", target), _one(models.SearchResults))
+
+
+def prune(age: int | None, size: int | None) -> Call[models.Pruning]:
+    """Remove the oldest bodies and files now."""
+    body = json.dumps({k: v for k, v in (("age", age), ("size", size)) if v is not None}).encode()
+    return Call(wire.Exchange("POST", wire.target("prune"), body, waits=True), _one(models.Pruning))
 
 
 def health() -> Call[models.Health]:

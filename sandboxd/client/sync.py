@@ -435,6 +435,30 @@ class Client:
         """Forget the checkpoints that a session does not stand on. Raises NotFound, SessionBusy."""
         return self._do(calls.discard_session(named))
 
+    def search(
+        self,
+        q: str = "",
+        *,
+        policy: str | None = None,
+        uid: int | None = None,
+        cause: str | None = None,
+        image: str | None = None,
+        since: int | None = None,
+        until: int | None = None,
+        before: int | None = None,
+        limit: int | None = None,
+    ) -> models.SearchResults:
+        """A page of ended calls whose command or output fits; times are µs. Raises InvalidRequest."""
+        call = calls.search(
+            q, policy=policy, uid=uid, cause=cause, image=image, since=since, until=until, before=before,
+            limit=limit,
+        )  # fmt: skip
+        return self._do(call)
+
+    def prune(self, *, age: int | None = None, size: int | None = None) -> models.Pruning:
+        """Remove bodies, output and artifacts older than ``age`` (µs) or beyond ``size`` bytes, now."""
+        return self._do(calls.prune(age, size))
+
     def health(self) -> models.Health:
         """Whether the daemon takes calls, and with what."""
         return self._do(calls.health())

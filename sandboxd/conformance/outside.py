@@ -125,6 +125,8 @@ class Outside:
         with suppress(OSError):
             while True:
                 question, sender = self._dns.recvfrom(4096)
+                if sender is None:  # shut down: it would come at once for ever
+                    return
                 with suppress(dns.exception.DNSException):
                     self._dns.sendto(self._answer(question), sender)
 

@@ -104,6 +104,9 @@ network: {allow: [{host: "*.conformance.test", ports: [$port]}]}
 """,
     "exposed": "extends: conformance-python\nexpose: [8080, 8081]\n",
     "exposed-network": "extends: conformance-network\nexpose: [8080, 8081]\n",
+    "if-success": "extends: conformance-python\ncommit: success\n",
+    "if-ran": "extends: conformance-python\ncommit: always\n",
+    "if-never": "extends: conformance-python\ncommit: never\n",
     "host": "extends: conformance-python\nnetwork: {mode: host}\n",
 }
 

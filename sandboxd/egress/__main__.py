@@ -87,6 +87,8 @@ class Worker:
                 container.begin(tasks)
             case "secrets":
                 self._take_secrets(content["id"], content["values"])
+            case "answer":
+                self._take_answer(**content)
             case "enter" if len(fds) == Inward.DESCRIPTORS:
                 self._inward.begin(tasks, Enter(**content), fds)
             case "cut":
@@ -105,6 +107,10 @@ class Worker:
                 known.pop(name, None)
             else:
                 known[name] = Secret(found[0], base64.b64decode(found[1]))
+
+    def _take_answer(self, id: str, number: int, why: str, *, allowed: bool) -> None:  # noqa: A002
+        if (container := self._containers.get(id)) is not None:  # else it has ended meanwhile
+            container.questions.answer(number, allowed=allowed, why=why)
 
     def _say(self, kind: str, **content: object) -> None:
         self._sock.setblocking(True)  # the daemon reads at once; where it does not, this waits for it

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import ipaddress
+import math
 import select
 import socket
-import struct
 import time
 import traceback
 from contextlib import suppress
@@ -22,10 +22,12 @@ from sandboxd.egress.injection import inject
 from sandboxd.egress.inspect import Inspection
 from sandboxd.egress.messages import MAX_FAULT
 from sandboxd.egress.names import Names
+from sandboxd.egress.nameserver import NameServer
+from sandboxd.egress.questions import Questions
 from sandboxd.egress.refused import read_refused
 from sandboxd.egress.relay import Cut, Pump, cut, resets
 from sandboxd.egress.site import Site
-from sandboxd.egress.streams import Counted
+from sandboxd.egress.streams import Broken, Counted, Left, Plain, while_there
 from sandboxd.egress.told import Connection, Told
 from sandboxd.reach import STANDINS, STANDINS6, Decision
 
@@ -44,9 +46,8 @@ if TYPE_CHECKING:
 __all__ = ["Container"]
 
 HELLO_SECONDS = 10.0
-DNS_SECONDS = 10.0  # that a stream of questions may be silent
+SILENT_SECONDS = 30.0  # that a program may be where HTTP alone is spoken
 MAX_OPEN = 4096  # connections at once
-IPV6_PKTINFO = 50
 FIRST_READ = 4096
 MAX_FAULTS = 3
 TOO_LATE = "the call ended before anything was connected to"
@@ -87,7 +88,9 @@ class Container:
             on_new=lambda name, address: say("name", name=name, address=address),
             on_refused=self._on_refused_name,
         )
+        self._name_server = NameServer(self._names.answer, self._fault)
         self._told = Told(say)
+        self.questions = Questions(say)
         self._faults = 0
         self._open = 0
         self._scope = anyio.CancelScope()
@@ -117,8 +120,8 @@ class Container:
                     tcp, tcp6, dns, dns_tcp, _ = self._sockets
                     for listener in (tcp, tcp6):
                         tasks.start_soon(self._accept, tasks, listener, self._connection)
-                    tasks.start_soon(self._accept, tasks, dns_tcp, self._questions)
-                    tasks.start_soon(self._datagrams, dns)
+                    tasks.start_soon(self._accept, tasks, dns_tcp, self._name_server.stream)
+                    tasks.start_soon(self._name_server.datagrams, dns)
                     tasks.start_soon(self._read_refused)
         finally:
             self._close()
@@ -263,6 +266,8 @@ class Container:
         else:
             decision = self._reach.address(address, port)
         connection.rule = decision.where
+        if decision.asks:
+            decision = await self._ask(client, connection, decision)
         if not decision.allowed:
             self._told.emit("denied", connection, decision.why)
             cut(client)
@@ -285,6 +290,17 @@ class Container:
         with server:
             await self._relay(client, server, connection)
 
+    async def _ask(self, client: socket.socket, connection: Connection, decision: Decision) -> Decision:
+        """Wait for somebody to decide on a connection, of which nothing is read before. Raises Left."""
+        try:
+            return await while_there(Plain(client), self.questions.ask(connection, decision))
+        except Left as error:
+            self._told.emit("failed", connection, str(error))
+            raise
+        except anyio.get_cancelled_exc_class():
+            self._told.emit("failed", connection, TOO_LATE)
+            raise
+
     async def _connect(self, connection: Connection, address: Address) -> tuple[socket.socket, Address]:
         if connection.name is None:
             return await upstream.connect_to([address], connection.port)
@@ -299,14 +315,16 @@ class Container:
 
         async def there() -> None:
             try:
-                first, _ = await self._first(client, connection)
+                first, rest, found = await self._first(client, connection)
+                await out.send(first)
+                if found is not None:
+                    await out.send(await self._second(client, found, rest))
             except hello.HelloMalformed as error:
                 refusal.append(str(error))
                 with suppress(OSError):
                     client.send(hello.alert(hello.UNRECOGNIZED_NAME))
                 tasks.cancel_scope.cancel()
                 return
-            await out.send(first)
             await out.run()
 
         try:
@@ -331,7 +349,8 @@ class Container:
         """Serve a connection whose rules look into HTTP."""
         verdict, why, counted = "failed", TOO_LATE, None
         try:
-            first, found = await self._first(client, connection)
+            first, rest, found = await self._first(client, connection, silent=SILENT_SECONDS)
+            first += rest
             counted = Counted(client, first, self._budget)
             site = Site(
                 name,
@@ -339,6 +358,7 @@ class Container:
                 "http" if found is None else "https",
                 reach=self._reach,
                 budget=self._budget,
+                ask=lambda exchange, decision: self.questions.ask(_of(connection, exchange), decision),
                 inject=partial(inject, self.secrets),
                 tell=partial(self._on_exchange, connection),
             )
@@ -368,30 +388,24 @@ class Container:
         resets(client, reset=verdict != "allowed")
 
     def _on_exchange(self, connection: Connection, exchange: Exchange, verdict: str, why: str) -> None:
-        told = replace(
-            connection,
-            protocol=exchange.protocol,
-            rule=exchange.rule,
-            begun=exchange.begun,
-            sent=exchange.sent,
-            received=exchange.received,
-            method=exchange.method,
-            path=exchange.path,
-            status=exchange.status,
-            secrets=exchange.secrets,
-        )
-        self._told.emit(verdict, told, why)
+        self._told.emit(verdict, _of(connection, exchange), why)
 
-    async def _first(self, client: socket.socket, connection: Connection) -> tuple[bytes, hello.Hello | None]:
-        """What the client says first: of TLS, all of its ClientHello, which has to name whom it should."""
+    async def _first(
+        self, client: socket.socket, connection: Connection, silent: float = math.inf
+    ) -> tuple[bytes, bytes, hello.Hello | None]:
+        """What the client says first: of TLS, its ClientHello, which has to name whom it should; the rest.
+
+        ``silent``: for how many seconds it may say nothing. Raises HelloMalformed, Broken.
+        """
         data, reader = b"", hello.HelloReader()
+        begun = anyio.current_time()
         with anyio.move_on_after(HELLO_SECONDS) as scope:
             while True:
                 try:
                     read = client.recv(FIRST_READ)
                 except BlockingIOError:
                     if not data:
-                        scope.deadline = float("inf")
+                        scope.deadline = begun + silent
                     await anyio.wait_readable(client)
                     continue
                 if not data:
@@ -399,11 +413,36 @@ class Container:
                 data += read
                 tls = hello.is_tls(data) if data else False
                 if connection.name is None or not read or tls is False:
-                    return data, None
+                    return data, b"", None
                 if tls and (found := reader.feed(read)) is not None:
                     self._check_hello(found, connection.name)
-                    return data, found
+                    return data[: len(data) - len(reader.rest)], reader.rest, found
+        if not data:
+            why = f"the program said nothing for {silent:.0f} seconds, where HTTP is spoken"
+            raise Broken(why)
         raise hello.HelloMalformed("the ClientHello did not come")
+
+    async def _second(self, client: socket.socket, first: hello.Hello, data: bytes) -> bytes:
+        """What the client says next, until no second ClientHello can follow: that has to name the same.
+
+        ``data``: what it has said already.
+        """
+        reader = hello.SecondReader()
+        last, found = reader.feed(data)
+        while not last:
+            await anyio.wait_readable(client)
+            with suppress(BlockingIOError):
+                read = client.recv(FIRST_READ)
+                data += read
+                if not read:
+                    break
+                last, found = reader.feed(read)
+        if found is not None and found.server_name != first.server_name:
+            raise hello.HelloMalformed(
+                f"a second ClientHello names {found.server_name or 'no server'}, "
+                f"and the connection is to {first.server_name}"
+            )
+        return data
 
     def _check_hello(self, found: hello.Hello, name: str) -> None:
         if found.server_name == name:
@@ -415,56 +454,21 @@ class Container:
         said = "no server" if found.server_name is None else found.server_name
         raise hello.HelloMalformed(f"the ClientHello names {said}, and the connection is to {name}")
 
-    # names
 
-    async def _datagrams(self, sock: socket.socket) -> None:
-        while True:
-            try:
-                question, ancillary, _, sender = sock.recvmsg(4096, 256)
-            except BlockingIOError:
-                await anyio.wait_readable(sock)
-                continue
-            except OSError:
-                continue
-            try:
-                answer = self._names.answer(question)
-            except Exception:  # noqa: BLE001  (one question's, and no reason to end the others)
-                self._fault()
-                answer = None
-            if answer is not None:
-                with suppress(OSError):  # whoever asked may be gone
-                    sock.sendmsg([answer], list(_from_where(ancillary)), 0, sender)
-            await anyio.lowlevel.checkpoint()
-
-    async def _questions(self, client: socket.socket) -> None:
-        data = b""
-        with anyio.move_on_after(DNS_SECONDS) as scope:
-            while True:
-                while len(data) >= 2 and len(data) >= (size := 2 + int.from_bytes(data[:2])):
-                    answer = self._names.answer(data[2:size])
-                    data = data[size:]
-                    if answer is not None:
-                        await _send(client, struct.pack(">H", len(answer)) + answer)
-                    scope.deadline = anyio.current_time() + DNS_SECONDS
-                await anyio.wait_readable(client)
-                read = client.recv(FIRST_READ)
-                if not read:
-                    return
-                data += read
-
-
-async def _send(sock: socket.socket, data: bytes) -> None:
-    left = memoryview(data)
-    while left:
-        try:
-            left = left[sock.send(left) :]
-        except BlockingIOError:
-            await anyio.wait_writable(sock)
-
-
-def _from_where(ancillary: list[tuple[int, int, bytes]]) -> list[tuple[int, int, bytes]]:
-    """So that an answer comes from where the question went."""
-    return [(level, kind, data[:16] + bytes(4)) for level, kind, data in ancillary if kind == IPV6_PKTINFO]
+def _of(connection: Connection, exchange: Exchange) -> Connection:
+    """What is said of a connection, of a request in it."""
+    return replace(
+        connection,
+        protocol=exchange.protocol,
+        rule=exchange.rule,
+        begun=exchange.begun,
+        sent=exchange.sent,
+        received=exchange.received,
+        method=exchange.method,
+        path=exchange.path,
+        status=exchange.status,
+        secrets=exchange.secrets,
+    )
 
 
 def _stands_for_a_name(address: Address) -> bool:

@@ -15,6 +15,7 @@ import anyio
 import h11
 
 from sandboxd import errors
+from sandboxd.egress.streams import READ, write
 
 if TYPE_CHECKING:
     import socket
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
 
     from sandboxd.egress.messages import Enter
 
-__all__ = ["Exchange", "Gone", "Invalid", "write"]
+__all__ = ["Exchange", "Gone", "Invalid"]
 
-READ = 1 << 16
 MAX_HEAD = 1 << 16  # bytes of the head of an answer
 MAX_INTERIM = 32  # answers before the answer, such as 100 and 103; none of them is passed on
 DISCARD_SECONDS, DISCARD_BYTES = 5.0, 16 << 20  # of a request that was answered before its end
@@ -244,13 +244,3 @@ async def read(sock: socket.socket) -> bytes:
             return sock.recv(READ)
         except BlockingIOError:
             await anyio.wait_readable(sock)
-
-
-async def write(sock: socket.socket, data: bytes) -> None:
-    """All of it. Raises OSError."""
-    left = memoryview(data)
-    while left:
-        try:
-            left = left[sock.send(left) :]
-        except BlockingIOError:
-            await anyio.wait_writable(sock)

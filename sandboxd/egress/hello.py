@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["MAX_HELLO", "Hello", "HelloMalformed", "HelloReader", "alert", "is_tls"]
+__all__ = ["MAX_HELLO", "Hello", "HelloMalformed", "HelloReader", "SecondReader", "alert", "is_tls"]
 
 MAX_HELLO = 32 * 1024  # bytes with what carries them; those with keys against quantum computers have 2 KiB
-HANDSHAKE, CLIENT_HELLO = 22, 1
+CHANGE_CIPHER_SPEC, ALERT, HANDSHAKE, CLIENT_HELLO = 20, 21, 22, 1
 RECORDS = range(20, 24)
 SERVER_NAME, PROTOCOLS, ENCRYPTED_CLIENT_HELLO = 0, 16, 0xFE0D
 HEADER, MAX_RECORD = 5, 2**14
@@ -65,6 +65,8 @@ class HelloReader:
         self._record = b""
         self._message = bytearray()
         self._read = 0
+        self.rest = b""
+        """What came behind it."""
 
     def feed(self, data: bytes) -> Hello | None:
         """More of what the client sent; None until the ClientHello is there in full.
@@ -84,6 +86,7 @@ class HelloReader:
             self._message += pending[at + HEADER : end]
             at = end
             if (found := self._whole()) is not None:
+                self.rest = pending[at:]
                 return found
         self._record = pending[at:]
         if self._read > MAX_HELLO:
@@ -101,7 +104,49 @@ class HelloReader:
             raise HelloMalformed("it is too long")
         if len(message) < end:
             return None
+        if len(message) > end:  # by nobody's rules, and another name could be in it
+            raise HelloMalformed("another message follows it in its record")
         return _parse(_Bytes(bytes(message[4:end])))
+
+
+class SecondReader:
+    """Reads what a client sends after its ClientHello, as far as a second one can be there.
+
+    It is sent where the server asks for other keys (RFC 8446, section 4.1.4), and some servers go by it.
+    """
+
+    def __init__(self) -> None:
+        self._pending = b""
+        self._hello: HelloReader | None = None
+
+    def feed(self, data: bytes) -> tuple[bool, Hello | None]:
+        """More of it: whether none can follow any more, and the one that there is. Raises HelloMalformed."""
+        self._pending += data
+        while self._hello is None:
+            pending = self._pending
+            if pending and pending[0] not in (CHANGE_CIPHER_SPEC, ALERT, HANDSHAKE):
+                return True, None  # it is encrypted, or nothing of TLS
+            if len(pending) <= HEADER:
+                return False, None
+            length = int.from_bytes(pending[3:HEADER])
+            if not 0 < length <= MAX_RECORD:
+                raise HelloMalformed("a record after it has no size that there is")
+            if pending[0] == HANDSHAKE:
+                if not _may_begin_hello(pending[HEADER : HEADER + length]):
+                    return True, None
+                self._hello = HelloReader()
+            elif len(pending) < HEADER + length:
+                return False, None
+            else:
+                self._pending = pending[HEADER + length :]
+        found = self._hello.feed(self._pending)
+        self._pending = b""
+        return found is not None, found
+
+
+def _may_begin_hello(body: bytes) -> bool:
+    """Of a record's beginning; it may also be of TLS 1.2, the client's keys, or encrypted."""
+    return body[0] == CLIENT_HELLO and body[1:2] <= b"\2" and body[4:5] in (b"", b"\3")
 
 
 def _parse(body: _Bytes) -> Hello:

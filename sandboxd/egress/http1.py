@@ -16,8 +16,17 @@ import anyio
 import h11
 
 from sandboxd.egress.relay import Cut
-from sandboxd.egress.site import Refused, exchange_of, head_of, needs_digest, not_reached, without_hops
-from sandboxd.egress.streams import Broken, first_of
+from sandboxd.egress.site import (
+    MAX_SIGNED,
+    TOO_LONG_TO_SIGN,
+    Refused,
+    exchange_of,
+    head_of,
+    needs_digest,
+    not_reached,
+    without_hops,
+)
+from sandboxd.egress.streams import Broken, Left, first_of, while_there
 from sandboxd.egress.upstream import Unreachable
 
 if TYPE_CHECKING:
@@ -31,7 +40,6 @@ __all__ = ["Http1"]
 
 MAX_HEAD = 64 * 1024
 EVENTS = 64  # of h11, between which nobody else has a turn
-MAX_SIGNED = 8 * 2**20  # bytes of a body that is read before it is sent
 DRAINED = 256 * 1024  # bytes of the body of a refused request that are read for the sake of the next one
 FINISH_SECONDS = 2.0
 
@@ -93,6 +101,8 @@ class Http1:
             request = self._understood(head)
             exchange = exchange_of(request, self._site.scheme)
             decision = self._site.judge(request, exchange)
+            if decision.asks:  # what the program goes on to send waits in its socket
+                decision = await while_there(self._client, self._site.ask(exchange, decision))
             digest = await self._body_digest() if needs_digest(request, decision) else None
             headers = self._site.dress(request, exchange, decision, digest)
             server = await self._reach_server()
@@ -103,6 +113,9 @@ class Http1:
             refused = not_reached(error)
         except Cut as error:
             self._site.tell(exchange, "limit", f"network.budget.{error.limit} is used up")
+            raise
+        except Left as error:
+            self._site.tell(exchange, "failed", str(error))
             raise
         except (OSError, h11.ProtocolError) as error:
             self._server = None
@@ -134,7 +147,7 @@ class Http1:
                 raise Broken("the program ended its connection in the middle of a request")
             self._read += event.data
             if len(self._read) > MAX_SIGNED:
-                raise Refused(413, "denied", f"a body of more than {MAX_SIGNED} bytes cannot be signed anew")
+                raise Refused(413, "denied", TOO_LONG_TO_SIGN)
         self._whole = True
         return hashlib.sha256(self._read).hexdigest()
 

@@ -7,6 +7,7 @@ made for the next request; where it says that it will, the program is told the s
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -24,10 +25,19 @@ from h2.events import (
 
 from sandboxd.egress.http2end import FULL, MAX_STREAMS, End
 from sandboxd.egress.http2pair import Pair, answer_head, is_sound, length_of, request_head, understood
+from sandboxd.egress.http2undecided import Undecided
 from sandboxd.egress.relay import Cut
 from sandboxd.egress.sigv4 import EMPTY
-from sandboxd.egress.site import Refused, exchange_of, head_of, not_reached, without_hops
-from sandboxd.egress.streams import Broken
+from sandboxd.egress.site import (
+    MAX_SIGNED,
+    Refused,
+    exchange_of,
+    head_of,
+    needs_digest,
+    not_reached,
+    without_hops,
+)
+from sandboxd.egress.streams import Broken, first_of
 from sandboxd.egress.upstream import Unreachable
 
 if TYPE_CHECKING:
@@ -38,10 +48,14 @@ if TYPE_CHECKING:
 
     from sandboxd.egress.site import Site, Verdict
     from sandboxd.egress.streams import Stream
+    from sandboxd.httprule import HttpRequest
+    from sandboxd.reach import Decision
 
 __all__ = ["Http2"]
 
 GREETING_SECONDS = 10.0
+READ_WHOLE = 4 * MAX_SIGNED  # bytes of bodies that are read before they are sent, of all streams at once
+TOO_MUCH_TO_SIGN = f"the bodies of requests on one connection that are signed anew have {READ_WHOLE} bytes"
 LINGER_SECONDS = 1.0
 CANCELLED = "the call ended before the answer did"
 IN_THE_MIDDLE = "the connection ended in the middle"
@@ -94,7 +108,7 @@ class Http2:
             self._tell_all("failed", CANCELLED)
             raise
         except ExceptionGroup as group:
-            raised = _first_of(group)
+            raised = first_of(group)
             if isinstance(raised, Cut):
                 self._tell_all("limit", f"network.budget.{raised.limit} is used up")
             raise raised from group
@@ -144,16 +158,66 @@ class Http2:
             pair.exchange = exchange_of(request, self._site.scheme)
             pair.length = length_of(request, ended=ended)
             decision = self._site.judge(request, pair.exchange)
-            headers = self._site.dress(request, pair.exchange, decision, EMPTY if ended else None)
+        except Refused as refused:
+            self._refuse(pair, refused)
+            return
+        pair.out.source = self._client, pair.ours
+        expected = {value.lower() for name, value in came if name == b"expect"}
+        pair.continues = b"100-continue" in expected and not ended
+        reads = not ended and needs_digest(request, decision)
+        if decision.asks or reads:
+            assert self._tasks is not None  # noqa: S101
+            ready = partial(self._make, pair, request, came)
+            pair.undecided = Undecided(pair.exchange, pair.out, self._site, asks=decision.asks, reads=reads)
+            self._tasks.start_soon(self._decide, pair, decision, ready)
+            return
+        self._make(pair, request, came, decision, EMPTY if ended else None)
+
+    async def _decide(
+        self, pair: Pair, decision: Decision, ready: Callable[[Decision, str | None], None]
+    ) -> None:
+        """Wait for what has to be known of a request before it is made; other streams do not."""
+        undecided = pair.undecided
+        assert undecided is not None  # noqa: S101
+        with undecided.scope:
+            try:
+                decision = await undecided.answer(decision)
+                if undecided.reads:
+                    self._go_on(pair)
+                digest = await undecided.digest()
+            except Refused as refused:
+                self._refuse(pair, refused)
+                return
+            pair.undecided = None
+            if self._leaving:
+                self._give_up(pair, "the server takes no more requests", ErrorCodes.REFUSED_STREAM)
+            else:
+                ready(decision, digest)
+
+    def _go_on(self, pair: Pair) -> None:
+        """Tell a program that waits for that to send its body."""
+        if pair.continues and not pair.asked:
+            self._client.say(pair.ours, [(b":status", b"100")], last=False)
+        pair.continues = False
+
+    def _make(
+        self,
+        pair: Pair,
+        request: HttpRequest,
+        came: list[tuple[bytes, bytes]],
+        decision: Decision,
+        digest: str | None,
+    ) -> None:
+        """Have a request that was decided on made."""
+        try:
+            headers = self._site.dress(request, pair.exchange, decision, digest)
             if not is_sound(headers):
                 raise Refused(502, "failed", "what is put into the request is no header")
         except Refused as refused:
             self._refuse(pair, refused)
             return
         pair.head = request_head(request, headers, self._site, came)
-        pair.out.source = self._client, pair.ours
-        if not ended and (b"expect", b"100-continue") in {(name, value.lower()) for name, value in came}:
-            self._client.say(pair.ours, [(b":status", b"100")], last=False)
+        self._go_on(pair)
         self._waiting[pair.ours] = pair
         self._asked.set()
         if self._server is not None:
@@ -166,6 +230,8 @@ class Http2:
             self._give_up(pair, why, ErrorCodes.PROTOCOL_ERROR)
             return
         pair.out.put(b"", last=True)
+        if pair.undecided is not None:
+            pair.undecided.changed()
 
     # the server
 
@@ -201,7 +267,7 @@ class Http2:
                     await server.finish()
                 tasks.cancel_scope.cancel()
         except ExceptionGroup as group:
-            raised = _first_of(group)
+            raised = first_of(group)
             if not isinstance(raised, OSError):
                 raise raised from group
             self._on_server_gone(server, f"the connection to the server broke: {raised}")
@@ -324,7 +390,12 @@ class Http2:
         end.acknowledge(event.flow_controlled_length - len(event.data), event.stream_id)
         if out:
             pair.came += len(event.data)
-        flow.put(event.data)
+        if out and pair.undecided is not None:
+            pair.undecided.put(event.data)
+            if pair.out.paid and sum(each.out.paid for each in self._pairs.values()) > READ_WHOLE:
+                self._refuse(pair, Refused(429, "limit", TOO_MUCH_TO_SIGN))
+        else:
+            flow.put(event.data)
 
     def _on_over(self, pair: Pair) -> None:
         """All of a direction of a request has gone on, or none of it will any more."""
@@ -359,6 +430,7 @@ class Http2:
         self._forget(pair)
 
     def _forget(self, pair: Pair) -> None:
+        pair.decided()
         self._pairs.pop(pair.ours, None)
         self._waiting.pop(pair.ours, None)
         self._made.pop(pair.theirs, None)
@@ -379,6 +451,7 @@ class Http2:
     def _refuse(self, pair: Pair, refused: Refused) -> None:
         """Say why a request is not made."""
         self._tell(pair, refused.verdict, refused.why)
+        pair.decided()
         pair.out.drop()
         pair.back.source = None
         self._waiting.pop(pair.ours, None)
@@ -405,9 +478,3 @@ class Http2:
 
 def _said(code: int) -> str:
     return getattr(code, "name", str(code))
-
-
-def _first_of(group: BaseExceptionGroup) -> BaseException:
-    """What was raised: of several, that a limit was reached."""
-    found = [_first_of(each) if isinstance(each, BaseExceptionGroup) else each for each in group.exceptions]
-    return next((each for each in found if isinstance(each, Cut)), found[0])

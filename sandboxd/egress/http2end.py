@@ -24,7 +24,7 @@ from h2.exceptions import (
     ProtocolError,
 )
 from h2.settings import SettingCodes, Settings
-from hyperframe.frame import DataFrame, GoAwayFrame, SettingsFrame
+from hyperframe.frame import DataFrame, GoAwayFrame, SettingsFrame, WindowUpdateFrame
 
 from sandboxd.egress.relay import Cut
 from sandboxd.egress.streams import Broken
@@ -125,6 +125,18 @@ class Frames(H2Connection):
         frame.error_code = ErrorCodes.NO_ERROR
         self._prepare_for_sending([frame])
 
+    def open_connection(self, count: int) -> None:
+        """Let so much more come on the connection, and no more on any stream than before."""
+        if increment := self._inbound_flow_control_window_manager.process_bytes(count):
+            frame = WindowUpdateFrame(0)
+            frame.window_increment = increment
+            self._prepare_for_sending([frame])
+
+    def open_stream(self, count: int, stream: int) -> None:
+        """Let so much more come on a stream, and no more on the connection than before."""
+        if self.is_open(stream):
+            self._prepare_for_sending(self.streams[stream].acknowledge_received_data(count))
+
     def is_open(self, stream: int) -> bool:
         """Whether anything of a stream is still to come or to go."""
         found = self.streams.get(stream)
@@ -175,6 +187,8 @@ class Flow:
         self.data = bytearray()
         self.ended = False
         """Nothing is to be added."""
+        self.early = self.paid = 0
+        """Of the bytes that wait, those in front that hold up their own stream alone, or nothing at all."""
         self.trailers: list[tuple[bytes, bytes]] = []
         self.over = False
         self.moved = 0
@@ -205,10 +219,36 @@ class Flow:
         self.data.clear()
         self._acknowledge(count)
 
-    def _acknowledge(self, count: int) -> None:
+    def put_early(self, data: bytes) -> None:
+        """Add what is not to hold up other streams while it waits: its stream's window bounds it."""
+        assert self.source is not None  # noqa: S101
+        self.early += len(data)
+        self.source[0].open_connection(len(data))
+        self.put(data)
+
+    def put_paid(self, data: bytes) -> None:
+        """Add what is wanted whole before any of it goes on: whoever calls bounds it."""
+        assert self.source is not None  # noqa: S101
+        self.paid += len(data)
+        self.put(data)
+        self.source[0].acknowledge(len(data), self.source[1])
+
+    def pay(self) -> None:
+        """Have the rest of it come, whatever waits."""
         if self.source is not None:
-            end, stream = self.source
-            end.acknowledge(count, stream)
+            self.source[0].open_stream(self.early, self.source[1])
+            self.paid, self.early = self.paid + self.early, 0
+
+    def _acknowledge(self, count: int) -> None:
+        if self.source is None:
+            return
+        end, stream = self.source
+        paid = min(count, self.paid)
+        early = min(count - paid, self.early)
+        self.paid -= paid
+        self.early -= early
+        end.open_stream(early, stream)
+        end.acknowledge(count - paid - early, stream)
 
 
 class End:
@@ -269,6 +309,18 @@ class End:
         """Bytes that came have gone on."""
         if count:
             self.http.acknowledge_received_data(count, stream)
+            self.wake()
+
+    def open_connection(self, count: int) -> None:
+        """Bytes that came hold up no other stream, but have not gone on."""
+        if count:
+            self.http.open_connection(count)
+            self.wake()
+
+    def open_stream(self, count: int, stream: int) -> None:
+        """Of those, some have gone on."""
+        if count:
+            self.http.open_stream(count, stream)
             self.wake()
 
     # what goes

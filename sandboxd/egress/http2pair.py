@@ -13,6 +13,7 @@ from sandboxd.egress.site import Refused, head_of, without_hops
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from sandboxd.egress.http2undecided import Undecided
     from sandboxd.egress.site import Exchange, Site
     from sandboxd.httprule import HttpRequest
 
@@ -45,12 +46,22 @@ class Pair:
         self.came = 0
         self.asked = False
         """The program has ended its side."""
+        self.continues = False
+        """It waits for a word before it sends its body."""
         self.answering = False
         """The program has been told a status."""
         self.refused = False
         """It is not the server that answers."""
+        self.undecided: Undecided | None = None
+        """As long as it is not known whether, or how, the request is made."""
         self.out, self.back = Flow(lambda: over(self)), Flow(lambda: over(self))
         self.back.id = ours
+
+    def decided(self) -> None:
+        """Nothing is waited for any more."""
+        if self.undecided is not None:
+            self.undecided.scope.cancel()
+            self.undecided = None
 
 
 def understood(headers: Iterable[tuple[bytes, bytes]], site: Site) -> HttpRequest:

@@ -13,7 +13,8 @@ import anyio
 
 from sandboxd.egress.http1 import Http1
 from sandboxd.egress.http2 import Http2
-from sandboxd.egress.streams import Broken, ClientTls, Counted, Plain, ServerTls
+from sandboxd.egress.streams import Broken, Counted, Plain
+from sandboxd.egress.tls import ClientTls, ServerTls
 from sandboxd.egress.upstream import Unreachable
 
 if TYPE_CHECKING:

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 import anyio
 
 from sandboxd.egress.budget import Budget
-from sandboxd.egress.exchange import Exchange, Gone, Invalid, write
+from sandboxd.egress.exchange import Exchange, Gone, Invalid
 from sandboxd.egress.messages import MAX_FAULT
 from sandboxd.egress.relay import Pump, cut, resets
+from sandboxd.egress.streams import first_of, write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -130,7 +131,7 @@ class Inward:
         except* Gone:
             why = "the caller went away before it had its answer"
         except* Invalid as group:
-            why = first_of(group)
+            why = str(first_of(group))
         except* OSError as group:
             why = ENDED if connection.ending.is_set() else f"the connection was reset: {first_of(group)}"
         return why
@@ -208,9 +209,3 @@ def hung_up(sock: socket.socket) -> bool:
     poll = select.poll()
     poll.register(sock, 0)
     return any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0))
-
-
-def first_of(group: BaseExceptionGroup[BaseException]) -> str:
-    """What the first of them says."""
-    error = group.exceptions[0]
-    return first_of(error) if isinstance(error, BaseExceptionGroup) else str(error)

@@ -64,7 +64,9 @@ class Enter:
 def rules_of(content: Mapping[str, Any]) -> NetworkRules:
     """Rules from what was decoded."""
     return NetworkRules(
-        tuple(Allow(*_rule(each), within=tuple(each["within"])) for each in content["allow"]),
+        tuple(
+            Allow(*_rule(each), within=tuple(each["within"]), ask=each["ask"]) for each in content["allow"]
+        ),
         tuple(Deny(*_rule(each)) for each in content["deny"]),
         tuple((name, limit) for name, limit in content["budget"]),
     )

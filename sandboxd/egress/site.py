@@ -11,7 +11,7 @@ from sandboxd.egress.upstream import Unreachable
 from sandboxd.httprule import HttpRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from sandboxd.egress.budget import Budget
     from sandboxd.egress.streams import Broken
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HOP_BY_HOP",
+    "MAX_SIGNED",
+    "TOO_LONG_TO_SIGN",
     "Exchange",
     "Refused",
     "Site",
@@ -40,6 +42,8 @@ HOP_BY_HOP = frozenset(
 MAX_OFFERS = 20
 MAX_PATH = 2048
 MAX_WHY = 1024
+MAX_SIGNED = 8 * 2**20  # bytes of a body that is read before it is sent
+TOO_LONG_TO_SIGN = f"a body of more than {MAX_SIGNED} bytes cannot be signed anew"
 
 
 class Refused(Exception):
@@ -83,17 +87,19 @@ class Site:
         *,
         reach: Reach,
         budget: Budget,
+        ask: Callable[[Exchange, Decision], Awaitable[Decision]],
         inject: Callable[[Decision, HttpRequest, str | None], tuple[Headers, tuple[str, ...]]],
         tell: Callable[[Exchange, Verdict, str], None],
     ) -> None:
-        """``inject`` gives the headers that a request goes out with, for a decision, and the secrets in them;
-        it raises Refused.
+        """``ask`` gives the answer to what a decision leaves open, some time. ``inject`` gives the headers
+        that a request goes out with, for a decision, and the secrets in them; it raises Refused.
         """
         self.name = name
         self.port = port
         self.scheme: Literal["http", "https"] = scheme
         self._reach = reach
         self._budget = budget
+        self._ask = ask
         self._inject = inject
         self._tell = tell
         self._authorities = {f"{name}:{port}", f"{name}.:{port}"}
@@ -115,12 +121,22 @@ class Site:
             )
 
     def judge(self, request: HttpRequest, exchange: Exchange) -> Decision:
-        """What the rules say of a request. Raises Refused where they do not allow it."""
+        """What the rules say of a request. Raises Refused where they do not allow it.
+
+        What ``asks`` goes on to ``ask`` before it is dressed.
+        """
         decision = self._reach.request(self.name, self.port, request)
         exchange.rule = decision.where
         if not decision.allowed:
             raise Refused(403, "denied", decision.why, decision.where)
         return decision
+
+    async def ask(self, exchange: Exchange, decision: Decision) -> Decision:
+        """Wait for somebody to allow a request. Raises Refused where they do not."""
+        answer = await self._ask(exchange, decision)
+        if not answer.allowed:
+            raise Refused(403, "denied", answer.why, answer.where)
+        return answer
 
     def dress(
         self, request: HttpRequest, exchange: Exchange, decision: Decision, body_digest: str | None = None

@@ -1,30 +1,25 @@
-"""Bytes both ways: over a socket, and over TLS over that.
-
-TLS towards a container is pyOpenSSL's, since ``ssl`` takes a certificate from files alone, and there are none
-here. TLS towards a server is that of ``ssl``, which compares names.
-"""
+"""Bytes both ways over a socket. ``tls`` has the same over that."""
 
 from __future__ import annotations
 
+import select
 import socket
-import ssl
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import anyio
-from OpenSSL import SSL
+import anyio.lowlevel
 
-from sandboxd.egress.leaves import ProtocolRefused
+from sandboxd.egress.relay import Cut
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable
 
     from sandboxd.egress.budget import Budget
 
-__all__ = ["Broken", "ClientTls", "Counted", "Plain", "ServerTls", "Stream", "first_of"]
+__all__ = ["READ", "Broken", "Counted", "Left", "Plain", "Stream", "first_of", "while_there", "write"]
 
 READ = 1 << 16
-HANDSHAKE_SECONDS = 10.0
 T = TypeVar("T")
 
 
@@ -32,8 +27,8 @@ class Broken(OSError):
     """Raised where what comes is not what was agreed on, or ends in the middle of it."""
 
 
-class _Ended(Broken):
-    """Raised where a program ends its connection without a word."""
+class Left(Broken):
+    """Raised where the other end does not wait for what it asked for."""
 
 
 class Stream(Protocol):
@@ -53,6 +48,10 @@ class Stream(Protocol):
 
     async def finish(self) -> None:
         """Say that nothing more comes."""
+        ...
+
+    async def gone(self) -> None:
+        """Wait until the other end has said that nothing more comes, or is gone; reads nothing."""
         ...
 
 
@@ -90,17 +89,18 @@ class Plain:
 
     async def send(self, data: bytes | memoryview) -> None:
         """Send all of it."""
-        left = memoryview(data)
-        while left:
-            try:
-                left = left[self._sock.send(left) :]
-            except BlockingIOError:
-                await anyio.wait_writable(self._sock)
+        await write(self._sock, data)
 
     async def finish(self) -> None:
         """Say that nothing more comes."""
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
+
+    async def gone(self) -> None:
+        """Wait until the other end has said that nothing more comes, or is gone; reads nothing."""
+        with select.epoll() as ends:  # a wait for bytes would be over with the first of them
+            ends.register(self._sock, select.EPOLLRDHUP)
+            await anyio.wait_readable(ends.fileno())
 
 
 class Counted(Plain):
@@ -132,174 +132,37 @@ class Counted(Plain):
             left = left[taken:]
 
 
-class ServerTls:
-    """TLS over a stream, as its server."""
-
-    def __init__(self, stream: Stream, tls: SSL.Connection) -> None:
-        """``tls`` is over memory."""
-        self._stream = stream
-        self._writing = anyio.Lock(fast_acquire=True)  # what both ways write is not to be mixed
-        self._tls = tls
-
-    async def handshake(self) -> None:
-        """Raises Broken."""
-        with anyio.move_on_after(HANDSHAKE_SECONDS):
-            await self._until_done(self._tls.do_handshake)
-            await self._flush()
-            return
-        raise Broken("the program did not end its TLS handshake")
-
-    async def receive(self) -> bytes:
-        """Some bytes; none at the end."""
+async def write(sock: socket.socket, data: bytes | memoryview) -> None:
+    """Send all of it over a socket that does not block. Raises OSError."""
+    left = memoryview(data)
+    while left:
         try:
-            return await self._until_done(lambda: self._tls.recv(READ))
-        except (SSL.ZeroReturnError, _Ended):  # many programs end so; HTTP tells where it is too early
-            return b""
-
-    def at_hand(self) -> bytes | None:
-        """Bytes that are there already; none at the end; None: nothing is there."""
-        data = self._stream.at_hand()
-        if data == b"":
-            return b""
-        if data is not None:
-            self._tls.bio_write(data)
-        try:
-            return self._tls.recv(READ)
-        except SSL.WantReadError:
-            return None
-        except SSL.Error:
-            return b""
-
-    async def send(self, data: bytes) -> None:
-        """Send all of it."""
-        left = memoryview(data)
-        while left:
-            try:
-                sent = self._tls.send(bytes(left[:READ]))
-            except SSL.Error as error:  # after an alert, of either side
-                raise Broken(f"TLS with the program: {_reason(error)}") from error
-            left = left[sent:]
-            await self._flush()
-
-    async def finish(self) -> None:
-        """Say that nothing more comes."""
-        with suppress(SSL.Error):
-            self._tls.shutdown()
-        await self._flush()
-        await self._stream.finish()
-
-    async def _until_done(self, step: Callable[[], T]) -> T:
-        while True:
-            try:
-                return step()
-            except SSL.WantReadError:
-                await self._flush()
-                data = await self._stream.receive()
-                if not data:
-                    raise _Ended("the program ended its connection in the middle of TLS") from None
-                self._tls.bio_write(data)
-            except SSL.ZeroReturnError:
-                raise
-            except ProtocolRefused as error:
-                await self._flush()  # the alert
-                raise Broken(str(error)) from error
-            except SSL.Error as error:
-                await self._flush()  # the alert
-                raise Broken(f"TLS with the program: {_reason(error)}") from error
-
-    async def _flush(self) -> None:
-        async with self._writing:
-            while True:
-                try:
-                    data = self._tls.bio_read(1 << 20)
-                except SSL.WantReadError:
-                    return
-                await self._stream.send(data)
+            left = left[sock.send(left) :]
+        except BlockingIOError:
+            await anyio.wait_writable(sock)
 
 
-class ClientTls:
-    """TLS over a stream, as a client of the server ``name``, which its certificate has to be for."""
+async def while_there(stream: Stream, asked: Awaitable[T]) -> T:
+    """Wait for something as long as the other end of a stream does. Raises Left, and what ``asked`` raises.
 
-    def __init__(self, stream: Stream, context: ssl.SSLContext, name: str) -> None:
-        self._stream = stream
-        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._writing = anyio.Lock(fast_acquire=True)
-        self._tls = context.wrap_bio(self._in, self._out, server_hostname=name)
+    One that says that it sends no more is taken to be gone: nothing tells it from one that has closed.
+    """
 
-    async def handshake(self) -> str | None:
-        """The protocol that the server chose (ALPN). Raises Broken."""
-        with anyio.move_on_after(HANDSHAKE_SECONDS):
-            await self._until_done(self._tls.do_handshake)
-            await self._flush()
-            return self._tls.selected_alpn_protocol()
-        raise Broken("the server did not end its TLS handshake")
+    async def watch() -> None:
+        await stream.gone()
+        raise Left("the program went away before it was decided on")
 
-    async def receive(self) -> bytes:
-        """Some bytes; none at the end."""
-        try:
-            return await self._until_done(lambda: self._tls.read(READ))
-        except ssl.SSLZeroReturnError:
-            return b""
-
-    def at_hand(self) -> bytes | None:
-        """Bytes that are there already; none at the end; None: nothing is there."""
-        data = self._stream.at_hand()
-        if data == b"":
-            return b""
-        self._in.write(data or b"")
-        try:
-            return self._tls.read(READ)
-        except ssl.SSLWantReadError:
-            return None
-        except ssl.SSLError:
-            return b""
-
-    async def send(self, data: bytes) -> None:
-        """Send all of it."""
-        left = memoryview(data)
-        while left:
-            sent = self._tls.write(left[:READ])
-            left = left[sent:]
-            await self._flush()
-
-    async def finish(self) -> None:
-        """Say that nothing more comes."""
-        with suppress(ssl.SSLError):
-            self._tls.unwrap()
-        await self._flush()
-        await self._stream.finish()
-
-    async def _until_done(self, step: Callable[[], T]) -> T:
-        while True:
-            try:
-                return step()
-            except ssl.SSLWantReadError:
-                await self._flush()
-                data = await self._stream.receive()
-                if not data:
-                    raise Broken("the server ended its connection in the middle of TLS") from None
-                self._in.write(data)
-            except ssl.SSLZeroReturnError:
-                raise
-            except ssl.SSLCertVerificationError as error:
-                raise Broken(f"the server's certificate: {error.verify_message}") from error
-            except ssl.SSLError as error:
-                raise Broken(f"TLS with the server: {error.reason or error}") from error
-
-    async def _flush(self) -> None:
-        async with self._writing:
-            if self._out.pending:
-                await self._stream.send(self._out.read())
-
-
-def _reason(error: SSL.Error) -> str:
-    entries = error.args[0] if error.args and isinstance(error.args[0], list) else []
-    return ", ".join(str(entry[-1]) for entry in entries) or "the connection ended"
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch)
+            found = await asked
+            tasks.cancel_scope.cancel()
+    except ExceptionGroup as group:
+        raise first_of(group) from None
+    return found
 
 
 def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first that was raised of what tasks raised."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+    """The first of what tasks raised; of several, that a limit was reached."""
+    found = [first_of(each) if isinstance(each, BaseExceptionGroup) else each for each in group.exceptions]
+    return next((each for each in found if isinstance(each, Cut)), found[0])

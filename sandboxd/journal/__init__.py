@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from sandboxd.journal.chain import Head, VerifyReport
+from sandboxd.journal.chain import Head
 from sandboxd.journal.records import Accepted, Existing, Refusal, new_id, outcome_header
 from sandboxd.journal.store import Journal
+from sandboxd.journal.verify import VerifyReport
 
 __all__ = [
     "Accepted",

@@ -4,7 +4,7 @@ Theory of operation: a header is canonical JSON (RFC 8785). Its number ``n`` cou
 gaps; ``prev`` is the digest of the whole header before it, and of ``GENESIS`` for the first. A changed
 header no longer has the digest that the next one names, a removed or moved one breaks the numbers, and
 a body that was changed no longer has the digest in its header. Cutting off the newest records cannot
-be seen from within; whoever exported an earlier head can.
+be seen from within: signed heads (``signing``) and heads that were exported show it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from sandboxd import canonical, errors
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterator
 
-__all__ = ["GENESIS", "Head", "VerifyReport", "append", "read_head", "verify"]
+__all__ = ["GENESIS", "Broken", "Head", "append", "follow", "parse_head", "read_head"]
 
 GENESIS = "sha256:" + "0" * 64
-_STEP = 500
 _HEAD = re.compile(r"(?:(\d{1,15}):)?(sha256:[0-9a-f]{64})")
+_BODY = re.compile(rb'"body":"(sha256:[0-9a-f]{64})"')
 
 
 @dataclass(frozen=True)
@@ -38,23 +37,20 @@ class Head:
         return f"{self.n}:{self.digest}"
 
 
-@dataclass(frozen=True)
-class VerifyReport:
-    """What checking the chain found. ``problem`` is None when all is as it was recorded."""
+class Broken(Exception):
+    """Raised when a record is not as it was recorded; the message says which and how."""
 
-    head: Head
-    records: int
-    """Records that were checked, up to the first that differs."""
-    pruned: int
-    """Records whose body was pruned: their headers still hold."""
-    at: int | None = None
-    """The number of the first record that differs."""
-    problem: str | None = None
+    def __init__(self, n: int, problem: str) -> None:
+        super().__init__(problem)
+        self.n = n
 
-    @property
-    def ok(self) -> bool:
-        """Whether the chain holds."""
-        return self.problem is None
+
+def parse_head(text: str) -> tuple[int | None, str]:
+    """The number, if it has one, and the digest of ``N:sha256:…`` or ``sha256:…``. Raises InvalidRequest."""
+    found = _HEAD.fullmatch(text)
+    if found is None:
+        raise errors.InvalidRequest("a head is N:sha256:<64 hex digits>", field="head")
+    return (None if found[1] is None else int(found[1])), found[2]
 
 
 def read_head(connection: sqlite3.Connection) -> Head:
@@ -65,82 +61,53 @@ def read_head(connection: sqlite3.Connection) -> Head:
 
 def append(connection: sqlite3.Connection, head: Head, header: dict[str, Any], body: bytes) -> Head:
     """Add a record after ``head`` and return the new head. ``header`` gets ``n``, ``prev`` and ``body``."""
+    streams = [header.get(name) or {} for name in ("stdout", "stderr")]
+    held = len(body) + sum(stream.get("size", 0) for stream in streams)
     whole = {**header, "n": head.n + 1, "prev": head.digest, "body": canonical.digest_bytes(body)}
     data = canonical.canonical(whole)
     new = Head(head.n + 1, canonical.digest_bytes(data))
     connection.execute(
-        "INSERT INTO records (n, id, digest, header) VALUES (?, ?, ?, ?)",
-        (new.n, header["id"], new.digest, data),
+        "INSERT INTO records (n, id, digest, header, at, bytes) VALUES (?, ?, ?, ?, ?, ?)",
+        (new.n, header["id"], new.digest, data, header["at"], held),
     )
     return new
 
 
-def _rows(connection: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
-    """All records in order, in short reads: a long one would keep the write-ahead log from shrinking."""
-    last = -(2**62)
-    while True:
-        rows = connection.execute(
-            "SELECT r.n, r.id, r.digest, r.header, i.id, i.state, i.doc FROM records AS r"
-            " LEFT JOIN invocations AS i ON i.id = r.id WHERE r.n > ? ORDER BY r.n LIMIT ?",
-            (last, _STEP),
-        ).fetchall()
-        yield from rows
-        if len(rows) < _STEP:
-            return
-        last = rows[-1][0]
-
-
-def _header_problem(
-    head: Head, n: int, id_: str, digest: str, data: bytes
-) -> tuple[str | None, dict[str, Any]]:
+def follow(head: Head, n: int, id_: str, digest: str, data: bytes) -> str:
+    """The digest of the body of the record that follows ``head``. Raises Broken if it is not that record."""
     if n != head.n + 1:
-        return f"record {head.n + 1} is missing: record {n} follows {head.n}", {}
+        raise Broken(head.n + 1, f"record {head.n + 1} is missing: record {n} follows {head.n}")
     if canonical.digest_bytes(data) != digest:
-        return f"record {n} was changed: its header no longer has its digest", {}
+        raise Broken(n, f"record {n} was changed: its header no longer has its digest")
+    fields = _glance(head, n, id_, data)
+    if fields is None:
+        fields = _parsed(head, n, id_, data)
+    return fields
+
+
+def _glance(head: Head, n: int, id_: str, data: bytes) -> str | None:
+    """The same without parsing, where each member is there just once; None where that does not show.
+
+    In canonical JSON a member looks in one way only, and a quote within a text is escaped: what is found
+    once is the member that each header has, and no text and no part of another object.
+    """
+    members = (b'"prev":"%b"' % head.digest.encode(), b',"n":%d,' % n, b'"id":"%b"' % id_.encode())
+    keys = (b'"prev":', b'"n":', b'"id":', b'"body":')
+    if not all(map(data.__contains__, members)) or any(data.count(key) != 1 for key in keys):
+        return None
+    found = _BODY.search(data)
+    return None if found is None else found[1].decode()
+
+
+def _parsed(head: Head, n: int, id_: str, data: bytes) -> str:
     try:
         header = json.loads(data)
     except ValueError:
-        return f"record {n} is no JSON", {}
+        raise Broken(n, f"record {n} is no JSON") from None
     if not isinstance(header, dict) or header.get("n") != n or header.get("id") != id_:
-        return f"record {n} is not the record of its place: it was moved or changed", {}
+        raise Broken(n, f"record {n} is not the record of its place: it was moved or changed")
     if header.get("prev") != head.digest:
-        return f"record {n} does not follow record {head.n}: one of them was changed, moved or replaced", {}
-    return None, header
-
-
-def verify(connection: sqlite3.Connection, expected: str | None = None) -> VerifyReport:
-    """Check every record, and that an exported head (``N:sha256:…`` or ``sha256:…``) is in the chain.
-
-    Reads in steps, with constant memory. Raises InvalidRequest for a head that is none.
-    """
-    wanted = _HEAD.fullmatch(expected) if expected is not None else None
-    if expected is not None and wanted is None:
-        raise errors.InvalidRequest("a head is N:sha256:<64 hex digits>", field="head")
-    # Genesis is in every chain: a head exported before the first record.
-    seen = wanted is None or (wanted[2] == GENESIS and wanted[1] in {None, "0"})
-    head, pruned = Head(0, GENESIS), 0
-    for n, id_, digest, data, row, state, body in _rows(connection):
-        problem, header = _header_problem(head, n, id_, digest, data)
-        if problem is None and row is None:
-            problem = f"record {n} has lost its invocation {id_}"
-        if problem is None and state != "ended":
-            problem = f"invocation {id_} of record {n} was set back to {state}"
-        if problem is None and body is not None and canonical.digest_bytes(body) != header.get("body"):
-            problem = f"the body of record {n} was changed: it no longer has the digest in its header"
-        if problem is not None:
-            return VerifyReport(head, head.n, pruned, head.n + 1, problem)
-        head = Head(n, digest)
-        pruned += body is None
-        if wanted is not None and digest == wanted[2] and wanted[1] in {None, str(n)}:
-            seen = True
-    if not seen:
-        problem = f"the head {expected} is not in the chain: its newest records were cut off or replaced"
-        return VerifyReport(head, head.n, pruned, head.n + 1, problem)
-    stray = connection.execute(
-        "SELECT id FROM invocations AS i WHERE state = 'ended'"
-        " AND NOT EXISTS (SELECT 1 FROM records WHERE id = i.id) LIMIT 1"
-    ).fetchone()
-    if stray:
-        problem = f"invocation {stray[0]} has ended without a record in the chain"
-        return VerifyReport(head, head.n, pruned, head.n + 1, problem)
-    return VerifyReport(head, head.n, pruned)
+        raise Broken(
+            n, f"record {n} does not follow record {head.n}: one of them was changed, moved or replaced"
+        )
+    return str(header.get("body"))

@@ -2,8 +2,9 @@
 
 ``events`` holds records of 32 bytes: event N is at ``(N - 1) * 32``. A record of output says which bytes of
 ``stdout`` or ``stderr``, one of another kind which bytes of ``details``, where that event's JSON is. The
-last record of a closed spool is its summary: sizes, digests and dropped bytes of its streams. Files
-are opened for each read, so that a reader that stalls holds nothing.
+last record of a closed spool is its summary: sizes, digests and dropped bytes of its streams. Each record has
+a checksum, over what it points to in ``details`` too: what comes after a sync may be lost by parts with the
+power. Files are opened for each read, so that a reader that stalls holds nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import errno
 import hashlib
 import os
 import struct
+import zlib
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
@@ -30,9 +32,11 @@ STREAMS: tuple[Stream, ...] = get_args(Stream)
 DETAIL, SUMMARY = 2, 3
 """The kinds of records beside the indices of ``STREAMS``."""
 RECORD_SIZE = 32
-_RECORD = struct.Struct("<QQQB7x")
+_RECORD = struct.Struct("<QQQB3xI")
+_CHECKED = struct.Struct("<QQQB")
 _CHUNK = 256 * 1024
 _STEP = 256  # records that are read at once
+_UNSYNCED = 2  # records at the end that are written after the last sync: that it ended, and the summary
 
 
 class Record(NamedTuple):
@@ -42,6 +46,12 @@ class Record(NamedTuple):
     offset: int
     size: int
     kind: int
+    check: int = 0
+    """The checksum; 0 where an earlier version wrote none."""
+
+    def checked(self, details: bytes = b"") -> Record:
+        """With a checksum, over the bytes in ``details`` as well."""
+        return self._replace(check=zlib.crc32(details, zlib.crc32(_CHECKED.pack(*self[:4]))) or 1)
 
     def pack(self) -> bytes:
         """The form on disk."""
@@ -97,6 +107,13 @@ class Index:
             yield from (Record(*fields) for fields in _RECORD.iter_unpack(data))
             seq += len(data) // RECORD_SIZE
 
+    def holds(self, record: Record) -> bool:
+        """Whether a record is as it was written, and what is in ``details`` of it. Raises NotFound."""
+        if not record.check:
+            return record.size > 0  # by an earlier version; else nothing but zeros
+        data = self.read("details", record.size, record.offset) if record.kind >= DETAIL else b""
+        return record.checked(data).check == record.check
+
     def events(self, seq: int, count: int) -> list[models.Event]:
         """The next events after ``seq``, up to ``count``; about 256 KiB of them, at least one."""
         events: list[models.Event] = []
@@ -150,9 +167,10 @@ class Index:
     def summaries(self) -> dict[Stream, Summary] | None:
         """What the last record says; None when the spool was not closed. Raises NotFound."""
         count = self.count()
-        record = next(self.records(count - 1, count), None) if count else None
-        if record is None or record.kind != SUMMARY:
+        last = list(self.records(max(0, count - _UNSYNCED), count))
+        if not last or last[-1].kind != SUMMARY or not all(map(self.holds, last)):
             return None
+        record = last[-1]
         try:
             return _SUMMARIES.validate_json(self.read("details", record.size, record.offset))
         except ValidationError:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import uuid6
 
-from sandboxd import units
+from sandboxd import errors, models, units
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sandboxd import models
+    from sandboxd.journal.requests import Asked, Open
 
-__all__ = ["Accepted", "Existing", "Refusal", "body", "new_id", "outcome_header"]
+__all__ = ["Accepted", "Existing", "Refusal", "body", "from_header", "new_id", "outcome_header"]
 
 VERSION = 1
 _MAX_DETAIL = 2000
@@ -32,6 +33,9 @@ class Accepted:
 
     invocation: models.Invocation
     request_digest: str
+    request: Asked | None = None
+    open: Open | None = None
+    """What a later daemon has to know to run it."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,37 @@ def body(invocation: models.Invocation) -> bytes:
     return invocation.model_copy(update=streams).model_dump_json(exclude_none=True).encode()
 
 
+def from_header(header: bytes, policy: str, pruned: int) -> models.Invocation:
+    """What the header of a pruned call still knows. Raises JournalCorrupt."""
+    try:
+        found = json.loads(header)
+        return models.Invocation(
+            id=found["id"],
+            state=models.State.ENDED,
+            caller=models.CallerInfo.model_validate(found["caller"]),
+            policy=models.DigestRef(name=policy, digest=found["policy"]),
+            image=models.DigestRef(name="", digest=found["image"]),
+            plan=found["plan"],
+            argv=[],
+            times=models.Times(accepted=found["accepted"], ended=found["at"]),
+            outcome=models.Outcome.model_validate(found["outcome"]),
+            stdout=_known(found["stdout"]),
+            stderr=_known(found["stderr"]),
+            usage=None if found["usage"] is None else models.Usage.model_validate(found["usage"]),
+            secrets=[models.SecretUse.model_validate(use) for use in found.get("secrets", [])],
+            attempts=found["attempts"],
+            pruned=pruned,
+        )
+    except (ValueError, KeyError, TypeError) as error:  # of pydantic too
+        raise errors.JournalCorrupt("the header of a pruned call cannot be read") from error
+
+
+def _known(stream: dict[str, Any] | None) -> models.Content | None:
+    if stream is None:
+        return None
+    return models.Content(text="", size=stream["size"], digest=stream["digest"], complete=not stream["size"])
+
+
 def _stream(content: models.Content | None) -> dict[str, Any] | None:
     return None if content is None else {"digest": content.digest, "size": content.size}
 
@@ -86,6 +121,15 @@ def _exact(value: Any) -> Any:
     if isinstance(value, list):
         return [_exact(item) for item in value]
     return str(value) if isinstance(value, int) and abs(value) > units.MAX else value
+
+
+def _retried(invocation: models.Invocation) -> dict[str, Any]:
+    """The attempts before the last, where there were any."""
+    if not invocation.retried:
+        return {}
+    shown = {"number", "started", "ended", "cause", "error", "plan", "raised"}
+    found = [each.model_dump(mode="json", include=shown, exclude_none=True) for each in invocation.retried]
+    return {"retried": _exact(found)}
 
 
 def outcome_header(
@@ -122,5 +166,6 @@ def outcome_header(
         "checkpoint_after": invocation.checkpoint_after,
         "attempts": invocation.attempts,
         **({"session": invocation.session} if invocation.session else {}),
+        **_retried(invocation),
         **({"secrets": [use.model_dump() for use in invocation.secrets]} if invocation.secrets else {}),
     }

@@ -1,16 +1,23 @@
 """The journal's tables, how they came to be, and what SQLite's errors mean here.
 
 Migrations are numbered from 1 and applied in order, each in a transaction of its own that also moves
-``user_version``. They are never edited once released.
+``user_version``. They are never edited once released. Before the first of them an older database is copied to
+``backups/``.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import sqlite3
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import structlog
+
 from sandboxd import errors
+from sandboxd.failpoint import failpoint
+from sandboxd.journal.output import sync_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,6 +63,28 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             detail TEXT NOT NULL,
             request TEXT NOT NULL
         ) STRICT""",
+    ),
+    (
+        # doc and contents are as ``requests`` says; contents NULL: pruned. started counts the attempts that
+        # were given a container, and is on disk before their command is handed over.
+        """CREATE TABLE requests (
+            id TEXT PRIMARY KEY NOT NULL,
+            doc BLOB NOT NULL,
+            contents BLOB,
+            gid INTEGER NOT NULL,
+            groups TEXT NOT NULL,
+            tied INTEGER NOT NULL,
+            started INTEGER NOT NULL,
+            memory INTEGER NOT NULL,
+            cpus INTEGER NOT NULL,
+            priority INTEGER NOT NULL,
+            serial TEXT,
+            deadline INTEGER
+        ) STRICT""",
+        """CREATE TABLE request_blobs (
+            digest TEXT NOT NULL, id TEXT NOT NULL, PRIMARY KEY (digest, id)
+        ) STRICT, WITHOUT ROWID""",
+        "CREATE INDEX request_blobs_of ON request_blobs (id)",
     ),
     (
         # gone: it is being removed, and nobody sees it. quota_* and expires: NULL is none.
@@ -113,11 +142,44 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (checkpoint, span)
         ) STRICT, WITHOUT ROWID""",
     ),
+    (
+        # Heads that were signed; each has to be in the chain.
+        "CREATE TABLE heads (n INTEGER PRIMARY KEY, signed BLOB NOT NULL) STRICT",
+        # What records name by digest and share: the resolved forms of policies.
+        """CREATE TABLE contents (
+            digest TEXT PRIMARY KEY NOT NULL, data BLOB NOT NULL
+        ) STRICT, WITHOUT ROWID""",
+        # When the body, the streams and the artifacts of a call were removed; its record stays.
+        "ALTER TABLE invocations ADD COLUMN pruned INTEGER",
+        # What a call holds on disk: bytes of its body and streams. Its artifacts are shared, and beside it.
+        "ALTER TABLE records ADD COLUMN at INTEGER",
+        "ALTER TABLE records ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0",
+        (
+            "UPDATE records SET at = json_extract(CAST(header AS TEXT), '$.at'),"
+            " bytes = 4096 + coalesce(json_extract(CAST(header AS TEXT), '$.stdout.size'), 0)"
+            " + coalesce(json_extract(CAST(header AS TEXT), '$.stderr.size'), 0)"
+            " WHERE json_valid(CAST(header AS TEXT))"
+        ),
+        "CREATE INDEX records_kept ON records (n, at, bytes) WHERE bytes > 0",
+        # Which calls released which files: gone when a call is pruned.
+        """CREATE TABLE artifacts (
+            digest TEXT NOT NULL, id TEXT NOT NULL, size INTEGER NOT NULL, PRIMARY KEY (digest, id)
+        ) STRICT, WITHOUT ROWID""",
+        (
+            "INSERT OR IGNORE INTO artifacts SELECT json_extract(a.value, '$.digest'), i.id,"
+            " json_extract(a.value, '$.size') FROM invocations AS i, json_each(CASE WHEN i.state = 'ended'"
+            " AND json_valid(CAST(i.doc AS TEXT)) THEN CAST(i.doc AS TEXT) ELSE '{}' END, '$.artifacts') AS a"
+        ),
+        "CREATE INDEX artifacts_of_calls ON artifacts (id)",
+    ),
     # device and inode of the caller's directory that a session stands on
     ("ALTER TABLE sessions ADD COLUMN checkout TEXT",),
 )
 
+KEPT_BACKUPS = 2
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+
+log = structlog.get_logger(__name__)
 
 
 @contextmanager
@@ -145,6 +207,7 @@ def connect_writer(path: Path) -> sqlite3.Connection:
     Raises ConfigInvalid when a newer version wrote it, JournalCorrupt, HostFailed.
     """
     with mapped():
+        _keep_private(path)
         connection = sqlite3.connect(path, isolation_level=None, timeout=1.0, check_same_thread=False)
         try:
             connection.execute("PRAGMA journal_mode = WAL")
@@ -172,6 +235,17 @@ def connect_reader(path: Path) -> sqlite3.Connection:
     return connection
 
 
+def _keep_private(path: Path) -> None:
+    """Make the file, or take it from all others: it has what callers asked for. Its log gets its mode."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        for each in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+            if each.exists():
+                each.chmod(0o600)
+    except OSError as error:
+        raise errors.HostFailed(f"the journal cannot be made: {error.strerror}") from error
+
+
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     application = _pragma(connection, "application_id")
     version = _pragma(connection, "user_version")
@@ -184,13 +258,50 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
             f"{path} was written by a newer sandboxd (schema {version}, this version knows {known}); "
             "run that version, or choose another state directory"
         )
+    if 0 < version < known:
+        _back_up(connection, path, version)
     for number in range(version + 1, known + 1):
         connection.execute("BEGIN IMMEDIATE")
         for statement in MIGRATIONS[number - 1]:
             connection.execute(statement)
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {number}")
+        failpoint("journal.migrate")
         connection.execute("COMMIT")
+
+
+def _back_up(connection: sqlite3.Connection, path: Path, version: int) -> None:
+    """A copy of what an older version wrote, whole or not at all. Raises HostFailed."""
+    directory = path.parent / "backups"
+    target = directory / f"journal-schema-{version}.sqlite3"
+    temporary = target.with_suffix(".tmp")
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        needed = path.stat().st_size + path.with_name(f"{path.name}-wal").stat().st_size
+        if shutil.disk_usage(directory).free < 2 * needed:
+            raise errors.HostFailed(
+                f"the journal has to be migrated from schema {version}, and a backup of it in {directory} "
+                f"needs {2 * needed} bytes of free space; make room and start again"
+            )
+        connection.execute("VACUUM INTO ?", (str(temporary),))
+        temporary.chmod(0o600)
+        fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        temporary.replace(target)
+        sync_directory(directory)
+        for old in sorted(directory.glob("journal-schema-*.sqlite3"), key=_written)[:-KEPT_BACKUPS]:
+            old.unlink()
+    except OSError as error:
+        raise errors.HostFailed(f"the journal cannot be backed up: {error.strerror}") from error
+    log.info("the journal is migrated", backup=str(target), schema=version, to=len(MIGRATIONS))
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:

@@ -30,6 +30,7 @@ import anyio
 import anyio.to_thread
 
 from sandboxd import errors, models
+from sandboxd.failpoint import failpoint
 from sandboxd.journal.index import (
     DETAIL,
     RECORD_SIZE,
@@ -124,6 +125,11 @@ class Spool:
         return self._closed
 
     @property
+    def stored(self) -> bool:
+        """Whether it is open and has files, which ``sync`` brings to disk."""
+        return not self._closed and self._held is None
+
+    @property
     def complete(self) -> bool:
         """Whether it was closed, and not just left by a daemon that died."""
         return self._summaries is not None
@@ -147,6 +153,7 @@ class Spool:
         """Give what was held in memory its files: from now on events go there too. Raises OSError."""
         self._index.directory.mkdir(mode=0o700)
         try:
+            failpoint("spool.make")
             self._open_index()
             self._count = self._details_size = 0
             for event in held:
@@ -174,11 +181,14 @@ class Spool:
                 details if record.kind == DETAIL else sizes[STREAMS[record.kind]]
             ):
                 break
+            if not self._index.holds(record):
+                break
             if record.kind < DETAIL:
                 self._outputs[STREAMS[record.kind]].sealed = end
             kept += 1
         self._count, self._details_size = kept, details
         with mapped():
+            failpoint("spool.recover")
             os.ftruncate(self._events, kept * RECORD_SIZE)
         for stream, output in self._outputs.items():
             output.digest = self._index.digest(stream, sizes[stream])
@@ -193,6 +203,15 @@ class Spool:
             output.size = min(size, output.sealed + _MAX_EVENT)
             self._seal(stream)
 
+    def allow(self, caps: Mapping[Stream, int]) -> None:
+        """Let each stream grow by so many bytes from where it is: another attempt has caps of its own."""
+        for stream, output in self._outputs.items():
+            output.cap = output.size + caps[stream]
+
+    def size(self, stream: Stream) -> int:
+        """Bytes of a stream so far."""
+        return self._outputs[stream].size if stream in self._outputs else self._summary(stream).size
+
     def append(self, stream: Stream, data: bytes | memoryview) -> int:
         """Store output up to the stream's cap; returns how many bytes were stored, the rest is dropped.
 
@@ -206,6 +225,7 @@ class Spool:
         with mapped():
             if self._held is not None:
                 self._make_files(self._held)
+            failpoint("spool.write")
             output.write(kept)
             now = _now()
             for name, each in self._outputs.items():
@@ -254,11 +274,11 @@ class Spool:
 
     def _detail(self, kind: int, at: int, data: bytes) -> None:
         pwrite(self._details, data, self._details_size)
-        self._number(at, self._details_size, len(data), kind)
+        self._number(Record(at, self._details_size, len(data), kind).checked(data))
         self._details_size += len(data)
 
-    def _number(self, at: int, offset: int, size: int, kind: int) -> None:
-        pwrite(self._events, Record(at, offset, size, kind).pack(), self._count * RECORD_SIZE)
+    def _number(self, record: Record) -> None:
+        pwrite(self._events, record.pack(), self._count * RECORD_SIZE)
         self._count += 1
 
     def _due(self, output: Output, now: int) -> bool:
@@ -270,7 +290,9 @@ class Spool:
     def _seal(self, stream: Stream) -> None:
         output = self._outputs[stream]
         if output.pending:
-            self._number(output.since, output.sealed, output.pending, STREAMS.index(stream))
+            failpoint("spool.seal")
+            record = Record(output.since, output.sealed, output.pending, STREAMS.index(stream))
+            self._number(record.checked())
             output.sealed = output.size
 
     def _seal_due(self) -> bool:
@@ -302,17 +324,32 @@ class Spool:
                 os.close(fd)
             self._notify()
 
+    def leave(self) -> None:
+        """Let go of the files as if this daemon died: another spool goes on with them."""
+        with mapped():
+            for stream in STREAMS:
+                if self._held is None:
+                    self._seal(stream)
+        self._closed = True
+        for output in self._outputs.values():
+            output.close()
+        for fd in {self._events, self._details} - {-1}:
+            os.close(fd)
+        self._notify()
+
     def _summarise(self) -> None:
         with mapped():
             for stream in STREAMS:
                 self._seal(stream)
             summaries = {stream: output.summary() for stream, output in self._outputs.items()}
+            failpoint("spool.summary")
             self._detail(SUMMARY, _now(), dump_summaries(summaries))
             self._count -= 1  # the summary is no event
 
     def sync(self) -> None:
         """Bring to disk what was written so far; blocks, and may run in a thread. Raises HostFailed."""
         with mapped():
+            failpoint("spool.sync")
             for output in self._outputs.values():
                 if output.fd >= 0:
                     os.fdatasync(output.fd)

@@ -10,28 +10,38 @@ transaction, once. Whatever this returns from has happened: acceptance and outco
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import structlog
 from pydantic import ValidationError
 
-from sandboxd import errors, models
-from sandboxd.journal import chain, records, schema
+from sandboxd import canonical, errors, models
+from sandboxd.blobs import BlobStore
+from sandboxd.failpoint import failpoint
+from sandboxd.journal import chain, records, requests, schema, signing, upkeep, verify
+from sandboxd.journal.output import sync_directory
 from sandboxd.journal.writer import Transaction, Writer
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
 __all__ = ["Journal"]
 
 T = TypeVar("T")
+log = structlog.get_logger(__name__)
 MAX_LIST = 500
 KEPT_REFUSALS = 10_000
+SIGN_RECORDS = 1000
+SIGN_SECONDS = 600.0
+SIGN_CHECK = 5.0
 _PRUNE_EVERY = 100
 _READERS = 2
 _MAX_LABELS = 16  # of a filter
@@ -68,8 +78,12 @@ class Journal:
     the write back.
     """
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, key: signing.KeyPlace) -> None:
         self._directory = state_dir
+        self._place = key
+        self._key: signing.NodeKey | None = None
+        self._signed = (0, 0)
+        self._kept: set[str] = set()
         self._path = state_dir / "journal.sqlite3"
         self._writer = Writer(self._path)
         self._readers: ThreadPoolExecutor | None = None
@@ -78,13 +92,14 @@ class Journal:
         self._lock: _Lock | None = None
 
     @classmethod
-    def open(cls, state_dir: Path) -> Self:
+    def open(cls, state_dir: Path, key: signing.KeyPlace | None = None) -> Self:
         """A journal in this directory, which is made if it is missing; use it with ``async with``.
 
-        Entering raises ConfigInvalid when another daemon uses the directory or a newer version wrote
-        the journal.
+        ``key`` is where the key is that heads are signed with; without it, the directory's own. Entering
+        raises ConfigInvalid when another daemon uses the directory, a newer version wrote the journal, or
+        the key cannot be used.
         """
-        return cls(state_dir)
+        return cls(state_dir, key or signing.place_of(None, state_dir, {}))
 
     async def __aenter__(self) -> Self:
         await asyncio.to_thread(self._start)
@@ -92,18 +107,22 @@ class Journal:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        with contextlib.suppress(errors.SandboxdError):  # what keeps it from being written was told before
+            await self.sign_head()
         await self._writer.rest()
         await asyncio.to_thread(self._stop)
 
     def _start(self) -> None:
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            sync_directory(self._directory.parent)  # it may have been made a moment ago
             self._lock = _Lock(self._directory / "lock")
         except OSError as error:
             raise errors.ConfigInvalid(
                 f"the state directory {self._directory} cannot be used: {error.strerror}"
             ) from error
         try:
+            self._key = signing.NodeKey.open(self._place)
             self._writer.start()
         except BaseException:
             self._lock.release()
@@ -133,11 +152,7 @@ class Journal:
             if invocation.key is not None:
                 found = _find_key(transaction.connection, invocation.caller.uid, invocation.key)
                 if found is not None and found.request_digest != record.request_digest:
-                    raise errors.KeyConflict(
-                        "this key was used before with another request",
-                        id=found.id,
-                        request_digest=found.request_digest,
-                    )
+                    raise _conflict(transaction.connection, found, record.request)
                 if found is not None:
                     return found
             transaction.connection.execute(
@@ -150,9 +165,18 @@ class Journal:
                     "INSERT INTO labels (name, value, id) VALUES (?, ?, ?)",
                     [(name, value, invocation.id) for name, value in invocation.labels.items()],
                 )
+            if record.request is not None and record.open is not None:
+                requests.write(transaction.connection, record.request, record.open)
+            failpoint("accept.write")
             return None
 
-        return await self._writer.run(operation, durable=True)
+        found = await self._writer.run(operation, durable=True)
+        failpoint("accept.durable")
+        return found
+
+    async def conflict(self, existing: records.Existing, request: requests.Asked) -> errors.KeyConflict:
+        """The refusal of a request whose key stands for another one, which says in what they differ."""
+        return await self._read(lambda connection: _conflict(connection, existing, request))
 
     async def find_key(self, uid: int, key: str) -> records.Existing | None:
         """The call that a caller's key stands for, if any; its acceptance is on disk."""
@@ -161,7 +185,7 @@ class Journal:
             await self._writer.synced()  # it may have been written a moment ago
         return found
 
-    def attempt_started(self, invocation: models.Invocation) -> None:
+    def follow(self, invocation: models.Invocation) -> None:
         """Keep the state of a call that has not ended; waits for nothing and is not durable.
 
         If the daemon dies at once the call is still there, as an earlier state of it.
@@ -174,6 +198,29 @@ class Journal:
                 row,
             )
         )
+
+    async def started(self, id_: str, attempts: int) -> None:
+        """Record, durably, that so many attempts of a call were given a container."""
+
+        def operation(transaction: Transaction) -> None:
+            transaction.connection.execute("UPDATE requests SET started = ? WHERE id = ?", (attempts, id_))
+            transaction.connection.execute(
+                "UPDATE invocations SET state = 'starting' WHERE id = ? AND state != 'ended'", (id_,)
+            )
+
+        await self._writer.run(operation, durable=True)
+
+    async def request(self, id_: str) -> models.Request:
+        """What was asked for a call, its contents included; for who runs it later, or again.
+
+        Raises NotFound for a call that is not known, was accepted by a version that did not keep it, or whose
+        contents were pruned; JournalCorrupt when a content is not what its digest says.
+        """
+        found = await self._read(lambda connection: requests.read(connection, id_))
+        if found is None:
+            raise errors.NotFound(f"what was asked for call {id_!r} is not in the journal")
+        blobs = BlobStore(self._directory / "blobs")
+        return await asyncio.to_thread(requests.rebuild, *found, blobs)
 
     async def ended(
         self,
@@ -209,18 +256,36 @@ class Journal:
             if also is not None:
                 also(transaction.connection)
             transaction.head = chain.append(transaction.connection, transaction.head, header, row[3])
+            failpoint("outcome.write")
+            if invocation.artifacts:
+                transaction.connection.executemany(
+                    "INSERT OR IGNORE INTO artifacts (digest, id, size) VALUES (?, ?, ?)",
+                    [(file.digest, invocation.id, file.size) for file in invocation.artifacts],
+                )
             return transaction.head
 
-        return await self._writer.run(operation, durable=True)
+        head = await self._writer.run(operation, durable=True)
+        failpoint("outcome.durable")
+        return head
 
     async def get(self, id_: str) -> models.Invocation | None:
-        """An invocation as it stands. The heads of its streams are empty here: its spool has them."""
+        """An invocation as it stands. The heads of its streams are empty here: its spool has them.
+
+        One that was pruned is what its header still knows, with ``pruned``.
+        """
 
         def read(connection: sqlite3.Connection) -> models.Invocation | None:
             row = connection.execute(
-                "SELECT id, doc FROM invocations WHERE id = ? AND doc IS NOT NULL", (id_,)
+                "SELECT i.doc, i.policy, i.pruned, r.header FROM invocations AS i"
+                " LEFT JOIN records AS r ON r.id = i.id WHERE i.id = ?",
+                (id_,),
             ).fetchone()
-            return _parse(*row) if row else None
+            if row is None:
+                return None
+            doc, policy, pruned, header = row
+            if doc is not None:
+                return _parse(id_, doc)
+            return None if header is None else records.from_header(header, policy, pruned or 0)
 
         return await self._read(read)
 
@@ -232,6 +297,10 @@ class Journal:
             return [_parse(*row) for row in rows]
 
         return await self._read(read)
+
+    async def open_calls(self) -> list[requests.Open]:
+        """The same calls, by what the queue has to know of them: of a long queue nothing else is read."""
+        return await self._read(requests.open_calls)
 
     async def refused(self, refusal: records.Refusal) -> None:
         """Keep a refusal. The newest ``KEPT_REFUSALS`` are kept; not durable against power loss."""
@@ -258,13 +327,102 @@ class Journal:
 
         return await self._read(read)
 
-    async def verify(self, head: str | None = None) -> chain.VerifyReport:
+    async def verify(self, head: str | None = None, *, deep: bool = False) -> verify.VerifyReport:
         """Check the whole chain, and that an exported head is in it. Raises InvalidRequest for no head."""
-        return await self._read(lambda connection: chain.verify(connection, head))
+        keys = {self.key.id}
+        place = self._directory if deep else None
+        return await self._read(lambda connection: verify.verify(connection, head, keys=keys, deep=place))
 
     async def head(self) -> chain.Head:
         """The newest record's number and digest; ``str()`` of it is what ``verify`` takes."""
         return await self._read(chain.read_head)
+
+    @property
+    def key(self) -> signing.NodeKey:
+        """What heads are signed with."""
+        if self._key is None:
+            raise errors.HostFailed("the journal is not open")
+        return self._key
+
+    @property
+    def count(self) -> int:
+        """How many records there are, as the newest transaction left it."""
+        return self._writer.head.n
+
+    async def after(self, n: int, limit: int) -> list[upkeep.Row]:
+        """The records after number ``n``, in order."""
+        return await self._read(lambda connection: upkeep.after(connection, n, limit))
+
+    async def keep(self, contents: Mapping[str, bytes]) -> None:
+        """Keep what records name by digest and share, such as policies in their resolved form."""
+        new = {digest: data for digest, data in contents.items() if digest not in self._kept}
+        if new:
+            await self._writer.run(lambda transaction: upkeep.keep(transaction.connection, new), durable=True)
+            self._kept.update(new)
+
+    async def content(self, digest: str) -> bytes | None:
+        """What was kept under a digest. Raises JournalCorrupt if it no longer has it."""
+        data = await self._read(lambda connection: upkeep.content(connection, digest))
+        if data is not None and canonical.digest_bytes(data) != digest:
+            raise errors.JournalCorrupt(f"what is kept under {digest} was changed", digest=digest)
+        return data
+
+    async def oldest(self, limit: int) -> list[upkeep.Kept]:
+        """The oldest calls whose bodies are kept."""
+        return await self._read(lambda connection: upkeep.oldest(connection, limit))
+
+    async def held(self) -> int:
+        """Bytes of all bodies, streams and artifacts that are kept."""
+        return await self._read(upkeep.held)
+
+    async def prune(self, calls: Sequence[tuple[int, str]]) -> int:
+        """Take the bodies of ended calls away, durably; returns of how many. Their files are the caller's."""
+        at = time.time_ns() // 1000
+        return await self._writer.run(
+            lambda transaction: upkeep.prune(transaction.connection, calls, at), durable=True
+        )
+
+    async def pruned_among(self, ids: Sequence[str]) -> list[str]:
+        """Those of these calls that were pruned."""
+        return await self._read(lambda connection: upkeep.pruned_among(connection, ids))
+
+    async def referenced(self, digests: Collection[str]) -> set[str]:
+        """Those of these blobs that the record of a kept call names."""
+        return await self._read(lambda connection: upkeep.referenced(connection, digests))
+
+    async def releases(self, digest: str, uid: int | None, limit: int) -> list[str]:
+        """Ids of the newest calls that released a file of this digest, of one caller or of all."""
+        return await self._read(lambda connection: upkeep.releases(connection, digest, uid, limit))
+
+    async def sign_head(self) -> bytes | None:
+        """Sign the newest record's head and keep that; None where that was done or there is no record."""
+        key, now = self.key, time.time_ns() // 1000
+
+        def operation(transaction: Transaction) -> bytes | None:
+            head = transaction.head
+            if head.n == 0 or head.n == self._signed[0]:
+                return None
+            signed = key.sign(head, now)
+            transaction.connection.execute(
+                "INSERT OR IGNORE INTO heads (n, signed) VALUES (?, ?)", (head.n, signed)
+            )
+            self._signed = (head.n, now)
+            return signed
+
+        return await self._writer.run(operation, durable=True)
+
+    async def keep_signing(self) -> None:
+        """Sign the head whenever ``SIGN_RECORDS`` records or ``SIGN_SECONDS`` have come since; endless."""
+        last, since = self._signed[0], time.monotonic()
+        while True:
+            await asyncio.sleep(SIGN_CHECK)
+            new = self._writer.head.n - last
+            if new >= SIGN_RECORDS or (new and time.monotonic() - since >= SIGN_SECONDS):
+                try:
+                    await self.sign_head()
+                except errors.SandboxdError as error:
+                    log.warning("the head was not signed", reason=str(error))
+                last, since = self._writer.head.n, time.monotonic()
 
     async def list(
         self,
@@ -351,6 +509,20 @@ def _find_key(connection: sqlite3.Connection, uid: int, key: str) -> records.Exi
         "SELECT id, request_digest FROM invocations WHERE uid = ? AND key = ?", (uid, key)
     ).fetchone()
     return records.Existing(*row) if row else None
+
+
+def _conflict(
+    connection: sqlite3.Connection, existing: records.Existing, now: requests.Asked | None
+) -> errors.KeyConflict:
+    before = requests.read(connection, existing.id)
+    differs = [] if before is None or now is None else requests.differences(before[0], now.doc)
+    named = ", ".join(each["field"] for each in differs[:5]) + (" and more" if len(differs) > 5 else "")
+    return errors.KeyConflict(
+        "this key was used before with another request" + (f": they differ in {named}" if named else ""),
+        id=existing.id,
+        request_digest=existing.request_digest,
+        differs=differs,
+    )
 
 
 def _parse(id_: str, doc: bytes) -> models.Invocation:

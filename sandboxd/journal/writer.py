@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 import structlog
 
 from sandboxd import errors
+from sandboxd.failpoint import failpoint
 from sandboxd.journal import chain, schema
 from sandboxd.journal.output import sync_directory
 from sandboxd.kernel.filesync import FileSync
@@ -69,6 +70,7 @@ class Writer:
             with schema.mapped():
                 self._transaction = Transaction(connection, chain.read_head(connection))
                 self._mover = schema.connect_mover(self._path)
+            failpoint("journal.opened")
             self._log = os.open(f"{self._path}-wal", os.O_RDWR | os.O_CLOEXEC)
             sync_directory(self._path.parent)  # a sync of the log alone does not make its name durable
         except OSError as error:
@@ -77,6 +79,11 @@ class Writer:
         except BaseException:
             connection.close()
             raise
+
+    @property
+    def head(self) -> chain.Head:
+        """The head of the chain, as the newest transaction left it."""
+        return chain.Head(0, chain.GENESIS) if self._transaction is None else self._transaction.head
 
     def serve(self) -> None:
         """Take operations from the running event loop."""
@@ -101,7 +108,9 @@ class Writer:
         if self._sync is None:
             raise errors.HostFailed("the journal is closed")
         try:
+            failpoint("journal.sync")
             await self._sync.synced()
+            failpoint("journal.synced")
         except OSError as error:
             raise errors.HostFailed(f"the journal could not be synced: {error.strerror}") from error
 
@@ -120,6 +129,7 @@ class Writer:
         try:
             connection.execute("BEGIN IMMEDIATE")
             result = operation(transaction)
+            failpoint("journal.commit")
             connection.execute("COMMIT")
         except BaseException as error:
             transaction.head = before
@@ -128,6 +138,7 @@ class Writer:
             if isinstance(error, sqlite3.Error):
                 raise schema.error_of(error) from error
             raise
+        failpoint("journal.committed")
         self._written += 1
         if os.fstat(self._log).st_size > self._most:
             self._may_write.clear()
@@ -152,7 +163,9 @@ class Writer:
         if self._mover is None:
             return False
         try:
+            failpoint("journal.move")
             _, pages, moved = self._mover.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            failpoint("journal.moved")
         except sqlite3.Error as error:  # it is tried again, and commits say what is wrong
             log.warning("the journal's log was not moved into the database", reason=str(error))
             return False

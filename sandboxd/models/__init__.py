@@ -31,6 +31,8 @@ from sandboxd.models.operating import (
 from sandboxd.models.outcome import Cause, Denial, Failure, LimitReached, Outcome, Usage, signal_name
 from sandboxd.models.receipt import Control, Receipt
 from sandboxd.models.request import Input, Narrowing, Request
+from sandboxd.models.retry import FailedAttempt
+from sandboxd.models.search import Hit, Pruning, SearchResults
 from sandboxd.models.session import (
     CheckpointInfo,
     CheckpointList,
@@ -59,12 +61,14 @@ __all__ = [
     "DigestRef",
     "Duration",
     "Event",
+    "FailedAttempt",
     "Failure",
     "FileChange",
     "FileInfo",
     "FileList",
     "FileWritten",
     "Health",
+    "Hit",
     "ImageInfo",
     "Input",
     "Invocation",
@@ -79,8 +83,10 @@ __all__ = [
     "PolicyInfo",
     "PolicyProblem",
     "Problem",
+    "Pruning",
     "Receipt",
     "Request",
+    "SearchResults",
     "SecretInfo",
     "SecretUse",
     "SessionDiff",

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field
 from sandboxd.models.network import NetworkEvent
 from sandboxd.models.outcome import Denial, LimitReached, Outcome, Usage
 from sandboxd.models.receipt import Receipt
+from sandboxd.models.retry import FailedAttempt
 from sandboxd.models.wire import Bytes, Content, Wire
 
 __all__ = [
@@ -97,7 +98,7 @@ class Invocation(Wire):
     policy: DigestRef
     image: DigestRef
     plan: str
-    """Digest of the plan."""
+    """Digest of the plan, of the last attempt's."""
     argv: list[str | Bytes]
     labels: dict[str, str] = Field(default_factory=dict)
     key: str | None = None
@@ -114,12 +115,16 @@ class Invocation(Wire):
     secrets: list[SecretUse] = Field(default_factory=list)
     """The secrets that its command was given."""
     attempts: int = 0
+    """How many there were; all but the last are in ``retried``."""
+    retried: list[FailedAttempt] = Field(default_factory=list)
     session: str | None = None
     """The id of the session that it ran in."""
     checkpoint_before: str | None = None
     """The digest of the session's files that it began with."""
     checkpoint_after: str | None = None
     """And of those that it left, where they were kept: the same where it changed nothing."""
+    pruned: int | None = None
+    """When its body, output and artifacts were removed; what is left here is what its record's header has."""
 
 
 class InvocationList(Wire):
@@ -134,7 +139,7 @@ class Event(Wire):
 
     seq: int
     at: int
-    type: Literal["accepted", "started", "output", "network", "denied", "limit", "ended"]
+    type: Literal["accepted", "started", "output", "network", "denied", "limit", "retry", "ended"]
     id: str | None = None
     stream: Literal["stdout", "stderr"] | None = None
     offset: int | None = None
@@ -142,5 +147,7 @@ class Event(Wire):
     network: NetworkEvent | None = None
     denial: Denial | None = None
     limit: LimitReached | None = None
+    retry: FailedAttempt | None = None
+    """On ``retry``: the attempt that ended, and that is followed by another."""
     invocation: Invocation | None = None
     """On ``ended``: the invocation as ``GET`` would give it."""

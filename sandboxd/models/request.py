@@ -73,3 +73,5 @@ class Request(Wire):
     key: Annotated[Text, Field(min_length=1, max_length=256)] | None = None
     """Idempotency key, unique per caller."""
     session: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
+    priority: Annotated[int, Field(ge=-10, le=10)] | None = None
+    """Which of one's own calls goes first: those of a higher one. Others' calls are not passed. None: 0."""

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 import anyio.to_thread
@@ -34,6 +34,7 @@ from sandboxd.kernel.cgroup import CgroupLimits
 from sandboxd.models import NetworkEvent, NetworkUse
 from sandboxd.network.authority import Authority
 from sandboxd.network.filter import filter_program
+from sandboxd.network.questions import Questions, nobody
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from sandboxd.engine.base import Slot
     from sandboxd.network.authority import Authority
     from sandboxd.network.namespace import Doors
+    from sandboxd.network.questions import Decide
     from sandboxd.reach import NetworkRules
 
 __all__ = ["Gateway", "Server"]
@@ -78,6 +80,7 @@ class _Served:
     on_event: Callable[[NetworkEvent], None]
     worker: _Worker
     secrets: Secrets
+    questions: Questions
     names: dict[str, str] = field(default_factory=dict)
     crashes: int = 0
     events: int = 0
@@ -85,9 +88,33 @@ class _Served:
     ended: anyio.Event = field(default_factory=anyio.Event)
     use: NetworkUse = field(default_factory=NetworkUse)
 
+    def hear(self, kind: str, content: dict[str, Any]) -> None:
+        """What its process says of it. Raises ValueError and the like for what it may not say."""
+        if self.ended.is_set():
+            raise ValueError("it speaks of what has ended")
+        match kind:
+            case "event" if self.events < MAX_EVENTS:
+                event = NetworkEvent.model_validate(content)
+                self.events += 1
+                self.on_event(event)
+            case "name" if len(self.names) < MAX_NAMES:
+                name, address = content["name"], ipaddress.IPv4Address(content["address"])
+                self.names[str(name)[:MAX_NAME]] = str(address)
+            case "ask":
+                if not self.ending:  # else it has not heard yet that the call is over
+                    self.questions.ask(content, self.worker.send)
+            case "withdraw":
+                self.questions.withdraw(int(content["number"]))
+            case "ended":
+                self.use = NetworkUse.model_validate(content)
+                self.ended.set()
+            case _:
+                raise ValueError(f"unknown, or too often: {kind[:32]!r}")
+
     def give_up(self) -> None:
         """Nobody serves it any more: what connects now is refused at once, and does not wait."""
         self.doors.close()
+        self.questions.close()
         self.ended.set()
 
 
@@ -175,17 +202,23 @@ class Gateway:
         slot: Slot,
         on_event: Callable[[NetworkEvent], None],
         secrets: Secrets = MappingProxyType({}),
+        *,
+        decide: Decide = nobody,
     ) -> None:
         """Have a slot served, for the call ``id`` of the caller ``uid``. Raises HostFailed.
 
         ``secrets``: what its requests may be given on their way out, by name: version and value.
+        ``decide``: who answers what its rules leave open.
         """
         rules, doors = slot.shape.network, slot.doors
         assert rules is not None  # noqa: S101
         assert doors is not None  # noqa: S101
         doors.begin()
         worker = await self._worker_for(uid)
-        served = _Served(id, uid, doors, slot.shape.digest, rules, on_event, worker, dict(secrets))
+        questions = Questions(id, decide, self._tasks)
+        served = _Served(
+            id, uid, doors, slot.shape.digest, rules, on_event, worker, dict(secrets), questions=questions
+        )
         await self._hand_over(served)
         self._served[id] = served
 
@@ -205,6 +238,7 @@ class Gateway:
         """Cut what is left of the call's connections; ``end`` waits for that."""
         served = self._served[id]
         served.ending = True
+        served.questions.close()
         with suppress(OSError):
             await served.worker.send(encode("end", {"id": id}))
 
@@ -347,22 +381,7 @@ class Gateway:
             if kind == "inward":
                 worker.inward.pop(content["number"])(content)
                 return True
-            served = worker.containers[id]
-            if served.ended.is_set():
-                raise ValueError("it speaks of what has ended")
-            match kind:
-                case "event" if served.events < MAX_EVENTS:
-                    event = NetworkEvent.model_validate(content)
-                    served.events += 1
-                    served.on_event(event)
-                case "name" if len(served.names) < MAX_NAMES:
-                    name, address = content["name"], ipaddress.IPv4Address(content["address"])
-                    served.names[str(name)[:MAX_NAME]] = str(address)
-                case "ended":
-                    served.use = NetworkUse.model_validate(content)
-                    served.ended.set()
-                case _:
-                    raise ValueError(f"unknown, or too often: {kind[:32]!r}")
+            worker.containers[id].hear(kind, content)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             log.error(  # noqa: TRY400  (its words are hostile, and no trace of ours)
                 "a network process is not understood", pid=worker.process.pid, reason=str(error)[:500]
@@ -376,6 +395,7 @@ class Gateway:
             log.error("a network process ended", pid=worker.process.pid, status=worker.process.returncode)
         for served in left:
             served.crashes += 1
+            served.questions.close()
             served.events = 0
             served.on_event(_failed("the process that served the connections ended, and they with it"))
             # what was used of a budget is not known any more

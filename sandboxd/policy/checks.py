@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 from sandboxd import units
 from sandboxd.policy import paths
 from sandboxd.policy.fixed import DEFAULT_ENV
+from sandboxd.policy.schema import OWN_CAUSES
 from sandboxd.policy.source import MAX_PROBLEMS
 from sandboxd.reach import DNS_PORT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from sandboxd.models import PolicyProblem
     from sandboxd.policy.network import Denied, Network, Rule
@@ -45,7 +46,7 @@ def check(spec: PolicyFile, places: Places, *, host_network: bool) -> dict[str, 
         "network": [*_network(spec, places, host=host_network)],
         "secrets": [*_secrets(spec, places)],
         "syscalls": [*_contradicted(spec, places), *syscalls],
-        "others": [*_repeated(spec, places), *_unsupported(spec, places)],
+        "others": [*_repeated(spec, places), *_retry(spec, places), *_unsupported(spec, places)],
     }
 
 
@@ -229,9 +230,42 @@ def _contradicted(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
             yield places.problem(allowed, IMPOSSIBLE, said)
 
 
+def _retry(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
+    """Raises that raise nothing, and retries that there will never be."""
+    retry = spec.retry
+    if retry is None:
+        return
+    reaches = spec.network is not None and not spec.network.reaches_nothing
+    for cause in OWN_CAUSES:
+        own = retry.of(cause)
+        if own is None:
+            continue
+        if reaches and not retry.safe and places.sure("network", "retry"):
+            said = (
+                f"a call with a network that ended by {cause} has run, and is run again only with safe: "
+                "true, which says that this does no harm"
+            )
+            yield places.problem(f"retry.{cause}", IMPOSSIBLE, said)
+        for name, show in RAISES.items():
+            value, limit = getattr(own.raise_, name), getattr(spec.limits, name)
+            if value is None or not places.sure(f"limits.{name}", "retry"):
+                continue
+            if limit is None or value <= limit:
+                has = "there is no such limit" if limit is None else f"the limit is {show(limit)} already"
+                said = f"raise: {name} {show(value)} raises nothing: {has}"
+                yield places.problem(f"retry.{cause}.raise.{name}", IMPOSSIBLE, said)
+
+
+RAISES: dict[str, Callable[[int], str]] = {
+    "memory": units.format_size,
+    "wall": units.format_duration,
+    "cpu_time": units.format_duration,
+}
+"""Limits that a retry may raise, and how a person reads them."""
+
+
 def _unsupported(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
     declared = {
-        "retry": (spec.retry is not None, "retries are"),
         "isolation": (spec.isolation == "session", "isolation: session is"),
     }
     for path, (asked, what) in declared.items():

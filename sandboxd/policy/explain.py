@@ -10,10 +10,12 @@ import shlex
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from sandboxd import units
+from sandboxd.policy.checks import RAISES
 from sandboxd.policy.environment import environment, placeholders
 from sandboxd.policy.fixed import ALWAYS, HOST_NETWORK, NAMESPACES_HOST_NETWORK, shm_size
 from sandboxd.policy.floor import FORMATS, limit
 from sandboxd.policy.rules import network_rules
+from sandboxd.policy.schema import OWN_CAUSES
 from sandboxd.policy.source import BUILT_IN, Origin
 from sandboxd.policy.trust import TRUSTED, looks_inside, trust_env
 
@@ -262,6 +264,37 @@ def _expose(policy: Policy) -> Iterator[dict[str, Any]]:
         yield _line("expose", str(port), at, "the caller reaches a server inside")
 
 
+def _retry(policy: Policy) -> Iterator[dict[str, Any]]:
+    retry = policy.spec.retry
+    if retry is None:
+        yield _line("retry", "none", policy.origin("retry"))
+        return
+    reaches = policy.spec.network is not None and not policy.spec.network.reaches_nothing
+    note = f"for {', '.join(retry.on)}, after {retry.backoff}"
+    if reaches and not retry.safe:
+        note += "; not once its container has started, since it has a network and retry.safe is not true"
+    yield _line("retry.failed", f"{retry.failed} times", _retry_origin(policy, "failed"), note)
+    for cause in OWN_CAUSES:
+        own = retry.of(cause)
+        if own is None:
+            continue
+        values = {name: getattr(own.raise_, name) for name in RAISES}
+        raised = ", ".join(
+            f"{name} {RAISES[name](value)}" for name, value in values.items() if value is not None
+        )
+        yield _line(
+            f"retry.{cause}",
+            f"{own.times} times",
+            _retry_origin(policy, cause),
+            raised and f"then with {raised}",
+        )
+
+
+def _retry_origin(policy: Policy, key: str) -> Origin:
+    at = policy.origin(f"retry.{key}")
+    return policy.origin("retry") if at is BUILT_IN else at
+
+
 def explain(policy: Policy, plan: Planned | None = None) -> list[dict[str, Any]]:
     """Every control: ``control``, ``value`` for a person, ``file`` and ``line`` of its origin, ``note``.
 
@@ -281,6 +314,7 @@ def explain(policy: Policy, plan: Planned | None = None) -> list[dict[str, Any]]
         *_expose(policy),
         *_artifacts(policy, plan),
         _line("commit", policy.commit, policy.origin("commit")),
+        *_retry(policy),
         _line("isolation", policy.spec.isolation, policy.origin("isolation")),
         *_warm(policy),
         *(

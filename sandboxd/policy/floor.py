@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from sandboxd import units
 from sandboxd.policy import paths
-from sandboxd.policy.checks import UNSUPPORTED, check_network, check_syscalls
+from sandboxd.policy.checks import RAISES, UNSUPPORTED, check_network, check_syscalls
 from sandboxd.policy.diagnosis import validate
 from sandboxd.policy.resolved import Places
-from sandboxd.policy.schema import FloorFile, Limits
+from sandboxd.policy.schema import OWN_CAUSES, FloorFile, Limits
 from sandboxd.policy.source import Entry, MappingNode, Origin, SequenceNode
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ FORMATS: dict[str, Callable[[int], str]] = {
 }
 """Every numeric limit by its path under ``limits``, and how a person reads it."""
 _STRENGTH = {"slot": 0, "engine": 1, "none": 2}
+_KEPT = {"never": 0, "success": 1, "exited": 2, "always": 3}
 
 
 def limit(limits: Limits, path: str) -> int | None:
@@ -109,6 +110,7 @@ class Floor:
             if (value is None or value > ceiling) and places.sure(f"limits.{path}"):
                 show = FORMATS[path]
                 yield wider(f"limits.{path}", "no limit" if value is None else show(value), show(ceiling))
+        yield from self._wider_raises(spec, places, wider)
         weakest = self.spec.process.user_namespace
         weaker = _STRENGTH[spec.process.user_namespace] > _STRENGTH[weakest]
         if weaker and places.sure("process.user_namespace"):
@@ -116,6 +118,8 @@ class Floor:
         writable = spec.filesystem.root == "overlay" and self.spec.filesystem.root == "read-only"
         if writable and places.sure("filesystem.root"):
             yield wider("filesystem.root", "overlay", "read-only")
+        if _KEPT[spec.commit] > _KEPT[self.spec.commit] and places.sure("commit"):
+            yield wider("commit", spec.commit, self.spec.commit)
         for number, mount in enumerate(spec.mounts):
             allowed = self.spec.mounts
             if allowed is not None and not any(paths.within(mount.source, top) for top in allowed):
@@ -123,6 +127,19 @@ class Floor:
                 yield wider(f"mounts.{number}", mount.source, may, "mounts")
         yield from self._wider_network(spec.network, places, wider)
         yield from self._wider_ports(spec.expose, places, wider)
+
+    def _wider_raises(
+        self, spec: PolicyFile, places: Places, wider: Callable[..., PolicyProblem]
+    ) -> Iterator[PolicyProblem]:
+        """Limits that a retry raises above those of the floor."""
+        ceilings = {path: ceiling for path, _, ceiling in self._limits(spec)}
+        for cause in OWN_CAUSES:
+            own = None if spec.retry is None else spec.retry.of(cause)
+            for name, show in RAISES.items():
+                value = None if own is None else getattr(own.raise_, name)
+                path = f"retry.{cause}.raise.{name}"
+                if value is not None and value > ceilings.get(name, value) and places.sure(path):
+                    yield wider(path, show(value), show(ceilings[name]), f"limits.{name}")
 
     def _wider_network(
         self, network: Network | None, places: Places, wider: Callable[..., PolicyProblem]

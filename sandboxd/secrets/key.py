@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sandboxd import errors
+from sandboxd.failpoint import failpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -98,6 +99,7 @@ def make_key(place: KeyPlace) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+        failpoint("secret.key")
         os.link(temporary, place.path)  # never in the place of one that came meanwhile
     except FileExistsError:
         pass

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Self
 import structlog
 
 from sandboxd import errors, units
+from sandboxd.failpoint import failpoint
 from sandboxd.models import SecretInfo
 from sandboxd.secrets.key import key_id, make_key, read_key
 from sandboxd.secrets.record import NAME, Damaged, Known, Record
@@ -81,6 +82,7 @@ class SecretStore:
         """
         store = cls(directory, place)
         directory.mkdir(mode=0o700, exist_ok=True)
+        _sync_directory(directory.parent)  # its own name; it may have been made a moment ago
         with os.scandir(directory) as entries:
             names = [entry.name for entry in entries]
         for name in names:
@@ -217,13 +219,12 @@ class SecretStore:
             if record is None:
                 (self._directory / name).unlink(missing_ok=True)
             else:
+                failpoint("secret.write")
                 _write_new(temporary, record.encode())
+                failpoint("secret.place")
                 temporary.replace(self._directory / name)
-            directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            failpoint("secret.placed")
+            _sync_directory(self._directory)
         except OSError as error:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -404,6 +405,14 @@ def _write_new(path: Path, data: bytes) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def _unwritten(error: OSError) -> errors.HostFailed:

@@ -20,6 +20,7 @@ import os
 import time
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import anyio
@@ -144,6 +145,11 @@ class Attempt:
     async def __aexit__(self, *exception: object) -> None:
         """Destroy the slot, whose processes but PID 1 are all dead when ``run`` has returned."""
         await self._stack.aclose()
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether the command was given to the container, and so may have done something."""
+        return bool(self._handed_over)
 
     def cancel(self) -> None:
         """End the call with the outcome ``cancelled``, unless it has ended."""
@@ -464,7 +470,11 @@ class Attempt:
         plan = self._plan
         if plan.artifacts:
             result.artifacts, result.withheld = await anyio.to_thread.run_sync(
-                artifacts.collect, slot.workspace_fd, plan.artifacts, plan.narrowed_artifacts, self._blobs
+                partial(artifacts.collect, durable=True),  # before the outcome names them
+                slot.workspace_fd,
+                plan.artifacts,
+                plan.narrowed_artifacts,
+                self._blobs,
             )
             result.artifacts = self._secrets.artifacts(result.artifacts)
             result.withheld = self._secrets.withheld(result.withheld)

@@ -17,6 +17,7 @@ import structlog
 from uuid6 import uuid7
 
 from sandboxd import errors
+from sandboxd.failpoint import failpoint
 from sandboxd.workspace import layer
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ class LayerStore:
         name = uuid7().hex
         try:
             with self._made(self.layers, name) as into, self._made(self._scratch, name) as scratch:
+                failpoint("layer.write")
                 figures = fill(into, scratch)
+                failpoint("layer.sync")
                 if _libc.syncfs(into) < 0:
                     code = ctypes.get_errno()
                     raise OSError(code, os.strerror(code))
@@ -112,6 +115,7 @@ class LayerStore:
             raise
         finally:
             self._remove(self._scratch, name)
+        failpoint("layer.synced")
         return name, figures
 
     @contextmanager

@@ -25,6 +25,7 @@ import network
 import page
 import peers
 import processes
+import records
 import runtimes
 import sandboxes
 from installation import Installation
@@ -215,6 +216,10 @@ class Bench:
         count = 5000 if self.quick else 1_000_000
         return growth.journal(self.images, count, self.until() + 60 * self.minutes, tell)
 
+    def records(self) -> dict[str, Any]:
+        """Checking a journal."""
+        return records.records(self.images, 5000 if self.quick else 100_000, self.until(), tell)
+
     def output(self) -> dict[str, Any]:
         """1 GiB through the raw stream."""
         return flow.output(self.images, 2**27 if self.quick else 2**30, tell)
@@ -238,6 +243,7 @@ MODES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "row": Bench.row,
     "policies": Bench.policies,
     "journal": Bench.journal,
+    "records": Bench.records,
     "output": Bench.output,
     "network": Bench.network,
     "start": Bench.start,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
     from sandboxd.api.identity import Caller
+    from sandboxd.journal.search import Query
     from sandboxd.network.entrance import Entrance
     from sandboxd.workspace.layertar import Export
 
@@ -373,6 +374,16 @@ class MemoryService:
     async def metrics(self, caller: Caller) -> bytes:
         self.slots(caller)
         return b"# EOF"
+
+    async def readable(self, caller: Caller, id: str) -> None:
+        self.call(caller, id)
+
+    async def search(self, caller: Caller, query: Query) -> models.SearchResults:
+        return models.SearchResults(indexed=query.limit)
+
+    async def prune(self, caller: Caller, *, age: int | None, size: int | None) -> models.Pruning:
+        self.slots(caller)
+        return models.Pruning(calls=age or 0, bytes=size or 0)
 
     async def refused(self, caller: Caller, error: errors.Refused, summary: dict[str, Any]) -> None:
         self.refusals.append((caller, error.code, summary))

@@ -13,7 +13,7 @@ import pytest
 
 from sandboxd import errors
 from sandboxd.room import Held, Room
-from sandboxd.scheduler import Scheduler
+from sandboxd.scheduler import Scheduler, Ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +56,7 @@ def test_what_is_larger_than_the_room_is_taken_when_nobody_else_holds_anything()
 
 async def _fill(scheduler: Scheduler, uid: int, tasks: anyio.abc.TaskGroup) -> int:
     async def wait() -> None:
-        async with scheduler.admitted(uid, 1, concurrent=None, weight=1):
+        async with scheduler.admitted(Ticket(uid, 1)):
             await anyio.sleep_forever()
 
     for count in range(1000):

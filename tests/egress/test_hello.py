@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandboxd.egress.hello import MAX_HELLO, Hello, HelloMalformed, HelloReader, is_tls
+from sandboxd.egress.hello import MAX_HELLO, Hello, HelloMalformed, HelloReader, SecondReader, is_tls
 
 
 def read_hello(data: bytes) -> Hello | None:
@@ -141,3 +141,67 @@ def test_what_no_server_takes_for_tls(start: bytes) -> None:
 
 def test_too_few_bytes_to_tell() -> None:
     assert [is_tls(SSL2[:size]) for size in range(1, 5)] == [None, None, None, True]
+
+
+# what follows
+
+OTHER = client_hello("other.example.test")
+CCS = b"\x14\3\3\0\1\1"
+WARNING = b"\x15\3\3\0\2\1\x5a"
+KEYS = b"\x16\3\3\0\6\x10\0\0\2ab"
+FINISHED = b"\x16\3\3\0\x28" + bytes(40)  # of TLS 1.2, after a session was resumed
+ENCRYPTED = b"\x17\3\3\0\x05hello"
+
+
+def second(data: bytes, size: int) -> tuple[bool, str | None]:
+    """What is found behind a ClientHello, in pieces of this size."""
+    reader = SecondReader()
+    for at in range(0, len(data), size):
+        last, found = reader.feed(data[at : at + size])
+        if last:
+            return True, None if found is None else found.server_name
+    return False, None
+
+
+@pytest.mark.parametrize("size", [1, 3, 100, 1 << 16])
+@pytest.mark.parametrize("before", [b"", CCS, WARNING, CCS + WARNING])
+def test_a_second_one_is_found(before: bytes, size: int) -> None:
+    for records in (1, 10, 1000):
+        assert second(before + in_records(OTHER, records), size) == (True, "other.example.test")
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+@pytest.mark.parametrize("data", [KEYS, CCS + FINISHED, CCS + ENCRYPTED, ENCRYPTED, b"plain", FINISHED])
+def test_what_else_follows_is_the_last_that_is_looked_at(data: bytes, size: int) -> None:
+    assert second(data, size) == (True, None)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x16", CCS[:3], CCS, CCS + OTHER[:5], OTHER[:-1]])
+def test_more_is_waited_for(data: bytes) -> None:
+    assert second(data, 100) == (False, None)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\3\3\0\0" + OTHER,  # some servers pass over an empty record
+        b"\x14\3\3\0\0" + OTHER,
+        b"\x15\3\3\xff\xff" + OTHER,
+        OTHER[:5] + b"\1\2\0\0\3" + OTHER[10:],
+    ],
+)
+def test_what_hides_one_is_refused(data: bytes) -> None:
+    with pytest.raises(HelloMalformed):
+        second(data, 100)
+
+
+def test_two_in_one_record_are_refused() -> None:
+    body = HELLO[5:] + OTHER[5:]
+    with pytest.raises(HelloMalformed, match="follows it in its record"):
+        read_hello(b"\x16\3\1" + len(body).to_bytes(2) + body)
+
+
+@given(st.binary(max_size=200))
+def test_anything_that_follows_is_read_or_refused(data: bytes) -> None:
+    with contextlib.suppress(HelloMalformed):
+        second(data, 7)

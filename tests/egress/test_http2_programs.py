@@ -20,14 +20,15 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from h2.connection import H2Connection
-from http2_peers import RULES
+from http2_peers import RULES, never_asked
 from OpenSSL import SSL
 
 from sandboxd.egress.budget import Budget
 from sandboxd.egress.http2 import Http2
 from sandboxd.egress.relay import Cut
 from sandboxd.egress.site import Exchange, Site
-from sandboxd.egress.streams import Broken, Counted, Plain, ServerTls
+from sandboxd.egress.streams import Broken, Counted, Plain
+from sandboxd.egress.tls import ServerTls
 from sandboxd.egress.upstream import Unreachable
 from sandboxd.reach import Allow, NetworkRules, Reach
 
@@ -97,6 +98,7 @@ class Gateway:
             "https" if tls else "http",
             reach=Reach(NetworkRules((Allow("api.test", (80, 443), "policy.yaml:1", RULES),), ())),
             budget=self._budget,
+            ask=never_asked,
             inject=lambda decision, request, digest: (list(request.headers), ()),
             tell=self._tell,
         )

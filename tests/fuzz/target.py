@@ -70,12 +70,18 @@ def fuzz_head(headers: Iterable[tuple[bytes, bytes]]) -> None:
         http2pair.understood(headers, SITE)
 
 
+async def nobody(exchange: site.Exchange, decision: reach.Decision) -> reach.Decision:
+    """Answers no question, since none is asked."""
+    raise AssertionError(exchange)
+
+
 SITE = site.Site(
     "a",
     80,
     "http",
     reach=reach.Reach(reach.NetworkRules((), ())),
     budget=budget.Budget({}),
+    ask=nobody,
     inject=lambda decision, request, digest: ([], ()),
     tell=lambda exchange, verdict, why: None,
 )

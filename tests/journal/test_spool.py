@@ -224,6 +224,27 @@ async def test_records_that_point_at_nothing_are_dropped(tmp_path: Path) -> None
     spool.close(durable=False)
 
 
+@pytest.mark.parametrize("name", ["details", "events"])
+async def test_an_end_that_power_took_from_a_closed_spool_is_told_again(tmp_path: Path, name: str) -> None:
+    """What comes after the sync may be lost in parts: here the summary is there, what it follows is not."""
+    spool = Spool.create(tmp_path / "call", CAPS)
+    spool.append("stdout", b"out")
+    spool.sync()
+    synced = (tmp_path / "call" / name).stat().st_size
+    spool.add(event("ended"))
+    ended = (tmp_path / "call" / name).stat().st_size
+    spool.close(durable=False)
+    assert Spool.open(tmp_path / "call").complete
+    with (tmp_path / "call" / name).open("r+b") as file:
+        file.seek(synced)
+        file.write(bytes(ended - synced))
+    assert not Spool.open(tmp_path / "call").complete
+    again = Spool.recover(tmp_path / "call", CAPS)
+    again.add(event("ended"))
+    again.close(durable=True)
+    assert [one.type for one in await everything(Spool.open(tmp_path / "call"))] == ["output", "ended"]
+
+
 def test_what_was_pruned_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(errors.NotFound):
         Spool.open(tmp_path / "missing")

@@ -90,7 +90,7 @@ async def test_a_call_from_acceptance_to_outcome(tmp_path: Path) -> None:
         assert await journal.get(first.id) == first
         assert await journal.in_flight() == [first]
         running = first.model_copy(update={"state": models.State.RUNNING, "attempts": 1})
-        journal.attempt_started(running)
+        journal.follow(running)
         head = await finish(journal, first)
         assert head == await journal.head()
         assert head.n == 1
@@ -144,7 +144,7 @@ async def test_an_outcome_is_recorded_once(tmp_path: Path) -> None:
         results = await asyncio.gather(*(finish(journal, other) for _ in range(20)), return_exceptions=True)
         assert sum(isinstance(result, Head) for result in results) == 1
         assert sum(isinstance(result, errors.StateConflict) for result in results) == 19
-        journal.attempt_started(other)  # late: changes nothing any more
+        journal.follow(other)  # late: changes nothing any more
         assert (await journal.head()).n == 2
         assert (await journal.verify()).ok
         found = await journal.get(other.id)
@@ -156,7 +156,7 @@ async def test_what_nobody_waits_for_is_written_though_nothing_follows(tmp_path:
     async with Journal.open(tmp_path) as journal:
         other = call()
         await journal.accept(Accepted(other, DIGEST))
-        journal.attempt_started(other.model_copy(update={"state": models.State.STARTING, "attempts": 1}))
+        journal.follow(other.model_copy(update={"state": models.State.STARTING, "attempts": 1}))
         while (found := await journal.get(other.id)) is None or not found.attempts:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         assert found.state is models.State.STARTING
@@ -302,7 +302,9 @@ async def test_a_pruned_body_leaves_the_chain_whole(tmp_path: Path) -> None:
     async with Journal.open(tmp_path) as journal:
         report = await journal.verify()
         assert (report.ok, report.pruned, report.records) == (True, 1, 1)
-        assert await journal.get(invocation.id) is None
+        found = await journal.get(invocation.id)
+        assert found is not None
+        assert (found.pruned is not None, found.argv) == (True, [])
         assert await journal.list() == []
 
 

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 import pytest
+from gateways import Unconfined, pretend, served
 
 from sandboxd import errors
 from sandboxd.config import NetworkConfig
 from sandboxd.engine.probe import probe_shape
 from sandboxd.journal.spool import Spool
-from sandboxd.kernel.inside import in_new_network_namespace
 from sandboxd.network.authority import Authority
-from sandboxd.network.chain import write_chain
 from sandboxd.network.entrance import Entrances
 from sandboxd.network.gateway import MAX_EVENTS, Gateway
-from sandboxd.network.namespace import open_doors
-from sandboxd.reach import Allow, NetworkRules, Reach
+from sandboxd.reach import Allow, NetworkRules
 from sandboxd.secrets import SecretStore, place_of
 from sandboxd.supervisor.network import CallNetwork
 from sandboxd.supervisor.secrets import CallSecrets
@@ -32,31 +27,18 @@ if TYPE_CHECKING:
 
     from sandboxd.kernel.cgroup import CgroupLimits
     from sandboxd.models import NetworkEvent
+    from sandboxd.network.questions import Answer, Question
 
 pytestmark = pytest.mark.anyio
 
 AUTHORITY = Authority.make()
 RULES = NetworkRules((Allow("www.example.test", (80,), "net.yaml:1"),), ())
-HOSTILE = """\
-#!{python}
-import json, socket, sys, time
-sock = socket.socket(fileno=int(sys.argv[4]))
-while True:
-    kind, content = json.loads(socket.recv_fds(sock, 1 << 20, 5)[0])
-    if kind == "serve":
-        for message in open({said!r}).read().split("\\n"):
-            sock.send(message.replace("ID", content["id"]).encode())
-        time.sleep(60)
-"""
 EVENT = '["event", {"id": "ID", "verdict": "denied"}]'
 
-
-class Unconfined:
-    """No cgroups."""
-
-    async def confine(self, name: str, pid: int, limits: CgroupLimits) -> None: ...
-
-    async def release(self, name: str) -> None: ...
+ASK = (
+    '["ask", {"id": "ID", "number": 1, "protocol": "tcp", "name": "a", "address": "", "port": 1, '
+    '"method": "", "path": "", "rule": null}]'
+)
 
 
 class Refusing(Unconfined):
@@ -66,30 +48,9 @@ class Refusing(Unconfined):
         raise errors.HostFailed("no cgroup")
 
 
-class Part:
-    """What of a slot concerns its network."""
-
-    def __init__(self, doors: Any) -> None:
-        self.doors, self.shape = doors, self
-        self.network, self.digest, self.expose = RULES, "shape", ()
-
-
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-@contextmanager
-def slot() -> Iterator[Any]:
-    namespace = in_new_network_namespace(lambda: os.open("/proc/thread-self/ns/net", os.O_RDONLY))
-    try:
-        doors = open_doors(namespace, write_chain(Reach(RULES)))
-    finally:
-        os.close(namespace)
-    try:
-        yield Part(doors)
-    finally:
-        doors.close()
 
 
 @pytest.fixture
@@ -97,14 +58,15 @@ def hostile(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     """Have every process that serves be one that says these messages, once it has a container."""
 
     def say(*messages: str) -> None:
-        place = tmp_path_factory.mktemp("hostile")
-        said, program = place / "said", place / "program"
-        said.write_text("\n".join(messages))
-        program.write_text(HOSTILE.format(python=sys.executable, said=str(said)))
-        program.chmod(0o700)
-        monkeypatch.setattr("sandboxd.network.gateway.sys.executable", str(program))
+        pretend(monkeypatch, tmp_path_factory.mktemp("hostile"), "serve", *messages)
 
     return say
+
+
+async def undecided(question: Question) -> Answer:
+    """Who has better things to do."""
+    await anyio.sleep_forever()
+    raise AssertionError(question)
 
 
 async def serve_until_given_up(confining: Unconfined) -> list[NetworkEvent]:
@@ -112,8 +74,8 @@ async def serve_until_given_up(confining: Unconfined) -> list[NetworkEvent]:
     events: list[NetworkEvent] = []
     async with anyio.create_task_group() as tasks:
         gateway = Gateway(NetworkConfig(), confining, tasks, AUTHORITY)
-        with slot() as made, anyio.fail_after(60):
-            await gateway.serve("call", 0, made, events.append)
+        with served(RULES) as (_, made), anyio.fail_after(60):
+            await gateway.serve("call", 0, made, events.append, decide=undecided)
             while made.doors.tcp >= 0:  # noqa: ASYNC110  (no event tells)
                 await anyio.sleep(0.01)
             await gateway.begin_end("call")
@@ -142,9 +104,16 @@ async def serve_until_given_up(confining: Unconfined) -> list[NetworkEvent]:
         '["ended", {"id": "ID", "refusals": [{"protocol": "tcp"}]}]',
         '["fault", {"id": "ID"}]',
         '["serve", {"id": "ID"}]',
+        ASK.replace('"name": "a", ', ""),
+        ASK.replace('"number": 1', '"number": -1'),
+        ASK.replace('"name": "a"', '"name": "%s"' % ("a" * 2000)),
+        f"{ASK}\n{ASK}",
+        "\n".join(ASK.replace('"number": 1', f'"number": {number}') for number in range(1, 66)),
+        '["withdraw", {"id": "ID"}]',
+        '["withdraw", {"id": "ID", "number": []}]',
         "\n".join([EVENT] * (MAX_EVENTS + 1)),
     ],
-    ids=range(18),
+    ids=range(25),
 )
 async def test_what_says_more_than_it_may_is_ended(hostile: Callable[..., None], message: str) -> None:
     hostile(message)
@@ -155,7 +124,7 @@ async def test_what_says_more_than_it_may_is_ended(hostile: Callable[..., None],
 async def test_a_process_that_cannot_be_confined_serves_nobody_and_holds_up_nobody() -> None:
     async with anyio.create_task_group() as tasks:
         gateway = Gateway(NetworkConfig(), Refusing(), tasks, AUTHORITY)
-        with slot() as made, anyio.fail_after(20):
+        with served(RULES) as (_, made), anyio.fail_after(20):
             for _ in range(3):
                 with pytest.raises(errors.HostFailed, match="no cgroup"):
                     await gateway.serve("call", 0, made, lambda _: None)
@@ -167,7 +136,7 @@ async def test_a_last_word_that_does_not_come_is_not_waited_for(hostile: Callabl
     events: list[NetworkEvent] = []
     async with anyio.create_task_group() as tasks:
         gateway = Gateway(NetworkConfig(), Unconfined(), tasks, AUTHORITY)
-        with slot() as made, anyio.fail_after(20):
+        with served(RULES) as (_, made), anyio.fail_after(20):
             await gateway.serve("call", 0, made, events.append)
             await gateway.begin_end("call")
             await gateway.end("call")
@@ -198,7 +167,7 @@ async def test_an_event_that_the_disk_has_no_room_for_is_a_fault_of_its_call(
     async with anyio.create_task_group() as tasks:
         gateway = Gateway(NetworkConfig(), Unconfined(), tasks, AUTHORITY)
         network = CallNetwork(gateway, Entrances(gateway), "call", 0, full, secrets=secrets)
-        with slot() as made, anyio.fail_after(20):
+        with served(RULES) as (_, made), anyio.fail_after(20):
             await network.begin(made)
             while network.fault is None:  # noqa: ASYNC110  (no event tells)
                 await anyio.sleep(0.01)

@@ -29,6 +29,8 @@ from sandboxd.policy.floor import FORMATS
         ("filesystem: {root: read-only}\n", "filesystem: {root: overlay, size: 1MiB}\n", "filesystem.root"),
         ("mounts: [/srv]\n", "mounts: [{source: /srvx, target: /a}]\n", "mounts.0: /srvx is wider"),
         ("mounts: []\n", "mounts: [{source: /srv, target: /a}]\n", "wider than the floor's none"),
+        ("commit: exited\n", "commit: always\n", "commit: always is wider than the floor's exited"),
+        ("commit: never\n", "", "commit: exited is wider than the floor's never"),
     ],
 )
 def test_a_wider_policy_is_refused_with_both_values(folder: Any, floor: str, policy: str, said: str) -> None:
@@ -243,3 +245,14 @@ def test_a_floor_bounds_the_ports_that_are_exposed(folder: Any) -> None:
     assert "port 80 is wider than the floor's 8080, 9000" in problem.message
     folder.write("floor", "expose: []\n")
     assert folder.load().names() == ["none"]
+
+
+def test_a_floor_bounds_what_a_retry_raises(folder: Any) -> None:
+    folder.write("floor", "limits: {memory: 1GiB, wall: 2m}\n")
+    folder.write("p", "retry: {memory: {raise: {memory: 1GiB}}, wall_time: {raise: {wall: 2m}}}\n")
+    folder.write("q", "retry:\n  memory: {raise: {memory: 2GiB}}\n")
+    loaded = folder.load()
+    assert loaded.names() == ["p"]
+    (problem,) = loaded.problems
+    assert (problem.code, problem.line) == ("wider_than_floor", 4)
+    assert "2GiB is wider than the floor's 1GiB" in problem.message

@@ -149,16 +149,42 @@ def test_what_is_wrong_has_its_line(problem_of: Found, text: str, code: str, lin
     assert said in found[2]
 
 
-def test_what_is_not_enforced_may_be_wrong_too(folder: Any) -> None:
-    folder.write("p", "retry: {failed: 1, backoff: soon}\n")
-    assert folder.codes() == [("control_not_supported", 3), ("bad_value", 3)]
+@pytest.mark.parametrize(
+    ("text", "code", "line", "said"),
+    [
+        ("retry: {failed: 1, backoff: soon}\n", "bad_value", 3, "a range such as 1s..30s"),
+        ("retry:\n  backoff: 30s..1s\n", "bad_value", 4, "from a shorter to a longer"),
+        ("retry:\n  backoff: 1s..3h\n", "bad_value", 4, "at most 1h"),
+        ("retry:\n  on: [engin]\n", "bad_value", 4, "engine"),
+        ("retry:\n  memory: {raise: {memory: 512MiB}}\n", "impossible", 4, "raises nothing"),
+        ("retry:\n  memory:\n    raise: {cpu_time: 9s}\n", "impossible", 5, "there is no such limit"),
+        ("retry:\n  exited: {times: 1}\n", "unknown_key", 4, "exited"),
+        (
+            "network:\n  allow: [{host: a.example, ports: [443]}]\nretry:\n  memory: {times: 1}\n",
+            "impossible", 6, "safe: true",
+        ),
+    ],
+)  # fmt: skip
+def test_a_retry_that_makes_no_sense_is_refused_at_its_line(
+    problem_of: Found, text: str, code: str, line: int, said: str
+) -> None:
+    found = problem_of(text)
+    assert found[:2] == (code, line)
+    assert said in found[2]
+
+
+def test_retries_are_inherited_key_by_key(folder: Any) -> None:
+    folder.write("base", "retry: {failed: 3, memory: {times: 1, raise: {memory: 1GiB}}}\n")
+    folder.write("p", "extends: base\nretry: {backoff: 2s..4s, memory: !remove }\n")
+    retry = folder.load().get("p").spec.retry
+    assert (retry.failed, retry.backoff, retry.memory) == (3, "2s..4s", None)
+    assert [retry.pause(before) for before in range(3)] == [2_000_000, 4_000_000, 4_000_000]
 
 
 @pytest.mark.parametrize(
     ("text", "line"),
     [
         ("network: {mode: host}\n", 3),
-        ("image: base\nretry: {failed: 2, backoff: 1s..30s, memory: {times: 1, raise: {memory: 1GiB}}}\n", 4),
         ("isolation: session\n", 3),
         ("mounts:\n  - source: /srv\n    target: /srv\n    mode: read-write\n", 6),
         ("limits: {stdout: {size: 1MiB, on_limit: kill}, stderr: {size: 1MiB, on_limit: truncate}}\n", 3),

@@ -200,6 +200,7 @@ def test_a_daemon_that_stops_cuts_them(tmp_path: Path) -> None:
         assert sock.recv(10) == b"there"
         children = workers(daemon)
         daemon.process.send_signal(signal.SIGTERM)
+        until(lambda: daemon.client().health().status == "draining", "it stops")  # or both are one signal
         daemon.process.send_signal(signal.SIGTERM)
         assert daemon.process.wait(timeout=60) == 0
         assert rest(sock) == b""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+from gateways import Unconfined, pretend
 
 from sandboxd import errors
 from sandboxd.config import NetworkConfig
@@ -22,36 +22,12 @@ from sandboxd.network.gateway import Gateway
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sandboxd.kernel.cgroup import CgroupLimits
     from sandboxd.models import NetworkEvent
     from sandboxd.network.entrance import Entrance
 
 pytestmark = pytest.mark.anyio
 
-HOSTILE = """\
-#!{python}
-import json, socket, sys, time
-sock = socket.socket(fileno=int(sys.argv[4]))
-held = []
-while True:
-    data, fds, _, _ = socket.recv_fds(sock, 1 << 20, 5)
-    if not data: break
-    kind, content = json.loads(data)
-    held += fds
-    if kind == "enter":
-        for message in open({said!r}).read().split("\\n"):
-            if message:
-                sock.send(message.replace("NUMBER", str(content["number"])).encode())
-"""
 END = '["inward", {"id": "call", "number": NUMBER, "why": "", "bytes_in": 1, "bytes_out": 2}]'
-
-
-class Unconfined:
-    """No cgroups."""
-
-    async def confine(self, name: str, pid: int, limits: CgroupLimits) -> None: ...
-
-    async def release(self, name: str) -> None: ...
 
 
 class Shape:
@@ -80,12 +56,7 @@ def process(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     """Have every process that serves be one that says these messages when it gets a connection."""
 
     def say(*messages: str) -> None:
-        place = tmp_path_factory.mktemp("hostile")
-        said, program = place / "said", place / "program"
-        said.write_text("\n".join(messages))
-        program.write_text(HOSTILE.format(python=sys.executable, said=str(said)))
-        program.chmod(0o700)
-        monkeypatch.setattr("sandboxd.network.gateway.sys.executable", str(program))
+        pretend(monkeypatch, tmp_path_factory.mktemp("hostile"), "enter", *messages)
 
     return say
 

@@ -331,7 +331,7 @@ def test_killed_at_any_time_there_is_no_change_without_its_record(
     again = daemon_factory(name="one")
     client = again.client()
     assert not stray.exists()
-    ended = [client.get(id_) for id_ in expected]
+    ended = [client.wait(id_) for id_ in expected]  # those that had not started run now
     kept = [one for one in ended if one.outcome is not None and one.outcome.cause == "exited"]
     names = sorted(said(client.run(["ls"], policy="kept", session="s")).split())
     assert names == sorted(f"f{expected.index(one.id)}" for one in kept)

@@ -1,0 +1,246 @@
+"""What was asked, as the journal keeps it: all of a request, so that it can be run later or again.
+
+A request's document is its canonical JSON without its key and with its contents (of inputs, tar and
+standard input) named by digest; its digest is that of the request. Contents are kept by digest too: the
+smallest in the row itself, up to ``INLINE`` bytes of a request, all others in the store of blobs.
+
+What a row names must not be collected: the table ``request_blobs`` has a row for each digest of a blob and
+each call that named it, ``SELECT 1 FROM request_blobs WHERE digest = ?``, and goes with the call's row in
+``requests``. A blob is stored, durably, before the acceptance that names it: one that was made a moment ago
+may have no row yet.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sandboxd import canonical, errors
+from sandboxd.models import Bytes, Request
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Iterator, Mapping
+
+    from sandboxd.blobs import BlobStore
+
+__all__ = ["INLINE", "Asked", "Open", "describe", "differences", "read", "rebuild", "write"]
+
+INLINE = 256 * 1024
+MAX_SHOWN = 200  # characters of a value that is shown, as JSON
+MAX_DIFFERENCES = 20
+OPEN_CALLS = (
+    "SELECT i.id, i.uid, r.gid, r.groups, r.tied, r.started, r.memory, r.cpus, r.priority, r.serial,"
+    # by the index that has these alone, and not by looking at each call that ended
+    " r.deadline, i.state FROM invocations i INDEXED BY invocations_open LEFT JOIN requests r ON r.id = i.id"
+    " WHERE i.state != 'ended' ORDER BY i.id"
+)
+_HEAD = struct.Struct("<32sQ")
+_HIDDEN = frozenset({"env", "inputs", "tar", "stdin"})
+"""Fields whose values are nobody's to show: variables may be secrets, and contents are long."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request by its document; ``inline`` contents are in its row, ``large`` ones in the blob store."""
+
+    doc: bytes
+    inline: Mapping[str, bytes]
+    large: Mapping[str, bytes]
+
+    @property
+    def digest(self) -> str:
+        """The digest of all that the request asks for, its key aside."""
+        return canonical.digest_bytes(self.doc)
+
+    def store(self, blobs: BlobStore) -> None:
+        """Store what is large, durably. Blocks. Raises HostFailed."""
+        for data in self.large.values():
+            blobs.add(data, durable=True)
+
+
+@dataclass(frozen=True)
+class Open:
+    """What the queue has to know of a call without an outcome, and what became of it so far.
+
+    ``deadline`` is in microseconds since the epoch; ``started``: how many attempts were given a container.
+    ``tied``: its caller waited for it. ``known`` is false for a call whose request is not in the journal.
+    """
+
+    id: str
+    uid: int
+    gid: int = 0
+    groups: tuple[int, ...] = ()
+    tied: bool = True
+    started: int = 0
+    memory: int = 0
+    cpus: int = 0
+    priority: int = 0
+    serial: str | None = None
+    deadline: int | None = None
+    state: str = "accepted"
+    known: bool = False
+
+
+def describe(request: Request) -> Asked:
+    """A request as it is kept. Its time grows with the request's bytes."""
+    asked = request.model_dump(
+        mode="json",
+        exclude={
+            "key": True,
+            "inputs": {"__all__": {"content"}},
+            "tar": True,
+            "stdin": isinstance(request.stdin, Bytes),
+        },
+        exclude_none=True,
+    )
+    # by digest: as JSON it is tens of MiB that the event loop would wait for
+    inputs = [item.content.decode() for item in request.inputs]
+    given = [
+        None if request.tar is None else request.tar.decode(),
+        request.stdin.decode() if isinstance(request.stdin, Bytes) else None,
+    ]
+    contents = {canonical.digest_bytes(data): data for data in [*inputs, *given] if data is not None}
+    digests = {data: digest for digest, data in contents.items()}
+    asked["contents"] = [digests[data] for data in inputs]
+    asked["given"] = [None if data is None else digests[data] for data in given]
+    if "cpus" in (limits := asked.get("limits", {})):
+        limits["cpus"] = str(limits["cpus"])  # canonical JSON of a float depends on how it was written
+    inline: dict[str, bytes] = {}
+    left = INLINE
+    for digest, data in sorted(contents.items(), key=lambda item: len(item[1])):
+        if len(data) > left:
+            break
+        inline[digest] = data
+        left -= len(data)
+    large = {digest: data for digest, data in contents.items() if digest not in inline}
+    return Asked(canonical.canonical(asked), inline, large)
+
+
+def write(connection: sqlite3.Connection, asked: Asked, call: Open) -> None:
+    """Add the rows of a request to a transaction."""
+    packed = b"".join(
+        _HEAD.pack(bytes.fromhex(digest.removeprefix("sha256:")), len(data)) + data
+        for digest, data in asked.inline.items()
+    )
+    connection.execute(
+        "INSERT INTO requests (id, doc, contents, gid, groups, tied, started, memory, cpus, priority, serial,"
+        " deadline) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            call.id, asked.doc, packed, call.gid, json.dumps(call.groups), call.tied, call.started,
+            call.memory, call.cpus, call.priority, call.serial, call.deadline,
+        ),
+    )  # fmt: skip
+    if asked.large:
+        connection.executemany(
+            "INSERT INTO request_blobs (digest, id) VALUES (?, ?)", [(each, call.id) for each in asked.large]
+        )
+
+
+def open_calls(connection: sqlite3.Connection) -> list[Open]:
+    """The calls without an outcome, oldest first."""
+    rows = connection.execute(OPEN_CALLS)
+    groups: dict[str, tuple[int, ...]] = {}  # most calls are of a few callers
+    found = []
+    for id_, uid, gid, text, tied, started, memory, cpus, priority, serial, deadline, state in rows:
+        if text is None:
+            found.append(Open(id_, uid))
+            continue
+        if text not in groups:
+            groups[text] = tuple(json.loads(text))
+        found.append(
+            Open(
+                id_, uid, gid, groups[text], bool(tied), started, memory, cpus, priority, serial, deadline,
+                state, known=True,
+            )
+        )  # fmt: skip
+    return found
+
+
+def read(connection: sqlite3.Connection, id_: str) -> tuple[bytes, bytes, str | None] | None:
+    """The document, what is inline, and the key of a call's request."""
+    row = connection.execute(
+        "SELECT r.doc, r.contents, i.key FROM requests r JOIN invocations i ON i.id = r.id WHERE r.id = ?",
+        (id_,),
+    ).fetchone()
+    return None if row is None else (row[0], row[1] or b"", row[2])
+
+
+def rebuild(doc: bytes, contents: bytes, key: str | None, blobs: BlobStore) -> Request:
+    """The request that a document was made of. Raises NotFound for a blob that is gone, JournalCorrupt."""
+    held = dict(_unpacked(contents))
+
+    def content(digest: str) -> dict[str, Any]:
+        if digest in held:
+            data = held[digest]
+        else:
+            with blobs.open(digest) as file:
+                data = file.read()
+        if canonical.digest_bytes(data) != digest:
+            raise errors.JournalCorrupt(f"what a request named as {digest} is not what it was")
+        return Bytes.of(data).model_dump(exclude_none=True)
+
+    try:
+        asked = json.loads(doc)
+        inputs, (tar, stdin) = asked.pop("contents"), asked.pop("given")
+        for item, digest in zip(asked["inputs"], inputs, strict=True):
+            item["content"] = content(digest)
+        if tar is not None:
+            asked["tar"] = content(tar)
+        if stdin is not None:
+            asked["stdin"] = content(stdin)
+        if "cpus" in (limits := asked.get("limits", {})):
+            limits["cpus"] = float(limits["cpus"])
+        return Request.model_validate(asked | {"key": key})
+    except (ValueError, KeyError, TypeError) as error:
+        raise errors.JournalCorrupt("a request in the journal cannot be read") from error
+
+
+def _unpacked(contents: bytes) -> Iterator[tuple[str, bytes]]:
+    at = 0
+    while at < len(contents):
+        if at + _HEAD.size > len(contents):
+            raise errors.JournalCorrupt("the contents of a request in the journal are cut off")
+        digest, size = _HEAD.unpack_from(contents, at)
+        at += _HEAD.size
+        yield f"sha256:{digest.hex()}", contents[at : at + size]
+        at += size
+
+
+def differences(before: bytes, now: bytes) -> list[dict[str, Any]]:
+    """What two documents differ in: ``field``, ``before`` and ``now``, where these are short and may be told.
+
+    Fields are named as in the request; ``env.NAME``, ``limits.NAME`` and ``labels.NAME`` one by one, and an
+    input by its path.
+    """
+    old, new = _fields(json.loads(before)), _fields(json.loads(now))
+    found: list[dict[str, Any]] = []
+    for name in sorted(old.keys() | new.keys()):
+        values = old.get(name), new.get(name)
+        if values[0] == values[1] or len(found) == MAX_DIFFERENCES:
+            continue
+        hidden = name.split(".")[0] in _HIDDEN
+        short = all(len(json.dumps(value)) <= MAX_SHOWN for value in values)
+        found.append(
+            {"field": name} | ({"before": values[0], "now": values[1]} if short and not hidden else {})
+        )
+    return found
+
+
+def _fields(asked: dict[str, Any]) -> dict[str, Any]:
+    contents, (tar, stdin) = asked.pop("contents"), asked.pop("given")
+    fields: dict[str, Any] = {}
+    for name, value in asked.items():
+        if name in {"env", "limits", "labels"}:
+            fields |= {f"{name}.{each}": one for each, one in value.items()}
+        elif name == "inputs":
+            given = zip(value, contents, strict=True)
+            fields |= {
+                f"inputs.{item['path']}": [at, item, digest] for at, (item, digest) in enumerate(given)
+            }
+        else:
+            fields[name] = value
+    fields |= {"tar": tar, "stdin": fields.get("stdin", stdin)}
+    return fields

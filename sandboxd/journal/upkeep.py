@@ -1,0 +1,140 @@
+"""What is asked of the journal beside calls: contents by digest, what may be pruned, what blobs are named.
+
+Each function takes a connection; ``Journal`` runs those that read in its readers and those that write in its
+writer.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+__all__ = [
+    "Kept",
+    "Row",
+    "after",
+    "content",
+    "held",
+    "keep",
+    "oldest",
+    "prune",
+    "pruned_among",
+    "referenced",
+    "releases",
+]
+
+
+class Row(NamedTuple):
+    """A record, as the index wants it. ``doc`` is None where it was pruned."""
+
+    n: int
+    id: str
+    header: bytes
+    doc: bytes | None
+
+
+class Kept(NamedTuple):
+    """A call whose body is kept: its record, when it ended, what it holds on disk."""
+
+    n: int
+    id: str
+    at: int
+    bytes: int
+
+
+def after(connection: sqlite3.Connection, n: int, limit: int) -> list[Row]:
+    """The records after number ``n``."""
+    rows = connection.execute(
+        "SELECT r.n, r.id, r.header, i.doc FROM records AS r LEFT JOIN invocations AS i ON i.id = r.id"
+        " WHERE r.n > ? ORDER BY r.n LIMIT ?",
+        (n, limit),
+    )
+    return [Row(*row) for row in rows]
+
+
+def content(connection: sqlite3.Connection, digest: str) -> bytes | None:
+    """What was kept under a digest."""
+    row = connection.execute("SELECT data FROM contents WHERE digest = ?", (digest,)).fetchone()
+    return row[0] if row else None
+
+
+def keep(connection: sqlite3.Connection, contents: Mapping[str, bytes]) -> None:
+    """Keep contents under their digests, each once."""
+    connection.executemany(
+        "INSERT OR IGNORE INTO contents (digest, data) VALUES (?, ?)", list(contents.items())
+    )
+
+
+def oldest(connection: sqlite3.Connection, limit: int) -> list[Kept]:
+    """The oldest calls whose bodies are kept."""
+    rows = connection.execute(
+        "SELECT n, id, coalesce(at, 0), bytes FROM records WHERE bytes > 0 ORDER BY n LIMIT ?", (limit,)
+    )
+    return [Kept(*row) for row in rows]
+
+
+def held(connection: sqlite3.Connection) -> int:
+    """Bytes of all bodies, streams and artifacts that are kept; an artifact of several calls counts once."""
+    bodies = connection.execute("SELECT sum(bytes) FROM records WHERE bytes > 0").fetchone()[0] or 0
+    files = connection.execute(
+        "SELECT sum(size) FROM (SELECT max(size) AS size FROM artifacts GROUP BY digest)"
+    ).fetchone()[0]
+    return int(bodies) + int(files or 0)
+
+
+def prune(connection: sqlite3.Connection, calls: Iterable[tuple[int, str]], at: int) -> int:
+    """Take the bodies of these calls away, and what is known of them only for their bodies' sake."""
+    done = 0
+    for n, id_ in calls:
+        row = connection.execute("SELECT doc FROM invocations WHERE id = ?", (id_,)).fetchone()
+        changed = connection.execute(
+            "UPDATE invocations SET doc = NULL, pruned = ? WHERE id = ? AND state = 'ended'", (at, id_)
+        ).rowcount
+        if not changed:
+            continue
+        connection.execute("UPDATE records SET bytes = 0 WHERE n = ?", (n,))
+        connection.execute("DELETE FROM artifacts WHERE id = ?", (id_,))
+        connection.executemany(
+            "DELETE FROM labels WHERE name = ? AND value = ? AND id = ?",
+            [(name, value, id_) for name, value in _labels(row[0] if row else None).items()],
+        )
+        done += 1
+    return done
+
+
+def _labels(doc: bytes | None) -> dict[str, Any]:
+    try:
+        found = json.loads(doc or b"{}").get("labels")
+    except (ValueError, AttributeError, RecursionError):  # it is damaged: what it says is not known
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def pruned_among(connection: sqlite3.Connection, ids: Sequence[str]) -> list[str]:
+    """Those of these calls that were pruned."""
+    marks = ",".join("?" * len(ids))
+    query = f"SELECT id FROM invocations WHERE pruned IS NOT NULL AND id IN ({marks})"  # noqa: S608  # marks
+    return [row[0] for row in connection.execute(query, list(ids))]
+
+
+def referenced(connection: sqlite3.Connection, digests: Collection[str]) -> set[str]:
+    """Those of these blobs that the record of a kept call names."""
+    marks = ",".join("?" * len(digests))
+    query = f"SELECT DISTINCT digest FROM artifacts WHERE digest IN ({marks})"  # noqa: S608  # marks alone
+    return {row[0] for row in connection.execute(query, list(digests))}
+
+
+def releases(connection: sqlite3.Connection, digest: str, uid: int | None, limit: int) -> list[str]:
+    """The newest calls that released a file of this digest, of one caller or of all."""
+    return [
+        row[0]
+        for row in connection.execute(
+            "SELECT a.id FROM artifacts AS a JOIN invocations AS i ON i.id = a.id"
+            " WHERE a.digest = ? AND (? IS NULL OR i.uid = ?) ORDER BY a.id DESC LIMIT ?",
+            (digest, uid, uid, limit),
+        )
+    ]

@@ -1,0 +1,200 @@
+"""Checking a journal: its chain, the heads that were signed, and on request the files that it names.
+
+Theory of operation: the chain is one line, so the first record that differs ends the check of it. Files are
+each on their own: all that are damaged are named, with their call, and the check goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sandboxd import canonical, errors
+from sandboxd.journal import chain, signing
+from sandboxd.journal.chain import GENESIS, Broken, Head
+from sandboxd.journal.evidence import Evidence
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+    from pathlib import Path
+
+__all__ = ["Damage", "VerifyReport", "verify"]
+
+_STEP = 500
+_MAX_DAMAGE = 1000
+_QUERY = (
+    "SELECT r.n, r.id, r.digest, r.header, i.id, i.state, i.doc FROM records AS r"
+    " LEFT JOIN invocations AS i ON i.id = r.id "
+)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something that a record names by digest and that is not what it was: which record and what."""
+
+    n: int
+    id: str
+    what: str
+
+
+@dataclass
+class VerifyReport:
+    """What checking the chain found. ``problem`` is None when all is as it was recorded."""
+
+    head: Head = field(default_factory=lambda: Head(0, GENESIS))
+    records: int = 0
+    """Records that were checked, up to the first that differs."""
+    pruned: int = 0
+    """Records whose body was pruned: their headers still hold."""
+    signed: int = 0
+    """The newest record that a signed head of this node vouches for."""
+    at: int | None = None
+    """The number of the first record that differs."""
+    problem: str | None = None
+    files: int = 0
+    """Streams and artifacts that were read, with ``deep``."""
+    damaged: list[Damage] = field(default_factory=list)
+    """Streams and artifacts that differ or are gone, with ``deep``; at most 1,000."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the chain holds, and all that was looked at beside it."""
+        return self.problem is None and not self.damaged
+
+
+def verify(
+    connection: sqlite3.Connection,
+    expected: str | None = None,
+    *,
+    keys: Collection[str] = (),
+    deep: Path | None = None,
+) -> VerifyReport:
+    """Check every record, that signed heads are in the chain, and that an exported head is.
+
+    ``expected`` is a signed head (JSON), or a head as text (``N:sha256:…`` or ``sha256:…``). ``keys`` are
+    the ids of the keys that heads may be signed with. ``deep`` is the state directory, whose streams and
+    artifacts are then read too. Reads in steps, with constant memory. Raises InvalidRequest for a head that
+    is none.
+    """
+    report = VerifyReport()
+    wanted, seen = _wanted(expected, keys)
+    try:
+        heads = _heads(connection, keys)
+        for n, id_, digest, data, row, state, body in _rows(connection, report):
+            named = chain.follow(report.head, n, id_, digest, data)
+            _check_row(n, id_, row, state)
+            if body is not None and canonical.digest_bytes(body) != named:
+                raise Broken(
+                    n, f"the body of record {n} was changed: it no longer has the digest in its header"
+                )
+            vouched = heads.pop(n, None)
+            if vouched not in {None, digest}:
+                raise Broken(n, f"record {n} is not the one whose head was signed: the chain was replaced")
+            report.signed = n if vouched else report.signed
+            report.head, report.records = Head(n, digest), n
+            report.pruned += body is None
+            seen = seen or (digest == wanted[1] and wanted[0] in {None, n})
+            if deep is not None and body is not None:
+                _look(Evidence(deep), n, json.loads(data), report)
+        last = report.head.n
+        if not seen:
+            named = wanted[1] if wanted[0] is None else str(Head(wanted[0], wanted[1]))
+            raise Broken(
+                last + 1, f"the head {named} is not in the chain: its newest records were cut off or replaced"
+            )
+        if heads:
+            raise Broken(
+                last + 1, f"the head of record {max(heads)} was signed: the newest records were cut off"
+            )
+        _check_strays(connection, last)
+    except Broken as broken:
+        report.at, report.problem = broken.n, str(broken)
+    return report
+
+
+def _wanted(expected: str | None, keys: Collection[str]) -> tuple[tuple[int | None, str], bool]:
+    """The head to look for, and whether it needs no looking for: genesis is in every chain."""
+    if expected is None:
+        return (None, ""), True
+    if expected.lstrip().startswith("{"):
+        signed = signing.SignedHead.parse(expected.encode())
+        signed.check(keys)
+        wanted: tuple[int | None, str] = signed.head.n, signed.head.digest
+    else:
+        wanted = chain.parse_head(expected)
+    return wanted, wanted[1] == GENESIS and wanted[0] in {None, 0}
+
+
+def _heads(connection: sqlite3.Connection, keys: Collection[str]) -> dict[int, str]:
+    """The heads that were signed on this node, each of which has to be in the chain."""
+    heads = {}
+    try:
+        rows = connection.execute("SELECT n, signed FROM heads ORDER BY n").fetchall()
+    except sqlite3.OperationalError:  # written before there were any
+        return {}
+    for n, data in rows:
+        try:
+            signed = signing.SignedHead.parse(data)
+            signed.check(keys)
+        except errors.SandboxdError as error:
+            raise Broken(n, f"the signed head of record {n} does not hold: {error}") from None
+        if signed.head.n != n:
+            raise Broken(n, f"the signed head of record {n} is of record {signed.head.n}")
+        heads[n] = signed.head.digest
+    return heads
+
+
+def _rows(connection: sqlite3.Connection, report: VerifyReport) -> Iterator[tuple[Any, ...]]:
+    """All records in order, in short reads: a long one would keep the write-ahead log from shrinking."""
+    last = -(2**62)
+    while True:
+        try:
+            rows = connection.execute(_QUERY + "WHERE r.n > ? ORDER BY r.n LIMIT ?", (last, _STEP)).fetchall()
+        except sqlite3.DatabaseError as error:
+            yield from _one_by_one(connection, report, error)
+            return
+        yield from rows
+        if len(rows) < _STEP:
+            return
+        last = rows[-1][0]
+
+
+def _one_by_one(
+    connection: sqlite3.Connection, report: VerifyReport, error: sqlite3.DatabaseError
+) -> Iterator[tuple[Any, ...]]:
+    """What can still be read up to the damaged page, so that it is said which record is on it."""
+    while True:
+        n = report.head.n + 1
+        try:
+            row = connection.execute(_QUERY + "WHERE r.n = ?", (n,)).fetchone()
+        except sqlite3.DatabaseError as damage:
+            raise Broken(n, f"record {n} cannot be read: the database is damaged there ({damage})") from error
+        if row is None:
+            raise Broken(n, f"the database is damaged: no more than {n - 1} records can be read ({error})")
+        yield row
+
+
+def _check_row(n: int, id_: str, row: str | None, state: str | None) -> None:
+    if row is None:
+        raise Broken(n, f"record {n} has lost its invocation {id_}")
+    if state != "ended":
+        raise Broken(n, f"invocation {id_} of record {n} was set back to {state}")
+
+
+def _check_strays(connection: sqlite3.Connection, last: int) -> None:
+    stray = connection.execute(
+        "SELECT id FROM invocations AS i WHERE state = 'ended'"
+        " AND NOT EXISTS (SELECT 1 FROM records WHERE id = i.id) LIMIT 1"
+    ).fetchone()
+    if stray:
+        raise Broken(last + 1, f"invocation {stray[0]} has ended without a record in the chain")
+
+
+def _look(evidence: Evidence, n: int, header: dict[str, Any], report: VerifyReport) -> None:
+    """Read every file that a record names."""
+    for what, problem in evidence.problems(header):
+        report.files += 1
+        if problem and len(report.damaged) < _MAX_DAMAGE:
+            report.damaged.append(Damage(n, header["id"], f"{what} {problem}"))

@@ -1,0 +1,50 @@
+"""The outcomes that the daemon gives a call itself, and the header of a call's record."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sandboxd import units
+from sandboxd.journal import records
+from sandboxd.models import Cause, Failure, LimitReached, Outcome
+from sandboxd.supervisor.attempt import Result
+
+if TYPE_CHECKING:
+    from sandboxd import plan
+    from sandboxd.models import Invocation
+    from sandboxd.supervisor.ending import Deadline
+
+__all__ = ["cancelled", "cancelled_with_its_caller", "header", "ours", "too_late"]
+
+
+def header(done: Invocation, made: plan.Plan) -> dict[str, Any]:
+    """The header of an ended call that ran by this plan."""
+    return records.outcome_header(done, inputs=[item.digest for item in made.inputs], tar=made.tar)
+
+
+def ours(code: str, message: str) -> Outcome:
+    """A fault of ours."""
+    return Outcome(cause=Cause.FAILED, message=message, error=Failure(code=code, message=message))
+
+
+def cancelled() -> Outcome:
+    """For a call that had not started."""
+    return Outcome(cause=Cause.CANCELLED, message="The call was cancelled before it started.")
+
+
+def cancelled_with_its_caller() -> Outcome:
+    """For a call that waited in the queue of a daemon that ended, and whose caller waited for it."""
+    message = (
+        "The daemon ended before the call started, and with it the connection of the caller that waited."
+    )
+    return Outcome(cause=Cause.CANCELLED, message=message)
+
+
+def too_late(deadline: Deadline | None) -> Result:
+    """For a call whose deadline passed before it started."""
+    asked = 0 if deadline is None else deadline.asked
+    message = f"The call's deadline of {units.format_duration(asked)} passed while it waited in the queue."
+    return Result(
+        Outcome(cause=Cause.WALL_TIME, message=message, evidence={"deadline": asked}),
+        limits_reached=[LimitReached(limit="deadline", value=asked, ended=True)],
+    )

@@ -1,0 +1,329 @@
+"""What an earlier daemon left: each of its calls gets its outcome, or waits in the queue again.
+
+Theory of operation.  A call that had its container ended with that daemon, and what it did is unknown: it
+is ``failed: interrupted``, or tried again where its policy says so. One that had not started and has a key or
+was asked for asynchronously waits in the queue again, in order of acceptance and with its deadline counting
+on; one that was tied to a connection is ``cancelled``, since that connection is gone. Of a long queue only
+what the scheduler needs is read. Such calls are *dormant*: they become calls in flight, with their requests,
+when they have their turn or somebody asks for them. They run under the policy that is in force then, or are
+``denied`` where it refuses them.
+"""
+
+# ruff: noqa: A002  -- `id` is the field's name on the wire
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from sandboxd import errors
+from sandboxd.call import Call, off_the_loop, payload_of
+from sandboxd.journal import records
+from sandboxd.journal.spool import Spool, Stream
+from sandboxd.ledger import finish, recovered, retried_events, streams_of
+from sandboxd.models import Cause, DigestRef, Event, FailedAttempt, Failure, Outcome, State
+from sandboxd.outcomes import cancelled_with_its_caller, ours
+from sandboxd.planner import Planner
+from sandboxd.retries import Retries
+from sandboxd.room import Held
+from sandboxd.runner import Runner, now
+from sandboxd.scheduler import Ticket
+from sandboxd.supervisor.ending import Deadline
+from sandboxd.supervisor.secrets import CallSecrets
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from sandboxd.api.identity import Caller
+    from sandboxd.images import ImageStore
+    from sandboxd.journal.requests import Open
+    from sandboxd.models import Invocation, Request
+    from sandboxd.plan import Plan
+    from sandboxd.pool import Pool
+    from sandboxd.reload import PolicyStore
+    from sandboxd.room import Room
+    from sandboxd.scheduler import Scheduler
+    from sandboxd.secrets import SecretStore
+    from sandboxd.session import CallSession
+    from sandboxd.sessions import Sessions
+
+__all__ = ["Recovery"]
+
+log = structlog.get_logger("sandboxd.calls")
+INTERRUPTED = "the daemon ended while the call was in flight; what it did is unknown"
+
+
+class Recovery(Runner):
+    """Takes up the calls of an earlier daemon. ``identify`` says what a uid, gid and groups may do now."""
+
+    def __init__(
+        self,
+        *,
+        state: Path,
+        policies: PolicyStore,
+        images: ImageStore,
+        pool: Pool,
+        scheduler: Scheduler,
+        inputs: Room,
+        secrets: SecretStore,
+        sessions: Sessions,
+        identify: Callable[[int, int, frozenset[int]], Caller],
+        **parts: Any,
+    ) -> None:
+        """``parts`` are the others of ``Runner``."""
+        super().__init__(spools=state / "calls", pool=pool, scheduler=scheduler, **parts)
+        self._planner = Planner(policies, images, pool, scheduler, secrets)
+        self._inputs = inputs
+        self._secrets = secrets
+        self.sessions = sessions
+        self._identify = identify
+        self._rows: dict[str, Open] = {}
+        self._waking = anyio.Lock()
+
+    async def recover(self) -> None:
+        """Take up what an earlier daemon left.
+
+        Nothing starts before the scheduler is no longer paused.
+        """
+        ended = 0
+        callers: dict[tuple[int, int, tuple[int, ...]], Caller] = {}
+        for row in await self._journal.open_calls():
+            had_container = row.started and row.state != State.QUEUED
+            if (row.tied or not row.known or had_container) and not await self._interrupted(row):
+                ended += 1
+                continue
+            who = (row.uid, row.gid, row.groups)
+            if who not in callers:
+                callers[who] = self._identify(row.uid, row.gid, frozenset(row.groups))
+            self._lay_down(row, callers[who])
+        if ended or self._dormant:
+            log.warning("an earlier daemon's calls", ended=ended, queued=len(self._dormant))
+
+    def _lay_down(self, row: Open, caller: Caller) -> None:
+        ticket = Ticket(
+            row.uid,
+            row.memory,
+            cpus=row.cpus,
+            priority=row.priority,
+            serial=row.serial,
+            concurrent=caller.concurrent,
+            weight=caller.weight,
+            on_grant=partial(self._wake_soon, row.id),
+        )
+        self._rows[row.id] = row
+        self._dormant[row.id] = ticket
+        if row.serial is not None:
+            self.sessions.hold(row.serial)
+        self._scheduler.enqueue(ticket)
+        if row.deadline is not None:  # whoever is awake by then sees to it itself
+            left = (row.deadline - now()) / 1e6
+            asyncio.get_running_loop().call_later(max(0.0, left), self._wake_soon, row.id)
+
+    def _wake_soon(self, id: str) -> None:
+        if id in self._dormant:
+            self._tasks.start_soon(self._wake, id)
+
+    async def _enter(
+        self, caller: Caller, request: Request, named: str, policy: str | None = None
+    ) -> tuple[CallSession, Request]:
+        """A request's session, and the request with the policy of it; ``policy`` is what was asked for.
+
+        Raises NotFound, NotPermitted.
+        """
+        session = await self.sessions.enter(caller, named, policy)
+        if session.row.policy is not None:
+            request = request.model_copy(update={"policy": session.row.policy})
+        return session, request
+
+    async def _interrupted(self, row: Open) -> bool:
+        """Give a call its outcome, or see whether its policy has it tried again."""
+        invocation = await self._journal.get(row.id)
+        if invocation is None:
+            raise errors.JournalCorrupt(f"invocation {row.id} in the journal cannot be read", id=row.id)
+        if row.known and not row.started:
+            await self._close(invocation, cancelled_with_its_caller())
+            return False
+        if row.known and not row.tied and await self._try_again(row, invocation):
+            return True
+        await self._close(invocation, ours("interrupted", INTERRUPTED))
+        return False
+
+    async def _try_again(self, row: Open, invocation: Invocation) -> bool:
+        """Record that an attempt was interrupted, if another follows it."""
+        outcome = ours("interrupted", INTERRUPTED)
+        try:
+            request = await self._journal.request(row.id)
+            caller = self._identify(row.uid, row.gid, frozenset(row.groups))
+            if row.serial is not None:
+                session, request = await self._enter(caller, request, row.serial)
+                session.leave()
+            policy, made = await off_the_loop(request, self._planner.plan_for, caller, request)
+        except errors.SandboxdError:
+            return False
+        if len(invocation.retried) >= row.started:
+            return False  # it says so itself; this cannot be
+        again = Retries(policy.spec.retry).after(outcome, made, invocation.retried, handed_over=True)
+        if again is None or (row.deadline is not None and now() + again.pause >= row.deadline):
+            return False
+        spool = await anyio.to_thread.run_sync(self._spool_of, invocation, made)
+        failed = FailedAttempt(
+            number=row.started,
+            started=invocation.times.started,
+            ended=now(),
+            cause=outcome.cause,
+            message=outcome.message,
+            error=outcome.error,
+            plan=invocation.plan,
+            stdout=spool.size("stdout"),
+            stderr=spool.size("stderr"),
+        )
+        spool.add(Event(seq=0, at=failed.ended, type="retry", retry=failed))
+        spool.leave()
+        invocation.retried = [*invocation.retried, failed]
+        invocation.attempts = row.started
+        invocation.state = State.QUEUED
+        invocation.times.started = None
+        self._journal.follow(invocation)
+        return True
+
+    def _spool_of(self, invocation: Invocation, made: Plan) -> Spool:
+        """The spool of a call that goes on, with the events that were told of it. Blocks."""
+        directory, limits = self._spools / invocation.id, made.limits
+        caps: dict[Stream, int] = {"stdout": limits.stdout, "stderr": limits.stderr}
+        if directory.is_dir():
+            spool = Spool.recover(directory, caps)
+            spool.allow(caps)
+            return spool
+        spool = Spool.create(directory, caps)
+        spool.add(Event(seq=0, at=invocation.times.accepted, type="accepted", id=invocation.id))
+        for event in retried_events(invocation):
+            spool.add(event)
+        if invocation.times.started is not None:
+            spool.add(Event(seq=0, at=invocation.times.started, type="started"))
+        return spool
+
+    async def _close(self, invocation: Invocation, outcome: Outcome) -> Invocation:
+        """Record the outcome of a call that no task of this daemon has."""
+        spool = await anyio.to_thread.run_sync(recovered, self._spools / invocation.id)
+        done = invocation.model_copy(
+            update={
+                "state": State.ENDED,
+                "outcome": outcome,
+                **streams_of(spool),
+                "times": invocation.times.model_copy(update={"ended": now()}),
+            }
+        )
+        await self._journal.ended(done, records.outcome_header(done))
+        finish(spool, done, durable=True)
+        self.ended[outcome.cause] += 1
+        return done
+
+    async def _wake(self, id: str) -> None:
+        """Make a dormant call one in flight, or give it the outcome that keeps it from that."""
+        async with self._waking:
+            ticket = self._dormant.get(id)
+            if ticket is None or self.draining:
+                return
+            try:
+                await self._wake_up(self._rows[id], ticket)
+            except errors.Refused as error:
+                await self._refuse(id, ticket, error)
+            except errors.SandboxdError as error:
+                log.exception("a call that waited cannot be run", id=id)
+                await self._refuse(id, ticket, error)
+
+    async def _wake_up(self, row: Open, ticket: Ticket) -> None:
+        invocation = await self._journal.get(row.id)
+        if invocation is None:
+            raise errors.JournalCorrupt(f"invocation {row.id} in the journal cannot be read", id=row.id)
+        request = await self._journal.request(row.id)
+        caller = self._identify(row.uid, row.gid, frozenset(row.groups))
+        if row.serial is None:
+            await self._wake_in(row, ticket, invocation, request, caller, session=None)
+            return
+        session, request = await self._enter(caller, request, row.serial)
+        try:
+            await self._wake_in(row, ticket, invocation, request, caller, session=session)
+        except BaseException:
+            session.leave()
+            raise
+        self.sessions.let_go(row.serial)
+
+    async def _wake_in(
+        self,
+        row: Open,
+        ticket: Ticket,
+        invocation: Invocation,
+        request: Request,
+        caller: Caller,
+        *,
+        session: CallSession | None,
+    ) -> None:
+        await self._planner.know_image(caller, request)
+        policy, made = await off_the_loop(request, self._planner.plan_for, caller, request)
+        payload = await off_the_loop(request, payload_of, request)
+        spool = await anyio.to_thread.run_sync(self._spool_of, invocation, made)
+        shape = made.shape
+        invocation.policy = DigestRef(name=shape.policy, digest=shape.policy_digest)
+        invocation.image = DigestRef(name=shape.image.name, digest=shape.image.digest)
+        invocation.plan = made.digest
+        invocation.attempts = row.started
+        held = Held(self._inputs, caller.uid)
+        try:
+            held.grow(payload.size)
+        except errors.QueueFull:  # it was accepted: what it brings is held all the same
+            log.debug("over the room for inputs", id=row.id)
+        deadline = None
+        if row.deadline is not None and request.deadline is not None:
+            deadline = Deadline(time.monotonic() + (row.deadline - now()) / 1e6, request.deadline)
+        call = Call(
+            invocation,
+            caller,
+            made,
+            payload,
+            spool,
+            deadline,
+            held,
+            CallSecrets(self._secrets, shape),
+            ticket,
+            Retries(policy.spec.retry),
+            tied=False,
+        )
+        if session is not None:
+            call.join(session)
+        call.marked = row.started
+        call.decided.set()
+        if made.holds > ticket.memory and ticket.granted:  # its policy has changed: it waits for that much
+            self._scheduler.rest(ticket)
+            ticket.memory = made.holds
+            ticket.on_grant = call.granted
+            self._scheduler.enqueue(ticket)
+        ticket.on_grant = call.granted
+        if ticket.granted:
+            call.granted()
+        self._flying[row.id] = call
+        del self._dormant[row.id], self._rows[row.id]
+        self._tasks.start_soon(self._run, call)
+
+    async def _refuse(self, id: str, ticket: Ticket, error: errors.SandboxdError) -> None:
+        """End a call that what is in force now does not let run."""
+        self._scheduler.leave(ticket)
+        invocation = await self._journal.get(id)
+        if isinstance(error, errors.Refused):
+            message = f"The call waited while the daemon was restarted, and is refused now: {error}"
+            failure = Failure(code=error.code, message=str(error), details=error.details)
+            outcome = Outcome(cause=Cause.DENIED, message=message, error=failure)
+        else:
+            outcome = ours(error.code, str(error))
+        if (serial := self._rows[id].serial) is not None:
+            self.sessions.let_go(serial)
+        del self._dormant[id], self._rows[id]
+        if invocation is not None:
+            await self._close(invocation, outcome)

@@ -1,0 +1,84 @@
+"""What follows an attempt: the outcome, or another attempt, by the policy's ``retry``. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from sandboxd.models import Cause
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sandboxd.models import FailedAttempt, Outcome
+    from sandboxd.plan import Plan
+    from sandboxd.policy.schema import Raise, Retry
+
+__all__ = ["Again", "Retries"]
+
+RAISED = ("memory", "wall", "cpu_time")
+
+
+@dataclass(frozen=True)
+class Again:
+    """Another attempt: by which plan, after how many microseconds, and which limits it has instead."""
+
+    plan: Plan
+    pause: int
+    raised: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Retries:
+    """Of a policy; None tries nothing again."""
+
+    rule: Retry | None
+
+    def after(
+        self, outcome: Outcome, plan: Plan, before: Sequence[FailedAttempt], *, handed_over: bool
+    ) -> Again | None:
+        """What follows an attempt that ended so, after those ``before`` it; None: that is the outcome.
+
+        ``handed_over``: whether its command may have run. A call that reaches a network is then tried again
+        only where the policy says that this is safe, and one whose input was streamed not at all.
+        """
+        rule = self.rule
+        if rule is None:
+            return None
+        shape = plan.shape
+        reaches = shape.network is not None or shape.host_network
+        if handed_over and ((reaches and not rule.safe) or plan.command.stdin == "stream"):
+            return None
+        raised: dict[str, int] = {}
+        if outcome.cause is Cause.FAILED:
+            times = rule.failed if outcome.error is not None and rule.covers(outcome.error.code) else 0
+        else:
+            own = rule.of(outcome.cause.value)
+            if own is None or "deadline" in outcome.evidence:
+                return None
+            times = own.times
+            found = _raised(own.raise_, plan)
+            if found is None:
+                return None
+            raised = found
+        if sum(each.cause is outcome.cause for each in before) >= times:
+            return None
+        following = plan
+        if raised:
+            up: dict[str, Any] = {**raised}
+            raised_shape = replace(shape, limits=replace(shape.limits, **up))
+            following = replace(plan, shape=raised_shape, limits=replace(plan.limits, **up))
+        return Again(following, rule.pause(len(before)), raised)
+
+
+def _raised(asked: Raise, plan: Plan) -> dict[str, int] | None:
+    """The limits that are raised; None where the request itself asked for less: that is its word."""
+    found: dict[str, int] = {}
+    for name in RAISED:
+        value, limit = getattr(asked, name), getattr(plan.limits, name)
+        if value is None or limit is None or value <= limit:
+            continue
+        if limit != getattr(plan.shape.limits, name):
+            return None
+        found[name] = value
+    return found

@@ -1,0 +1,338 @@
+"""The course of an accepted call: its turn in the queue, its attempt, its outcome on disk.
+
+Theory of operation.  Each call has a task of the daemon, which does not end with whoever asked. It waits for
+its turn, has it written that it starts, runs an attempt, and writes the outcome durably before ``ended``; or,
+where the policy says so, gives its slot back and waits for another turn. Whatever goes wrong, the task leaves
+an outcome. Only a call that has not started can be put away without one, and is the next daemon's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Literal
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from sandboxd import errors
+from sandboxd.ledger import Ledger, finish, streams_of
+from sandboxd.models import Cause, Event, FailedAttempt, State
+from sandboxd.network.entrance import Entrances
+from sandboxd.outcomes import cancelled, header, ours, too_late
+from sandboxd.supervisor.attempt import Attempt, Result
+from sandboxd.supervisor.network import CallNetwork
+from sandboxd.supervisor.streams import Stdin
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from anyio.abc import TaskGroup
+
+    from sandboxd import plan
+    from sandboxd.blobs import BlobStore
+    from sandboxd.call import Call
+    from sandboxd.journal import Journal
+    from sandboxd.journal.spool import Spool
+    from sandboxd.models import Content, Invocation, Outcome
+    from sandboxd.network.gateway import Gateway
+    from sandboxd.pool import Pool
+    from sandboxd.retries import Again
+    from sandboxd.scheduler import Scheduler
+
+__all__ = ["Runner", "now"]
+
+log = structlog.get_logger("sandboxd.calls")
+ANSWERING = 0.002  # seconds that an answer has the CPU before the container's remains are cleared away
+RECORD_AGAIN = 5.0  # seconds between attempts to write an outcome that could not be written
+
+
+def now() -> int:
+    """Microseconds since the epoch."""
+    return time.time_ns() // 1000
+
+
+class Runner(Ledger):
+    """Runs calls that were accepted. ``tasks`` is the daemon's task group."""
+
+    def __init__(
+        self,
+        *,
+        spools: Path,
+        pool: Pool,
+        gateway: Gateway,
+        journal: Journal,
+        scheduler: Scheduler,
+        blobs: BlobStore,
+        tasks: TaskGroup,
+    ) -> None:
+        super().__init__(spools=spools, journal=journal, blobs=blobs)
+        self._pool = pool
+        self._gateway = gateway
+        self._entrances = Entrances(gateway)
+        self._scheduler = scheduler
+        self._tasks = tasks
+        self.ended: Counter[Cause] = Counter()
+
+    async def _run(self, call: Call) -> None:
+        try:
+            await self._take_turns(call)
+        except errors.SandboxdError as error:
+            await self._after_fault(call, ours(error.code, str(error)))
+        except Exception as error:  # a bug of ours must still leave an outcome
+            log.exception("internal error", id=call.invocation.id)
+            await self._after_fault(call, ours("internal", f"internal error: {type(error).__name__}"))
+        finally:
+            self._scheduler.leave(call.ticket)
+            if not call.ended.is_set():
+                with anyio.CancelScope(shield=True):
+                    await self._end(call, Result(ours("interrupted", "the daemon stopped")))
+
+    async def _after_fault(self, call: Call, outcome: Outcome) -> None:
+        if call.ended.is_set():
+            log.error("a container was not cleared away", id=call.invocation.id, reason=outcome.message)
+        else:
+            await self._end(call, Result(outcome))
+
+    async def _take_turns(self, call: Call) -> None:
+        """Attempts, each in its turn, until one decides the outcome."""
+        while await self._turn(call):
+            failed = await self._attempt(call)
+            if failed is None:
+                return
+            result, again = failed
+            if call.session is not None:
+                await call.session.abandon()
+            self._scheduler.rest(call.ticket)  # who waits for another attempt holds nothing
+            with self._waiting(call):
+                await anyio.sleep(again.pause / 1e6)
+            if call.shelved:  # whoever stops the daemon does not wait for that
+                await self._end(call, result)
+                return
+            call.plan = again.plan
+            call.ticket.memory, call.ticket.cpus = again.plan.holds, again.plan.limits.cpus
+            call.turn = anyio.Event()
+            if not call.cancelled:
+                self._scheduler.enqueue(call.ticket)
+        if call.shelved:
+            self._put_away(call)
+        elif not call.ended.is_set():
+            await self._end(call, Result(cancelled()) if call.cancelled else too_late(call.deadline))
+
+    def _waiting(self, call: Call) -> anyio.CancelScope:
+        """A scope for what a call waits for while it has no container; cancelled by whoever ends the call."""
+        call.queue_scope = anyio.CancelScope()
+        if call.deadline is not None:
+            call.queue_scope.deadline = anyio.current_time() + call.deadline.at - time.monotonic()
+        if call.cancelled or call.shelved:
+            call.queue_scope.cancel()
+        return call.queue_scope
+
+    async def _turn(self, call: Call) -> bool:
+        """Wait for a turn in the queue; False when the call ended, or was put away, meanwhile."""
+        call.invocation.state = State.QUEUED
+        with self._waiting(call):
+            await call.turn.wait()
+        if call.cancelled or not call.ticket.granted:
+            return False
+        number = call.invocation.attempts + 1
+        if number > call.marked:
+            # from here on a later daemon takes it for one that may have run
+            await self._journal.started(call.invocation.id, number)
+            call.marked = number
+        call.shelved = False
+        return not call.cancelled
+
+    async def _attempt(self, call: Call) -> tuple[Result, Again] | None:
+        """Run one attempt; None when it decided the outcome.
+
+        The outcome is told while what is left of the container is cleared away.
+        """
+        invocation = call.invocation
+        if call.session is not None:
+            await call.session.begin()
+        invocation.state = State.STARTING
+        invocation.attempts += 1
+
+        def on_state(state: Literal["running", "collecting"]) -> None:
+            invocation.state = State(state)
+            if state == "running":
+                invocation.times.started = now()
+                invocation.secrets = call.secrets.uses
+                call.spool.add(Event(seq=0, at=invocation.times.started, type="started"))
+                self._journal.follow(invocation)
+
+        call.network = CallNetwork(
+            self._gateway,
+            self._entrances,
+            invocation.id,
+            call.caller.uid,
+            call.spool,
+            secrets=call.secrets,
+        )
+        async with Attempt(
+            call.plan,
+            call.payload,
+            stdin=call.stdin,
+            pool=self._pool,
+            spool=call.spool,
+            network=call.network,
+            secrets=call.secrets,
+            session=call.session,
+            blobs=self._blobs,
+            deadline=call.deadline,
+            accepted=call.decided,
+            on_state=on_state,
+        ) as attempt:
+            call.attempt = attempt
+            result = await attempt.run()
+            again = self._again(call, result, handed_over=attempt.handed_over)
+            if again is None:
+                with anyio.CancelScope(shield=True):
+                    await self._end(call, result)
+                await anyio.sleep(ANSWERING)
+            else:  # with nothing between: whoever writes to its stdin finds the next one
+                call.attempt, call.network, call.stdin = None, None, Stdin()
+                self._tell_again(call, result, again)
+        return None if again is None else (result, again)
+
+    def _again(self, call: Call, result: Result, *, handed_over: bool) -> Again | None:
+        """What follows an attempt, if not the outcome."""
+        if call.cancelled or call.refused or not call.decided.is_set():
+            return None
+        again = call.retries.after(
+            result.outcome, call.plan, call.invocation.retried, handed_over=handed_over
+        )
+        if again is None or self.draining:
+            return None
+        if call.deadline is not None and time.monotonic() + again.pause / 1e6 >= call.deadline.at:
+            return None
+        return again
+
+    def _tell_again(self, call: Call, result: Result, again: Again) -> None:
+        """Record an attempt that another follows: its output stays, and the next one's begins after it."""
+        invocation, limits = call.invocation, again.plan.limits
+        ended = now()
+        started = invocation.times.started
+        sizes = {"stdout": call.spool.size("stdout"), "stderr": call.spool.size("stderr")}
+        failed = FailedAttempt(
+            number=invocation.attempts,
+            started=started,
+            ended=ended,
+            cause=result.outcome.cause,
+            message=result.outcome.message,
+            error=result.outcome.error,
+            plan=call.plan.digest,
+            **sizes,
+            pause=again.pause,
+            raised=again.raised,
+            denials=result.denials,
+            limits_reached=result.limits_reached,
+        )
+        invocation.retried = [*invocation.retried, failed]
+        invocation.state, invocation.times.started = State.QUEUED, None
+        invocation.plan = again.plan.digest
+        call.spool.allow({"stdout": limits.stdout, "stderr": limits.stderr})
+        call.spool.add(Event(seq=0, at=ended, type="retry", retry=failed))
+        self._journal.follow(invocation)
+        log.info("tried again", id=invocation.id, cause=failed.cause, number=failed.number)
+
+    def _put_away(self, call: Call) -> None:
+        """Let go of a call that waits for a later daemon."""
+        call.spool.leave()
+        call.stdin.close()
+        call.held.release()
+        call.secrets.close()
+        if call.session is not None:
+            call.session.leave()
+        self._flying.pop(call.invocation.id, None)
+        call.ended.set()
+
+    async def _end(self, call: Call, result: Result) -> None:
+        """Give a call its outcome. Raises nothing: whatever cannot be written, the call ends."""
+        await call.decided.wait()
+        if call.refused:
+            if call.session is not None:
+                call.session.leave()
+            call.ended.set()
+            return
+        invocation, session = call.invocation, call.session
+        outcome = await _kept(call.spool, result.outcome)
+        if session is not None and outcome is not result.outcome:
+            await session.abandon()  # a failure of ours leaves nothing in it
+        done = invocation.model_copy(
+            update={
+                "state": State.ENDED,
+                "outcome": outcome,
+                "receipt": result.receipt,
+                "usage": result.usage,
+                "denials": result.denials,
+                "limits_reached": result.limits_reached,
+                "artifacts": result.artifacts,
+                "withheld": result.withheld,
+                "secrets": list(call.secrets.uses),
+                **_streams(call.spool, invocation.id),
+                "times": invocation.times.model_copy(update={"ended": now()}),
+                **({} if session is None else session.checkpoints),
+            }
+        )
+        try:
+            also = None if session is None else session.commit
+            await self._journal.ended(done, header(done, call.plan), also=also)
+            if session is not None:
+                session.committed()
+        except errors.SandboxdError as error:
+            if session is not None:
+                await session.abandon()
+                done.checkpoint_after = session.after
+            log.exception("the outcome could not be written", id=done.id)
+            done.outcome = ours("host", f"the outcome could not be recorded: {error}")
+            self._unrecorded[done.id] = done
+            self._tasks.start_soon(self._record_later, done, call.plan)
+        call.invocation = done
+        try:
+            finish(call.spool, done, durable=False)
+        except errors.HostFailed:
+            log.exception("the end of the events could not be written", id=done.id)
+        call.stdin.close()
+        call.held.release()
+        call.secrets.close()
+        if session is not None:
+            session.leave()
+        self._flying.pop(done.id, None)
+        call.ended.set()
+        if done.outcome is not None:
+            self.ended[done.outcome.cause] += 1
+        log.info("ended", id=done.id, cause=done.outcome.cause if done.outcome else None)
+
+    async def _record_later(self, done: Invocation, made: plan.Plan) -> None:
+        """Try again until the outcome that was told is written too, before a later daemon gives another."""
+        while done.id in self._unrecorded:
+            await anyio.sleep(RECORD_AGAIN)
+            try:
+                await self._journal.ended(done, header(done, made))
+            except errors.HostFailed:
+                continue
+            except errors.SandboxdError:
+                log.exception("the outcome cannot be written", id=done.id)
+            self._unrecorded.pop(done.id, None)
+
+
+async def _kept(spool: Spool, outcome: Outcome | None) -> Outcome | None:
+    """The outcome once the output that it names is on disk; another one where that cannot be."""
+    if spool.stored:
+        try:
+            await anyio.to_thread.run_sync(spool.sync)
+        except errors.HostFailed as error:
+            log.exception("the output could not be kept")
+            return ours(error.code, str(error))
+    return outcome
+
+
+def _streams(spool: Spool, name: str) -> dict[str, Content]:
+    try:
+        return streams_of(spool)
+    except errors.SandboxdError:
+        log.exception("the output cannot be read", id=name)
+        return {}

@@ -1,0 +1,75 @@
+"""``sandboxd journal`` on a state directory, as root runs it beside a daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from journals import behind, record
+
+from sandboxd.journal import Journal
+
+SANDBOXD = Path(sys.executable).with_name("sandboxd")
+
+
+def run(*argv: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command, which must not fail with a traceback."""
+    found = subprocess.run([SANDBOXD, *argv], capture_output=True, text=True, timeout=60, check=False)
+    assert "Traceback" not in found.stderr, found.stderr
+    return found
+
+
+def filled(state: Path, count: int = 3) -> None:
+    """A journal of a daemon that was stopped."""
+
+    async def fill() -> None:
+        async with Journal.open(state) as journal:
+            for number in range(count):
+                await record(journal, state, stdout=f"out {number}\n".encode(), files={"f": b"%d" % number})
+
+    asyncio.run(fill())
+
+
+def test_a_head_is_exported_and_finds_a_cut_tail(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    filled(state)
+    done = run("journal", "verify", "--state", state)
+    assert (done.returncode, done.stdout.startswith("3 records")) == (0, True)
+    head, key = tmp_path / "head", tmp_path / "key"
+    head.write_text(run("journal", "head", "--state", state).stdout)
+    key.write_text(run("journal", "key", "--state", state).stdout)
+    assert json.loads(head.read_text())["n"] == 3
+    assert run("journal", "verify", "--head", head, "--state", state).returncode == 0
+    behind(
+        state,
+        "DELETE FROM heads",
+        "DELETE FROM invocations WHERE id = (SELECT id FROM records WHERE n = 3)",
+        "DELETE FROM records WHERE n = 3",
+    )
+    assert run("journal", "verify", "--state", state).returncode == 0  # nothing here says that it was longer
+    found = run("journal", "verify", "--head", head, "--state", state)
+    assert (found.returncode, "cut off" in found.stderr) == (1, True)
+    (state / "journal.key").unlink()
+    found = run("journal", "verify", "--head", head, "--state", state)
+    assert (found.returncode, "--key" in found.stderr) == (1, True)
+    found = run("journal", "verify", "--head", head, "--key", key, "--state", state)
+    assert (found.returncode, "cut off" in found.stderr) == (1, True)
+    found = run("journal", "verify", "--head", head, "--key", head, "--state", state)
+    assert (found.returncode, "no public Ed25519 key" in found.stderr) == (1, True)
+    found = run("journal", "verify", "--head", "/nonexistent", "--state", state)
+    assert (found.returncode, "no file with one" in found.stderr) == (1, True)
+
+
+def test_damaged_files_are_named_with_their_calls(tmp_path: Path) -> None:
+    filled(tmp_path)
+    call = sorted((tmp_path / "calls").iterdir())[1]
+    (call / "stdout").write_bytes(b"changed")
+    assert run("journal", "verify", "--state", tmp_path).returncode == 0
+    found = run("journal", "verify", "--deep", "--state", tmp_path)
+    assert found.returncode == 1
+    assert f"record 2, call {call.name}: stdout was changed" in found.stderr
+    told = json.loads(run("journal", "verify", "--deep", "--json", "--state", tmp_path).stdout)
+    assert (told["ok"], told["files"], [each["n"] for each in told["damaged"]]) == (False, 6, [2])

@@ -1,0 +1,93 @@
+"""A daemon under load dies at every step that makes something durable: each call has one outcome all the
+same.
+
+``SANDBOXD_CRASHES`` says how often the daemon is killed at random moments besides.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import pytest
+from crashing import Crashing, names_in_source
+from daemons import needs_containers
+
+from sandboxd import errors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CRASHES = int(os.environ.get("SANDBOXD_CRASHES", "3"))
+SOON = 20.0  # seconds in which what is done all the time is done
+AT_START = {"journal.migrate", "journal.opened", "spool.recover"}
+"""Where a daemon is only when it starts, or does what the one before it left undone."""
+SELDOM = {"journal.move", "journal.moved", "secret.key"}
+
+
+def rotate(crashing: Crashing) -> None:
+    """Have the daemon write secrets until it dies of it."""
+    assert crashing.daemon is not None
+    client = crashing.daemon.client()
+    with suppress(errors.Unavailable):
+        for number in range(10):
+            value = f"the value of number {number}".encode()
+            try:
+                client.rotate_secret("TOKEN", value)
+            except errors.NotFound:
+                client.set_secret("TOKEN", value)
+
+
+def die_at(crashing: Crashing, name: str) -> None:
+    """Have the daemon die at a failpoint, and start it again."""
+    if name in AT_START:
+        crashing.arm("spool.write", "KILL 3")  # which leaves a spool that is not closed
+        assert crashing.died(SOON)
+        crashing.arm(name, "KILL")
+        assert not crashing.start(), f"no daemon that starts comes to {name}"
+    else:
+        crashing.arm(name, "KILL" if name in SELDOM else f"KILL {crashing.random.choice((1, 2, 4))}")
+        if name.startswith("secret."):
+            rotate(crashing)
+        assert crashing.died(SOON), f"under load nothing comes to {name}"
+    assert not (crashing.failpoints / name).exists()
+    assert crashing.start(), crashing.said()
+
+
+@pytest.mark.timeout(600)
+def test_dying_at_every_failpoint(tmp_path: Path, no_leaks: None) -> None:
+    needs_containers()
+    names = sorted(names_in_source())
+    with Crashing(tmp_path, seed=1) as crashing:
+        crashing.arm("journal.migrate", "KILL")
+        assert not crashing.start()
+        assert crashing.start()
+        crashing.start_callers()
+        for name in names:
+            if name != "journal.migrate":
+                die_at(crashing, name)
+                crashing.check()
+        crashing.stop_callers()
+        crashing.check_at_rest()
+        assert set((crashing.failpoints / "hits").read_text().split()) == set(names)
+
+
+@pytest.mark.timeout(24 * 3600)
+def test_dying_at_random_moments(tmp_path: Path, no_leaks: None) -> None:
+    needs_containers()
+    with Crashing(tmp_path, seed=time.time_ns() % 1_000_000) as crashing:
+        assert crashing.start()
+        crashing.start_callers()
+        for number in range(1, CRASHES + 1):
+            time.sleep(crashing.random.uniform(0.0, 0.6))
+            crashing.kill()
+            assert crashing.start(), crashing.said()
+            crashing.check()
+            if number % 50 == 0:  # what callers remember is asked for again and again
+                crashing.stop_callers()
+                crashing.check_at_rest()
+                crashing.start_callers()
+        crashing.stop_callers()
+        crashing.check_at_rest()

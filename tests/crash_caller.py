@@ -1,0 +1,146 @@
+"""A caller that asks for calls with keys for as long as its stdin is open, and writes down what it was told.
+
+Becomes a user of its own: ``crash_caller.py SOCKET UID SEED``. Each line on stdout is a JSON object: ``ask``
+is a key that is about to be asked for the first time, ``told`` what was answered to it, each time; ``fault``
+an error that says that the daemon could not; ``wrong`` what must not be. It asks again, with the same key,
+until it is told.
+"""
+
+from __future__ import annotations
+
+import grp  # noqa: F401  (the client imports it when it has to, which this user may not)
+import json
+import os
+import random
+import select
+import sys
+import time
+from contextlib import suppress
+from typing import Any
+
+from sandboxd import Client, errors, models
+
+QUIET = "echo {key} > /count/runs"
+KINDS: dict[str, str] = {
+    "quiet": QUIET,
+    "loud": QUIET + "; echo out of {key}; echo err >&2; head -c 200000 /dev/zero | tr '\\0' x",
+    "files": QUIET + "; mkdir out; echo file of {key} > out/a; head -c 100000 /dev/zero > out/b; echo done",
+    "fails": QUIET + "; echo no >&2; exit 3",
+    "kept": QUIET + "; echo {key} >> log; echo {key} > file; rm -rf d; mkdir d; : > d/{key}",
+}
+
+
+def say(**what: object) -> None:
+    sys.stdout.write(json.dumps({"at": time.monotonic_ns(), **what}) + "\n")
+    sys.stdout.flush()
+
+
+def told(found: models.Invocation) -> dict[str, Any]:
+    """What of an answer has to stay as it is for ever."""
+    outcome = found.outcome
+    return {
+        "id": found.id,
+        "state": found.state.value,
+        "outcome": None if outcome is None else outcome.model_dump(mode="json", exclude_none=True),
+        "ended": found.times.ended,
+        "streams": [[s.digest, s.size] for s in (found.stdout, found.stderr) if s is not None],
+        "artifacts": [[a.path, a.digest] for a in found.artifacts],
+        "checkpoints": [found.session, found.checkpoint_before, found.checkpoint_after],
+    }
+
+
+class Caller:
+    def __init__(self, socket: str, seed: str) -> None:
+        self._client = Client(socket, timeout=30)
+        self._seed = seed
+        self._random = random.Random(seed)
+        self._asked: dict[str, dict[str, Any]] = {}
+
+    def new(self) -> None:
+        key = f"{self._seed}.{len(self._asked)}"
+        kind = self._random.choice(sorted(KINDS))
+        argv = ["sh", "-c", KINDS[kind].format(key=key)]
+        self._asked[key] = {"argv": argv, "policy": "counted", "labels": {"kind": kind}}
+        if kind == "kept":
+            self._asked[key]["session"] = "crash"
+        say(ask=key, kind=kind)
+        self._until_told(key)
+
+    def again(self) -> None:
+        self._until_told(self._random.choice(sorted(self._asked)))
+
+    def another(self) -> None:
+        """A key that stands for something else."""
+        key = self._random.choice(sorted(self._asked))
+        try:
+            found = self._client.run(["true"], policy="counted", key=key)
+        except errors.KeyConflict:
+            pass
+        except errors.SandboxdError as error:
+            say(fault=key, code=error.code)
+        else:
+            say(wrong=f"the key {key} was taken for another request: {found.id}")
+
+    def refused(self) -> None:
+        with suppress(errors.SandboxdError):
+            self._client.run(["true"], policy="no-such-policy")
+
+    def _until_told(self, key: str) -> None:
+        while not closed(0):
+            asked = self._asked[key]
+            request = {name: value for name, value in asked.items() if name != "argv"}
+            try:
+                if self._random.random() < 0.3:
+                    found = self._client.start(asked["argv"], key=key, **request)
+                    say(accepted=key, id=found.id)
+                    found = self._client.wait(found.id)
+                else:
+                    found = self._client.run(asked["argv"], key=key, **request)
+            except errors.Unavailable:
+                time.sleep(0.05)
+            except (errors.Draining, errors.QueueFull, errors.AttemptFailed) as error:
+                say(fault=key, code=error.code, message=str(error))
+                time.sleep(0.1)
+            except errors.SandboxdError as error:
+                say(wrong=f"{key}: {error.code}: {error}")
+                return
+            else:
+                if found.outcome is None:
+                    say(wrong=f"{key}: answered without an outcome, {found.state}")
+                say(told=key, **told(found))
+                return
+
+    def _make_session(self) -> None:
+        while not closed(0):
+            try:
+                self._client.create_session("crash")
+            except errors.SessionExists:
+                return
+            except (errors.Unavailable, errors.AttemptFailed):
+                time.sleep(0.05)
+
+    def run(self) -> None:
+        self._make_session()
+        while not closed(0):
+            doing = self._random.random()
+            if doing < 0.7 or not self._asked:
+                self.new()
+            elif doing < 0.85:
+                self.again()
+            elif doing < 0.92:
+                self.another()
+            else:
+                self.refused()
+
+
+def closed(timeout: float) -> bool:
+    """Whether stdin has ended."""
+    return bool(select.select([sys.stdin], [], [], timeout)[0])
+
+
+if __name__ == "__main__":
+    caller = Caller(sys.argv[1], sys.argv[3])
+    os.setgroups([])
+    os.setregid(int(sys.argv[2]), int(sys.argv[2]))
+    os.setreuid(int(sys.argv[2]), int(sys.argv[2]))
+    caller.run()

@@ -1,0 +1,377 @@
+"""A daemon that is killed again and again under load, and what has to hold whenever it is back.
+
+Theory of operation.  Callers of several uids (``crash_caller``) ask with keys and write down what they are
+told. Each command first writes its key into a FIFO that its policy mounts: that is the count of executions
+that no record of the daemon can hide. ``check`` compares the three: what callers were told, what the daemon
+says now, and what was executed.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from crash_caller import told
+from daemons import PATIENCE, Daemon, slots_of, start_daemon, until
+
+from sandboxd import canonical, errors, models
+from sandboxd.failpoint import VARIABLE
+from sandboxd.journal import schema, verify
+from sandboxd.workspace import layer, tables
+from sandboxd.workspace.view import View
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
+
+    from sandboxd import Client
+
+__all__ = ["Crashing", "names_in_source"]
+
+T = TypeVar("T")
+ROOT = Path(__file__).parents[1]
+UIDS = (64_001, 64_002, 64_003)
+LOG_OF_DAEMON = 4000  # characters that are shown of it
+RECENT = 20  # answers that are compared again whenever the daemon is back
+MANY = int(os.environ.get("SANDBOXD_CRASH_CHECKS", "150"))  # answers and records that are at the end
+
+
+def names_in_source() -> set[str]:
+    """Every failpoint that there is, by its name. A name that is no literal, or stands twice, is an error."""
+    found: Counter[str] = Counter()
+    for path in (ROOT / "sandboxd").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "failpoint":
+                (name,) = node.args
+                assert isinstance(name, ast.Constant), (
+                    f"{path}:{node.lineno}: a failpoint's name is a literal"
+                )
+                found[str(name.value)] += 1
+    assert [name for name, count in found.items() if count > 1] == []
+    return set(found)
+
+
+class Crashing:
+    """Owns the daemon, its callers and the counter. A context manager."""
+
+    def __init__(self, directory: Path, *, seed: int, state: Path | None = None, config: str = "") -> None:
+        self._directory = directory
+        self._seed = seed
+        self.random = random.Random(seed)
+        self.state = state or directory / "state"
+        self._config = config
+        self._stack = ExitStack()
+        self._callers: list[subprocess.Popen[bytes]] = []
+        self._logs: list[Path] = []
+        self._counting = threading.Event()
+        self.failpoints = directory / "failpoints"
+        self.executed: Counter[str] = Counter()
+        self.daemon: Daemon | None = None
+        self._running = ExitStack()
+        self.starts = 0
+
+    def __enter__(self) -> Self:
+        for path in (self.failpoints, self._directory / "count", self._directory / "rules"):
+            path.mkdir()
+        (self._directory / "count").chmod(0o755)
+        fifo = self._directory / "count" / "runs"
+        os.mkfifo(fifo)
+        fifo.chmod(0o622)
+        (self._directory / "rules" / "counted.yaml").write_text(
+            "version: 1\nname: counted\nextends: default\n"
+            "limits:\n  wall: 20s\n  memory: 64MiB\n  pids: 32\n"
+            "  workspace: {size: 8MiB, inodes: 1k}\n  tmp: {size: 8MiB, inodes: 1k}\n"
+            f"mounts:\n  - {{source: {self._directory / 'count'}, target: /count}}\n"
+            'artifacts:\n  - {path: "out/*"}\n'
+        )
+        fd = os.open(fifo, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._stack.callback(os.close, fd)
+        counter = threading.Thread(target=self._count, args=(fd,))
+        counter.start()
+        self._stack.callback(counter.join)
+        self._stack.callback(self._counting.set)
+        self._stack.callback(self.kill)
+        self._stack.callback(self.stop_callers)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _count(self, fd: int) -> None:
+        """Count the keys that come through the FIFO, which takes a line whole: pipe(7), PIPE_BUF."""
+        rest = b""
+        while True:
+            try:
+                data = os.read(fd, 1 << 16)
+            except BlockingIOError:
+                if self._counting.wait(0.02):
+                    return
+                continue
+            *lines, rest = (rest + data).split(b"\n")
+            self.executed.update(line.decode() for line in lines)
+
+    def arm(self, name: str, action: str) -> None:
+        """Have the daemon do this at a failpoint: see ``sandboxd.failpoint``."""
+        new = self.failpoints / f".{name}"
+        new.write_text(action)
+        new.replace(self.failpoints / name)
+
+    def start(self) -> bool:
+        """Start the daemon; False when it dies before it is ready, as a failpoint may have asked."""
+        self.starts += 1
+        config = self._config + f"policies: [{self._directory / 'rules'}]\n"
+        config += "callers:\n  - {match: {uid: 0}, role: operator}\n"
+        config += "".join(
+            f"  - {{match: {{uid: {uid}}}, role: agent, policies: [counted]}}\n" for uid in UIDS
+        )
+        before = os.environ.get(VARIABLE)
+        os.environ[VARIABLE] = str(self.failpoints)
+        try:
+            starting = start_daemon(self._directory, config=config, state=self.state, ready=False)
+            daemon = self._running.enter_context(starting)
+        finally:
+            os.environ.pop(VARIABLE)
+            if before is not None:
+                os.environ[VARIABLE] = before
+        self.daemon = daemon
+        end = time.monotonic() + 30 * PATIENCE
+        while time.monotonic() < end:
+            if daemon.process.poll() is not None:
+                self._forget()
+                return False
+            try:
+                daemon.client().health()
+            except errors.Unavailable:
+                time.sleep(0.02)
+            else:
+                daemon.admit_everybody()
+                return True
+        raise AssertionError(f"the daemon did not start:\n{self.said()}")
+
+    def kill(self) -> None:
+        """Kill -9."""
+        if self.daemon is not None:
+            self.daemon.process.kill()
+            self._forget()
+
+    def _forget(self) -> None:
+        if self.daemon is not None:
+            self.daemon.process.wait(30)
+            self._running.close()
+            self._running = ExitStack()
+            self.daemon = None
+
+    def died(self, seconds: float) -> bool:
+        """Wait for the daemon's death by kill -9; False when it lives on for so long."""
+        assert self.daemon is not None
+        try:
+            status = self.daemon.process.wait(seconds * PATIENCE)
+        except subprocess.TimeoutExpired:
+            return False
+        assert status == -signal.SIGKILL, f"it ended by itself, with {status}:\n{self.said()}"
+        self._forget()
+        return True
+
+    def said(self) -> str:
+        """The end of the daemon's log."""
+        return (self._directory / "log").read_text()[-LOG_OF_DAEMON:]
+
+    def start_callers(self) -> None:
+        """Let callers ask, of each uid one."""
+        number = len(self._logs)
+        for uid in UIDS:
+            path = self._directory / f"caller-{uid}-{number}"
+            with path.open("wb") as log:
+                caller = subprocess.Popen(
+                    [
+                        sys.executable,
+                        ROOT / "tests" / "crash_caller.py",
+                        self._directory / "s",
+                        str(uid),
+                        f"{self._seed}.{number}.{uid}",
+                    ],
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                )
+            self._callers.append(caller)
+            self._logs.append(path)
+
+    def stop_callers(self) -> None:
+        """Let callers come to the end of what they are at."""
+        for caller in self._callers:
+            assert caller.stdin is not None
+            caller.stdin.close()
+        for caller in self._callers:
+            try:
+                caller.wait(30 * PATIENCE)
+            except subprocess.TimeoutExpired:
+                caller.kill()
+                caller.wait()
+                raise
+        self._callers.clear()
+
+    def drop_callers(self) -> None:
+        """Have callers die where they are."""
+        for caller in self._callers:
+            caller.kill()
+            caller.communicate()
+        self._callers.clear()
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All that callers wrote down."""
+        found: list[dict[str, Any]] = []
+        for log in self._logs:
+            for line in log.read_text().splitlines():
+                try:
+                    found.append(json.loads(line))
+                except ValueError:  # one that is being written, or a traceback
+                    assert line.startswith("{"), log.read_text()
+        return found
+
+    def answers(self, before: int = 1 << 62) -> dict[str, dict[str, Any]]:
+        """What was told of each key, which is the same each time; ``before`` is on the monotonic clock."""
+        found: dict[str, dict[str, Any]] = {}
+        for line in self.lines():
+            assert "wrong" not in line, line
+            if line.pop("at") >= before:
+                continue
+            if "accepted" in line:
+                found.setdefault(f"id of {line['accepted']}", {"id": line["id"]})
+                assert found[f"id of {line['accepted']}"]["id"] == line["id"], line
+            if "told" in line:
+                key = line.pop("told")
+                assert found.setdefault(key, line) == line, f"{key} was told two outcomes"
+        for key in [key for key in found if key.startswith("id of ")]:
+            accepted = found.pop(key)
+            assert found.get(key.removeprefix("id of "), accepted)["id"] == accepted["id"]
+        return found
+
+    def check(self, *, whole: bool = False, before: int = 1 << 62) -> int:
+        """What has to hold at any time; returns how many answers there are, of which some are asked again."""
+        assert self.daemon is not None
+        answers = self.answers(before)  # before the journal: meanwhile callers go on
+        connection = schema.connect_reader(self.state / "journal.sqlite3")
+        try:
+            report = verify.verify(connection)
+            rows = dict(connection.execute("SELECT key, id FROM invocations WHERE key IS NOT NULL"))
+        finally:
+            connection.close()
+        assert report.ok, report.problem
+        client = self.daemon.client()
+        for key, answer in answers.items():
+            assert rows.get(key) == answer["id"], f"{key} was told as {answer['id']}"
+        for key in list(answers)[-RECENT:] + self._some(answers, MANY if whole else RECENT):
+            answer = answers[key]
+            assert told(client.get(answer["id"])) == answer, key
+            self._check_runs(key, answer)
+        return len(answers)
+
+    def _some(self, found: Iterable[T], number: int) -> list[T]:
+        found = list(found)
+        return self.random.sample(found, min(len(found), number))
+
+    def _check_runs(self, key: str, answer: dict[str, Any]) -> None:
+        if answer["outcome"]["cause"] == "exited":
+            until(lambda: self.executed[key] == 1, f"{key} was executed once, not {self.executed[key]} times")
+        else:
+            assert answer["outcome"]["cause"] == "failed", answer
+            assert self.executed[key] <= 1, f"{key} was executed {self.executed[key]} times"
+
+    def check_at_rest(self, *, before: int = 1 << 62) -> None:
+        """What has to hold when nothing is asked: each call has its outcome, and what that names is there."""
+        self.check(whole=True, before=before)
+        assert self.daemon is not None
+        client = self.daemon.client()
+        connection = schema.connect_reader(self.state / "journal.sqlite3")
+        try:
+            rows = connection.execute("SELECT id, key, state FROM invocations").fetchall()
+        finally:
+            connection.close()
+        assert [row for row in rows if row[2] != "ended"] == []
+        asked = {line["ask"] for line in self.lines() if "ask" in line}
+        assert {key for _, key, _ in rows} <= asked
+        ran = set() if before < 1 << 62 else set(self.executed)
+        assert ran <= {key for _, key, _ in rows}, "a command ran that no record knows"
+        for id_, key, _ in self._some(rows, MANY):
+            found = client.get(id_)
+            self._check_runs(key, told(found))
+            self._check_content(client, found)
+        assert list((self.state / "blobs" / "tmp").iterdir()) == []
+        self._check_sessions()
+        daemon = self.daemon
+        until(lambda: not slots_of(daemon), "no container is left")
+
+    def _check_sessions(self) -> None:
+        """Each session has what its calls did that are recorded as ended by themselves, and nothing else."""
+        layers = self.state / "sessions" / "layers"
+        connection = schema.connect_reader(self.state / "journal.sqlite3")
+        try:
+            sessions = connection.execute("SELECT id, head FROM sessions").fetchall()
+            ended = connection.execute("SELECT doc FROM invocations WHERE doc IS NOT NULL").fetchall()
+            calls = [models.Invocation.model_validate_json(doc) for (doc,) in ended]
+            kept = connection.execute(
+                "SELECT layer, content, digest, call FROM checkpoints WHERE layer IS NOT NULL"
+            ).fetchall()
+            stacks = {
+                id_: [layers / name for name in tables.stack_of(connection, head).layers]
+                for id_, head in sessions
+            }
+        finally:
+            connection.close()
+        of_call = {call: digest for _, _, digest, call in kept}
+        for id_, stack in stacks.items():
+            done = [
+                one
+                for one in calls
+                if one.session == id_ and one.outcome is not None and one.outcome.cause == "exited"
+            ]
+            with View(stack) as view:
+                log = view.find(b"log")
+                content = b"" if log is None else b"".join(view.content(log))
+            assert Counter(content.decode().split()) == Counter(one.key for one in done)
+            assert all(of_call[one.id] == one.checkpoint_after for one in done)
+        assert {one.id for one in calls if one.checkpoint_after != one.checkpoint_before} == set(of_call)
+        for name, digest, _, _ in self._some(kept, MANY):
+            fd = os.open(layers / name, layer.DIRECTORY)
+            try:
+                assert layer.measure(fd).digest == digest
+            finally:
+                os.close(fd)
+
+        def referenced() -> bool:
+            connection = schema.connect_reader(self.state / "journal.sqlite3")
+            try:
+                known = tables.referenced(connection)
+            finally:
+                connection.close()
+            return {one.name for one in layers.iterdir()} == known | {"empty"}
+
+        until(referenced, "no layer is there that nothing refers to")
+
+    def _check_content(self, client: Client, found: models.Invocation) -> None:
+        for name in ("stdout", "stderr"):
+            content = getattr(found, name)
+            with getattr(client, name)(found.id) as chunks:
+                digest = canonical.digest_bytes(b"".join(chunks))
+            assert content is None or digest == content.digest, (found.id, name)
+        for artifact in found.artifacts:
+            with client.artifact(found.id, artifact.path) as chunks:
+                assert canonical.digest_bytes(b"".join(chunks)) == artifact.digest
+        with client.events(found.id, follow=False) as stream:
+            events = list(stream)
+        assert [event.seq for event in events] == list(range(1, len(events) + 1))
+        assert [event.type for event in events][-1:] == ["ended"], (found, events)

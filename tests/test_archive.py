@@ -1,0 +1,242 @@
+"""Calls that have ended: indexed beside the daemon, found by their callers, pruned by age and size, swept."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+from journals import behind, record
+
+from sandboxd import archive as archive_module
+from sandboxd import errors, models
+from sandboxd.archive import Archive
+from sandboxd.blobs import BlobStore
+from sandboxd.config import Retention
+from sandboxd.journal import Journal
+from sandboxd.journal.search import Query
+from sandboxd.policy import shipped_policies
+from sandboxd.reload import PolicyStore
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Collection
+    from pathlib import Path
+
+HOUR = 3600 * 10**6
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive_module, "PAUSE", 0.01)
+    monkeypatch.setattr(archive_module, "BREATH", 0.0)
+
+
+@asynccontextmanager
+async def opened(state: Path, **retention: int) -> AsyncIterator[tuple[Journal, Archive]]:
+    """A journal and its archive, which does not run yet."""
+    async with Journal.open(state) as journal:
+        (state / "calls").mkdir(exist_ok=True)
+        yield (
+            journal,
+            Archive(
+                state=state,
+                journal=journal,
+                blobs=BlobStore(state / "blobs"),
+                policies=PolicyStore([shipped_policies()]),
+                retention=Retention.model_construct(age=retention.get("age"), size=retention.get("size")),
+            ),
+        )
+
+
+async def indexed(journal: Journal, archive: Archive) -> None:
+    """Wait until all that was recorded is in the index."""
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(archive.run)
+        with anyio.fail_after(20):
+            while True:
+                try:
+                    if (await archive.search(Query())).indexed == journal.count:
+                        break
+                except errors.HostFailed:  # it is not made yet
+                    pass
+                await anyio.sleep(0.01)
+        tasks.cancel_scope.cancel()
+
+
+async def test_ended_calls_are_indexed_after_the_fact_and_at_the_next_start(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (journal, archive):
+        for number in range(60):
+            await record(
+                journal, tmp_path, argv=["echo", f"first{number}"], stdout=b"needle\x00\xff %d" % number
+            )
+        await indexed(journal, archive)
+        found = await archive.search(Query("needle", limit=500))
+        assert len(found.hits) == 60
+        assert [hit.command for hit in (await archive.search(Query("first7"))).hits] == ["echo first7"]
+        for _ in range(3):
+            await record(journal, tmp_path, argv=["echo", "later"])
+    async with opened(tmp_path) as (journal, archive):
+        assert (await archive.search(Query("later"))).hits == []
+        await indexed(journal, archive)
+        assert len((await archive.search(Query("later"))).hits) == 3
+
+
+async def test_an_index_of_another_journal_is_thrown_away(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (journal, archive):
+        for _ in range(5):
+            await record(journal, tmp_path, argv=["old"])
+        await indexed(journal, archive)
+    for name in ("journal.sqlite3", "journal.sqlite3-wal", "journal.sqlite3-shm"):
+        (tmp_path / name).unlink(missing_ok=True)
+    async with opened(tmp_path) as (journal, archive):
+        for _ in range(6):
+            await record(journal, tmp_path, argv=["new"])
+        await indexed(journal, archive)
+        assert (await archive.search(Query("old"))).hits == []
+        assert len((await archive.search(Query("new"))).hits) == 6
+
+
+async def test_a_damaged_body_does_not_stop_the_index(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (journal, _):
+        calls = [await record(journal, tmp_path, argv=["word"]) for _ in range(3)]
+    behind(tmp_path, f"UPDATE invocations SET doc = x'ff00' WHERE id = '{calls[1].id}'")
+    async with opened(tmp_path) as (journal, archive):
+        await indexed(journal, archive)
+        assert [hit.id for hit in (await archive.search(Query("word"))).hits] == [calls[2].id, calls[0].id]
+
+
+async def test_policies_are_kept_by_digest(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (journal, archive):
+        await archive.keep_policies()
+        policy = PolicyStore([shipped_policies()]).current.get("python")
+        data = await journal.content(policy.digest)
+        assert data is not None
+        assert json.loads(data) == policy.spec.resolved()
+        assert await journal.content("sha256:" + "0" * 64) is None
+    behind(tmp_path, f"UPDATE contents SET data = x'7b7d' WHERE digest = '{policy.digest}'")
+    async with opened(tmp_path) as (journal, _):
+        with pytest.raises(errors.JournalCorrupt):
+            await journal.content(policy.digest)
+
+
+async def test_bodies_go_and_records_stay(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (journal, archive):
+        old = [
+            await record(
+                journal, tmp_path, stdout=b"old", labels={"a": "b"}, key=f"k{number}", files={"f": b"shared"}
+            )
+            for number in range(30)
+        ]
+        now = time.time_ns() // 1000
+        new = await record(
+            journal, tmp_path, stdout=b"new", labels={"a": "b"}, files={"f": b"shared"},
+            times=models.Times(accepted=now),
+        )  # fmt: skip
+        await indexed(journal, archive)
+        done = await archive.prune(HOUR, None)
+        assert done.calls == 30
+        assert done.bytes > 30 * 300
+        report = await journal.verify(deep=True)
+        assert (report.ok, report.pruned, report.records) == (True, 30, 31)
+        found = await journal.get(old[0].id)
+        assert found is not None
+        assert found.pruned is not None
+        assert (found.argv, found.artifacts, found.labels) == ([], [], {})
+        assert (found.outcome, found.stdout, found.caller) == (old[0].outcome, old[0].stdout, old[0].caller)
+        assert (found.policy, found.image.digest) == (old[0].policy, old[0].image.digest)
+        assert [call.id for call in await journal.list(labels={"a": "b"})] == [new.id]
+        assert sorted(os.listdir(tmp_path / "calls")) == [new.id]  # noqa: PTH208
+        existing = await journal.find_key(1, "k3")  # a key lives as long as its record
+        assert existing is not None
+        assert existing.id == old[3].id
+        assert (await archive.search(Query("true"))).hits[0].id == new.id
+        assert len((await archive.search(Query("true"))).hits) == 1
+        assert await archive.prune(HOUR, None) == models.Pruning()
+
+
+async def test_size_takes_the_oldest(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (journal, archive):
+        calls = [await record(journal, tmp_path, stdout=bytes([n]) * 100_000) for n in range(60)]
+        before = await journal.held()
+        assert before > 6_000_000
+        await archive.prune(None, 2_000_000)
+        assert 1_800_000 < await journal.held() <= 2_000_000
+        kept = {path.name for path in (tmp_path / "calls").iterdir()}
+        assert kept == {call.id for call in calls[-len(kept) :]}
+        assert (await journal.verify(deep=True)).ok
+
+
+async def test_files_that_a_killed_daemon_left_go_at_the_next_start(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (journal, archive):
+        one, two = [await record(journal, tmp_path, stdout=b"x") for _ in range(2)]
+        rows = [(kept.n, kept.id) for kept in await journal.oldest(1)]
+        await journal.prune(rows)  # and then it was killed
+        assert (tmp_path / "calls" / one.id).exists()
+        await archive._remove_leftovers()
+        assert sorted(os.listdir(tmp_path / "calls")) == [two.id]  # noqa: PTH208
+
+
+def aged(path: Path) -> None:
+    then = time.time() - archive_module.GRACE - 60
+    os.utime(path, (then, then))
+
+
+async def test_a_blob_goes_when_nothing_names_it(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (journal, archive):
+        blobs = BlobStore(tmp_path / "blobs")
+        old = await record(journal, tmp_path, files={"a": b"only old", "b": b"both"})
+        now = time.time_ns() // 1000
+        await record(journal, tmp_path, files={"b": b"both"}, times=models.Times(accepted=now))
+        stray, checkpoint, fresh = (
+            blobs.add(b"stray"),
+            blobs.add(b"of a checkpoint"),
+            blobs.add(b"just collected"),
+        )
+        only, both = (artifact.digest for artifact in old.artifacts)
+
+        async def checkpoints(digests: Collection[str]) -> set[str]:
+            return {checkpoint} & set(digests)
+
+        archive.references.append(checkpoints)
+        for digest in (stray, checkpoint, only, both):
+            aged(blobs.path(digest))
+        assert await archive.sweep() == 1
+        assert not blobs.has(stray)
+        await archive.prune(HOUR, None)
+        assert await archive.sweep() == 1
+        assert [blobs.has(digest) for digest in (only, both, checkpoint, fresh)] == [False, True, True, True]
+
+
+async def test_a_blob_that_is_collected_again_is_not_swept(tmp_path: Path) -> None:
+    blobs = BlobStore(tmp_path / "blobs")
+    digest = blobs.add(b"again")
+    aged(blobs.path(digest))
+    when = time.time() - archive_module.GRACE
+    directory = blobs.path(digest).parent
+    assert blobs.unused_since(directory, when) == [digest]
+    assert blobs.add(b"again") == digest  # between the look and the removal
+    assert blobs.discard([digest], when) == 0
+    assert blobs.has(digest)
+
+
+async def test_retention_runs_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive_module, "CHECK", 0.05)
+    async with opened(tmp_path, age=HOUR) as (journal, archive):
+        for _ in range(5):
+            await record(journal, tmp_path, stdout=b"x")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(archive.run)
+            with anyio.fail_after(20):
+                while os.listdir(tmp_path / "calls"):  # noqa: ASYNC110, PTH208
+                    await anyio.sleep(0.02)
+            tasks.cancel_scope.cancel()
+        assert (await journal.verify()).pruned == 5
