@@ -207,8 +207,10 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         tasks.start_soon(journal.keep_signing)
         tasks.start_soon(archive.run)
         sock = stack.enter_context(listening(config.socket, os.environ))
-        beside = stack.enter_context(listening_beside(config.socket))
-        tasks.start_soon(Descriptors(handles, Identity(config.callers)).serve, beside)
+        tasks.start_soon(
+            Descriptors(handles, Identity(config.callers)).serve,
+            stack.enter_context(listening_beside(config.socket)),
+        )
         stopping = anyio.Event()
         started = anyio.Event()
         tasks.start_soon(partial(serve_app, build(service), sock, config, started=started, stop=stopping))
