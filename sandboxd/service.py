@@ -24,6 +24,7 @@ from sandboxd.metrics import Numbers, exposition
 from sandboxd.policy import check_text, explain
 from sandboxd.pool import Fate, HandOver
 from sandboxd.replay import compared, prepared, replayable
+from sandboxd.sessionfiles import SessionFiles
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -63,6 +64,7 @@ class DaemonService(Calls):
         self._policies = policies
         self._images = images
         self.config = config
+        self.files = SessionFiles(sessions, config.state / "sessions")
         self._archive = archive
         self._version = version
         self._engine_name = engine_name

@@ -22,6 +22,7 @@ from sandboxd import models
 from sandboxd.api import problem, queries
 from sandboxd.api.batches import Batches
 from sandboxd.api.catalogue import Catalogue
+from sandboxd.api.files import Files
 from sandboxd.api.identity import Identity
 from sandboxd.api.invocations import JSON, Invocations, json_response
 from sandboxd.api.openapi import ANY, document
@@ -53,8 +54,9 @@ DOCUMENTED: set[type[BaseModel]] = {
     models.PolicyInfo, models.PolicyProblem, models.PlanDocument, models.ImageInfo, models.SlotInfo,
     models.Health, models.Artifact, models.Withheld,
     models.SecretInfo, models.SessionRequest, models.SessionFork, models.SessionRollback, models.SessionInfo,
-    models.SessionList, models.CheckpointInfo, models.CheckpointList, models.SearchResults, models.Pruning,
-    models.Lineage, models.Replay, queries.ReplayBody,
+    models.SessionList, models.CheckpointInfo, models.CheckpointList, models.SessionDiff,
+    models.SessionLend, models.FileChange, models.FileInfo, models.FileList, models.FileWritten,
+    models.SearchResults, models.Pruning, models.Lineage, models.Replay, queries.ReplayBody,
     queries.SignalBody, queries.CheckBody, queries.PruneBody,
 }  # fmt: skip
 
@@ -96,6 +98,7 @@ def build(service: Service) -> Edge:
         *Catalogue(service, bodies).routes(),
         *Secrets(service, bodies).routes(),
         *Sessions(service, bodies).routes(),
+        *Files(service).routes(),
         *Records(service).routes(),
     ]
 

@@ -85,6 +85,9 @@ GROUPS = {
             "fork": "session:fork",
             "rollback": "session:rollback",
             "discard": "session:discard",
+            "diff": "checkout:diff",
+            "pull": "checkout:pull",
+            "lend": "checkout:lend",
         },
     ),
     "journal": (

@@ -257,6 +257,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     call = Call(options)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, call.interrupt)
+    if options.workspace is not None:
+        return _run_on_directory(call, options)
+    return _run(call, options)
+
+
+def _run_on_directory(call: Call, options: argparse.Namespace) -> int:
+    """Run in a session that stands on a directory, and say what changed in it."""
+    from sandboxd.cli import checkout  # noqa: PLC0415 - only with --workspace
+
+    try:
+        with checkout.standing(options.socket, options.workspace, options.policy) as (client, session):
+            options.session = session.id
+            status = _run(call, options)
+            if call.interrupted:
+                return status
+            brought = checkout.report(client, session.id, options.workspace, say, pull=options.pull)
+    except errors.SandboxdError as error:
+        return fail(error, as_json=options.json)
+    return status or (0 if brought else OURS)
+
+
+def _run(call: Call, options: argparse.Namespace) -> int:
     try:
         body, left_out = request(options)
         if left_out:

@@ -380,8 +380,10 @@ def _session_fields(
     idle: int | str | None,
     size: int | str | None,
     inodes: int | str | None,
+    checkout: str | None = None,
 ) -> dict[str, Any]:
     given = {"name": name, "policy": policy, "labels": labels and dict(labels), "ttl": ttl, "idle": idle}
+    given["checkout"] = checkout
     quota = {key: value for key, value in (("size", size), ("inodes", inodes)) if value is not None}
     return {key: value for key, value in {**given, "quota": quota}.items() if value}
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from sandboxd import errors, models
-from sandboxd.client import calls, location, transport, wire
+from sandboxd.client import calls, files, lending, location, transport, wire
 from sandboxd.client.destination import Destination
 from sandboxd.client.patience import RECONNECT, Patience
 
@@ -418,16 +419,90 @@ class Client:
         idle: int | str | None = None,
         size: int | str | None = None,
         inodes: int | str | None = None,
+        directory: str | os.PathLike[str] | None = None,
     ) -> models.SessionInfo:
         """Make a session: calls with ``session=`` its name or id find the files that those before left.
 
         ``policy`` is the only one of its calls; after ``ttl``, or ``idle`` after its last use, it is removed;
-        ``size`` and ``inodes`` are its quota. Raises SessionExists, QuotaExceeded, NotPermitted.
+        ``size`` and ``inodes`` are its quota. ``directory`` is lent to it, not copied: its files are there
+        from the start, and what calls change of them is the session's alone. Raises SessionExists,
+        QuotaExceeded, NotPermitted, InvalidRequest for a directory that cannot be lent, OSError for one that
+        you cannot open.
         """
-        call = calls.create_session(
-            name, policy=policy, labels=labels, ttl=ttl, idle=idle, size=size, inodes=inodes
-        )
-        return self._do(call)
+        with ExitStack() as stack:
+            handle = None
+            if directory is not None:
+                handle = stack.enter_context(lending.lent(self._paths, directory, self._connect_timeout))
+            call = calls.create_session(
+                name,
+                policy=policy,
+                labels=labels,
+                ttl=ttl,
+                idle=idle,
+                size=size,
+                inodes=inodes,
+                checkout=handle,
+            )
+            return self._do(call)
+
+    def lend(self, session: str, directory: str | os.PathLike[str]) -> models.SessionInfo:
+        """Give a session the directory that it stands on again, after a restart of the daemon.
+
+        Raises StateConflict for another one.
+        """
+        with lending.lent(self._paths, directory, self._connect_timeout) as handle:
+            return self._do(files.lend(session, handle))
+
+    def diff_session(
+        self,
+        session: str,
+        since: str | None = None,
+        to: str | None = None,
+        *,
+        text: bool = False,
+        limit: int = 1000,
+    ) -> models.SessionDiff:
+        """What differs between two checkpoints; from the session's first to where it stands, without them."""
+        return self._do(files.diff(session, since, to, text=text, limit=limit))
+
+    def session_files(
+        self,
+        session: str,
+        path: str = "",
+        *,
+        checkpoint: str | None = None,
+        recursive: bool = False,
+        limit: int = 1000,
+    ) -> models.FileList:
+        """What a directory of a session has, or all beneath it."""
+        return self._do(files.listing(session, path, checkpoint, recursive=recursive, limit=limit))
+
+    def read_file(self, session: str, path: str, *, checkpoint: str | None = None) -> Stream[bytes]:
+        """The bytes of a file of a session, in chunks. Raises NotFound, StateConflict."""
+        answer = self._open(files.read(session, path, checkpoint))
+        return Stream(answer, answer.chunks())
+
+    def write_file(
+        self,
+        session: str,
+        path: str,
+        data: bytes,
+        *,
+        mode: int | None = None,
+        match: str | None = None,
+        new: bool = False,
+    ) -> models.FileWritten:
+        """Write a file of a session: where it has the digest ``match``, or with ``new`` where nothing is.
+
+        Raises PreconditionFailed, StateConflict, QuotaExceeded.
+        """
+        return self._do(files.put(session, path, data, mode=mode, match=match, new=new))
+
+    def remove_file(
+        self, session: str, path: str, *, recursive: bool = False, match: str | None = None
+    ) -> models.FileWritten:
+        """Remove a file or directory of a session. Raises NotFound, PreconditionFailed, StateConflict."""
+        return self._do(files.remove(session, path, recursive=recursive, match=match))
 
     def fork_session(
         self,

@@ -189,6 +189,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # Copies of small spools whose files are not synced yet, as ``behind`` says.
         "CREATE TABLE unsynced (id TEXT PRIMARY KEY NOT NULL, files BLOB NOT NULL) STRICT",
     ),
+    # device and inode of the caller's directory that a session stands on
+    ("ALTER TABLE sessions ADD COLUMN checkout TEXT",),
 )
 
 KEPT_BACKUPS = 2

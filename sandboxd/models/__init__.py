@@ -6,6 +6,7 @@ Bytes are never assumed to be text: see ``Content``.
 
 from sandboxd.models.batch import Batch, BatchResult
 from sandboxd.models.callback import Callback
+from sandboxd.models.files import FileChange, FileInfo, FileList, FileWritten, SessionDiff
 from sandboxd.models.invocation import (
     Artifact,
     CallerInfo,
@@ -41,6 +42,7 @@ from sandboxd.models.session import (
     CheckpointList,
     SessionFork,
     SessionInfo,
+    SessionLend,
     SessionList,
     SessionQuota,
     SessionRequest,
@@ -69,6 +71,10 @@ __all__ = [
     "Event",
     "FailedAttempt",
     "Failure",
+    "FileChange",
+    "FileInfo",
+    "FileList",
+    "FileWritten",
     "Health",
     "Hit",
     "ImageInfo",
@@ -94,8 +100,10 @@ __all__ = [
     "SearchResults",
     "SecretInfo",
     "SecretUse",
+    "SessionDiff",
     "SessionFork",
     "SessionInfo",
+    "SessionLend",
     "SessionList",
     "SessionQuota",
     "SessionRequest",
