@@ -21,8 +21,8 @@ from sandboxd import errors
 if TYPE_CHECKING:
     from pathlib import Path
 
-CRASHES = int(os.environ.get("SANDBOXD_CRASHES", "3"))
-SOME = 5 if CRASHES < 100 else 10_000  # places to die at
+CRASHES = int(os.environ.get("SANDBOXD_CRASHES", "2"))
+SOME = 4 if CRASHES < 100 else 10_000  # places to die at
 SOON = 20.0  # seconds in which what is done all the time is done
 FIRST = ("journal.key", "journal.migrate")
 """Where only the first daemon of a state directory is."""
