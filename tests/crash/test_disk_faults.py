@@ -138,7 +138,7 @@ async def test_writes_that_fail_anywhere_corrupt_nothing(disk: Disk, do: str, fi
     known: set[str] = set()
     done: set[str] = set()
     async with Journal.open(state) as journal:
-        for after in range(1, 40, 3):
+        for after in range(1, 40, 6):
             disk.fail("write", path=rf"{file}$".replace(".", r"\."), do=do, after=after, times=4)
             for _ in range(12):
                 try:

@@ -8,9 +8,10 @@ at some of the places only, chosen by chance, and comes to all others alive.
 from __future__ import annotations
 
 import os
+import tarfile
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from crashing import Crashing, names_in_source
@@ -18,15 +19,12 @@ from daemons import needs_containers
 
 from sandboxd import errors
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-CRASHES = int(os.environ.get("SANDBOXD_CRASHES", "3"))
-SOME = 5 if CRASHES < 100 else 10_000  # places to die at
+CRASHES = int(os.environ.get("SANDBOXD_CRASHES", "2"))
+SOME = 4 if CRASHES < 100 else 10_000  # places to die at
 SOON = 20.0  # seconds in which what is done all the time is done
 FIRST = ("journal.key", "journal.migrate")
 """Where only the first daemon of a state directory is."""
-AT_START = {"journal.opened", "recovery.again", "recovery.close", "spool.recover"}
+AT_START = {"journal.opened", "recovery.again", "recovery.close", "spool.recover", "spool.restore"}
 """Where a daemon is only when it starts, or does what the one before it left undone."""
 OLDER = {"journal.backup"}
 """Where a daemon is that finds the state of an older version: the last test."""
@@ -113,3 +111,19 @@ def test_dying_at_random_moments(place: Path, no_leaks: None) -> None:
                 crashing.start_callers()
         crashing.stop_callers()
         crashing.check_at_rest()
+
+
+def test_dying_while_an_older_state_is_migrated(place: Path, no_leaks: None) -> None:
+    needs_containers()
+    state = place / "state"
+    with tarfile.open(Path(__file__).parents[1] / "states" / "schema-1.tar.xz") as tar:
+        tar.extractall(state, filter="data")
+    with Crashing(place, seed=1, state=state) as crashing:
+        for name in (*OLDER, "journal.migrate"):
+            crashing.arm(name, "KILL")
+            assert not crashing.start(), name
+        assert crashing.start(), crashing.said()
+        crashing.check()
+        assert crashing.daemon is not None
+        assert crashing.daemon.client().list().invocations
+        assert [path.suffix for path in (state / "backups").iterdir()] == [".sqlite3"]

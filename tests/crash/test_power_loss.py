@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from sandboxd.journal import Head
 
-LOSSES = int(os.environ.get("SANDBOXD_POWER_LOSSES", "60"))
-WHOLE = max(3, LOSSES // 20)  # of them, how many a whole daemon starts from
+LOSSES = int(os.environ.get("SANDBOXD_POWER_LOSSES", "40"))
+WHOLE = max(2, LOSSES // 20) if LOSSES else 100  # of them, how many a whole daemon starts from
 HOWS: tuple[How, ...] = get_args(How)
 
 
