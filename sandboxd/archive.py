@@ -24,15 +24,19 @@ import structlog
 
 from sandboxd import canonical, errors, models
 from sandboxd.journal.search import Entry, Query, SearchIndex, command_text, readable
+from sandboxd.journal.store import SOURCE
+from sandboxd.policy.load import recorded
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
     from pathlib import Path
 
     from sandboxd.blobs import BlobStore
     from sandboxd.config import Retention
     from sandboxd.journal import Journal
     from sandboxd.journal.upkeep import Row
+    from sandboxd.policy import Policy
+    from sandboxd.policy.load import PolicySet
     from sandboxd.reload import PolicyStore
 
 __all__ = ["Archive"]
@@ -44,8 +48,19 @@ GRACE = 3600.0  # seconds that a blob is kept though nothing names it
 STEP = 25  # calls that are pruned, or records that are indexed, at once
 BREATH = 0.01  # seconds between two steps
 _READ = 2048
+PIECE = 256 * 1024  # bytes of an artifact that are read at once
+MOST_RELEASES = 100
 
 log = structlog.get_logger(__name__)
+
+
+def _contents(policies: PolicySet) -> dict[str, bytes]:
+    """What is kept of policies: the resolved form by its digest, and what makes the policy again."""
+    found = {}
+    for policy in policies.policies.values():
+        found[policy.digest] = canonical.canonical(policy.spec.resolved())
+        found[f"{policy.digest}{SOURCE}"] = json.dumps(policy.tree.plain(), ensure_ascii=False).encode()
+    return found
 
 
 class Archive:
@@ -69,10 +84,26 @@ class Archive:
         current = self._policies.current
         if current is self._known:
             return
-        specs = [policy.spec for policy in current.policies.values()]
-        resolved = await anyio.to_thread.run_sync(lambda: [canonical.canonical(s.resolved()) for s in specs])
-        await self._journal.keep({canonical.digest_bytes(data): data for data in resolved})
+        await self._journal.keep(await anyio.to_thread.run_sync(_contents, current))
         self._known = current
+
+    async def recorded_policy(self, name: str, digest: str) -> Policy:
+        """A policy as a record names it, if the floors of now allow it. Raises NotFound, PolicyInvalid."""
+        current = self._policies.current
+        known = current.policies.get(name)
+        if known is not None and known.digest == digest:
+            return known
+        text = await self._journal.source(digest)
+        if text is None:
+            raise errors.NotFound(f"policy {name!r} with the digest {digest} was not kept")
+        found, problems = await anyio.to_thread.run_sync(recorded, text.decode(), name, current)
+        if found is not None and found.digest == digest:
+            return found
+        said = str(problems[0]) if problems else "the floors of now make another one of it"
+        raise errors.PolicyInvalid(
+            f"policy {name!r} as it was recorded cannot be in force any more: {said}",
+            problems=[problem.model_dump() for problem in problems],
+        )
 
     async def run(self) -> None:
         """Do all of it, for ever."""
@@ -167,6 +198,52 @@ class Archive:
     async def search(self, query: Query) -> models.SearchResults:
         """A page of calls that fit. Raises InvalidRequest, HostFailed."""
         return await anyio.to_thread.run_sync(self._index.find, query)
+
+    async def lineage(self, digest: str, uid: int | None) -> models.Lineage:
+        """The calls, of one caller or of all, that released a content. Raises NotFound, InvalidRequest."""
+        self._blobs.path(digest)
+        found = models.Lineage(digest=digest, size=-1)
+        for row in await self._journal.releases(digest, uid, MOST_RELEASES):
+            try:
+                call = models.Invocation.model_validate_json(row.doc or b"")
+                header = json.loads(row.header)
+            except ValueError:
+                log.warning("the body of a record cannot be read", n=row.n, id=row.id)
+                continue
+            files = [artifact for artifact in call.artifacts if artifact.digest == digest]
+            found.size = max(found.size, *(artifact.size for artifact in files), -1)
+            found.calls.append(
+                models.Release(
+                    id=row.id,
+                    n=row.n,
+                    uid=call.caller.uid,
+                    at=call.times.ended or call.times.accepted,
+                    paths=[artifact.path for artifact in files],
+                    policy=call.policy,
+                    image=call.image,
+                    plan=call.plan,
+                    inputs=header.get("inputs"),
+                    tar=header.get("tar"),
+                )
+            )
+        if not found.calls:
+            raise errors.NotFound(f"no call of yours released a file with the digest {digest}")
+        return found
+
+    def present(self, digest: str) -> None:
+        """Raise JournalCorrupt where the content of an artifact is gone that records name."""
+        if not self._blobs.has(digest):
+            raise errors.JournalCorrupt(
+                f"the content {digest} is gone from the store, though records name it", digest=digest
+            )
+
+    async def blob(self, digest: str, start: int, length: int) -> AsyncIterator[bytes]:
+        """Bytes of an artifact's content, in pieces. Raises NotFound."""
+        async with await anyio.open_file(self._blobs.path(digest), "rb") as file:
+            await file.seek(start)
+            while length and (data := await file.read(min(PIECE, length))):
+                length -= len(data)
+                yield data
 
     async def _retain(self) -> None:
         await self._remove_leftovers()

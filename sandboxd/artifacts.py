@@ -9,7 +9,10 @@ is dropped silently:
     symlink       it is a symbolic link; links are never followed
     not_regular   it is a FIFO, socket or device
     too_large     it is over its rule's size, or all artifacts together would be over the total
-    too_many      more files matched than are collected; on ``.``: the walk or this list is at its bound
+    too_many      more files matched than are collected, or than its rule allows; on ``.``: the walk or this
+                  list is at its bound
+    type          its content is of another type than its rule allows
+    secret        it has a secret of the call, or what looks like a well-known token
     changed       it changed, or went away, while it was collected
     unreadable    the host refused to read it, or another file system is mounted there
     name          its path is longer than 4,095 bytes
@@ -30,16 +33,19 @@ import os
 import re
 import stat
 import time
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sandboxd import globs, models, units
 from sandboxd.kernel import files
+from sandboxd.release import HEAD, Rule, Scan, fits, media_type
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sandboxd.blobs import BlobStore
+    from sandboxd.redaction import Redactor
 
 __all__ = ["MAX_FILES", "MAX_TOTAL", "MAX_WALK", "collect", "decode_path", "encode_path"]
 
@@ -104,12 +110,15 @@ class _Collection:
     root: int
     store: BlobStore
     patterns: tuple[globs.Pattern, ...]
-    sizes: tuple[int | None, ...]
-    """The largest file of each rule; the patterns after the rules' are the request's."""
+    rules: tuple[Rule, ...]
+    """The patterns after the rules' are the request's."""
     max_files: int
     max_total: int
     durable: bool
     until: float
+    redactor: Redactor | None = None
+    released_by: Counter[int] = field(default_factory=Counter)
+    """How many files each rule released, by its number."""
     left: int = MAX_WALK
     total: int = 0
     released: list[models.Artifact] = field(default_factory=list)
@@ -148,7 +157,7 @@ class _Collection:
         return beneath
 
     def _wanted(self, hits: tuple[int, ...]) -> bool:
-        rules, request = hits[: len(self.sizes)], hits[len(self.sizes) :]
+        rules, request = hits[: len(self.rules)], hits[len(self.rules) :]
         return any(rules) and (any(request) or not request)
 
     def _names(self, node: _Node) -> list[tuple[bytes, bool]]:
@@ -175,14 +184,14 @@ class _Collection:
         return names
 
     def _take(self, path: bytes, accepted: tuple[int, ...]) -> None:
-        sizes = [size for size, hit in zip(self.sizes, accepted, strict=False) if hit]
-        known = [size for size in sizes if size is not None]
-        most = None if len(known) < len(sizes) else max(known)
+        rules = [number for number, hit in enumerate(accepted[: len(self.rules)]) if hit]
         try:
             self._check(path)
             fd, found = files.open_regular(self.root, path)
             try:
-                self.released.append(self._copy(path, fd, found, most))
+                number = self._rule(rules, fd, found.st_size)
+                self.released.append(self._copy(path, fd, found, scan=self.rules[number].secrets == "deny"))
+                self.released_by[number] += 1
             finally:
                 os.close(fd)
         except _Withdrawn as why:
@@ -199,10 +208,31 @@ class _Collection:
         if len(self.released) >= self.max_files:
             raise _Withdrawn("too_many", f"{self.max_files} files are collected from a call")
 
-    def _copy(self, path: bytes, fd: int, found: os.stat_result, most: int | None) -> models.Artifact:
+    def _rule(self, numbers: list[int], fd: int, size: int) -> int:
+        """The rule that releases a file, of those that it matches: first one that asks for no scan."""
+        known = [most for number in numbers if (most := self.rules[number].max_size) is not None]
+        numbers = [n for n in numbers if self._large_enough(self.rules[n], size)]
+        if not numbers:
+            raise _Withdrawn("too_large", f"{size} bytes are over {units.format_size(max(known))}")
+        if any(self.rules[number].types for number in numbers):
+            found = media_type(os.pread(fd, HEAD, 0))
+            types = [one for number in numbers for one in self.rules[number].types]
+            numbers = [number for number in numbers if fits(found, self.rules[number].types)]
+            if not numbers:
+                raise _Withdrawn("type", f"its content is {found}; released are {', '.join(types)}")
+        counts = [most for number in numbers if (most := self.rules[number].files) is not None]
+        numbers = [n for n in numbers if self.released_by[n] < (self.rules[n].files or self.max_files)]
+        if not numbers:
+            raise _Withdrawn("too_many", f"{max(counts)} files are released by its rule")
+        return min(numbers, key=lambda number: self.rules[number].secrets == "deny")
+
+    @staticmethod
+    def _large_enough(rule: Rule, size: int) -> bool:
+        return rule.max_size is None or size <= rule.max_size
+
+    def _copy(self, path: bytes, fd: int, found: os.stat_result, *, scan: bool) -> models.Artifact:
         size = found.st_size
-        if most is not None and size > most:
-            raise _Withdrawn("too_large", f"{size} bytes are over {units.format_size(most)}")
+        secrets = Scan(self.redactor) if scan else None
         if self.total + size > self.max_total:
             raise _Withdrawn(
                 "too_large", f"all artifacts together are over {units.format_size(self.max_total)}"
@@ -211,9 +241,13 @@ class _Collection:
             # One byte more than it had shows that it grows; nothing that grows is read without end.
             while blob.size <= size and (chunk := os.read(fd, min(_CHUNK, size + 1 - blob.size))):
                 blob.write(chunk)
+                if secrets is not None:
+                    secrets.feed(chunk)
             now = os.fstat(fd)
             if blob.size != size or (now.st_size, now.st_mtime_ns) != (size, found.st_mtime_ns):
                 raise _Withdrawn("changed", "it was written to while it was copied")
+            if secrets is not None and (what := secrets.finish()):
+                raise _Withdrawn("secret", what)
             digest = blob.commit(durable=self.durable)
         self.total += size
         executable = bool(found.st_mode & (stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH))
@@ -242,31 +276,32 @@ class _Collection:
 
 def collect(
     workspace_fd: int,
-    rules: Sequence[tuple[str, int | None]],
+    rules: Sequence[tuple[Any, ...]],
     narrowed: Sequence[str] | None,
     store: BlobStore,
     *,
     max_files: int = MAX_FILES,
     max_total: int = MAX_TOTAL,
     durable: bool = False,
+    redactor: Redactor | None = None,
 ) -> tuple[list[models.Artifact], list[models.Withheld]]:
     """Copy the files that the policy releases, and the request asks for, into the store.
 
-    ``rules`` are patterns (see ``globs``), each with the size in bytes of its largest file (None: only
-    ``max_total`` bounds it); a file that several match may have the largest of their sizes. ``narrowed``
+    ``rules`` have the fields of ``release.Rule``, from its pattern (see ``globs``) on; a file that several
+    match is released if it is what one of them asks for. ``redactor`` has the call's secrets. ``narrowed``
     are patterns of which one must match too; None asks for all. ``workspace_fd`` is a descriptor of
     the workspace's root (``O_PATH`` will do). ``durable`` syncs each blob before this returns. Blocks;
     call it in a thread. Raises InvalidRequest for a bad pattern, HostFailed when the store cannot be
     written; whatever is wrong with a file is in the second list.
     """
-    patterns = [globs.Pattern.of(text) for text, _ in rules]
+    whole = tuple(Rule(*rule) for rule in rules)
+    patterns = [globs.Pattern.of(rule.path) for rule in whole]
     asked = [globs.Pattern.of(text) for text in narrowed or ()]
     if not patterns or (narrowed is not None and not asked):
         return [], []
-    sizes = tuple(size for _, size in rules)
     until = time.monotonic() + MAX_SECONDS
     collection = _Collection(
-        workspace_fd, store, (*patterns, *asked), sizes, max_files, max_total, durable, until
+        workspace_fd, store, (*patterns, *asked), whole, max_files, max_total, durable, until, redactor
     )
     collection.run()
     return collection.released, collection.withheld

@@ -54,6 +54,8 @@ class Call:
     tied: bool
     """Whether its caller waits, and its going away ends the call."""
     session: CallSession | None = None
+    told: str | None = None
+    """A socket to which its end is told."""
     cancelled: bool = False
     shelved: bool = False
     """Whether it was left in the queue for a later daemon; it has ended here without an outcome."""

@@ -9,8 +9,10 @@ then on the call belongs to a task of the daemon and not to whoever asked (``run
 
 from __future__ import annotations
 
+import json
 import time
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -19,7 +21,7 @@ import structlog
 from sandboxd import errors
 from sandboxd.call import Call, off_the_loop, payload_of
 from sandboxd.journal import records
-from sandboxd.journal.requests import Open, describe
+from sandboxd.journal.requests import Open, Owed, describe
 from sandboxd.journal.spool import Spool
 from sandboxd.kernel.tar import Limits as TarLimits
 from sandboxd.kernel.tar import check_tar
@@ -45,9 +47,16 @@ if TYPE_CHECKING:
     from sandboxd.session import CallSession
     from sandboxd.supervisor.attempt import Payload
 
-__all__ = ["Calls"]
+__all__ = ["Again", "Calls"]
 
 log = structlog.get_logger("sandboxd.calls")
+
+
+class Again(NamedTuple):
+    """What a recorded call ran under: its policy, and its image by digest."""
+
+    policy: Policy | None = None
+    image: str | None = None
 
 
 class Calls(Recovery):
@@ -58,10 +67,13 @@ class Calls(Recovery):
         super().__init__(**parts)
         self._accepting = 0
 
-    async def submit(self, caller: Caller, request: Request, *, tied: bool) -> Invocation:
+    async def submit(
+        self, caller: Caller, request: Request, *, tied: bool, again: Again | None = None
+    ) -> Invocation:
         """Accept a call durably, or return the one that its key stands for.
 
-        ``tied``: whoever asked waits for the answer, and its going away cancels the call. Raises Refused.
+        ``tied``: whoever asked waits for the answer, and its going away cancels the call. ``again``: what a
+        recorded call ran under, to be run again. Raises Refused.
         """
         asked = await off_the_loop(request, describe, request)
         if request.key is not None:
@@ -71,32 +83,49 @@ class Calls(Recovery):
                 return await self.get(caller, existing.id)
             if existing is not None:
                 raise await self._journal.conflict(existing, asked)
+        if request.callback is not None and not caller.callback:
+            raise errors.NotPermitted(
+                "a callback is not yours to ask for; an operator grants it by `callback: true` of your entry "
+                "in the configuration's `callers`",
+                field="callback",
+            )
         if self.draining:
             raise errors.Draining("the daemon finishes what runs and takes nothing new")
         self._accepting += 1
         try:
-            accepted = await self._submit(caller, request, asked, tied=tied)
+            accepted = await self._submit(caller, request, asked, tied=tied, again=again)
         finally:
             self._accepting -= 1
         log.info("accepted", id=accepted.id, uid=caller.uid, policy=request.policy, tied=tied)
         return accepted
 
-    async def _submit(self, caller: Caller, request: Request, asked: Asked, *, tied: bool) -> Invocation:
+    async def _submit(
+        self, caller: Caller, request: Request, asked: Asked, *, tied: bool, again: Again | None
+    ) -> Invocation:
         if request.session is None:
-            return await self._submit_in(caller, request, asked, None, tied=tied)
+            return await self._submit_in(caller, request, asked, None, tied=tied, again=again)
         named = request.policy if "policy" in request.model_fields_set else None
         session, request = await self._enter(caller, request, request.session, named)
         try:
-            return await self._submit_in(caller, request, asked, session, tied=tied)
+            return await self._submit_in(caller, request, asked, session, tied=tied, again=again)
         except BaseException:
             session.leave()
             raise
 
     async def _submit_in(
-        self, caller: Caller, request: Request, asked: Asked, session: CallSession | None, *, tied: bool
+        self,
+        caller: Caller,
+        request: Request,
+        asked: Asked,
+        session: CallSession | None,
+        *,
+        tied: bool,
+        again: Again | None,
     ) -> Invocation:
-        await self._planner.know_image(caller, request)
-        policy, made = await off_the_loop(request, self._planner.plan_for, caller, request)
+        if again is None:
+            await self._planner.know_image(caller, request)
+        plan_for = partial(self._planner.plan_for, **(again or Again())._asdict())
+        policy, made = await off_the_loop(request, plan_for, caller, request)
         self._scheduler.check_room(caller.uid, caller.queued)
         payload = await off_the_loop(request, payload_of, request)
         held = Held(self._inputs, caller.uid)
@@ -162,6 +191,7 @@ class Calls(Recovery):
         if session is not None:
             call.join(session)
         ticket.on_grant = call.granted
+        call.told = None if request.callback is None else request.callback.unix
         return call
 
     async def _accept(self, caller: Caller, call: Call, asked: Asked) -> Invocation:
@@ -170,7 +200,7 @@ class Calls(Recovery):
         A call that has its turn at once is accepted as started: a later daemon takes it for one that may have
         run, and no second sync is needed to say so.
         """
-        invocation, ticket = call.invocation, call.ticket
+        invocation, ticket, told = call.invocation, call.ticket, call.told
         self._scheduler.enqueue(ticket)
         call.marked = int(ticket.granted)
         accepted = records.Accepted(
@@ -181,7 +211,7 @@ class Calls(Recovery):
                 id=invocation.id,
                 uid=caller.uid,
                 gid=caller.gid,
-                groups=tuple(sorted(caller.groups)),
+                groups=json.dumps(sorted(caller.groups)),
                 tied=call.tied,
                 started=call.marked,
                 memory=ticket.memory,
@@ -190,6 +220,7 @@ class Calls(Recovery):
                 serial=ticket.serial,
                 deadline=None if call.deadline is None else invocation.times.accepted + call.deadline.asked,
             ),
+            told,
         )
         self._tasks.start_soon(self._run, call)  # makes ready while the disk writes
         try:
@@ -202,6 +233,10 @@ class Calls(Recovery):
             call.held.release()
             return await self.get(caller, existing.id)
         self._flying[invocation.id] = call
+        if told is not None:
+            self.callbacks.owe(
+                Owed(invocation.id, caller.uid, caller.gid, tuple(sorted(caller.groups)), told)
+            )
         call.decided.set()
         return invocation
 

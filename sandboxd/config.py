@@ -238,6 +238,9 @@ class CallerRule(Section):
     sessions: SessionShare = SessionShare()
     """Of each caller that matches."""
 
+    callback: Annotated[bool, Field(strict=True)] = False
+    """Whether the daemon starts a process of theirs to tell a socket of theirs that a call has ended."""
+
     @property
     def granted(self) -> tuple[str, ...]:
         """The same without a default."""

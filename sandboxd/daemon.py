@@ -28,6 +28,7 @@ import structlog
 from sandboxd import errors, plan, systemd
 from sandboxd.api.app import build
 from sandboxd.api.app import serve as serve_app
+from sandboxd.api.descriptors import Descriptors, listening_beside
 from sandboxd.api.identity import Identity, Peer
 from sandboxd.api.listener import listening
 from sandboxd.archive import Archive
@@ -49,6 +50,7 @@ from sandboxd.scheduler import Scheduler
 from sandboxd.secrets import SecretStore, place_of
 from sandboxd.service import DaemonService
 from sandboxd.sessions import Sessions
+from sandboxd.workspace.handles import Handles
 from sandboxd.workspace.store import LayerStore
 
 if TYPE_CHECKING:
@@ -154,8 +156,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         policies = _policies(config)
         blobs = BlobStore(config.state / "blobs")
         blobs.clean()
-        sessions = Sessions(journal, LayerStore(config.state / "sessions"))
-        await sessions.open()
+        sessions, handles = await _open_sessions(config, journal, stack)
         secrets = _secrets(config)
         scheduler = _scheduler(config)
         archive = Archive(
@@ -199,13 +200,20 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         waiting = stack.enter_context(ExitStack())
         waiting.enter_context(scheduler.paused())
         await service.recover()
-        tasks.start_soon(engine.watch)
-        tasks.start_soon(policies.watch)
-        tasks.start_soon(pool.run)
-        tasks.start_soon(sessions.run)
-        tasks.start_soon(journal.keep_signing)
-        tasks.start_soon(archive.run)
+        for task in (
+            engine.watch,
+            policies.watch,
+            pool.run,
+            sessions.run,
+            archive.run,
+            service.callbacks.run,
+        ):
+            tasks.start_soon(task)
         sock = stack.enter_context(listening(config.socket, os.environ))
+        tasks.start_soon(
+            Descriptors(handles, Identity(config.callers)).serve,
+            stack.enter_context(listening_beside(config.socket)),
+        )
         stopping = anyio.Event()
         started = anyio.Event()
         tasks.start_soon(partial(serve_app, build(service), sock, config, started=started, stop=stopping))
@@ -218,6 +226,15 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         systemd.notify("STOPPING=1")
         stopping.set()
         tasks.cancel_scope.cancel()
+
+
+async def _open_sessions(config: Config, journal: Journal, stack: AsyncExitStack) -> tuple[Sessions, Handles]:
+    handles = Handles()
+    kept = [config.state, config.socket.path or default_socket()]
+    sessions = Sessions(journal, LayerStore(config.state / "sessions"), handles=handles, kept=kept)
+    await sessions.open()
+    stack.callback(sessions.close)
+    return sessions, handles
 
 
 def _say_ready(config: Config, engine: EngineProcess) -> None:

@@ -17,6 +17,7 @@ SandboxdError
 │   ├── ImageInUse                 image_in_use             409
 │   ├── PreconditionFailed         precondition_failed      412
 │   ├── TooLarge                   too_large                413
+│   ├── RangeNotSatisfiable        range_not_satisfiable    416
 │   ├── RequestTooWide             request_too_wide         422
 │   ├── PolicyInvalid              policy_invalid           422
 │   ├── ControlNotSupported        control_not_supported    422
@@ -76,6 +77,7 @@ __all__ = [
     "Pruned",
     "QueueFull",
     "QuotaExceeded",
+    "RangeNotSatisfiable",
     "Refused",
     "RequestTimeout",
     "RequestTooWide",
@@ -217,6 +219,13 @@ class TooLarge(Refused):
 
     code = "too_large"
     status = 413
+
+
+class RangeNotSatisfiable(Refused):
+    """Raised when a range lies outside of what there is; ``details["size"]`` says how much that is."""
+
+    code = "range_not_satisfiable"
+    status = 416
 
 
 class RequestTooWide(Refused):

@@ -212,8 +212,9 @@ class Plan(Data):
     inputs: tuple[InputRef, ...]
     tar: str | None
     """Digest of the tar, if any."""
-    artifacts: tuple[tuple[str, int | None], ...]
-    """Patterns that the policy releases, each with its largest file size."""
+    artifacts: tuple[tuple[Any, ...], ...]
+    """Patterns that the policy releases, each with its largest file size and what else files must be: the
+    fields of ``release.Rule``."""
     narrowed_artifacts: tuple[str, ...] | None
     commit: Literal["exited", "success", "always", "never"] | None = None
     """When its session keeps what it changed; None: it runs in none."""
@@ -310,7 +311,7 @@ def make_plan(policy: Policy, shape: Shape, request: Request) -> Plan:
         limits=_narrow(shape.limits, request.limits),
         inputs=inputs,
         tar=None if request.tar is None else canonical.digest_bytes(request.tar.decode()),
-        artifacts=tuple((artifact.path, artifact.max_size) for artifact in policy.artifacts),
+        artifacts=tuple(artifact.release() for artifact in policy.artifacts),
         narrowed_artifacts=_patterns(request.artifacts),
         commit=None if request.session is None else policy.commit,
     )

@@ -48,11 +48,17 @@ class Planner:
             )
         return self._policies.current.get(name)
 
-    def plan_for(self, caller: Caller, request: Request) -> tuple[Policy, plan.Plan]:
-        """What the request would run. Raises every refusal that does not depend on the daemon's load."""
-        policy = self.policy_for(caller, request.policy)
-        image = self._images.resolve(policy.image)
-        shape = plan.make_shape(policy, plan.ImageRef(image.name, image.digest))
+    def plan_for(
+        self, caller: Caller, request: Request, *, policy: Policy | None = None, image: str | None = None
+    ) -> tuple[Policy, plan.Plan]:
+        """What the request would run. Raises every refusal that does not depend on the daemon's load.
+
+        ``policy`` and ``image``, a digest, take the place of what is in force, for a call that is run again.
+        """
+        policy = policy or self.policy_for(caller, request.policy)
+        found = self._images.resolve(image or policy.image)
+        name = found.name if image is None else policy.image  # that of a digest is the digest
+        shape = plan.make_shape(policy, plan.ImageRef(name, found.digest))
         self._pool.lacks.refuse(shape)
         self._check_secrets(caller, shape)
         made = plan.make_plan(policy, shape, request)

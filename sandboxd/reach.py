@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
+from sandboxd.excerpt import excerpt
 from sandboxd.httprule import ambiguous
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ class Reach:
         denied = [rule for rule in _matching(self._deny, name) if port in (rule.ports or (port,))]
         allowed = [rule for rule in _matching(self._allow, name) if port in rule.ports]
         rules: tuple[Allow | Deny, ...] = (*denied, *allowed)
-        said = f"{asked.method[:32]} {asked.path.decode(errors='replace')[:1024]}"
+        said = f"{excerpt(asked.method, 32)} {excerpt(asked.path.decode(errors='replace'), 1024)}"
         of_paths = any(rule.http is not None and rule.http.paths for rule in rules)
         if of_paths and (why := ambiguous(asked.target)) is not None:
             return Decision(allowed=False, why=f"{said}: {why}")
@@ -242,6 +243,18 @@ class Reach:
             why=f"{address} is in {never}, which is reached only where the name's own rule (within) or "
             "a rule with a cidr inside it says so",
         )
+
+    def leads(self, address: Address, port: int) -> bool:
+        """Whether there is a rule by which a connection may be made to an address, whatever the name."""
+        if self._denied(address, port) is not None:
+            return False
+        never = _never(address)
+        rules = [rule for listed in self._allow.values() for rule in listed if port in rule.ports]
+        if never is None and rules:
+            return True
+        if never is not None and any(_leads(each, never, address) for rule in rules for each in rule.within):
+            return True
+        return self._allowed(address, port) is not None
 
     def _denied(self, address: Address, port: int) -> Decision | None:
         for network, deny in self._refused:

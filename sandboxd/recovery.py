@@ -14,6 +14,7 @@ when they have their turn or somebody asks for them. They run under the policy t
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -93,19 +94,29 @@ class Recovery(Runner):
 
         Nothing starts before the scheduler is no longer paused.
         """
+        await self._behind.restore()
+        self._tasks.start_soon(self._behind.run)
         ended = 0
-        callers: dict[tuple[int, int, tuple[int, ...]], Caller] = {}
+        await self.callbacks.recover()
+        callers: dict[tuple[int, int, str], Caller] = {}
         for row in await self._journal.open_calls():
-            had_container = row.started and row.state != State.QUEUED
-            if (row.tied or not row.known or had_container) and not await self._interrupted(row):
-                ended += 1
+            had_container = row.started and not row.resting
+            try:
+                if (row.tied or not row.known or had_container) and not await self._interrupted(row):
+                    ended += 1
+                    continue
+            except errors.JournalCorrupt:  # one that cannot be read is no reason to serve nobody
+                log.exception("a call of an earlier daemon cannot be read", id=row.id)
                 continue
             who = (row.uid, row.gid, row.groups)
             if who not in callers:
-                callers[who] = self._identify(row.uid, row.gid, frozenset(row.groups))
+                callers[who] = self._caller(row)
             self._lay_down(row, callers[who])
         if ended or self._dormant:
             log.warning("an earlier daemon's calls", ended=ended, queued=len(self._dormant))
+
+    def _caller(self, row: Open) -> Caller:
+        return self._identify(row.uid, row.gid, frozenset(json.loads(row.groups)))
 
     def _lay_down(self, row: Open, caller: Caller) -> None:
         ticket = Ticket(
@@ -161,7 +172,7 @@ class Recovery(Runner):
         outcome = ours("interrupted", INTERRUPTED)
         try:
             request = await self._journal.request(row.id)
-            caller = self._identify(row.uid, row.gid, frozenset(row.groups))
+            caller = self._caller(row)
             if row.serial is not None:
                 session, request = await self._enter(caller, request, row.serial)
                 session.leave()
@@ -228,6 +239,7 @@ class Recovery(Runner):
         await self._journal.ended(done, records.outcome_header(done))
         finish(spool, done, durable=True)
         self.ended[outcome.cause] += 1
+        self.callbacks.ended(done)
         return done
 
     async def _wake(self, id: str) -> None:
@@ -243,13 +255,17 @@ class Recovery(Runner):
             except errors.SandboxdError as error:
                 log.exception("a call that waited cannot be run", id=id)
                 await self._refuse(id, ticket, error)
+            except Exception as error:  # a bug of ours must still leave an outcome, and the daemon
+                log.exception("internal error", id=id)
+                fault = f"internal error: {type(error).__name__}"
+                await self._refuse(id, ticket, errors.SandboxdError(fault))
 
     async def _wake_up(self, row: Open, ticket: Ticket) -> None:
         invocation = await self._journal.get(row.id)
         if invocation is None:
             raise errors.JournalCorrupt(f"invocation {row.id} in the journal cannot be read", id=row.id)
         request = await self._journal.request(row.id)
-        caller = self._identify(row.uid, row.gid, frozenset(row.groups))
+        caller = self._caller(row)
         if row.serial is None:
             await self._wake_in(row, ticket, invocation, request, caller, session=None)
             return
@@ -307,9 +323,11 @@ class Recovery(Runner):
         call.decided.set()
         if made.holds > ticket.memory and ticket.granted:  # its policy has changed: it waits for that much
             self._scheduler.rest(ticket)
-            ticket.memory = made.holds
+            ticket.memory, ticket.cpus = made.holds, made.limits.cpus
             ticket.on_grant = call.granted
             self._scheduler.enqueue(ticket)
+        elif not ticket.granted:
+            ticket.memory, ticket.cpus = made.holds, made.limits.cpus
         ticket.on_grant = call.granted
         if ticket.granted:
             call.granted()
@@ -320,7 +338,6 @@ class Recovery(Runner):
     async def _refuse(self, id: str, ticket: Ticket, error: errors.SandboxdError) -> None:
         """End a call that what is in force now does not let run."""
         self._scheduler.leave(ticket)
-        invocation = await self._journal.get(id)
         if isinstance(error, errors.Refused):
             message = f"The call waited while the daemon was restarted, and is refused now: {error}"
             failure = Failure(code=error.code, message=str(error), details=error.details)
@@ -329,6 +346,12 @@ class Recovery(Runner):
             outcome = ours(error.code, str(error))
         if (serial := self._rows[id].serial) is not None:
             self.sessions.let_go(serial)
-        del self._dormant[id], self._rows[id]
-        if invocation is not None:
-            await self._close(invocation, outcome)
+        try:
+            invocation = await self._journal.get(id)
+            if invocation is not None:
+                await self._close(invocation, outcome)
+        except errors.SandboxdError:  # it stays in the journal, for the next daemon
+            log.exception("the outcome could not be written", id=id)
+        finally:
+            self._dormant.pop(id, None)
+            self._rows.pop(id, None)

@@ -22,6 +22,8 @@ from urllib.parse import quote, quote_plus
 
 from ahocorasick_rs import BytesAhoCorasick, Implementation
 
+from sandboxd.excerpt import CUT
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
@@ -168,6 +170,7 @@ class _Patterns:
 
     def open(self, text: bytes) -> int:
         """How many bytes at the end may be the beginning of a form: the most."""
+        text = text.lower() if self._folded else text
         return max((_open(text, form) for form in self._forms), default=0)
 
 
@@ -202,6 +205,12 @@ class Redactor:
         self._patterns = _Patterns(self._secrets)
         self._folded = None
 
+    def probe(self) -> Redactor:
+        """One that looks for the same and counts by itself."""
+        found = Redactor({})
+        found._patterns = self._patterns
+        return found
+
     def stream(self) -> Stream:
         """For one of the call's streams."""
         return Stream(self)
@@ -215,11 +224,20 @@ class Redactor:
         return self.data(text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
 
     def name(self, text: str) -> str:
-        """A name of which the case was lost, such as that of a host."""
+        """A name of which the case was lost, such as that of a host; and no half of any, where it was cut."""
         if self._folded is None:
             self._folded = _Patterns(self._secrets, folded=True)
+        *cut, last = self._whole_name(self._folded, text).split(CUT)
+        return CUT.join([*(self._beginning(self._folded, piece) for piece in cut), last])
+
+    def _whole_name(self, patterns: _Patterns, text: str) -> str:
         data = text.encode("utf-8", "surrogatepass")
-        return self._run(self._folded, data, 0, last=True)[0].decode("utf-8", "surrogatepass")
+        return self._run(patterns, data, 0, last=True)[0].decode("utf-8", "surrogatepass")
+
+    def _beginning(self, patterns: _Patterns, text: str) -> str:
+        """A text whose end was cut off, without what may have been the beginning of a secret there."""
+        data = text.encode("utf-8", "surrogatepass")
+        return self._run(patterns, data, 0, last=False)[0].decode("utf-8", "ignore")
 
     def _run(self, patterns: _Patterns, raw: bytes, covered: int, *, last: bool) -> tuple[bytes, bytes, int]:
         """What may go out, what is held back, and how much of that is behind a marker that went out."""

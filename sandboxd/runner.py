@@ -17,6 +17,8 @@ import anyio.to_thread
 import structlog
 
 from sandboxd import errors
+from sandboxd.callbacks import Callbacks
+from sandboxd.journal.behind import Behind
 from sandboxd.ledger import Ledger, finish, streams_of
 from sandboxd.models import Cause, Event, FailedAttempt, State
 from sandboxd.network.entrance import Entrances
@@ -73,7 +75,9 @@ class Runner(Ledger):
         self._entrances = Entrances(gateway)
         self._scheduler = scheduler
         self._tasks = tasks
+        self._behind = Behind(journal, spools)
         self.ended: Counter[Cause] = Counter()
+        self.callbacks = Callbacks(journal)
 
     async def _run(self, call: Call) -> None:
         try:
@@ -241,6 +245,10 @@ class Runner(Ledger):
     def _put_away(self, call: Call) -> None:
         """Let go of a call that waits for a later daemon."""
         call.spool.leave()
+        self._let_go(call)
+
+    def _let_go(self, call: Call) -> None:
+        """Close what a call holds, and say that no task of this daemon has it any more."""
         call.stdin.close()
         call.held.release()
         call.secrets.close()
@@ -258,9 +266,9 @@ class Runner(Ledger):
             call.ended.set()
             return
         invocation, session = call.invocation, call.session
-        outcome = await _kept(call.spool, result.outcome)
-        if outcome is not result.outcome and session is not None:
-            await session.abandon()  # what is kept goes by an outcome that it does not have
+        outcome, output = await _kept(call.spool, result.outcome)
+        if session is not None and outcome is not result.outcome:
+            await session.abandon()  # a failure of ours leaves nothing in it
         done = invocation.model_copy(
             update={
                 "state": State.ENDED,
@@ -277,11 +285,25 @@ class Runner(Ledger):
                 **({} if session is None else session.checkpoints),
             }
         )
+        recorded = await self._record(call, done, output)
+        call.invocation = done
         try:
-            also = None if session is None else session.commit
-            await self._journal.ended(done, header(done, call.plan), also=also)
-            if session is not None:
-                session.committed()
+            finish(call.spool, done, durable=False)
+        except errors.HostFailed:
+            log.exception("the end of the events could not be written", id=done.id)
+        self._let_go(call)
+        if recorded:
+            self._recorded(done, output)
+        if done.outcome is not None:
+            self.ended[done.outcome.cause] += 1
+        log.info("ended", id=done.id, cause=done.outcome.cause if done.outcome else None)
+
+    async def _record(self, call: Call, done: Invocation, output: bytes | None) -> bool:
+        """Write an outcome, and with it what its session keeps; False when that is tried again later."""
+        session = call.session
+        also = None if session is None else session.commit
+        try:
+            await self._journal.ended(done, header(done, call.plan), also=also, output=output)
         except errors.SandboxdError as error:
             if session is not None:
                 await session.abandon()
@@ -289,45 +311,47 @@ class Runner(Ledger):
             log.exception("the outcome could not be written", id=done.id)
             done.outcome = ours("host", f"the outcome could not be recorded: {error}")
             self._unrecorded[done.id] = done
-            self._tasks.start_soon(self._record_later, done, call.plan)
-        call.invocation = done
-        try:
-            finish(call.spool, done, durable=False)
-        except errors.HostFailed:
-            log.exception("the end of the events could not be written", id=done.id)
-        call.stdin.close()
-        call.held.release()
-        call.secrets.close()
+            self._tasks.start_soon(self._record_later, done, call.plan, output)
+            return False
         if session is not None:
-            session.leave()
-        self._flying.pop(done.id, None)
-        call.ended.set()
-        if done.outcome is not None:
-            self.ended[done.outcome.cause] += 1
-        log.info("ended", id=done.id, cause=done.outcome.cause if done.outcome else None)
+            session.committed()
+        return True
 
-    async def _record_later(self, done: Invocation, made: plan.Plan) -> None:
+    def _recorded(self, done: Invocation, output: bytes | None) -> None:
+        """See to what may come after the outcome is on disk."""
+        if output is not None:
+            self._behind.add(done.id)
+        self.callbacks.ended(done)
+
+    async def _record_later(self, done: Invocation, made: plan.Plan, output: bytes | None) -> None:
         """Try again until the outcome that was told is written too, before a later daemon gives another."""
         while done.id in self._unrecorded:
             await anyio.sleep(RECORD_AGAIN)
             try:
-                await self._journal.ended(done, header(done, made))
+                await self._journal.ended(done, header(done, made), output=output)
             except errors.HostFailed:
                 continue
             except errors.SandboxdError:
                 log.exception("the outcome cannot be written", id=done.id)
             self._unrecorded.pop(done.id, None)
+            self._recorded(done, output)
 
 
-async def _kept(spool: Spool, outcome: Outcome | None) -> Outcome | None:
-    """The outcome once the output that it names is on disk; another one where that cannot be."""
-    if spool.stored:
-        try:
+async def _kept(spool: Spool, outcome: Outcome) -> tuple[Outcome, bytes | None]:
+    """The outcome once the output that it names is on disk, or with a copy that will be with it.
+
+    Another one where that cannot be.
+    """
+    if not spool.stored:
+        return outcome, None
+    try:
+        copy = spool.copy()
+        if copy is None:
             await anyio.to_thread.run_sync(spool.sync)
-        except errors.HostFailed as error:
-            log.exception("the output could not be kept")
-            return ours(error.code, str(error))
-    return outcome
+    except errors.HostFailed as error:
+        log.exception("the output could not be kept")
+        return ours(error.code, str(error)), None
+    return outcome, copy
 
 
 def _streams(spool: Spool, name: str) -> dict[str, Content]:

@@ -40,7 +40,7 @@ def _nothing() -> None:
     """Nobody waits to be told."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Ticket:
     """A call in the queue: ``memory`` in bytes, ``cpus`` in thousandths.
 
@@ -64,9 +64,6 @@ class Ticket:
         """Whether it holds a slot now."""
         return self.state == "running"
 
-    def __lt__(self, other: Ticket) -> bool:
-        return (-self.priority, self.order) < (-other.priority, other.order)
-
 
 @dataclass(eq=False)
 class _Share:
@@ -78,22 +75,23 @@ class _Share:
     waiting: int = 0
     """Calls in the queue, those included that wait for another of their series."""
     turns: float = 0.0
-    ready: list[Ticket] = field(default_factory=list)
+    ready: list[tuple[int, int, Ticket]] = field(default_factory=list)
+    """By priority, then order; no two have both."""
     withdrawn: int = 0
     listed: bool = False
 
     def head(self) -> Ticket | None:
         """The call that goes next."""
-        while self.ready and self.ready[0].state != "waiting":
+        while self.ready and self.ready[0][2].state != "waiting":
             heapq.heappop(self.ready)
             self.withdrawn -= 1
-        return self.ready[0] if self.ready else None
+        return self.ready[0][2] if self.ready else None
 
     def withdraw(self) -> None:
         """One of ``ready`` was marked."""
         self.withdrawn += 1
         if self.withdrawn * 2 > len(self.ready) > 16:
-            self.ready = [ticket for ticket in self.ready if ticket.state == "waiting"]
+            self.ready = [entry for entry in self.ready if entry[2].state == "waiting"]
             heapq.heapify(self.ready)
             self.withdrawn = 0
 
@@ -181,7 +179,7 @@ class Scheduler:
 
     def _make_ready(self, share: _Share, ticket: Ticket) -> None:
         ticket.state = "waiting"
-        heapq.heappush(share.ready, ticket)
+        heapq.heappush(share.ready, (-ticket.priority, ticket.order, ticket))
         self._list(share)
 
     def _list(self, share: _Share) -> None:

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
+import anyio
 import anyio.to_thread
 import structlog
 
 from sandboxd import errors, models
 from sandboxd.call import off_the_loop
-from sandboxd.calls import Calls
+from sandboxd.calls import Again, Calls
 from sandboxd.journal.records import Refusal
 from sandboxd.metrics import Numbers, exposition
 from sandboxd.policy import check_text, explain
 from sandboxd.pool import Fate, HandOver
+from sandboxd.replay import compared, prepared, replayable
+from sandboxd.sessionfiles import SessionFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from sandboxd.api.identity import Caller
     from sandboxd.archive import Archive
@@ -60,6 +64,7 @@ class DaemonService(Calls):
         self._policies = policies
         self._images = images
         self.config = config
+        self.files = SessionFiles(sessions, config.state / "sessions")
         self._archive = archive
         self._version = version
         self._engine_name = engine_name
@@ -182,6 +187,75 @@ class DaemonService(Calls):
                 raise errors.NotPermitted("only operators search the calls of others", uid=query.uid)
             query = replace(query, uid=caller.uid)
         return await self._archive.search(query)
+
+    async def replay(self, caller: Caller, id: str, policy: str | None) -> models.Replay:  # noqa: A002
+        """Run a recorded call again, and say what differs. Its going away cancels it.
+
+        Raises NotFound, StateConflict, Pruned, NotPermitted, PolicyInvalid, and what ``submit`` does.
+        """
+        recorded = await self.get(caller, id)
+        replayable(recorded)
+        request = await self._journal.request(id)
+        under = await self._recorded_policy(caller, recorded, strict=policy is None)
+        asked = prepared(request, recorded, policy or recorded.policy.name)
+        again = None if policy is not None else Again(under, recorded.image.digest)
+        async with self._fork_of(caller, recorded) as session:
+            asked = asked.model_copy(update={"session": session})
+            accepted = await self.submit(caller, asked, tied=True, again=again)
+            try:
+                done = await self.wait(caller, accepted.id)
+            except BaseException:
+                with anyio.CancelScope(shield=True):
+                    await self.cancel(caller, accepted.id)
+                raise
+        return compared(recorded, done, request, under)
+
+    async def _recorded_policy(
+        self, caller: Caller, recorded: models.Invocation, *, strict: bool
+    ) -> Policy | None:
+        """The policy that a call ran under; None where it is not to be had, unless ``strict``."""
+        name, digest = recorded.policy.name, recorded.policy.digest
+        try:
+            found = await self._archive.recorded_policy(name, digest)
+        except (errors.NotFound, errors.PolicyInvalid):
+            if strict:
+                raise
+            return None
+        if strict:
+            in_force = self._policies.current.policies.get(name)
+            if not caller.may_use(name):
+                raise errors.NotPermitted(f"policy {name!r} is not yours to use")
+            if not caller.sees_all and (in_force is None or in_force.digest != digest):
+                raise errors.NotPermitted(
+                    f"policy {name!r} has changed since; only operators run a call again as it was then. "
+                    "Name a policy to run it under that",
+                )
+        return found
+
+    @asynccontextmanager
+    async def _fork_of(self, caller: Caller, recorded: models.Invocation) -> AsyncIterator[str | None]:
+        """A session that stands where the call's did before it, for as long as this lasts."""
+        if recorded.session is None:
+            yield None
+            return
+        if recorded.checkpoint_before is None:
+            raise errors.NotFound(f"call {recorded.id!r} does not say where its session stood")
+        fork = models.SessionFork(checkpoint=recorded.checkpoint_before)
+        found = await self.sessions.fork(caller, recorded.session, fork)
+        try:
+            yield found.id
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self.sessions.delete(caller, found.id)
+
+    async def lineage(self, caller: Caller, digest: str) -> models.Lineage:
+        """The caller's calls that released a content, or all for an operator. Raises NotFound."""
+        return await self._archive.lineage(digest, None if caller.sees_all else caller.uid)
+
+    def blob(self, digest: str, start: int, length: int) -> AsyncIterator[bytes]:
+        """Bytes of a content that ``lineage`` or ``artifact`` found for the caller. Raises JournalCorrupt."""
+        self._archive.present(digest)
+        return self._archive.blob(digest, start, length)
 
     async def prune(self, caller: Caller, *, age: int | None, size: int | None) -> models.Pruning:
         """Remove the oldest bodies, output and artifacts now. Raises NotPermitted."""

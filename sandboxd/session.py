@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -19,17 +20,22 @@ from sandboxd.workspace import layer, tables
 if TYPE_CHECKING:
     import sqlite3
     from collections import Counter
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import ExitStack
+    from pathlib import Path
 
     from sandboxd.engine.base import Slot
     from sandboxd.journal import Journal
     from sandboxd.models import Outcome
+    from sandboxd.workspace.checkout import Checkout
     from sandboxd.workspace.store import LayerStore
     from sandboxd.workspace.tables import Checkpoint, Row, Stack
     from sandboxd.workspace.turns import Turns
 
-__all__ = ["CallSession", "Commit"]
+__all__ = ["OWNER", "CallSession", "Commit", "lowest"]
+
+OWNER = (1000, 1000)
+"""Who has what is made from outside where nothing says whose it is: the tool of a policy that names none."""
 
 Commit = Literal["exited", "success", "always", "never"]
 
@@ -50,6 +56,19 @@ def _keeps(commit: Commit, outcome: Outcome) -> bool:
             return outcome.cause is Cause.EXITED and outcome.exit_code == 0
         case "never":
             return False
+
+
+@contextmanager
+def lowest(checkout: Checkout | None) -> Iterator[tuple[int, ...]]:
+    """The caller's directory, if there is one, as the lowest layer of a view. Blocks."""
+    if checkout is None:
+        yield ()
+        return
+    mount = checkout.mapped(*OWNER, slot=0)
+    try:
+        yield (mount,)
+    finally:
+        os.close(mount)
 
 
 @dataclass(frozen=True)
@@ -74,6 +93,7 @@ class CallSession:
         turns: Turns,
         held: Counter[int],
         kept: Callable[[Checkpoint, int], None],
+        checkout: Checkout | None = None,
     ) -> None:
         """``share`` and ``held``: what all the caller's sessions may hold and do."""
         self.row = row
@@ -83,6 +103,7 @@ class CallSession:
         self._turns = turns
         self._held = held
         self._on_kept = kept
+        self._checkout = checkout
         self.call = ""
         """The call's id, and when its policy has its files kept."""
         self.policy: Commit = "never"
@@ -146,6 +167,7 @@ class CallSession:
             store=self._store.layers,
             places=self._store.mounts,
             empty=self._store.empty.name,
+            checkout=self._checkout,
             stack=stack,
         )
 
@@ -160,10 +182,14 @@ class CallSession:
         """
         assert self._start is not None  # noqa: S101
         assert slot.stacked is not None  # noqa: S101
-        upper, start = slot.stacked.upper_fd, self._start
+        upper = slot.stacked.upper_fd
         if self._is_unchanged(upper, slot.id_base):
             return
-        name, figures = self._store.take(upper, slot.id_base)
+        self._kept(*self._store.take(upper, slot.id_base))
+
+    def _kept(self, name: str, figures: layer.Figures) -> Checkpoint:
+        assert self._start is not None  # noqa: S101
+        start = self._start
         try:
             self._check_quota(start, figures)
         except BaseException:
@@ -179,8 +205,22 @@ class CallSession:
             size=figures.size,
             inodes=figures.inodes,
             created=time.time_ns() // 1000,
-            call=self.call,
+            call=self.call or None,
         )
+        return self._made
+
+    def make(self, fill: Callable[[Sequence[Path | int], int], None]) -> Checkpoint:
+        """The same of a layer that ``fill`` makes over the session's, in an empty directory."""
+        assert self._start is not None  # noqa: S101
+        below = tuple(self._store.path(name) for name in self._start.stack.layers)
+
+        def filled(into: int, _: int) -> layer.Figures:
+            with lowest(self._checkout) as bottom:
+                fill((*below, *bottom), into)
+            return layer.measure(into)
+
+        name, figures = self._store.add(filled)
+        return self._kept(name, figures)
 
     def _is_unchanged(self, upper: int, base: int) -> bool:
         assert self._start is not None  # noqa: S101
@@ -215,7 +255,7 @@ class CallSession:
         start = self._start
         if start is None:
             return
-        tables.touch(connection, start.row, at=time.time_ns() // 1000, called=True)
+        tables.touch(connection, start.row, at=time.time_ns() // 1000, called=bool(self.call))
         if self._made is None:
             return
         failpoint("session.commit")

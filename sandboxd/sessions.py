@@ -12,11 +12,13 @@ away.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter, deque
-from dataclasses import replace
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import anyio
 import anyio.to_thread
@@ -24,23 +26,26 @@ import structlog
 from uuid6 import uuid7
 
 from sandboxd import errors, models, units
-from sandboxd.session import CallSession
+from sandboxd.init import LAUNCH
+from sandboxd.session import OWNER, CallSession
 from sandboxd.workspace import tables
+from sandboxd.workspace.checkout import Checkout
 from sandboxd.workspace.layer import Figures
 from sandboxd.workspace.merge import merge
 from sandboxd.workspace.turns import Turns
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from pathlib import Path
 
     from sandboxd.api.identity import Caller
     from sandboxd.journal import Journal
+    from sandboxd.workspace.handles import Handles
     from sandboxd.workspace.store import LayerStore
     from sandboxd.workspace.tables import Checkpoint, Row, Stack
 
-__all__ = ["Sessions"]
+__all__ = ["Sessions", "Standing"]
 
 LOOK = 1.0  # seconds between two looks for sessions whose time is over
 MOST = 500  # of a page
@@ -56,8 +61,14 @@ def _now() -> int:
 class Sessions:
     """For one event loop; ``run`` is to be a task of it. What belongs to another caller is not found."""
 
-    def __init__(self, journal: Journal, store: LayerStore) -> None:
+    def __init__(
+        self, journal: Journal, store: LayerStore, *, handles: Handles, kept: Sequence[Path] = ()
+    ) -> None:
+        """``handles`` are of directories that callers have passed; none is, or has, what is ``kept``."""
         self._journal = journal
+        self._handles = handles
+        self._own = kept
+        self._checkouts: dict[str, Checkout] = {}
         self._store = store
         self._turns = Turns()
         self._held: Counter[int] = Counter()
@@ -101,11 +112,72 @@ class Sessions:
     # What callers ask for.
 
     async def create(self, caller: Caller, asked: models.SessionRequest) -> models.SessionInfo:
-        """A new session without files. Raises SessionExists, QuotaExceeded, NotPermitted."""
+        """A new session, without files but for those of a directory that its caller lends.
+
+        Raises SessionExists, QuotaExceeded, NotPermitted; NotFound, InvalidRequest for the directory.
+        """
         id_, now = str(uuid7()), _now()
         first = tables.make_checkpoint(str(uuid7()), id_, caller.uid, None, created=now)
         row = self._row(caller, asked, id_=id_, at=first.id, now=now)
-        return await self._insert(caller, row, first)
+        if asked.checkout is None:
+            return await self._insert(caller, row, first)
+        checkout = await self._lent(id_, asked.checkout, caller)
+        self._checkouts[id_] = checkout
+        try:
+            return await self._insert(caller, replace(row, checkout=_identity(checkout)), first)
+        except BaseException:
+            self._let_go(id_)
+            raise
+
+    async def lend(self, caller: Caller, named: str, handle: str) -> models.SessionInfo:
+        """Give a session its directory again. Raises NotFound, StateConflict for another one."""
+        row = await self._find(caller, named)
+        if row.checkout is None or row.uid != caller.uid:
+            raise errors.StateConflict(f"session {named!r} stands on no directory of yours")
+        if row.id in self._checkouts:
+            return await self._info(row)
+        checkout = await self._lent(row.id, handle, caller)
+        if _identity(checkout) != row.checkout:
+            checkout.close()
+            raise errors.StateConflict(f"session {named!r} stands on another directory than the one passed")
+        self._checkouts[row.id] = checkout
+        return await self._info(row)
+
+    async def _lent(self, id_: str, handle: str, caller: Caller) -> Checkout:
+        with (handed := self._handles.take(handle, caller.uid)) as directory:
+
+            def lend() -> Checkout:
+                place = self._store.mounts / f"checkout-{id_}"
+                checkout = Checkout.of(directory, handed.owner, place=place, launcher=LAUNCH, kept=self._own)
+                try:
+                    os.close(checkout.mapped(*OWNER, slot=0))  # a file system that cannot is refused now
+                except BaseException:
+                    checkout.close()
+                    raise
+                return checkout
+
+            return await anyio.to_thread.run_sync(lend)
+
+    def _let_go(self, id_: str) -> None:
+        checkout = self._checkouts.pop(id_, None)
+        if checkout is not None:
+            checkout.close()
+
+    def close(self) -> None:
+        """Let go of every directory that is lent."""
+        for id_ in list(self._checkouts):
+            self._let_go(id_)
+
+    def _checkout_of(self, row: Row) -> Checkout | None:
+        """Raises StateConflict where the daemon has to be given it again."""
+        found = self._checkouts.get(row.id)
+        if row.checkout is not None and found is None:
+            raise errors.StateConflict(
+                f"session {row.name or row.id!r} stands on a directory of its caller's, which the daemon "
+                "has no more since it was restarted; pass the directory again",
+                session=row.id,
+            )
+        return found
 
     async def fork(self, caller: Caller, named: str, asked: models.SessionFork) -> models.SessionInfo:
         """A new session that begins with a checkpoint of another of the caller's.
@@ -113,6 +185,10 @@ class Sessions:
         Raises NotFound, SessionExists, QuotaExceeded, NotPermitted.
         """
         source = await self._find(caller, named)
+        if source.checkout is not None:
+            raise errors.StateConflict(
+                f"session {named!r} stands on a directory of its caller's, which changes; it cannot be forked"
+            )
         start = source.head
         if asked.checkpoint is not None:
             start = (await self._checkpoint(source, asked.checkpoint)).id
@@ -239,8 +315,65 @@ class Sessions:
                 await self._journal.write(lambda connection: tables.mark_gone(connection, row.id))
             finally:
                 self._removing.discard(row.id)
+        self._let_go(row.id)
         self._to_prune.append(row.id)
         self._wake.set()
+
+    # What its files are read and changed for.
+
+    @asynccontextmanager
+    async def standing(
+        self, caller: Caller, named: str, *checkpoints: str | None
+    ) -> AsyncIterator[tuple[Standing, ...]]:
+        """What checkpoints are made of: ids, digests, ``origin``, or None for where the session stands.
+
+        The session is not removed meanwhile. Raises NotFound.
+        """
+        row = await self._find(caller, named)
+        checkout = self._checkout_of(row)
+        self._turns.enter(row.id)
+        try:
+            ids = [await self._named(row, one) for one in checkpoints]
+            stacks = await self._journal.read(
+                lambda connection: [tables.stack_of(connection, one) for one in ids]
+            )
+            yield tuple(
+                Standing(id_, tuple(self._paths(stack.layers)), checkout)
+                for id_, stack in zip(ids, stacks, strict=True)
+            )
+        finally:
+            self._turns.leave(row.id)
+
+    async def _named(self, row: Row, checkpoint: str | None) -> str:
+        if checkpoint is None:
+            current = await self._journal.read(lambda connection: tables.find(connection, row.id, None))
+            return row.head if current is None else current.head
+        if checkpoint == "origin":
+            return row.origin
+        return (await self._checkpoint(row, checkpoint)).id
+
+    async def change(
+        self, caller: Caller, named: str, fill: Callable[[Sequence[Path | int], int], None]
+    ) -> models.CheckpointInfo:
+        """A checkpoint of a change from outside; it waits for its turn, as a call does.
+
+        ``fill`` makes a layer over others in an empty directory, in a thread. Raises NotFound, QuotaExceeded,
+        WorkspaceUnfit, HostFailed, and what ``fill`` raises; then nothing has changed.
+        """
+        hold = await self.enter(caller, named, None)
+        try:
+            await hold.begin()
+            made = await anyio.to_thread.run_sync(hold.make, fill)
+            try:
+                await self._journal.write(hold.commit)
+            except BaseException:
+                with anyio.CancelScope(shield=True):
+                    await hold.abandon()
+                raise
+            hold.committed()
+        finally:
+            hold.leave()
+        return _checkpoint_info(made, made.id)
 
     # What calls ask for.
 
@@ -258,6 +391,7 @@ class Sessions:
             )
         if row.id in self._removing:
             raise errors.NotFound(f"no session {named!r} of yours")
+        checkout = self._checkout_of(row)
         self._turns.enter(row.id)
         return CallSession(
             row,
@@ -267,6 +401,7 @@ class Sessions:
             turns=self._turns,
             held=self._held,
             kept=self._kept,
+            checkout=checkout,
         )
 
     def hold(self, id_: str) -> None:
@@ -335,9 +470,15 @@ class Sessions:
             size=stack.size,
             inodes=stack.inodes,
             layers=len(stack.layers),
+            checkout=self._lending(row),
             calls=row.calls,
             in_flight=self._turns.inside(row.id),
         )
+
+    def _lending(self, row: Row) -> Literal["lent", "missing"] | None:
+        if row.checkout is None:
+            return None
+        return "lent" if row.id in self._checkouts else "missing"
 
     async def _expire(self) -> None:
         over = await self._journal.read(lambda connection: tables.expired(connection, _now()))
@@ -361,9 +502,24 @@ class Sessions:
                 await anyio.to_thread.run_sync(self._store.remove, name)
             complete = found.complete
 
+    async def _bottom(self, checkpoint: str) -> tuple[Path, ...] | None:
+        """What is below all layers of a session; None where it stands on a directory that is not there."""
+
+        def read(connection: sqlite3.Connection) -> Row | None:
+            found = tables.checkpoint(connection, checkpoint)
+            return None if found is None else tables.find(connection, found.session or "", None)
+
+        row = await self._journal.read(read)
+        if row is None or row.checkout is None:
+            return ()
+        return (self._checkouts[row.id].place,) if row.id in self._checkouts else None
+
     async def _merge(self, checkpoint: str) -> None:
         """Make layers below a checkpoint into fewer; what goes wrong is tried again with a later call."""
         wanted = await self._journal.read(lambda connection: tables.due(connection, checkpoint))
+        bottom = await self._bottom(checkpoint)
+        if bottom is None:
+            return
         for end, span, below in wanted:
 
             def read(
@@ -378,7 +534,7 @@ class Sessions:
 
             def fill(into: int, _: int, upper: Stack = upper, lower: Stack = lower) -> Figures:
                 size, inodes = merge(
-                    tuple(self._paths(upper.layers)), into, below=tuple(self._paths(lower.layers))
+                    tuple(self._paths(upper.layers)), into, below=(*self._paths(lower.layers), *bottom)
                 )
                 return Figures("", size, inodes)
 
@@ -388,6 +544,20 @@ class Sessions:
                 lambda connection, made=made: tables.insert_merge(connection, made)  # type: ignore[misc]
             ):
                 await anyio.to_thread.run_sync(self._store.remove, name)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A checkpoint's id, and its layers, the newest first; below them, what its caller has lent."""
+
+    checkpoint: str
+    layers: tuple[Path, ...]
+    checkout: Checkout | None
+
+
+def _identity(checkout: Checkout) -> str:
+    device, inode = checkout.identity
+    return f"{device:x}:{inode}"
 
 
 class _Alone:

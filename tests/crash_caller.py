@@ -48,6 +48,7 @@ def told(found: models.Invocation) -> dict[str, Any]:
         "streams": [[s.digest, s.size] for s in (found.stdout, found.stderr) if s is not None],
         "attempts": found.attempts,
         "artifacts": [[a.path, a.digest] for a in found.artifacts],
+        "checkpoints": [found.session, found.checkpoint_before, found.checkpoint_after],
     }
 
 

@@ -25,15 +25,17 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from crash_caller import KINDS, SESSION, told
 from daemons import PATIENCE, Daemon, slots_of, start_daemon, until
 
-from sandboxd import canonical, errors
+from sandboxd import canonical, errors, models
 from sandboxd.failpoint import VARIABLE
 from sandboxd.journal import schema, verify
+from sandboxd.workspace import layer, tables
+from sandboxd.workspace.view import View
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import TracebackType
 
-    from sandboxd import Client, models
+    from sandboxd import Client
 
 __all__ = ["Crashing", "names_in_source"]
 
@@ -332,8 +334,58 @@ class Crashing:
             self._check_content(client, found)
         self._check_sessions(client, [row[:2] for row in rows])
         assert list((self.state / "blobs" / "tmp").iterdir()) == []
+        self._check_layers()
         daemon = self.daemon
         until(lambda: not slots_of(daemon), "no container is left")
+
+    def _check_layers(self) -> None:
+        """Each session has what its calls did that are recorded as ended by themselves, and nothing else."""
+        layers = self.state / "sessions" / "layers"
+        connection = schema.connect_reader(self.state / "journal.sqlite3")
+        try:
+            sessions = connection.execute("SELECT id, head FROM sessions").fetchall()
+            ended = connection.execute("SELECT doc FROM invocations WHERE doc IS NOT NULL").fetchall()
+            calls = [models.Invocation.model_validate_json(doc) for (doc,) in ended]
+            kept = connection.execute(
+                "SELECT layer, content, digest, call FROM checkpoints WHERE layer IS NOT NULL"
+            ).fetchall()
+            stacks = {
+                id_: [layers / name for name in tables.stack_of(connection, head).layers]
+                for id_, head in sessions
+            }
+        finally:
+            connection.close()
+        of_call = {call: digest for _, _, digest, call in kept}
+        for id_, stack in stacks.items():
+            done = [
+                one
+                for one in calls
+                if (one.session, one.key is None) == (id_, False)
+                and one.outcome is not None
+                and one.outcome.cause == "exited"
+            ]
+            with View(stack) as view:
+                log = view.find(b"log")
+                content = b"" if log is None else b"".join(view.content(log))
+            assert Counter(content.decode().split()) == Counter(one.key for one in done)
+            assert all(of_call[one.id] == one.checkpoint_after for one in done)
+        assert {one.id for one in calls if one.checkpoint_after != one.checkpoint_before} == set(of_call)
+        for name, digest, _, _ in self._some(kept, MANY):
+            fd = os.open(layers / name, layer.DIRECTORY)
+            try:
+                assert layer.measure(fd).digest == digest
+            finally:
+                os.close(fd)
+
+        def referenced() -> bool:
+            connection = schema.connect_reader(self.state / "journal.sqlite3")
+            try:
+                known = tables.referenced(connection)
+            finally:
+                connection.close()
+            return {one.name for one in layers.iterdir()} == known | {"empty"}
+
+        until(referenced, "no layer is there that nothing refers to")
 
     def _check_sessions(self, client: Client, rows: list[tuple[str, str]]) -> None:
         """What a session's files hold is what the records of its calls say, in their order."""

@@ -23,6 +23,7 @@ import psutil
 import pytest
 
 from sandboxd import Client, errors
+from sandboxd.api.descriptors import path_beside
 from sandboxd.engine.host import instance_name
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class Daemon:
             if not directory.stat().st_mode & 0o001:
                 directory.chmod(directory.stat().st_mode | 0o011)
         self.socket.chmod(0o666)
+        path_beside(self.socket).chmod(0o666)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Stop it and return its exit status."""

@@ -29,6 +29,10 @@ POLICIES = {
     "kept": "version: 1\nname: kept\nextends: default\nlimits:\n  wall: 20s\n",
     "success": "version: 1\nname: success\nextends: kept\ncommit: success\n",
     "always": "version: 1\nname: always\nextends: kept\ncommit: always\nlimits: {wall: 1s}\n",
+    "again": (
+        "version: 1\nname: again\nextends: always\nlimits: {wall: 1s}\n"
+        "retry: {backoff: 1ms..2ms, wall_time: {times: 2, raise: {wall: 3s}}}\n"
+    ),
     "never": "version: 1\nname: never\nextends: kept\ncommit: never\n",
     "root": "version: 1\nname: root\nextends: kept\nprocess: {user: 0}\n",
     "snakes": "version: 1\nname: snakes\nextends: kept\nimage: python\n",

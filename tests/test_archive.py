@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 
 import anyio
 import pytest
-from journals import behind, record
+from journals import behind, call, record
 
 from sandboxd import archive as archive_module
 from sandboxd import errors, models
 from sandboxd.archive import Archive
 from sandboxd.blobs import BlobStore
 from sandboxd.config import Retention
-from sandboxd.journal import Journal
+from sandboxd.journal import Accepted, Journal
+from sandboxd.journal.requests import Open, describe
 from sandboxd.journal.search import Query
 from sandboxd.policy import shipped_policies
 from sandboxd.reload import PolicyStore
@@ -163,6 +164,16 @@ async def test_bodies_go_and_records_stay(tmp_path: Path) -> None:
         assert await archive.prune(HOUR, None) == models.Pruning()
 
 
+async def test_a_record_that_lost_its_invocation_is_no_end_of_pruning(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (journal, _):
+        one, _ = [await record(journal, tmp_path) for _ in range(2)]
+    behind(tmp_path, f"DELETE FROM invocations WHERE id = '{one.id}'")
+    async with opened(tmp_path) as (journal, archive):
+        with anyio.fail_after(20):
+            assert (await archive.prune(HOUR, None)).calls == 1
+        assert await journal.oldest(1) == []
+
+
 async def test_size_takes_the_oldest(tmp_path: Path) -> None:
     async with opened(tmp_path) as (journal, archive):
         calls = [await record(journal, tmp_path, stdout=bytes([n]) * 100_000) for n in range(60)]
@@ -173,6 +184,27 @@ async def test_size_takes_the_oldest(tmp_path: Path) -> None:
         kept = {path.name for path in (tmp_path / "calls").iterdir()}
         assert kept == {call.id for call in calls[-len(kept) :]}
         assert (await journal.verify(deep=True)).ok
+
+
+async def test_artifacts_and_inputs_count_and_shared_ones_count_once(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (journal, archive):
+        for number in range(10):
+            files = {"own": bytes([number]) * 100_000, "shared": b"s" * 500_000}
+            await record(journal, tmp_path, files=files)
+        behind_size = 10 * 100_000 + 500_000
+        assert behind_size < await journal.held() < behind_size + 50_000
+        stdin, tar = models.Bytes.of(b"i" * 300_000), models.Bytes.of(b"t" * 9000)
+        asked = describe(models.Request(argv=["cat"], stdin=stdin, tar=tar))
+        assert [len(data) for data in asked.large.values()] == [300_000]
+        begun = call()
+        await journal.accept(Accepted(begun, asked.digest, asked, Open(begun.id, 1)))
+        held = await journal.held()
+        assert behind_size + 309_000 < held < behind_size + 370_000
+        (large,) = asked.large
+        assert await journal.referenced([large]) == {large}
+        await archive.prune(None, 900_000)
+        assert await journal.held() <= 900_000 + 309_000 + 100_000  # what waits is never pruned
+        assert await journal.referenced([large]) == {large}
 
 
 async def test_files_that_a_killed_daemon_left_go_at_the_next_start(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from daemons import until
 
 from sandboxd import AsyncClient, Client, errors
 from sandboxd.journal import Journal
-from sandboxd.journal.requests import OPEN_CALLS
+from sandboxd.journal.requests import OPEN_CALLS, UNKNOWN_CALLS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -222,7 +222,54 @@ def test_a_queue_is_read_without_what_it_does_not_need(tmp_path: Path) -> None:
     anyio.run(make)
     with sqlite3.connect(tmp_path / "journal.sqlite3") as connection:
         plan = connection.execute(f"EXPLAIN QUERY PLAN {OPEN_CALLS}").fetchall()
+        unknown = connection.execute(f"EXPLAIN QUERY PLAN {UNKNOWN_CALLS}").fetchall()
     connection.close()
-    assert any("invocations_open" in str(row) for row in plan)
-    assert "doc" not in OPEN_CALLS
-    assert "contents" not in OPEN_CALLS
+    assert [row[3] for row in plan] == ["SCAN queue"]  # in its order, and no other table
+    assert "invocations_open" in str(unknown[0])
+
+
+def test_a_row_that_cannot_be_read_keeps_nobody_else_from_being_served(
+    daemon_factory: Callable[..., Daemon],
+) -> None:
+    first = daemon_factory(config=ONE)
+    client = first.client()
+    bad = running(client, "sleep", "1000").id
+    worse = client.start(["true"]).id
+    good = client.start(["echo", "good"]).id
+    first.stop(signal.SIGKILL)
+    with sqlite3.connect(first.state / "journal.sqlite3") as connection:
+        connection.execute("UPDATE invocations SET doc = X'00' WHERE id = ?", (bad,))
+        connection.execute("UPDATE requests SET doc = X'7B7D' WHERE id = ?", (worse,))
+    connection.close()
+    second = daemon_factory(config=ONE, state=first.state, name="second")
+    client = second.client()
+    assert text(client.wait(good, timeout=30)) == "good\n"
+    found = client.wait(worse, timeout=20)
+    assert found.outcome is not None
+    assert found.outcome.error is not None
+    assert (found.outcome.cause, found.outcome.error.code) == ("failed", "journal_corrupt")
+    assert bad in second.log.read_text()
+
+
+def test_under_pressure_one_call_runs_and_the_others_wait(daemon_factory: Callable[..., Daemon]) -> None:
+    daemon = daemon_factory(config="pressure: {available: 100%}\n")
+    client = daemon.client()
+    first = running(client, "sleep", "1000")
+    second = client.start(["sleep", "1000"])
+    time.sleep(1.5)  # it looks again, several times
+    assert client.get(second.id).state == "queued"
+    client.cancel(first.id)
+    until(lambda: client.get(second.id).state == "running", "one may always run")
+    client.cancel(second.id)
+
+
+def test_a_caller_may_have_as_many_wait_as_its_rule_says(daemon_factory: Callable[..., Daemon]) -> None:
+    daemon = daemon_factory(config=ONE + "callers: [{match: {uid: 0}, role: operator, queued: 2}]\n")
+    client = daemon.client()
+    running(client, "sleep", "1000")
+    for _ in range(2):
+        client.start(["sleep", "1000"])
+    with pytest.raises(errors.QueueFull) as caught:
+        client.start(["sleep", "1000"])
+    told = {name: caught.value.details[name] for name in ("queued", "yours", "running", "limit")}
+    assert told == {"queued": 2, "yours": 2, "running": 1, "limit": 2}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -122,3 +126,169 @@ def test_a_pruned_call_says_so(daemon_factory: Callable[..., Daemon]) -> None:
         [SANDBOXD, "journal", "verify", "--deep", "--state", daemon.state], capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def ask(daemon: Daemon, target: str, **headers: str) -> tuple[int, bytes, dict[str, str]]:
+    """A request as curl would make it."""
+    with contextlib.closing(UnixConnection(daemon.socket)) as connection:
+        connection.request(
+            "GET", target, headers={name.replace("_", "-"): text for name, text in headers.items()}
+        )
+        answer = connection.getresponse()
+        return answer.status, answer.read(), {name.lower(): text for name, text in answer.getheaders()}
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """http.client over a Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("sandboxd", timeout=20)
+        self.path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(20)
+        self.sock.connect(os.fspath(self.path))
+
+
+def test_artifacts_by_digest_in_ranges_and_with_their_lineage(daemon_factory: Callable[..., Daemon]) -> None:
+    daemon = daemon_factory(config=CALLERS.replace("[default]", "[files]"))
+    daemon.admit_everybody()
+    data = bytes(range(256)) * 2000
+    make = ["sh", "-c", "cat > a; cp a b"]
+    call = daemon.run(*make, policy="files", stdin=data)
+    again = daemon.run(*make, policy="files", stdin=data)
+    digest = call.artifacts[0].digest
+    lineage = daemon.client().lineage(digest)
+    assert (lineage.size, [one.id for one in lineage.calls]) == (len(data), [again.id, call.id])
+    assert lineage.calls[1].paths == ["a", "b"]
+    assert lineage.calls[1].policy == call.policy
+    assert as_agent(daemon, f"client.lineage({digest!r})") == "not_found"
+    assert daemon.client().run(["true"], policy="files").outcome is not None
+    by_digest, by_path = f"/v1/artifacts/{digest}", f"/v1/invocations/{call.id}/artifacts/a"
+    etag, size = f'"{digest}"', len(data)
+    for target in (by_digest, by_path):
+        assert ask(daemon, target)[:2] == (200, data)
+        for text, start, end in (
+            ("bytes=0-0", 0, 1), ("bytes=5-9", 5, 10), ("bytes=500000-", 500_000, size),
+            ("bytes=-7", size - 7, size), ("bytes=10-99999999", 10, size), ("bytes=-99999999", 0, size),
+            ("BYTES=1-2", 1, 3),
+        ):  # fmt: skip
+            status, body, headers = ask(daemon, target, Range=text)
+            assert (status, body) == (206, data[start:end]), text
+            assert headers["content-range"] == f"bytes {start}-{end - 1}/{size}"
+            assert headers["content-length"] == str(end - start)
+            assert headers["etag"] == etag
+        for text in (
+            "bytes=5-4",
+            "bytes=0-1,3-4",
+            "lines=0-1",
+            "bytes=-",
+            "bytes=a-b",
+            "nonsense",
+            "bytes=" + "9" * 90,
+        ):
+            assert ask(daemon, target, Range=text)[:2] == (200, data), text
+        for text in (f"bytes={size}-", "bytes=-0", "bytes=99999999-"):
+            status, body, headers = ask(daemon, target, Range=text)
+            assert (status, headers["content-range"]) == (416, f"bytes */{size}"), text
+            assert json.loads(body)["code"] == "range_not_satisfiable"
+        assert ask(daemon, target, Range="bytes=0-0", If_Range=etag)[0] == 206
+        assert ask(daemon, target, Range="bytes=0-0", If_Range='"other"')[0] == 200
+        assert ask(daemon, target, Range="bytes=0-0", If_Range="W/" + etag)[0] == 200
+        assert ask(daemon, target, Range="bytes=0-0", If_Range="Sat, 28 Nov 2026 00:00:00 GMT")[0] == 200
+    bare = digest.removeprefix("sha256:")
+    (daemon.state / "blobs" / "sha256" / bare[:2] / bare).unlink()
+    status, body, _ = ask(daemon, by_digest)
+    assert (status, json.loads(body)["code"]) == (500, "journal_corrupt")
+    assert daemon.client().lineage(digest) == lineage
+    for wrong in ("sha256:" + "0" * 64, "sha256:zz", "..%2f..%2fetc", "sha256:" + "A" * 64):
+        assert ask(daemon, f"/v1/artifacts/{wrong}")[0] in {400, 404}
+
+
+def test_streams_in_ranges(daemon_factory: Callable[..., Daemon]) -> None:
+    daemon = daemon_factory()
+    client = daemon.client()
+    call = daemon.run("sh", "-c", "seq 1 20000")
+    whole = b"".join(client.stdout(call.id))
+    target = f"/v1/invocations/{call.id}/stdout"
+    status, body, headers = ask(daemon, target, Range="bytes=100-70000")
+    assert (status, body) == (206, whole[100:70001])
+    assert call.stdout is not None
+    assert headers["etag"] == f'"{call.stdout.digest}"'
+    assert ask(daemon, target, Range="bytes=-5")[1] == whole[-5:]
+    assert ask(daemon, target, Range=f"bytes={len(whole)}-")[0] == 416
+    assert ask(daemon, target + "?offset=10", Range="bytes=0-0")[:2] == (200, whole[10:])
+    assert ask(daemon, f"/v1/invocations/{call.id}/stderr", Range="bytes=0-0")[0] == 416
+    running = client.start(["sh", "-c", "echo 0123456789; exec sleep 100"])
+    until(lambda: (client.get(running.id).stdout or call.stdout).size == 11, "it has written")  # type: ignore[union-attr]
+    status, body, headers = ask(daemon, f"/v1/invocations/{running.id}/stdout", Range="bytes=2-4")
+    assert (status, body, "etag" in headers) == (206, b"234", False)
+    client.cancel(running.id)
+
+
+def test_an_agent_replays_its_own_calls_under_policies_of_now(daemon_factory: Callable[..., Daemon]) -> None:
+    """No call of others, and no policy that was taken away: neither by its old form nor by its name."""
+    daemon = daemon_factory(config=CALLERS.replace("[default]", "[mine, default]"))
+    daemon.admit_everybody()
+    file = daemon.policies / "mine.yaml"
+    file.write_text("version: 1\nname: mine\nextends: default\nlimits: {wall: 20s}\n")
+    until(lambda: "mine" in {one.name for one in daemon.client().policies()}, "the policy is in force")
+    time.sleep(1)  # it is kept
+    theirs = as_agent(daemon, "client.run(['true'], policy='mine').id")
+    mine = daemon.run("true")
+    assert as_agent(daemon, f"client.replay({theirs!r}).differs") == "[]"
+    assert as_agent(daemon, f"client.replay({mine.id!r})") == "not_found"
+    assert as_agent(daemon, f"client.replay({theirs!r}, policy='files')") == "not_permitted"
+    wide = daemon.client().policy("mine").digest
+    file.write_text("version: 1\nname: mine\nextends: default\nlimits: {wall: 10s}\n")
+    until(lambda: daemon.client().policy("mine").digest != wide, "the edit is in force")
+    assert as_agent(daemon, f"client.replay({theirs!r})") == "not_permitted"
+    narrow = as_agent(daemon, f"[one.what for one in client.replay({theirs!r}, policy='mine').differs]")
+    assert narrow == "['policy', 'plan']"
+    assert daemon.client().replay(theirs).differs == []
+
+
+def test_a_session_is_exported_and_verifies_elsewhere(
+    daemon_factory: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    daemon = daemon_factory()
+    client = daemon.client()
+    session = client.create_session(name="work")
+    calls = [
+        client.run(["sh", "-c", f"echo {n} >> log; cat log"], session="work", policy="files")
+        for n in range(3)
+    ]
+    daemon.run("echo", "of nobody's concern")
+    bundle, key = tmp_path / "evidence.tar", tmp_path / "node.pem"
+    state = ["--state", str(daemon.state)]
+    key.write_bytes(
+        subprocess.run([str(SANDBOXD), "journal", "key", *state], capture_output=True, check=True).stdout
+    )
+    for named in (session.id, "work"):
+        command = [
+            str(SANDBOXD),
+            "journal",
+            "export",
+            "--session",
+            named,
+            "-o",
+            str(bundle),
+            *state,
+            "--json",
+        ]
+        done = subprocess.run(command, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["calls"] == 3
+    daemon.stop()
+    check = [str(SANDBOXD), "journal", "verify", "--bundle", str(bundle), "--key", str(key), "--json"]
+    report = json.loads(subprocess.run(check, capture_output=True, check=True, cwd="/").stdout)
+    assert (report["ok"], report["calls"], report["absent"]) == (True, 3, [])  # the policy is in it too
+    data = bundle.read_bytes()
+    at = data.index(b"0\n1\n2\n")
+    bundle.write_bytes(data[:at] + b"0\n1\n3\n" + data[at + 6 :])
+    done = subprocess.run(check, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert calls[2].id in done.stdout.decode()
+    done = subprocess.run(check[:-1], capture_output=True, check=False)
+    assert b"was changed" in done.stderr

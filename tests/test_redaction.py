@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sandboxd.excerpt import excerpt
 from sandboxd.redaction import SHORTEST, Redactor, significant
 
 if TYPE_CHECKING:
@@ -199,3 +200,22 @@ def test_what_has_no_secret_stays_as_it_is(text: bytes, cuts: list[int]) -> None
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
     assert redacted(secrets, pieces) == (text, 0)
+
+
+@given(st.data())
+def test_no_half_of_a_secret_is_left_where_a_text_was_cut(data: st.DataObject) -> None:
+    """Whatever is around it, and wherever the cut is."""
+    secret = b"ghp_7Hq2mB0x4WzT"
+    form = data.draw(st.sampled_from([secret, secret.hex().encode(), base64.b64encode(secret)])).decode()
+    text = data.draw(st.text("abc/…? ", max_size=20)) + form + data.draw(st.text("abc/", min_size=1))
+    most = data.draw(st.integers(2, len(text)))
+    cleaned = Redactor({"TOKEN": secret}).name(f"before {excerpt(text, most)}: why").lower()
+    assert form[:8].lower() not in cleaned
+    if most <= len(text) - 1:
+        assert "…" in cleaned
+
+
+def test_a_text_that_was_not_cut_keeps_what_looks_like_a_beginning() -> None:
+    assert Redactor({"TOKEN": b"ghp_7Hq2mB0x4WzT"}).name("ghp_7Hq") == "ghp_7Hq"
+    assert Redactor({"TOKEN": b"ghp_7Hq2mB0x4WzT"}).name("GHP_7hq…") == "…"
+    assert Redactor({"TOKEN": "ghp…7Hq2mB0x".encode()}).name("x ghp…7hq2mb0x y") == "x [redacted:TOKEN] y"

@@ -20,7 +20,9 @@ from starlette.routing import Route
 
 from sandboxd import models
 from sandboxd.api import problem, queries
+from sandboxd.api.batches import Batches
 from sandboxd.api.catalogue import Catalogue
+from sandboxd.api.files import Files
 from sandboxd.api.identity import Identity
 from sandboxd.api.invocations import JSON, Invocations, json_response
 from sandboxd.api.openapi import ANY, document
@@ -48,10 +50,13 @@ __all__ = ["Edge", "build", "serve"]
 
 VERSION = "1"
 DOCUMENTED: set[type[BaseModel]] = {
-    models.Request, models.Invocation, models.InvocationList, models.PolicyInfo, models.PolicyProblem,
-    models.PlanDocument, models.ImageInfo, models.SlotInfo, models.Health, models.Artifact, models.Withheld,
+    models.Request, models.Batch, models.BatchResult, models.Invocation, models.InvocationList,
+    models.PolicyInfo, models.PolicyProblem, models.PlanDocument, models.ImageInfo, models.SlotInfo,
+    models.Health, models.Artifact, models.Withheld,
     models.SecretInfo, models.SessionRequest, models.SessionFork, models.SessionRollback, models.SessionInfo,
-    models.SessionList, models.CheckpointInfo, models.CheckpointList, models.SearchResults, models.Pruning,
+    models.SessionList, models.CheckpointInfo, models.CheckpointList, models.SessionDiff,
+    models.SessionLend, models.FileChange, models.FileInfo, models.FileList, models.FileWritten,
+    models.SearchResults, models.Pruning, models.Lineage, models.Replay, queries.ReplayBody,
     queries.SignalBody, queries.CheckBody, queries.PruneBody,
 }  # fmt: skip
 
@@ -88,10 +93,12 @@ def build(service: Service) -> Edge:
     ports = Ports("/v1/invocations/{id}", service.entrance)
     routes = [
         *Invocations(service, bodies).routes(),
+        *Batches(service, bodies).routes(),
         *ports.routes(),
         *Catalogue(service, bodies).routes(),
         *Secrets(service, bodies).routes(),
         *Sessions(service, bodies).routes(),
+        *Files(service).routes(),
         *Records(service).routes(),
     ]
 

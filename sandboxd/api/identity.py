@@ -71,6 +71,8 @@ class Caller:
     """Calls that may wait; None: only the daemon's queue bounds them."""
     secrets: tuple[str, ...] = ()
     sessions: SessionShare = field(default_factory=SessionShare)
+    callback: bool = False
+    """Whether the daemon tells a socket of the caller's that a call has ended."""
 
     def may_have(self, secret: str) -> bool:
         """Whether a policy may give this secret to the caller's calls."""
@@ -136,6 +138,7 @@ class Identity:
                     queued=rule.queued,
                     secrets=rule.granted,
                     sessions=rule.sessions,
+                    callback=rule.callback,
                 )
         return Caller(peer.uid, peer.gid, peer.groups, "none")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
+import anyio
 import pydantic_core
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.responses import Response
@@ -13,6 +14,7 @@ from sandboxd import models
 from sandboxd.api import body, queries
 from sandboxd.api.openapi import NDJSON, OCTETS, Doc
 from sandboxd.api.protocol import CALLER
+from sandboxd.api.ranges import cut, part_of
 from sandboxd.api.streams import StreamResponse, until_gone
 from sandboxd.errors import NotFound, Refused
 
@@ -25,11 +27,14 @@ if TYPE_CHECKING:
     from sandboxd.api.service import Service
     from sandboxd.room import Room
 
-__all__ = ["JSON", "Invocations", "caller_of", "id_of", "json_response"]
+__all__ = ["JSON", "Invocations", "caller_of", "id_of", "json_response", "summary_of"]
 
 JSON = "application/json"
+ATTACHED = {"content-disposition": "attachment"}  # a tool made it: no browser shall render it
 SMALL = 4096  # bytes of a body that holds next to nothing
 MAX_REPORTED = 128  # characters of a field in the record of a refusal
+SHORT = 0.1  # seconds that the head of an answer waits for its body
+_WAIT = re.compile(r"wait\s*=\s*\"?([0-9]{1,9}(?:\.[0-9]{1,6})?)\"?")
 _ID = re.compile(r"[0-9A-Za-z_.-]{1,64}")
 
 
@@ -82,20 +87,24 @@ class Invocations:
         """Run a call: wait for its outcome, stream its events, or only accept it."""
         caller = caller_of(request)
         summary: dict[str, Any] = {}
-        wanted = ",".join(request.headers.getlist("prefer")).lower()
-        asynchronous = "respond-async" in {part.strip() for part in re.split("[,;]", wanted)}
+        asynchronous, seconds = _preferred(request)
         try:
             body.query(request, queries.NoQuery)
             with self.bodies.held(caller.uid) as held:
                 asked = await body.decode(request, models.Request, self.bounds, held)
-                summary = _summary(asked)
-                tied = not asynchronous and asked.key is None
+                summary = summary_of(asked)
+                tied = not asynchronous and seconds is None and asked.key is None
                 found = await self.service.submit(caller, asked, tied=tied)
                 del asked  # or this frame keeps its inputs for as long as the call runs
         except Refused as error:
             await self.service.refused(caller, error, summary)
             raise
         where = {"location": f"/v1/invocations/{found.id}"}
+        if seconds is not None and NDJSON not in request.headers.get("accept", ""):
+            found = await self._within(request, caller, found.id, seconds)
+            applied = f"respond-async, wait={seconds:g}" if asynchronous else f"wait={seconds:g}"
+            status = 200 if found.state is models.State.ENDED else 202
+            return json_response(found, status, where | {"preference-applied": applied})
         if asynchronous:
             return json_response(found, 202, where | {"preference-applied": "respond-async"})
 
@@ -108,10 +117,24 @@ class Invocations:
             return StreamResponse(_lines(events), NDJSON, headers=where, gone=gone)
         if found.state is not models.State.ENDED:
             async with until_gone(request.receive) as watched:
-                found = await self.service.wait(caller, found.id)
+                with anyio.move_on_after(SHORT):
+                    found = await self.service.wait(caller, found.id)
             if watched.cancelled_caught:
                 await gone()
+            elif found.state is not models.State.ENDED:
+                # the head goes ahead, so that a caller whose connection breaks knows which call was its own
+                return StreamResponse(self._outcome(caller, found.id), JSON, headers=where, gone=gone)
         return json_response(found, 200, where)
+
+    async def _outcome(self, caller: Caller, id_: str) -> AsyncIterator[bytes]:
+        yield pydantic_core.to_json(await self.service.wait(caller, id_), exclude_none=True)
+
+    async def _within(self, request: Request, caller: Caller, id_: str, seconds: float) -> models.Invocation:
+        """The invocation when it has ended, or as it stands after so many seconds."""
+        async with until_gone(request.receive):
+            with anyio.move_on_after(seconds):
+                return await self.service.wait(caller, id_)
+        return await self.service.get(caller, id_)
 
     async def list(self, request: Request) -> Response:
         """A page of invocations, newest first."""
@@ -128,9 +151,12 @@ class Invocations:
         return json_response(found)
 
     async def get(self, request: Request) -> Response:
-        """One invocation as it stands."""
-        body.query(request, queries.NoQuery)
-        return json_response(await self.service.get(caller_of(request), id_of(request)))
+        """One invocation as it stands, or when it has ended."""
+        asked, caller, found = body.query(request, queries.GetQuery), caller_of(request), id_of(request)
+        shown = await self.service.get(caller, found)
+        if asked.wait and shown.state is not models.State.ENDED:
+            shown = await self._within(request, caller, found, asked.wait)
+        return json_response(shown)
 
     async def events(self, request: Request) -> Response:
         """The events of a call, one JSON object on each line."""
@@ -151,9 +177,22 @@ class Invocations:
     async def _stream(self, request: Request, name: Literal["stdout", "stderr"]) -> Response:
         asked, caller, found = body.query(request, queries.StreamQuery), caller_of(request), id_of(request)
         await self.service.readable(caller, found)
+        if "range" in request.headers and not asked.follow and not asked.offset:
+            return await self._part_of_stream(request, name)
         return StreamResponse(
             self.service.stream(caller, found, name, offset=asked.offset, follow=asked.follow), OCTETS
         )
+
+    async def _part_of_stream(self, request: Request, name: Literal["stdout", "stderr"]) -> Response:
+        """A range of a stream, of which all that is there now is the whole."""
+        caller, id_ = caller_of(request), id_of(request)
+        call = await self.service.get(caller, id_)
+        content = call.stdout if name == "stdout" else call.stderr
+        size = 0 if content is None else content.size
+        etag = f'"{content.digest}"' if content is not None and call.state is models.State.ENDED else None
+        part = part_of(request, size, etag)
+        pieces = cut(self.service.stream(caller, id_, name, offset=part.start, follow=False), part.length)
+        return StreamResponse(pieces, OCTETS, status=part.status, headers=part.headers(etag))
 
     async def stdin(self, request: Request) -> Response:
         """Write the body to standard input."""
@@ -192,12 +231,11 @@ class Invocations:
         found, pieces = await self.service.artifact(
             caller_of(request), id_of(request), request.path_params["path"]
         )
-        headers = {
-            "content-length": str(found.size),
-            "content-disposition": "attachment",  # a tool made it: no browser shall render it
-            "etag": f'"{found.digest}"',
-        }
-        return StreamResponse(pieces, OCTETS, headers=headers)
+        etag = f'"{found.digest}"'
+        part = part_of(request, found.size, etag)
+        if part.partial:
+            pieces = self.service.blob(found.digest, part.start, part.length)
+        return StreamResponse(pieces, OCTETS, status=part.status, headers=part.headers(etag) | ATTACHED)
 
     def routes(self) -> Sequence[tuple[str, str, Any, Doc]]:
         """Method, path, handler and documentation of each route."""
@@ -216,14 +254,14 @@ class Invocations:
             body=models.Request,
             answer=models.Invocation,
             events=True,
-            also={202: "Accepted, with `Prefer: respond-async`"},
-            headers=(("Prefer", "`respond-async`: answer as soon as the call is accepted"),),
+            also={202: "Accepted, with `Prefer: respond-async`, or `wait=N` and it has not ended"},
+            headers=(("Prefer", "`respond-async`: answer once accepted; `wait=N`: within N seconds"),),
         )
         return [
             ("POST", "/v1/invocations", self.create, create),
             ("GET", "/v1/invocations", self.list,
              Doc("List invocations", query=queries.ListQuery, answer=models.InvocationList)),
-            ("GET", one, self.get, Doc("One invocation", answer=models.Invocation)),
+            ("GET", one, self.get, Doc("One invocation", query=queries.GetQuery, answer=models.Invocation)),
             ("GET", one + "/events", self.events,
              Doc("The events of a call", query=queries.EventsQuery, events=True)),
             ("GET", one + "/stdout", self.stdout,
@@ -240,12 +278,21 @@ class Invocations:
         ]  # fmt: skip
 
 
+def _preferred(request: Request) -> tuple[bool, float | None]:
+    """What ``Prefer`` (RFC 7240) says: whether to answer at once, and within how many seconds."""
+    wanted = ",".join(request.headers.getlist("prefer")).lower()
+    parts = [part.strip() for part in re.split("[,;]", wanted)]
+    waits = [found for part in parts if (found := _WAIT.fullmatch(part))]
+    seconds = min(float(waits[0][1]), queries.LONGEST_WAIT) if waits else None
+    return "respond-async" in parts, seconds
+
+
 async def _lines(events: AsyncIterator[models.Event]) -> AsyncIterator[bytes]:
     async for event in events:
         yield pydantic_core.to_json(event, exclude_none=True) + b"\n"
 
 
-def _summary(asked: models.Request) -> dict[str, Any]:
+def summary_of(asked: models.Request) -> dict[str, Any]:
     """What the record of a refusal says of the request: names, never content."""
     first = asked.argv[0]
     return {

@@ -47,6 +47,8 @@ class Doc:
     raw_answer: bool = False
     text_answer: bool = False
     events: bool = False
+    lines: type[BaseModel] | None = None
+    """Of which each line of the answer is one."""
     status: int = 200
     also: dict[int, str] = field(default_factory=dict)
     """Other statuses with the answer's schema, and what they mean."""
@@ -112,6 +114,8 @@ def _operation(path: str, doc: Doc) -> dict[str, Any]:
         content["application/json"] = {"schema": schema}
     if doc.events:
         content[NDJSON] = {"schema": reference(Event)}
+    if doc.lines is not None:
+        content[NDJSON] = {"schema": reference(doc.lines)}
     if doc.raw_answer:
         content[OCTETS] = {"schema": {"type": "string", "format": "binary"}}
     if doc.text_answer:

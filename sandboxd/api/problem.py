@@ -10,16 +10,19 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import pydantic_core
+import structlog
 from starlette.responses import Response
 
-from sandboxd.errors import InvalidRequest, Refused, SandboxdError, TooLarge
+from sandboxd.errors import InvalidRequest, RangeNotSatisfiable, Refused, SandboxdError, TooLarge
+from sandboxd.models import Problem
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
     from pydantic_core import ErrorDetails
 
-__all__ = ["MEDIA_TYPE", "document", "internal", "invalid", "respond"]
+__all__ = ["MEDIA_TYPE", "document", "internal", "invalid", "of", "of_fault", "respond"]
 
+log = structlog.get_logger(__name__)
 MEDIA_TYPE = "application/problem+json"
 MAX_ERRORS = 20
 MAX_TEXT = 300  # characters of one message
@@ -51,9 +54,23 @@ def respond(error: SandboxdError, *, status: int | None = None) -> Response:
     retry_after = error.details.get("retry_after")
     if isinstance(retry_after, int | float):
         headers["retry-after"] = str(max(1, round(retry_after)))
+    if isinstance(error, RangeNotSatisfiable):
+        headers["content-range"] = f"bytes */{error.details['size']}"
     return Response(
         document(status, error.code, str(error), error.details), status, headers, media_type=MEDIA_TYPE
     )
+
+
+def of(error: SandboxdError) -> Problem:
+    """The same as part of another answer."""
+    status = error.status if isinstance(error, Refused) else 500
+    return Problem.model_validate_json(document(status, error.code, str(error), error.details))
+
+
+def of_fault(error: Exception) -> Problem:
+    """The problem of a fault of ours, which the log has."""
+    log.error("request failed", exc_info=error)
+    return Problem.model_validate_json(bytes(internal().body))
 
 
 def internal() -> Response:

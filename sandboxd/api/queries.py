@@ -11,18 +11,22 @@ from sandboxd import units
 from sandboxd.models import Cause, State
 
 __all__ = [
+    "LONGEST_WAIT",
     "CheckBody",
     "EventsQuery",
+    "GetQuery",
     "ListQuery",
     "NoQuery",
     "PageQuery",
     "PruneBody",
+    "ReplayBody",
     "SearchQuery",
     "SignalBody",
     "StdinQuery",
     "StreamQuery",
 ]
 
+LONGEST_WAIT = 3600.0
 REPEATED = {"repeated": True}
 HIGHEST_SIGNAL = 64  # SIGRTMAX of Linux, signal(7)
 
@@ -54,6 +58,12 @@ class Parameters(BaseModel):
 
 class NoQuery(Parameters):
     """Of routes that take no parameters."""
+
+
+class GetQuery(Parameters):
+    """Whether to wait for the end of an invocation, and for how many seconds."""
+
+    wait: Annotated[float, Field(ge=0, le=LONGEST_WAIT, allow_inf_nan=False)] = 0.0
 
 
 class ListQuery(Parameters):
@@ -104,6 +114,12 @@ class PruneBody(Parameters):
 
     age: Annotated[int, BeforeValidator(_duration), Field(ge=0, le=units.MAX)] | None = None
     size: Annotated[int, BeforeValidator(_size), Field(ge=0, le=units.MAX)] | None = None
+
+
+class ReplayBody(Parameters):
+    """Under which policy; without one, that of the record."""
+
+    policy: Annotated[str, Field(min_length=1, max_length=128)] | None = None
 
 
 class EventsQuery(Parameters):

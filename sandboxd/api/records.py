@@ -1,4 +1,4 @@
-"""The routes of what has ended: search, pruning."""
+"""The routes of what has ended: search, artifacts by digest, pruning."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from sandboxd import models
 from sandboxd.api import body, queries
-from sandboxd.api.invocations import SMALL, caller_of, json_response
-from sandboxd.api.openapi import Doc
+from sandboxd.api.invocations import ATTACHED, SMALL, caller_of, id_of, json_response
+from sandboxd.api.openapi import OCTETS, Doc
+from sandboxd.api.ranges import part_of
+from sandboxd.api.streams import StreamResponse, until_gone
 from sandboxd.journal.search import Query
 
 if TYPE_CHECKING:
@@ -44,6 +46,30 @@ class Records:
         )
         return json_response(await self.service.search(caller_of(request), query))
 
+    async def artifact(self, request: Request) -> Response:
+        """A content that a call of the caller's released, or a range of it."""
+        body.query(request, queries.NoQuery)
+        found = await self.service.lineage(caller_of(request), request.path_params["digest"])
+        etag = f'"{found.digest}"'
+        part = part_of(request, found.size, etag)
+        pieces = self.service.blob(found.digest, part.start, part.length)
+        return StreamResponse(pieces, OCTETS, status=part.status, headers=part.headers(etag) | ATTACHED)
+
+    async def lineage(self, request: Request) -> Response:
+        """Which calls released a content, and what they were made of."""
+        body.query(request, queries.NoQuery)
+        return json_response(await self.service.lineage(caller_of(request), request.path_params["digest"]))
+
+    async def replay(self, request: Request) -> Response:
+        """Run a recorded call again; who goes away cancels it."""
+        body.query(request, queries.NoQuery)
+        asked = await body.decode(request, queries.ReplayBody, self.small)
+        found: models.Replay | None = None
+        async with until_gone(request.receive) as watched:
+            found = await self.service.replay(caller_of(request), id_of(request), asked.policy)
+        del watched
+        return json_response(found)
+
     async def prune(self, request: Request) -> Response:
         """Remove the oldest bodies and files now; for operators."""
         body.query(request, queries.NoQuery)
@@ -55,6 +81,11 @@ class Records:
         return [
             ("GET", "/v1/search", self.search,
              Doc("Search ended calls", query=queries.SearchQuery, answer=models.SearchResults)),
+            ("GET", "/v1/artifacts/{digest}", self.artifact, Doc("A content by its digest", raw_answer=True)),
+            ("GET", "/v1/artifacts/{digest}/lineage", self.lineage,
+             Doc("Where a content comes from", answer=models.Lineage)),
+            ("POST", "/v1/invocations/{id}/replay", self.replay,
+             Doc("Run a recorded call again", body=queries.ReplayBody, answer=models.Replay)),
             ("POST", "/v1/prune", self.prune,
              Doc("Remove old bodies and files", body=queries.PruneBody, answer=models.Pruning)),
         ]  # fmt: skip

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
 
     from sandboxd import errors, models
     from sandboxd.api.identity import Caller
     from sandboxd.config import Config
     from sandboxd.journal.search import Query
     from sandboxd.network.entrance import Entrance
+    from sandboxd.workspace.edit import Condition
+    from sandboxd.workspace.layertar import Export
 
 __all__ = ["Service", "SessionService"]
 
@@ -49,12 +52,71 @@ class SessionService(Protocol):
         """A new one that begins with a checkpoint of it."""
         ...
 
+    async def lend(self, caller: Caller, named: str, handle: str) -> models.SessionInfo:
+        """Give it the directory that it stands on again. Raises StateConflict."""
+        ...
+
     async def rollback(self, caller: Caller, named: str, checkpoint: str) -> models.SessionInfo:
         """Move it to a checkpoint."""
         ...
 
     async def discard(self, caller: Caller, named: str) -> models.SessionInfo:
         """Forget the checkpoints that it does not stand on."""
+        ...
+
+
+class FileService(Protocol):
+    """The files of sessions. All raise NotFound for a session that is not the caller's."""
+
+    async def diff(
+        self, caller: Caller, named: str, *, since: str, to: str | None, text: bool, limit: int
+    ) -> models.SessionDiff:
+        """What differs between two checkpoints."""
+        ...
+
+    async def list(
+        self, caller: Caller, named: str, path: str, *, checkpoint: str | None, recursive: bool, limit: int
+    ) -> models.FileList:
+        """What a directory has. Raises StateConflict for what is none."""
+        ...
+
+    def read(
+        self, caller: Caller, named: str, path: str, *, checkpoint: str | None
+    ) -> AbstractAsyncContextManager[tuple[models.FileInfo, AsyncIterator[bytes]]]:
+        """A file and its bytes. Raises StateConflict for what is no regular file."""
+        ...
+
+    async def write(
+        self,
+        caller: Caller,
+        named: str,
+        path: str,
+        chunks: AsyncIterator[bytes],
+        *,
+        condition: Condition,
+        mode: int | None,
+    ) -> models.FileWritten:
+        """Write a file. Raises PreconditionFailed, StateConflict, TooLarge, QuotaExceeded."""
+        ...
+
+    async def make_directory(self, caller: Caller, named: str, path: str) -> models.FileWritten:
+        """Make a directory. Raises StateConflict."""
+        ...
+
+    async def remove(
+        self, caller: Caller, named: str, path: str, *, condition: Condition, recursive: bool
+    ) -> models.FileWritten:
+        """Remove what is at a path. Raises PreconditionFailed, StateConflict."""
+        ...
+
+    def export(
+        self, caller: Caller, named: str, *, since: str | None, to: str | None, times: bool
+    ) -> AbstractAsyncContextManager[tuple[Export, AsyncIterator[bytes]]]:
+        """A layer's tar. Raises StateConflict for a name that no layer can have."""
+        ...
+
+    async def bring(self, caller: Caller, named: str, chunks: AsyncIterator[bytes]) -> models.CheckpointInfo:
+        """Put a layer's tar over a session's files. Raises InvalidRequest, TooLarge, QuotaExceeded."""
         ...
 
 
@@ -69,6 +131,11 @@ class Service(Protocol):
     @property
     def sessions(self) -> SessionService:
         """The sessions of all callers."""
+        ...
+
+    @property
+    def files(self) -> FileService:
+        """The files of their sessions."""
         ...
 
     async def submit(self, caller: Caller, request: models.Request, *, tied: bool) -> models.Invocation:
@@ -213,6 +280,18 @@ class Service(Protocol):
 
     async def search(self, caller: Caller, query: Query) -> models.SearchResults:
         """A page of calls that fit, newest first: the caller's own, or for an operator all."""
+        ...
+
+    async def replay(self, caller: Caller, id: str, policy: str | None) -> models.Replay:  # noqa: A002
+        """Run a recorded call again, under another policy if one is named, and say what differs."""
+        ...
+
+    async def lineage(self, caller: Caller, digest: str) -> models.Lineage:
+        """The caller's calls that released a content, or all for an operator."""
+        ...
+
+    def blob(self, digest: str, start: int, length: int) -> AsyncIterator[bytes]:
+        """Bytes of a content that ``lineage`` or ``artifact`` found for the caller."""
         ...
 
     async def prune(self, caller: Caller, *, age: int | None, size: int | None) -> models.Pruning:

@@ -77,6 +77,14 @@ class Sessions:
             asked = await body.decode(request, models.SessionFork, self.bounds, held)
         return _made(await self.service.sessions.fork(caller, _named(request), asked))
 
+    async def lend(self, request: Request) -> Response:
+        """Give a session the directory that it stands on, which a restart took from it."""
+        body.query(request, queries.NoQuery)
+        caller = caller_of(request)
+        with self.bodies.held(caller.uid) as held:
+            asked = await body.decode(request, models.SessionLend, self.bounds, held)
+        return json_response(await self.service.sessions.lend(caller, _named(request), asked.checkout))
+
     async def rollback(self, request: Request) -> Response:
         """Let the session stand on another of its checkpoints; the later ones stay, to go forward again."""
         body.query(request, queries.NoQuery)
@@ -88,6 +96,7 @@ class Sessions:
     async def discard(self, request: Request) -> Response:
         """Forget the checkpoints that the session does not stand on, as a rollback left them."""
         body.query(request, queries.NoQuery)
+        await body.read(request, self.bounds)
         return json_response(await self.service.sessions.discard(caller_of(request), _named(request)))
 
     def routes(self) -> Sequence[tuple[str, str, Any, Doc]]:
@@ -106,6 +115,8 @@ class Sessions:
              Doc("Fork a session", body=models.SessionFork, answer=info, status=201)),
             ("POST", one + "/rollback", self.rollback,
              Doc("Move a session to a checkpoint", body=models.SessionRollback, answer=info)),
+            ("POST", one + "/checkout", self.lend,
+             Doc("Lend a session its directory again", body=models.SessionLend, answer=info)),
             ("POST", one + "/discard", self.discard,
              Doc("Forget what a session does not stand on", answer=info)),
         ]  # fmt: skip

@@ -94,7 +94,7 @@ def verify(
         return _bundle(bundle, key, json=output.json)
     expected = None if head is None else _head_of(head)
     with records(config, state) as opened:
-        keys = _known(opened.key, key)
+        keys = _known(opened, key)
         report = check(opened.connection, expected, keys=keys, deep=opened.state if deep else None)
     return told(report, json=output.json)
 
@@ -142,7 +142,7 @@ def _bundle(path: Path, named: tuple[Path, ...], *, json: bool) -> int:
 def export(
     *calls: Annotated[str, Parameter(help="Ids of calls.")],
     to: Annotated[Path, Parameter(name=["--output", "-o"], help="The file to write.")],
-    session: Annotated[str | None, Parameter(help="All calls of a session.")] = None,
+    session: Annotated[str | None, Parameter(help="All calls of a session, by its id or name.")] = None,
     all_calls: Annotated[bool, Parameter(name="--all", negative=(), help="All calls.")] = False,
     config: ConfigFile = None,
     state: State = None,
@@ -238,11 +238,11 @@ def key(*, config: ConfigFile = None, state: State = None, output: FlatFormat = 
     from sandboxd.journal import signing  # noqa: PLC0415 - `--help` must not pay for it
 
     with records(config, state) as opened:
-        found = signing.NodeKey.load(opened.key)
+        public = _public(opened)
     if output.json:
-        terminal.print_json({"id": found.id, "public": found.pem().decode()})
+        terminal.print_json({"id": signing.key_id(public), "public": signing.pem(public).decode()})
     else:
-        print(found.pem().decode(), end="")
+        print(signing.pem(public).decode(), end="")
 
 
 def _head_of(text: str) -> str:
@@ -258,11 +258,23 @@ def _head_of(text: str) -> str:
     return data.decode("utf-8", "replace").strip()
 
 
-def _known(place: KeyPlace, named: tuple[Path, ...]) -> set[str]:
+def _public(opened: Records) -> bytes:
+    """This node's public key, also where the key itself is the daemon's alone. Raises NotFound."""
+    from sandboxd.journal import signing  # noqa: PLC0415 - `--help` must not pay for it
+
+    try:
+        return signing.NodeKey.load(opened.key).public
+    except errors.NotFound:
+        if not (opened.state / signing.PUBLIC).exists():
+            raise
+        return signing.read_public(opened.state / signing.PUBLIC)
+
+
+def _known(opened: Records, named: tuple[Path, ...]) -> set[str]:
     """The ids of the keys whose heads are believed: this node's, and those that were named."""
     from sandboxd.journal import signing  # noqa: PLC0415 - `--help` must not pay for it
 
     keys = {signing.key_id(signing.read_public(path)) for path in named}
     with suppress(errors.NotFound):  # an older state, or a copy of one without its key
-        keys.add(signing.NodeKey.load(place).id)
+        keys.add(signing.key_id(_public(opened)))
     return keys

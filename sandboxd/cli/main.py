@@ -40,6 +40,7 @@ COMMANDS = {
     "logs": "calls:logs",
     "cancel": "calls:cancel",
     "forward": "forward:forward",
+    "replay": "replay:replay",
     "bench": "bench:bench",
 }
 GROUPS = {
@@ -84,6 +85,9 @@ GROUPS = {
             "fork": "session:fork",
             "rollback": "session:rollback",
             "discard": "session:discard",
+            "diff": "checkout:diff",
+            "pull": "checkout:pull",
+            "lend": "checkout:lend",
         },
     ),
     "journal": (

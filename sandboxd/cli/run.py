@@ -5,7 +5,8 @@ events are written to descriptors 1 and 2 as they come, and the last event holds
 ``-i`` a thread reads descriptor 0 and sends it over connections of its own (``cli.stdin``). SIGINT and
 SIGTERM start a thread that asks the daemon to cancel; the main thread goes on reading until the call has
 ended, so that nothing that the tool wrote is lost. If this process dies, the daemon sees the connection
-close and cancels the call, unless it has a key.
+close and cancels the call, unless it has a key. If the daemon dies, this waits for the next one and goes on
+from the last event that it has.
 
 Agents start this for every tool call: only the standard library is imported, and as little of it as
 possible.
@@ -28,6 +29,7 @@ from sandboxd import errors
 from sandboxd.cli import usage
 from sandboxd.cli.verdict import exit_status, explain
 from sandboxd.client import location, packing, transport, wire
+from sandboxd.client.patience import RECONNECT, Patience
 
 if TYPE_CHECKING:
     import argparse
@@ -75,6 +77,8 @@ class Call:
         self.interrupted = False
         self.stdin_error: errors.SandboxdError | None = None
         self._interactive: bool = options.interactive
+        self._keyed: bool = options.key is not None
+        self._after = 0
         self._id: str | None = None
         self._known = threading.Event()
 
@@ -87,18 +91,43 @@ class Call:
     def run(self, body: bytes) -> dict[str, Any]:
         """Send the request, pass its output on, and return the invocation."""
         headers = {"Accept": "application/x-ndjson"}
-        with self.ask(wire.Exchange("POST", wire.target("invocations"), body, headers, waits=True)) as answer:
-            for line in answer.lines():
-                event = wire.parse_json(line)
-                if not isinstance(event, dict):
-                    raise wire.protocol_error("an event that is no object")
-                if "id" in event:
-                    self._accepted(str(event["id"]))
-                if event.get("type") == "output" and not self.json:
-                    self._output(event)
-                elif event.get("type") == "ended" and isinstance(event.get("invocation"), dict):
-                    return dict(event["invocation"])
-        raise wire.lost("before the call did")
+        asked = wire.Exchange("POST", wire.target("invocations"), body, headers, waits=True)
+        exchange, told = asked, False
+        patience = Patience(RECONNECT)
+        while True:
+            try:
+                with self.ask(exchange) as answer:
+                    ended = self._follow(answer, patience)
+                    if ended is not None:
+                        return ended
+                    raise wire.lost("before the call did")
+            except (errors.Unavailable, errors.Draining) as error:
+                if self._id is None and not ((self._keyed and error.details.get("reason") == "lost") or told):
+                    raise
+                pause = patience.pause(error)
+                if not told:
+                    say("the daemon went away; waiting for it")
+                told = True
+                time.sleep(pause)
+                if self._id is not None:
+                    target = wire.invocation_target(self._id, "events", after=self._after, follow=1)
+                    exchange = wire.Exchange("GET", target, headers=headers, waits=True)
+
+    def _follow(self, answer: transport.Answer, patience: Patience) -> dict[str, Any] | None:
+        """Pass on the output of one answer; the invocation, if its end was told."""
+        for line in answer.lines():
+            event = wire.parse_json(line)
+            if not isinstance(event, dict):
+                raise wire.protocol_error("an event that is no object")
+            patience.renew()
+            if "id" in event:
+                self._accepted(str(event["id"]))
+            if event.get("type") == "output" and not self.json:
+                self._output(event)
+            elif event.get("type") == "ended" and isinstance(event.get("invocation"), dict):
+                return dict(event["invocation"])
+            self._after = int(event.get("seq", self._after))
+        return None
 
     def _accepted(self, id: str) -> None:  # noqa: A002 - the field's name
         if self._id is not None:
@@ -221,9 +250,35 @@ def fail(error: errors.SandboxdError, *, as_json: bool) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the status to exit with."""
     options = usage.parse(sys.argv[1:] if arguments is None else arguments)
+    if options.batch is not None:
+        from sandboxd.cli import batch  # noqa: PLC0415 - only with --batch
+
+        return batch.run(options)
     call = Call(options)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, call.interrupt)
+    if options.workspace is not None:
+        return _run_on_directory(call, options)
+    return _run(call, options)
+
+
+def _run_on_directory(call: Call, options: argparse.Namespace) -> int:
+    """Run in a session that stands on a directory, and say what changed in it."""
+    from sandboxd.cli import checkout  # noqa: PLC0415 - only with --workspace
+
+    try:
+        with checkout.standing(options.socket, options.workspace, options.policy) as (client, session):
+            options.session = session.id
+            status = _run(call, options)
+            if call.interrupted:
+                return status
+            brought = checkout.report(client, session.id, options.workspace, say, pull=options.pull)
+    except errors.SandboxdError as error:
+        return fail(error, as_json=options.json)
+    return status or (0 if brought else OURS)
+
+
+def _run(call: Call, options: argparse.Namespace) -> int:
     try:
         body, left_out = request(options)
         if left_out:

@@ -39,12 +39,28 @@ def create(
     idle: Idle = None,
     size: Size = None,
     inodes: Inodes = None,
+    from_: Annotated[
+        str | None,
+        Parameter(name="--from", help="A directory of yours that it stands on, lent and not copied."),
+    ] = None,
     remote: FlatRemote = REMOTE,
 ) -> None:
     """Make a session: calls in it find the files that the calls before left."""
-    made = remote.client().create_session(
-        name, policy=policy, labels=_labels(label), ttl=ttl, idle=idle, size=size, inodes=inodes
-    )
+    try:
+        made = remote.client().create_session(
+            name,
+            policy=policy,
+            labels=_labels(label),
+            ttl=ttl,
+            idle=idle,
+            size=size,
+            inodes=inodes,
+            directory=from_,
+        )
+    except OSError as error:
+        raise errors.InvalidRequest(
+            f"--from {from_!r} cannot be opened: {error.strerror}", field="from"
+        ) from error
     _made(made, remote)
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import select
+import time
 from typing import TYPE_CHECKING
 
 from sandboxd import errors
 from sandboxd.client import transport, wire
+from sandboxd.client.patience import RECONNECT, Patience
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,20 +24,30 @@ if TYPE_CHECKING:
 __all__ = ["send"]
 
 CHUNK = 64 * 1024
+KEPT = 2**20  # bytes that are kept until the daemon says that it has them
 PAUSE = 0.5  # seconds without input after which a request is ended
 
 
 class _Input:
-    """Descriptor 0, read ahead by nothing: what was read has been handed to a request."""
+    """Descriptor 0, and what was read of it since the last request that the daemon answered."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._kept = bytearray()
         self.offset = 0
+        """Of the first byte that the daemon may not have."""
         self.ended = False
 
+    def taken(self) -> None:
+        """The daemon has all that was read."""
+        self.offset += len(self._kept)
+        self._kept.clear()
+
     def flow(self) -> Iterator[bytes]:
-        """Chunks until the end of the input or a pause in it."""
-        while True:
+        """Chunks from ``offset`` to the end of the input, a pause in it, or as much as is kept."""
+        if self._kept:
+            yield bytes(self._kept)
+        while len(self._kept) < KEPT and not self.ended:
             try:
                 data = os.read(self._fd, CHUNK)
             except BlockingIOError:  # somebody else made the descriptor non-blocking
@@ -44,7 +56,7 @@ class _Input:
             if not data:
                 self.ended = True
                 return
-            self.offset += len(data)
+            self._kept += data
             yield data
             if not _ready(self._fd, PAUSE):
                 return
@@ -66,14 +78,27 @@ def send(call: Call, id: str) -> None:  # noqa: A002 - the field's name
     try:
         while not source.ended:
             _ready(0, None)
-            _post(call, id, source.offset, source.flow(), eof=False)
-        _post(call, id, source.offset, (), eof=True)
+            _deliver(call, id, source, eof=False)
+        _deliver(call, id, source, eof=True)
     except (errors.StateConflict, errors.NotFound):
         return
     except OSError as error:
         _failed(call, errors.HostFailed(f"cannot read standard input: {error.strerror}"))
     except errors.SandboxdError as error:
         _failed(call, error)
+
+
+def _deliver(call: Call, id: str, source: _Input, *, eof: bool) -> None:  # noqa: A002 - as above
+    """Hand on what there is; to the next daemon, if this one goes away: it skips what was written before."""
+    patience = Patience(RECONNECT)
+    while True:
+        try:
+            _post(call, id, source.offset, () if eof else source.flow(), eof=eof)
+        except (errors.Unavailable, errors.Draining) as error:
+            time.sleep(patience.pause(error))
+        else:
+            source.taken()
+            return
 
 
 def _failed(call: Call, error: errors.SandboxdError) -> None:

@@ -133,6 +133,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cwd", metavar="D", help="the directory to start in (default: /workspace)")
     add("-i", "--interactive", action="store_true", help="pass standard input on; else it is empty")
     add("--session", metavar="S", help="run in a session, whose workspace lasts between calls")
+    add("--workspace", metavar="DIR",
+        help="run on a directory of yours, which is lent and not copied; what changes is said")  # fmt: skip
+    add("--pull", action="store_true", help="with --workspace: bring what changed into the directory")
     add(
         "--key", metavar="K", help="idempotency key: the same key and request give the same outcome, run once"
     )
@@ -143,6 +146,13 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print one JSON object, the invocation, and nothing else on stdout",
     )
+    add(
+        "--batch",
+        metavar="FILE",
+        help="run the requests of FILE (- for standard input), one JSON object a line, and print what came "
+        "of each, one a line, as it ends",
+    )
+    add("--parallel", metavar="N", type=int, help="with --batch: so many at the same time (default: 8)")
     add("--socket", metavar="S", help="the daemon's socket")
     add("argv", metavar="COMMAND", nargs=argparse.REMAINDER, help="the command and its arguments")
     return parser
@@ -163,6 +173,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         options.argv = [*options.argv, "--", *command]
     else:
         options.argv = [*options.argv, *command]
+    if options.parallel is not None and options.batch is None:
+        parser.error("--parallel is for --batch")
+    if options.batch is not None:
+        if options.argv:
+            parser.error("with --batch the commands are in its file")
+        return options
     if not options.argv:
         parser.error("which command? Write it after --, such as: run-in-sandbox -- python3 -V")
+    if options.workspace is not None and options.session is not None:
+        parser.error("--workspace makes a session of its own; leave out --session")
+    if options.pull and options.workspace is None:
+        parser.error("--pull brings changes into the directory of --workspace, which is missing")
     return options

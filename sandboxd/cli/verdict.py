@@ -44,6 +44,9 @@ def _listed(items: list[str]) -> str:
 
 def _facts(invocation: dict[str, Any], *, artifacts: bool, plain: bool) -> list[str]:
     facts = []
+    if retried := invocation.get("retried"):  # its output is that of all of them
+        ends = [visible(str(each.get("cause"))) for each in retried]
+        facts.append(f"{len(retried) + 1} attempts, after {_listed(ends)}")
     denials = [
         f"{one.get('detail') or one.get('name')}" + (f" ({count} times)" if count > 1 else "")
         for one, count in ((each, int(each.get("count", 1))) for each in invocation.get("denials", []))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
@@ -10,13 +11,14 @@ import anyio
 from anyio.to_thread import run_sync
 
 from sandboxd import errors, models
-from sandboxd.client import async_transport, calls, location, wire
+from sandboxd.client import async_transport, calls, files, lending, location, wire
 from sandboxd.client.destination import Destination
+from sandboxd.client.patience import RECONNECT, Patience
 
 if TYPE_CHECKING:
     import signal as signals
-    from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mapping, Sequence
-    from typing import Unpack
+    from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+    from typing import Any, Unpack
 
     from anyio.abc import SocketStream
 
@@ -31,6 +33,16 @@ class AsyncStream(Generic[T]):
     def __init__(self, answer: async_transport.AsyncAnswer, items: AsyncGenerator[T, None]) -> None:
         self._answer = answer
         self._items = items
+
+    def feed(self, items: AsyncGenerator[T, None]) -> None:
+        """Say where the items come from."""
+        self._items = items
+
+    async def continue_with(self, answer: async_transport.AsyncAnswer) -> None:
+        """Go on with another answer, in the place of one that was cut."""
+        before, self._answer = self._answer, answer
+        with anyio.CancelScope(shield=True):
+            await before.aclose()
 
     async def aclose(self) -> None:
         """Hang up. May be called twice."""
@@ -68,7 +80,9 @@ class AsyncClient:
         *,
         connect_timeout: float = 5.0,
         timeout: float | None = 60.0,
+        reconnect: float = RECONNECT,
     ) -> None:
+        self._reconnect = reconnect
         self._paths = location.candidates(socket, os.environ)
         self._connect_timeout = connect_timeout
         self._timeout = timeout
@@ -96,7 +110,60 @@ class AsyncClient:
         self, argv: models.Request | Sequence[str | bytes], **fields: Unpack[calls.RequestFields]
     ) -> models.Invocation:
         """Run a command and wait for its outcome. Raises Refused if it is not accepted."""
-        return await self._do(calls.run(calls.request(argv, fields)))
+        asked = calls.request(argv, fields)
+        call = calls.run(asked)
+        patience = Patience(self._reconnect)
+        answer = await self._ask(call.exchange, asked.key, patience)
+        try:
+            return call.decode(await answer.read())
+        except errors.Unavailable as error:
+            id_ = calls.id_at(answer.location)
+            if id_ is None or error.details.get("reason") != "lost":
+                raise
+            cut = error
+        finally:
+            with anyio.CancelScope(shield=True):
+                await answer.aclose()
+        return await self._outcome(id_, cut, patience)
+
+    async def _ask(
+        self, exchange: wire.Exchange, key: str | None, patience: Patience
+    ) -> async_transport.AsyncAnswer:
+        """The answer to a request; one with a key may be sent again when it is not known to have arrived."""
+        try:
+            return await self._open(exchange)
+        except errors.Unavailable as error:
+            if key is None or error.details.get("reason") != "lost":
+                raise
+            cut = error
+        return await self._again(exchange, cut, patience)
+
+    async def _again(
+        self, exchange: wire.Exchange, error: errors.SandboxdError, patience: Patience
+    ) -> async_transport.AsyncAnswer:
+        """The answer of the next daemon to an exchange. Raises what is not going to pass."""
+        while True:
+            await anyio.sleep(patience.pause(error))
+            try:
+                return await self._open(exchange)
+            except (errors.Unavailable, errors.Draining) as found:
+                error = found
+
+    async def _outcome(
+        self,
+        id: str,  # noqa: A002
+        error: errors.SandboxdError,
+        patience: Patience,
+    ) -> models.Invocation:
+        """The outcome of a call whose daemon went away."""
+        call = calls.get(id)
+        answer = await self._again(call.exchange, error, patience)
+        try:
+            found = call.decode(await answer.read())
+        finally:
+            with anyio.CancelScope(shield=True):
+                await answer.aclose()
+        return found if found.state == models.State.ENDED else await self.wait(id)
 
     async def start(
         self, argv: models.Request | Sequence[str | bytes], **fields: Unpack[calls.RequestFields]
@@ -108,7 +175,18 @@ class AsyncClient:
         self, argv: models.Request | Sequence[str | bytes], **fields: Unpack[calls.RequestFields]
     ) -> AsyncStream[models.Event]:
         """Run a command and iterate over its events; the last one is ``ended``."""
-        return await self._events(calls.stream(calls.request(argv, fields)), complete=True)
+        asked = calls.request(argv, fields)
+        return await self._events(calls.stream(asked), key=asked.key)
+
+    async def batch(
+        self,
+        requests: Iterable[models.Request | Sequence[str | bytes] | Mapping[str, Any]],
+        *,
+        parallel: int | None = None,
+    ) -> AsyncStream[models.BatchResult]:
+        """Run many requests, ``parallel`` at a time; see ``Client.batch``."""
+        answer = await self._open(calls.batch(requests, parallel))
+        return AsyncStream(answer, _results(answer))
 
     async def get(self, id: str) -> models.Invocation:  # noqa: A002 - the field's name, here and below
         """One invocation. Raises NotFound."""
@@ -142,11 +220,51 @@ class AsyncClient:
 
     async def events(self, id: str, *, after: int = 0, follow: bool = True) -> AsyncStream[models.Event]:  # noqa: A002
         """The events numbered above ``after``; with ``follow`` until ``ended``, else those so far."""
-        return await self._events(calls.events(id, after, follow=follow), complete=follow)
-
-    async def _events(self, exchange: wire.Exchange, *, complete: bool) -> AsyncStream[models.Event]:
+        exchange = calls.events(id, after, follow=follow)
+        if follow:
+            return await self._events(exchange, id, after)
         answer = await self._open(exchange)
-        return AsyncStream(answer, _decoded(answer, calls.Events(complete=complete)))
+        return AsyncStream(answer, _decoded(answer, calls.Events(complete=False)))
+
+    async def _events(
+        self,
+        exchange: wire.Exchange,
+        id: str | None = None,  # noqa: A002
+        after: int = 0,
+        *,
+        key: str | None = None,
+    ) -> AsyncStream[models.Event]:
+        """Events up to ``ended``, from however many daemons."""
+        patience = Patience(self._reconnect)
+        answer = await self._ask(exchange, key, patience)
+        stream = AsyncStream(answer, _decoded(answer, calls.Events(complete=True)))
+        stream.feed(self._resumed(stream, answer, id or calls.id_at(answer.location), after, patience))
+        return stream
+
+    async def _resumed(
+        self,
+        stream: AsyncStream[models.Event],
+        answer: async_transport.AsyncAnswer,
+        id: str | None,  # noqa: A002
+        after: int,
+        patience: Patience,
+    ) -> AsyncGenerator[models.Event, None]:
+        while True:
+            events = calls.Events(complete=True)
+            events.after = after
+            try:
+                async for event in _decoded(answer, events):
+                    after = event.seq
+                    patience.renew()
+                    yield event
+            except errors.Unavailable as error:
+                if id is None or error.details.get("reason") != "lost":
+                    raise
+                cut = error
+            else:
+                return
+            answer = await self._again(calls.events(id, after, follow=True), cut, patience)
+            await stream.continue_with(answer)
 
     async def stdout(self, id: str, *, offset: int = 0, follow: bool = False) -> AsyncStream[bytes]:  # noqa: A002
         """The stored standard output from a byte offset on."""
@@ -273,16 +391,100 @@ class AsyncClient:
         idle: int | str | None = None,
         size: int | str | None = None,
         inodes: int | str | None = None,
+        directory: str | os.PathLike[str] | None = None,
     ) -> models.SessionInfo:
         """Make a session: calls with ``session=`` its name or id find the files that those before left.
 
         ``policy`` is the only one of its calls; after ``ttl``, or ``idle`` after its last use, it is removed;
-        ``size`` and ``inodes`` are its quota. Raises SessionExists, QuotaExceeded, NotPermitted.
+        ``size`` and ``inodes`` are its quota. ``directory`` is lent to it, not copied: its files are there
+        from the start, and what calls change of them is the session's alone. Raises SessionExists,
+        QuotaExceeded, NotPermitted, InvalidRequest for a directory that cannot be lent, OSError for one that
+        you cannot open.
         """
-        call = calls.create_session(
-            name, policy=policy, labels=labels, ttl=ttl, idle=idle, size=size, inodes=inodes
-        )
-        return await self._do(call)
+        async with self._lent(directory) as handle:
+            call = calls.create_session(
+                name,
+                policy=policy,
+                labels=labels,
+                ttl=ttl,
+                idle=idle,
+                size=size,
+                inodes=inodes,
+                checkout=handle,
+            )
+            return await self._do(call)
+
+    @asynccontextmanager
+    async def _lent(self, directory: str | os.PathLike[str] | None) -> AsyncIterator[str | None]:
+        if directory is None:
+            yield None
+            return
+        lent = lending.lent(self._paths, directory, self._connect_timeout)
+        handle = await run_sync(lent.__enter__)
+        try:
+            yield handle
+        finally:
+            lent.__exit__(None, None, None)
+
+    async def lend(self, session: str, directory: str | os.PathLike[str]) -> models.SessionInfo:
+        """Give a session the directory that it stands on again, after a restart of the daemon.
+
+        Raises StateConflict for another one.
+        """
+        async with self._lent(directory) as handle:
+            return await self._do(files.lend(session, handle or ""))
+
+    async def diff_session(
+        self,
+        session: str,
+        since: str | None = None,
+        to: str | None = None,
+        *,
+        text: bool = False,
+        limit: int = 1000,
+    ) -> models.SessionDiff:
+        """What differs between two checkpoints; from the session's first to where it stands, without them."""
+        return await self._do(files.diff(session, since, to, text=text, limit=limit))
+
+    async def session_files(
+        self,
+        session: str,
+        path: str = "",
+        *,
+        checkpoint: str | None = None,
+        recursive: bool = False,
+        limit: int = 1000,
+    ) -> models.FileList:
+        """What a directory of a session has, or all beneath it."""
+        return await self._do(files.listing(session, path, checkpoint, recursive=recursive, limit=limit))
+
+    async def read_file(
+        self, session: str, path: str, *, checkpoint: str | None = None
+    ) -> AsyncStream[bytes]:
+        """The bytes of a file of a session, in chunks. Raises NotFound, StateConflict."""
+        return await self._raw(files.read(session, path, checkpoint))
+
+    async def write_file(
+        self,
+        session: str,
+        path: str,
+        data: bytes,
+        *,
+        mode: int | None = None,
+        match: str | None = None,
+        new: bool = False,
+    ) -> models.FileWritten:
+        """Write a file of a session: where it has the digest ``match``, or with ``new`` where nothing is.
+
+        Raises PreconditionFailed, StateConflict, QuotaExceeded.
+        """
+        return await self._do(files.put(session, path, data, mode=mode, match=match, new=new))
+
+    async def remove_file(
+        self, session: str, path: str, *, recursive: bool = False, match: str | None = None
+    ) -> models.FileWritten:
+        """Remove a file or directory of a session. Raises NotFound, PreconditionFailed, StateConflict."""
+        return await self._do(files.remove(session, path, recursive=recursive, match=match))
 
     async def fork_session(
         self,
@@ -360,6 +562,14 @@ class AsyncClient:
         )  # fmt: skip
         return await self._do(call)
 
+    async def lineage(self, digest: str) -> models.Lineage:
+        """Which calls released a file of this digest, and what they were made of. Raises NotFound."""
+        return await self._do(calls.lineage(digest))
+
+    async def replay(self, id: str, *, policy: str | None = None) -> models.Replay:  # noqa: A002
+        """Run an ended call again and compare; under the policy of its record, or another one."""
+        return await self._do(calls.replay(id, policy))
+
     async def prune(self, *, age: int | None = None, size: int | None = None) -> models.Pruning:
         """Remove bodies, output and artifacts older than ``age`` (µs) or beyond ``size`` bytes, now."""
         return await self._do(calls.prune(age, size))
@@ -371,6 +581,11 @@ class AsyncClient:
 
 async def _single(data: bytes) -> AsyncIterator[bytes]:
     yield data
+
+
+async def _results(answer: async_transport.AsyncAnswer) -> AsyncGenerator[models.BatchResult, None]:
+    async for line in answer.lines():
+        yield calls.batch_result(line)
 
 
 async def _decoded(

@@ -88,6 +88,7 @@ class AsyncAnswer:
         self._head = b""
         self.status = 0
         self.content_type = ""
+        self.location = ""
         self._framed = False
 
     async def _next(self) -> h11.Event | type[h11.PAUSED]:
@@ -125,6 +126,7 @@ class AsyncAnswer:
         headers = {name.lower(): value for name, value in event.headers}
         self.status = event.status_code
         self.content_type = headers.get(b"content-type", b"").decode("latin-1")
+        self.location = headers.get(b"location", b"").decode("latin-1")
         self._framed = b"content-length" in headers or b"transfer-encoding" in headers
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:

@@ -46,6 +46,7 @@ class RequestFields(TypedDict):
     key: NotRequired[str]
     session: NotRequired[str]
     priority: NotRequired[int]
+    callback: NotRequired[models.Callback | Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,30 @@ def stream(asked: models.Request) -> wire.Exchange:
     return wire.Exchange("POST", wire.target("invocations"), _body(asked), headers, waits=True)
 
 
+def batch(
+    requests: Iterable[models.Request | Sequence[str | bytes] | Mapping[str, Any]], parallel: int | None
+) -> wire.Exchange:
+    """Run many requests; each is a Request, an argv, or the JSON of a request, which the daemon judges."""
+    documents: list[Any] = []
+    for each in requests:
+        if isinstance(each, Mapping):
+            documents.append(dict(each))
+        else:
+            asked = request(each, {})
+            documents.append(asked.model_dump(mode="json", exclude_none=True, exclude_defaults=True))
+    body = {"requests": documents} | ({} if parallel is None else {"parallel": parallel})
+    return wire.Exchange("POST", wire.target("batches"), json.dumps(body).encode(), waits=True)
+
+
+batch_result: Callable[[bytes], models.BatchResult] = _one(models.BatchResult)
+"""Decodes one line of the answer to a batch."""
+
+
+def id_at(location: str) -> str | None:
+    """The id of the invocation whose URL the daemon gave before its outcome."""
+    return location.rpartition("/")[2] or None
+
+
 def get(id: str) -> Call[models.Invocation]:  # noqa: A002 - the field's name, here and below
     """One invocation."""
     return Call(wire.Exchange("GET", wire.invocation_target(id)), _one(models.Invocation))
@@ -355,8 +380,10 @@ def _session_fields(
     idle: int | str | None,
     size: int | str | None,
     inodes: int | str | None,
+    checkout: str | None = None,
 ) -> dict[str, Any]:
     given = {"name": name, "policy": policy, "labels": labels and dict(labels), "ttl": ttl, "idle": idle}
+    given["checkout"] = checkout
     quota = {key: value for key, value in (("size", size), ("inodes", inodes)) if value is not None}
     return {key: value for key, value in {**given, "quota": quota}.items() if value}
 
@@ -443,6 +470,19 @@ def search(
         before=before, limit=limit,
     )  # fmt: skip
     return Call(wire.Exchange("GET", target), _one(models.SearchResults))
+
+
+def lineage(digest: str) -> Call[models.Lineage]:
+    """Where a content comes from."""
+    return Call(wire.Exchange("GET", wire.target("artifacts", digest, "lineage")), _one(models.Lineage))
+
+
+def replay(id: str, policy: str | None) -> Call[models.Replay]:  # noqa: A002
+    """Run a recorded call again."""
+    body = json.dumps({} if policy is None else {"policy": policy}).encode()
+    return Call(
+        wire.Exchange("POST", wire.invocation_target(id, "replay"), body, waits=True), _one(models.Replay)
+    )
 
 
 def prune(age: int | None, size: int | None) -> Call[models.Pruning]:

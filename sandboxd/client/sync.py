@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from sandboxd import errors, models
-from sandboxd.client import calls, location, transport, wire
+from sandboxd.client import calls, files, lending, location, transport, wire
 from sandboxd.client.destination import Destination
+from sandboxd.client.patience import RECONNECT, Patience
 
 if TYPE_CHECKING:
     import signal as signals
     import socket as sockets
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
-    from typing import Unpack
+    from typing import Any, Unpack
 
 __all__ = ["Client", "Stream"]
 
@@ -29,17 +31,35 @@ class Stream(Generic[T]):
     the call unless it has a key.
     """
 
-    def __init__(self, answer: transport.Answer, items: Iterator[T]) -> None:
+    def __init__(self, answer: transport.Answer, items: Iterator[T] | None = None) -> None:
         self._answer = answer
-        self._items = items
+        self._items: Iterator[T] = iter(()) if items is None else items
+        self._limit: float | None = None
 
     def set_timeout(self, timeout: float | None) -> None:
         """Bound the wait for each further item to so many seconds."""
+        self._limit = timeout
         self._answer.set_timeout(timeout)
+
+    def continue_with(self, answer: transport.Answer) -> None:
+        """Go on with another answer, in the place of one that was cut."""
+        self._answer.close()
+        self._answer = answer
+        if self._limit is not None:
+            answer.set_timeout(self._limit)
+
+    @property
+    def limit(self) -> float | None:
+        """Seconds that the next item may take."""
+        return self._limit
 
     def close(self) -> None:
         """Hang up. May be called twice."""
         self._answer.close()
+
+    def feed(self, items: Iterator[T]) -> None:
+        """Say where the items come from."""
+        self._items = items
 
     def __iter__(self) -> Self:
         return self
@@ -71,6 +91,11 @@ class Client:
     Every method raises ``errors.Unavailable`` when no daemon answers or the connection is lost
     (``details["reason"]`` says which), and the class of ``errors`` that the daemon's answer names. How a
     tool ended is data in ``Invocation.outcome``, never an exception.
+
+    When the daemon goes away while a call is waited for or its events are read, the client looks for it for
+    ``reconnect`` seconds and goes on where it was: ``run``, ``stream``, ``wait`` and ``events`` lose nothing.
+    A call without a key that the dead daemon ran then has the outcome that the next one gave it; one with a
+    key is asked for again. 0: raise Unavailable at once.
     """
 
     def __init__(
@@ -79,7 +104,9 @@ class Client:
         *,
         connect_timeout: float = 5.0,
         timeout: float | None = 60.0,
+        reconnect: float = RECONNECT,
     ) -> None:
+        self._reconnect = reconnect
         self._paths = location.candidates(socket, os.environ)
         self._connect_timeout = connect_timeout
         self._timeout = timeout
@@ -101,7 +128,52 @@ class Client:
         self, argv: models.Request | Sequence[str | bytes], **fields: Unpack[calls.RequestFields]
     ) -> models.Invocation:
         """Run a command and wait for its outcome. Raises Refused if it is not accepted."""
-        return self._do(calls.run(calls.request(argv, fields)))
+        asked = calls.request(argv, fields)
+        call = calls.run(asked)
+        patience = Patience(self._reconnect)
+        with self._ask(call.exchange, asked.key, patience) as answer:
+            try:
+                return call.decode(answer.read())
+            except errors.Unavailable as error:
+                id_ = calls.id_at(answer.location)
+                if id_ is None or error.details.get("reason") != "lost":
+                    raise
+                cut = error
+        return self._outcome(id_, cut, patience)
+
+    def _ask(self, exchange: wire.Exchange, key: str | None, patience: Patience) -> transport.Answer:
+        """The answer to a request; one with a key may be sent again when it is not known to have arrived."""
+        try:
+            return self._open(exchange)
+        except errors.Unavailable as error:
+            if key is None or error.details.get("reason") != "lost":
+                raise
+            return self._again(exchange, error, patience)
+
+    def _again(
+        self,
+        exchange: wire.Exchange,
+        error: errors.SandboxdError,
+        patience: Patience,
+        limit: float | None = None,
+    ) -> transport.Answer:
+        """The answer of the next daemon to an exchange. Raises what is not going to pass."""
+        until = None if limit is None else time.monotonic() + limit
+        while True:
+            time.sleep(patience.pause(error))
+            if until is not None and time.monotonic() >= until:
+                raise wire.timed_out(limit)
+            try:
+                return self._open(exchange)
+            except (errors.Unavailable, errors.Draining) as found:
+                error = found
+
+    def _outcome(self, id: str, error: errors.SandboxdError, patience: Patience) -> models.Invocation:  # noqa: A002
+        """The outcome of a call whose daemon went away."""
+        call = calls.get(id)
+        with self._again(call.exchange, error, patience) as answer:
+            found = call.decode(answer.read())
+        return found if found.state == models.State.ENDED else self.wait(id)
 
     def start(
         self, argv: models.Request | Sequence[str | bytes], **fields: Unpack[calls.RequestFields]
@@ -113,7 +185,21 @@ class Client:
         self, argv: models.Request | Sequence[str | bytes], **fields: Unpack[calls.RequestFields]
     ) -> Stream[models.Event]:
         """Run a command and iterate over its events; the last one is ``ended``."""
-        return self._events(calls.stream(calls.request(argv, fields)), complete=True)
+        asked = calls.request(argv, fields)
+        return self._events(calls.stream(asked), key=asked.key)
+
+    def batch(
+        self,
+        requests: Iterable[models.Request | Sequence[str | bytes] | Mapping[str, Any]],
+        *,
+        parallel: int | None = None,
+    ) -> Stream[models.BatchResult]:
+        """Run many requests, ``parallel`` at a time; what came of each comes as it ends, with its index.
+
+        A request is a ``Request``, an argv, or the JSON of a request; one that is refused has a ``problem``.
+        """
+        answer = self._open(calls.batch(requests, parallel))
+        return Stream(answer, map(calls.batch_result, answer.lines()))
 
     def get(self, id: str) -> models.Invocation:  # noqa: A002 - the field's name, here and below
         """One invocation. Raises NotFound."""
@@ -157,11 +243,51 @@ class Client:
 
     def events(self, id: str, *, after: int = 0, follow: bool = True) -> Stream[models.Event]:  # noqa: A002
         """The events numbered above ``after``; with ``follow`` until ``ended``, else those so far."""
-        return self._events(calls.events(id, after, follow=follow), complete=follow)
-
-    def _events(self, exchange: wire.Exchange, *, complete: bool) -> Stream[models.Event]:
+        exchange = calls.events(id, after, follow=follow)
+        if follow:
+            return self._events(exchange, id, after)
         answer = self._open(exchange)
-        return Stream(answer, calls.Events(complete=complete).decode(answer.lines()))
+        return Stream(answer, calls.Events(complete=False).decode(answer.lines()))
+
+    def _events(
+        self,
+        exchange: wire.Exchange,
+        id: str | None = None,  # noqa: A002
+        after: int = 0,
+        *,
+        key: str | None = None,
+    ) -> Stream[models.Event]:
+        """Events up to ``ended``, from however many daemons."""
+        patience = Patience(self._reconnect)
+        answer = self._ask(exchange, key, patience)
+        stream: Stream[models.Event] = Stream(answer)
+        stream.feed(self._resumed(stream, answer, id or calls.id_at(answer.location), after, patience))
+        return stream
+
+    def _resumed(
+        self,
+        stream: Stream[models.Event],
+        answer: transport.Answer,
+        id: str | None,  # noqa: A002
+        after: int,
+        patience: Patience,
+    ) -> Iterator[models.Event]:
+        while True:
+            events = calls.Events(complete=True)
+            events.after = after
+            try:
+                for event in events.decode(answer.lines()):
+                    after = event.seq
+                    patience.renew()
+                    yield event
+            except errors.Unavailable as error:
+                if id is None or error.details.get("reason") != "lost":
+                    raise
+                exchange = calls.events(id, after, follow=True)
+                answer = self._again(exchange, error, patience, stream.limit)
+                stream.continue_with(answer)
+            else:
+                return
 
     def stdout(self, id: str, *, offset: int = 0, follow: bool = False) -> Stream[bytes]:  # noqa: A002
         """The stored standard output from a byte offset on."""
@@ -293,16 +419,90 @@ class Client:
         idle: int | str | None = None,
         size: int | str | None = None,
         inodes: int | str | None = None,
+        directory: str | os.PathLike[str] | None = None,
     ) -> models.SessionInfo:
         """Make a session: calls with ``session=`` its name or id find the files that those before left.
 
         ``policy`` is the only one of its calls; after ``ttl``, or ``idle`` after its last use, it is removed;
-        ``size`` and ``inodes`` are its quota. Raises SessionExists, QuotaExceeded, NotPermitted.
+        ``size`` and ``inodes`` are its quota. ``directory`` is lent to it, not copied: its files are there
+        from the start, and what calls change of them is the session's alone. Raises SessionExists,
+        QuotaExceeded, NotPermitted, InvalidRequest for a directory that cannot be lent, OSError for one that
+        you cannot open.
         """
-        call = calls.create_session(
-            name, policy=policy, labels=labels, ttl=ttl, idle=idle, size=size, inodes=inodes
-        )
-        return self._do(call)
+        with ExitStack() as stack:
+            handle = None
+            if directory is not None:
+                handle = stack.enter_context(lending.lent(self._paths, directory, self._connect_timeout))
+            call = calls.create_session(
+                name,
+                policy=policy,
+                labels=labels,
+                ttl=ttl,
+                idle=idle,
+                size=size,
+                inodes=inodes,
+                checkout=handle,
+            )
+            return self._do(call)
+
+    def lend(self, session: str, directory: str | os.PathLike[str]) -> models.SessionInfo:
+        """Give a session the directory that it stands on again, after a restart of the daemon.
+
+        Raises StateConflict for another one.
+        """
+        with lending.lent(self._paths, directory, self._connect_timeout) as handle:
+            return self._do(files.lend(session, handle))
+
+    def diff_session(
+        self,
+        session: str,
+        since: str | None = None,
+        to: str | None = None,
+        *,
+        text: bool = False,
+        limit: int = 1000,
+    ) -> models.SessionDiff:
+        """What differs between two checkpoints; from the session's first to where it stands, without them."""
+        return self._do(files.diff(session, since, to, text=text, limit=limit))
+
+    def session_files(
+        self,
+        session: str,
+        path: str = "",
+        *,
+        checkpoint: str | None = None,
+        recursive: bool = False,
+        limit: int = 1000,
+    ) -> models.FileList:
+        """What a directory of a session has, or all beneath it."""
+        return self._do(files.listing(session, path, checkpoint, recursive=recursive, limit=limit))
+
+    def read_file(self, session: str, path: str, *, checkpoint: str | None = None) -> Stream[bytes]:
+        """The bytes of a file of a session, in chunks. Raises NotFound, StateConflict."""
+        answer = self._open(files.read(session, path, checkpoint))
+        return Stream(answer, answer.chunks())
+
+    def write_file(
+        self,
+        session: str,
+        path: str,
+        data: bytes,
+        *,
+        mode: int | None = None,
+        match: str | None = None,
+        new: bool = False,
+    ) -> models.FileWritten:
+        """Write a file of a session: where it has the digest ``match``, or with ``new`` where nothing is.
+
+        Raises PreconditionFailed, StateConflict, QuotaExceeded.
+        """
+        return self._do(files.put(session, path, data, mode=mode, match=match, new=new))
+
+    def remove_file(
+        self, session: str, path: str, *, recursive: bool = False, match: str | None = None
+    ) -> models.FileWritten:
+        """Remove a file or directory of a session. Raises NotFound, PreconditionFailed, StateConflict."""
+        return self._do(files.remove(session, path, recursive=recursive, match=match))
 
     def fork_session(
         self,
@@ -379,6 +579,14 @@ class Client:
             limit=limit,
         )  # fmt: skip
         return self._do(call)
+
+    def lineage(self, digest: str) -> models.Lineage:
+        """Which calls released a file of this digest, and what they were made of. Raises NotFound."""
+        return self._do(calls.lineage(digest))
+
+    def replay(self, id: str, *, policy: str | None = None) -> models.Replay:  # noqa: A002
+        """Run an ended call again and compare; under the policy of its record, or another one."""
+        return self._do(calls.replay(id, policy))
 
     def prune(self, *, age: int | None = None, size: int | None = None) -> models.Pruning:
         """Remove bodies, output and artifacts older than ``age`` (µs) or beyond ``size`` bytes, now."""

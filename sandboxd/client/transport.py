@@ -71,6 +71,7 @@ class Answer:
         self._timeout = timeout
         self.status = response.status
         self.content_type = response.headers.get("content-type", "")
+        self.location = response.headers.get("location", "")
 
     def set_timeout(self, timeout: float | None) -> None:
         """Bound each further read to so many seconds; None waits for ever."""

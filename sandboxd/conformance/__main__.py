@@ -21,8 +21,19 @@ USAGE = 2
 HERE = Path(__file__).parent
 # Whether everything is gone is looked at when everything has run.
 AREAS = (
-    *("receipt", "limits", "outcomes", "streams", "files", "requests"),
-    *("network", "trust", "requests_of_http", "secrets", "ports", "pool", "warm", "hostile", "cleanup"),
+    *("receipt", "limits", "outcomes", "attempts", "streams", "files", "requests", "records"),
+    *(
+        "network",
+        "trust",
+        "requests_of_http",
+        "secrets",
+        "ports",
+        "sessions",
+        "pool",
+        "warm",
+        "hostile",
+        "cleanup",
+    ),
 )
 
 

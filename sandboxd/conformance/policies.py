@@ -61,6 +61,10 @@ limits: {stdout: {size: 64KiB, on_limit: kill}, stderr: {size: 16KiB, on_limit: 
 extends: conformance-plain
 artifacts: [{path: "out/**", max_size: 1MiB}, {path: "*.txt"}]
 """,
+    "release": """
+extends: conformance-plain
+artifacts: [{path: "out/*", type: [image/png, text/plain], count: 2, secrets: deny}]
+""",
     "strict": "extends: conformance-python\nsyscalls: {base: strict}\n",
     "root": "extends: conformance-python\nprocess: {user: $root}\n",
     "warm": "extends: conformance-python\nwarm: {command: python3, preload: [json]}\n",
@@ -102,8 +106,15 @@ network:
 extends: conformance-python
 network: {allow: [{host: "*.conformance.test", ports: [$port]}]}
 """,
+    "patient": """
+extends: conformance-plain
+retry: {backoff: 50ms..50ms, memory: {times: 1, raise: {memory: 256MiB}}}
+""",
     "exposed": "extends: conformance-python\nexpose: [8080, 8081]\n",
     "exposed-network": "extends: conformance-network\nexpose: [8080, 8081]\n",
+    "if-success": "extends: conformance-python\ncommit: success\n",
+    "if-ran": "extends: conformance-python\ncommit: always\n",
+    "if-never": "extends: conformance-python\ncommit: never\n",
     "host": "extends: conformance-python\nnetwork: {mode: host}\n",
 }
 

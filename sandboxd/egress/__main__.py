@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import dns.asyncbackend
 import dns.rdata
 
 from sandboxd.egress.budget import Budget
@@ -21,15 +20,19 @@ from sandboxd.egress.container import Container
 from sandboxd.egress.injection import Secret
 from sandboxd.egress.inward import Inward
 from sandboxd.egress.jail import give_up
-from sandboxd.egress.leaves import Leaves
 from sandboxd.egress.messages import MAX_FAULT, MAX_MESSAGE, Enter, Serve, Setup, decode, encode, rules_of
+from sandboxd.egress.outside import NameServers, Outside
 from sandboxd.egress.servers import Servers, host_authorities
 from sandboxd.egress.upstream import Resolver, host_names
 from sandboxd.kernel import descriptors
 from sandboxd.reach import Reach
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from anyio.abc import TaskGroup
+
+    from sandboxd.egress.inspect import Inspection
 
 DESCRIPTORS = 65536
 DOORS = 5
@@ -38,11 +41,18 @@ DOORS = 5
 class Worker:
     """Serves the containers of one caller until the daemon closes its end."""
 
-    def __init__(self, sock: socket.socket, resolver: Resolver, servers: Servers, leaves: Leaves) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        setup: Setup,
+        *,
+        hosts: Mapping[str, Sequence[str]],
+        look: Callable[..., Inspection] | None,
+    ) -> None:
         self._sock = sock
-        self._resolver = resolver
-        self._servers = servers
-        self._leaves = leaves
+        self._outside = Outside(self._say)
+        self._resolver = Resolver(setup.nameservers, hosts, setup.port, NameServers(self._outside))
+        self._look = look
         self._containers: dict[str, Container] = {}
         self._inward = Inward(self._say)
         self._known: dict[str, dict[str, str]] = {}
@@ -62,7 +72,9 @@ class Worker:
                 self._take(tasks, kind, content, fds)
             tasks.cancel_scope.cancel()
 
-    def _take(self, tasks: TaskGroup, kind: str, content: dict[str, Any], fds: list[int]) -> None:
+    def _take(  # noqa: C901  (a line for each kind)
+        self, tasks: TaskGroup, kind: str, content: dict[str, Any], fds: list[int]
+    ) -> None:
         match kind:
             case "rules":
                 rules = rules_of(content["rules"])
@@ -80,8 +92,8 @@ class Worker:
                     budget=Budget(budget),
                     names=self._known.pop(asked.id, {}),
                     resolver=self._resolver,
-                    servers=self._servers,
-                    leaves=self._leaves,
+                    begin=partial(self._outside.connect, asked.id),
+                    look=self._look,
                 )
                 container.secrets.update(self._secrets.pop(asked.id, {}))
                 container.begin(tasks)
@@ -89,6 +101,10 @@ class Worker:
                 self._take_secrets(content["id"], content["values"])
             case "answer":
                 self._take_answer(**content)
+            case "connected":
+                self._outside.connected(content["number"], content["code"], fds)
+            case "reply":
+                self._outside.replied(content["number"], content["data"])
             case "enter" if len(fds) == Inward.DESCRIPTORS:
                 self._inward.begin(tasks, Enter(**content), fds)
             case "cut":
@@ -122,6 +138,15 @@ class Worker:
             self._sock.setblocking(False)
 
 
+def _looking(setup: Setup) -> Callable[..., Inspection]:
+    """What serves connections whose rules look into HTTP; most processes do without all that it needs."""
+    from sandboxd.egress.inspect import Inspection  # noqa: PLC0415
+    from sandboxd.egress.leaves import Leaves  # noqa: PLC0415
+
+    servers = Servers(host_authorities() + setup.authorities)
+    return partial(Inspection, leaves=Leaves(setup.authority, setup.authority_key), servers=servers)
+
+
 async def main(fd: int, uid: int) -> None:
     """Become what serves, and serve."""
     sock = socket.socket(fileno=fd)
@@ -129,15 +154,14 @@ async def main(fd: int, uid: int) -> None:
         sock.setblocking(False)
         # what is imported late elsewhere: no file can be opened later
         dns.rdata.load_all_types()
-        dns.asyncbackend.get_backend("asyncio")
         await anyio.wait_readable(sock)
         _, said = decode(sock.recv(MAX_MESSAGE))
         setup = Setup(**said)
-        hosts, servers = host_names(), Servers(host_authorities() + setup.authorities)
-        leaves = Leaves(setup.authority, setup.authority_key)
+        hosts = host_names()
+        look = _looking(setup) if setup.authority else None
         give_up(uid, DESCRIPTORS, base64.b64decode(setup.filter))
         gc.freeze()
-        await Worker(sock, Resolver(setup.nameservers, hosts, setup.port), servers, leaves).run()
+        await Worker(sock, setup, hosts=hosts, look=look).run()
     except Exception:  # noqa: BLE001  (it can write no file, and has nobody else to tell)
         sock.setblocking(True)
         with suppress(OSError):

@@ -19,7 +19,6 @@ import anyio
 
 from sandboxd.egress import hello, upstream
 from sandboxd.egress.injection import inject
-from sandboxd.egress.inspect import Inspection
 from sandboxd.egress.messages import MAX_FAULT
 from sandboxd.egress.names import Names
 from sandboxd.egress.nameserver import NameServer
@@ -38,8 +37,7 @@ if TYPE_CHECKING:
 
     from sandboxd.egress.budget import Budget
     from sandboxd.egress.injection import Secret
-    from sandboxd.egress.leaves import Leaves
-    from sandboxd.egress.servers import Servers
+    from sandboxd.egress.inspect import Inspection
     from sandboxd.egress.site import Exchange
     from sandboxd.reach import Address, Reach
 
@@ -65,18 +63,19 @@ class Container:
         budget: Budget,
         names: dict[str, str],
         resolver: upstream.Resolver,
-        servers: Servers,
-        leaves: Leaves,
+        begin: Callable[[Address, int], Awaitable[socket.socket]],
+        look: Callable[[Counted, Site, Callable[[], Awaitable[socket.socket]]], Inspection] | None,
     ) -> None:
         """``fds``: those of ``network.namespace.Doors``, in its order; this owns them from now on.
 
+        ``look`` serves connections whose rules look into HTTP, ``begin`` makes those outside, by these rules.
         ``names``: those that it was told before, with their addresses.
         """
         self._reach = reach
         self._budget = budget
         self._resolver = resolver
-        self._servers = servers
-        self._leaves = leaves
+        self._begin = begin
+        self._look = look
         self.secrets: dict[str, Secret] = {}
         """What requests may be given on their way out; what is written here, the next request has."""
         self._say = say
@@ -107,6 +106,7 @@ class Container:
     def _wake(self, tasks: TaskGroup) -> None:
         self._sleep_no_more()
         self._awake = True
+        self._say("awake")  # before anything is taken: where it was not said, nothing has happened
         tasks.start_soon(self._serve)
 
     def _sleep_no_more(self) -> None:
@@ -303,9 +303,9 @@ class Container:
 
     async def _connect(self, connection: Connection, address: Address) -> tuple[socket.socket, Address]:
         if connection.name is None:
-            return await upstream.connect_to([address], connection.port)
+            return await upstream.connect_to([address], connection.port, self._begin)
         addresses = await self._resolver.addresses(connection.name)
-        return await upstream.connect(addresses, connection.port, self._reach, connection.name)
+        return await upstream.connect(addresses, connection.port, self._reach, connection.name, self._begin)
 
     async def _relay(self, client: socket.socket, server: socket.socket, connection: Connection) -> None:
         out = Pump(client, server, "out", self._budget)
@@ -365,12 +365,14 @@ class Container:
 
             async def connect() -> socket.socket:
                 addresses = await self._resolver.addresses(name)
-                server, at = await upstream.connect(addresses, connection.port, self._reach, name)
+                server, at = await upstream.connect(
+                    addresses, connection.port, self._reach, name, self._begin
+                )
                 connection.upstream = str(at)
                 return server
 
-            inspection = Inspection(counted, site, connect, leaves=self._leaves, servers=self._servers)
-            await inspection.run(found, first)
+            assert self._look is not None  # noqa: S101  (a process without it gets no such rules)
+            await self._look(counted, site, connect).run(found, first)
             verdict, why = "allowed", ""
         except hello.HelloMalformed as error:
             verdict, why = "denied", str(error)

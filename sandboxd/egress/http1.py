@@ -28,6 +28,7 @@ from sandboxd.egress.site import (
 )
 from sandboxd.egress.streams import Broken, Left, first_of, while_there
 from sandboxd.egress.upstream import Unreachable
+from sandboxd.excerpt import excerpt
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -180,7 +181,7 @@ class Http1:
         except ValueError:
             parts = urlsplit(b"")
         if parts.scheme != self._site.scheme.encode() or not parts.netloc:
-            said = target.decode("latin-1")[:255]
+            said = excerpt(target.decode("latin-1"), 255)
             raise Refused(400, "denied", f"the target {said!r} is neither a path nor a URL of this host")
         rest = target[target.index(b"//") + 2 + len(parts.netloc) :]
         return rest if rest[:1] == b"/" else b"/" + rest, parts.netloc

@@ -9,6 +9,7 @@ from hpack.struct import HeaderTuple, NeverIndexedHeaderTuple
 
 from sandboxd.egress.http2end import Flow
 from sandboxd.egress.site import Refused, head_of, without_hops
+from sandboxd.excerpt import excerpt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -78,12 +79,13 @@ def understood(headers: Iterable[tuple[bytes, bytes]], site: Site) -> HttpReques
     if not pseudo.keys() <= PSEUDO or not _TOKEN.fullmatch(method) or not is_sound(plain):
         raise Refused(400, "denied", "the request's head is malformed")
     if pseudo.get(b":scheme") != site.scheme.encode():
-        said = pseudo.get(b":scheme", b"").decode("latin-1")[:255]
+        said = excerpt(pseudo.get(b":scheme", b"").decode("latin-1"), 255)
         raise Refused(
             400, "denied", f"the request's scheme is {said!r}, and the connection's {site.scheme!r}"
         )
     if not _PATH.fullmatch(path) and not (path == b"*" and method == b"OPTIONS"):
-        raise Refused(400, "denied", f"{path.decode('latin-1')[:255]!r} is no path: it has to begin with '/'")
+        said = excerpt(path.decode("latin-1"), 255)
+        raise Refused(400, "denied", f"{said!r} is no path: it has to begin with '/'")
     hosts = [value for name, value in plain if name == b"host"]
     named = [pseudo[b":authority"], *hosts] if b":authority" in pseudo else hosts
     if len(hosts) > 1 or len({each.lower() for each in named}) != 1:

@@ -26,6 +26,7 @@ from sandboxd.egress.exchange import Exchange, Gone, Invalid
 from sandboxd.egress.messages import MAX_FAULT
 from sandboxd.egress.relay import Pump, cut, resets
 from sandboxd.egress.streams import first_of, write
+from sandboxd.excerpt import excerpt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -112,7 +113,7 @@ class Inward:
                 "inward",
                 id=enter.id,
                 number=enter.number,
-                why=why[:MAX_WHY],
+                why=excerpt(why, MAX_WHY),
                 bytes_in=connection.received,
                 bytes_out=connection.sent,
             )

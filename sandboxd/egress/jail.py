@@ -1,7 +1,7 @@
 """What a process gives up before it reads a byte of anybody's.
 
-It keeps the host's network, which it is there for, and nothing else: another user, no capability, an empty
-file system, system calls that talk over sockets it has or may have, and no sockets but those of the internet.
+It keeps the sockets that it is handed, and nothing else: another user, no capability, an empty file system,
+and system calls that talk over sockets but make none, and connect none.
 """
 
 from __future__ import annotations

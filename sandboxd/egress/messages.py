@@ -33,7 +33,7 @@ class Setup:
     authorities: str
     """Certificates of those that it believes beside the host's, as PEM."""
     authority: str
-    """The certificate that containers trust, and below its key, as PEM."""
+    """The certificate that containers trust, and below its key, as PEM; none: no rule looks into HTTP."""
     authority_key: str = field(repr=False)
 
 

@@ -17,10 +17,9 @@ if TYPE_CHECKING:
     from sandboxd.egress.told import Connection
     from sandboxd.reach import Decision
 
-__all__ = ["MAX_OPEN", "MAX_PATH", "Questions"]
+__all__ = ["MAX_OPEN", "Questions"]
 
 MAX_OPEN = 64  # at once, of a container; what waits with them is memory
-MAX_PATH = 2048
 TOO_MANY = f"{MAX_OPEN} others wait for an answer already"
 
 
@@ -54,7 +53,7 @@ class Questions:
             address=about.address,
             port=about.port,
             method=about.method,
-            path=about.path[:MAX_PATH],
+            path=about.path,
             rule=decision.where,
         )
         try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from sandboxd.egress.upstream import Unreachable
+from sandboxd.excerpt import excerpt
 from sandboxd.httprule import HttpRequest
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Refused(Exception):
         super().__init__(why)
         self.status = status
         self.verdict = verdict
-        self.why = why[:MAX_WHY]
+        self.why = excerpt(why, MAX_WHY)
         self.rule = rule
 
 
@@ -115,7 +116,7 @@ class Site:
     def check_authority(self, authority: bytes) -> None:
         """Raise Refused for a request that is of another host than the connection."""
         if authority.decode("latin-1").lower() not in self._authorities:
-            said = authority.decode("latin-1")[:255]
+            said = excerpt(authority.decode("latin-1"), 255)
             raise Refused(
                 421, "denied", f"the request is of {said!r}, and the connection to {self.name}:{self.port}"
             )
@@ -221,4 +222,5 @@ def needs_digest(request: HttpRequest, decision: Decision) -> bool:
 
 def exchange_of(request: HttpRequest, protocol: str) -> Exchange:
     """What is told of a request, before it is."""
-    return Exchange(request.method[:32], request.path.decode(errors="replace")[:MAX_PATH], protocol)
+    path = excerpt(request.path.decode(errors="replace"), MAX_PATH)
+    return Exchange(excerpt(request.method, 32), path, protocol)

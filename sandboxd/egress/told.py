@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sandboxd.excerpt import excerpt
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -50,7 +52,7 @@ class Told:
 
     def emit(self, verdict: str, connection: Connection, why: str) -> None:
         """An event of it, as long as there have not been too many."""
-        why = why[:MAX_WHY]
+        why = excerpt(why, MAX_WHY)
         if verdict == "denied":
             self._count_refusal(connection, why)
         kind = "refusals" if verdict == "denied" else "connections"  # a flood of those does not hide these

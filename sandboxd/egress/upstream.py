@@ -18,9 +18,11 @@ import dns.exception
 import dns.resolver
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from sandboxd.reach import Address, Decision, Reach
+
+    Begin = Callable[[Address, int], Awaitable[socket.socket]]
 
 __all__ = ["Resolver", "Unreachable", "connect", "host_names"]
 
@@ -57,10 +59,14 @@ class Resolver:
     """Asks the host's name servers. What was answered is kept as long as it says itself."""
 
     def __init__(
-        self, nameservers: Sequence[str], hosts: Mapping[str, Sequence[str]], port: int = 53
+        self,
+        nameservers: Sequence[str],
+        hosts: Mapping[str, Sequence[str]],
+        port: int,
+        backend: dns.asyncbackend.Backend,
     ) -> None:
         self._hosts = hosts
-        self._backend = dns.asyncbackend.get_backend("asyncio")
+        self._backend = backend
         self._resolver = dns.asyncresolver.Resolver(configure=False)
         self._resolver.nameservers = list(nameservers)
         self._resolver.port = port
@@ -106,11 +112,12 @@ class Resolver:
 
 
 async def connect(
-    addresses: Sequence[Address], port: int, reach: Reach, name: str
+    addresses: Sequence[Address], port: int, reach: Reach, name: str, begin: Begin
 ) -> tuple[socket.socket, Address]:
     """A connection to the first address that may be connected to and answers. Raises Unreachable.
 
-    What was checked is what is connected to: the name is not looked up again.
+    What was checked is what is connected to: the name is not looked up again. ``begin`` makes a connection,
+    which may still be on its way.
     """
     if not addresses:
         raise Unreachable(f"the name {name} has no address")
@@ -119,16 +126,16 @@ async def connect(
     if not allowed:
         refused = next(iter(decisions.values()))
         raise Unreachable(f"{name} is not where it may be: {refused.why}", refused)
-    return await connect_to(allowed[:MAX_ADDRESSES], port)
+    return await connect_to(allowed[:MAX_ADDRESSES], port, begin)
 
 
-async def connect_to(addresses: Sequence[Address], port: int) -> tuple[socket.socket, Address]:
+async def connect_to(addresses: Sequence[Address], port: int, begin: Begin) -> tuple[socket.socket, Address]:
     """A connection to the first of them that answers. Raises Unreachable."""
     why = ""
     for address in addresses:
         try:
             with anyio.fail_after(CONNECT_SECONDS):
-                return await _connect(address, port), address
+                return await _connect(address, port, begin), address
         except TimeoutError:
             why = f"{address} does not answer at port {port}"
         except OSError as error:
@@ -136,17 +143,13 @@ async def connect_to(addresses: Sequence[Address], port: int) -> tuple[socket.so
     raise Unreachable(why)
 
 
-async def _connect(address: Address, port: int) -> socket.socket:
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+async def _connect(address: Address, port: int, begin: Begin) -> socket.socket:
+    sock = await begin(address, port)
     try:
-        try:
-            sock.connect((str(address), port))
-        except BlockingIOError:
-            await anyio.wait_writable(sock)
-            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code:
-                raise OSError(code, os.strerror(code)) from None
+        await anyio.wait_writable(sock)
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code)) from None
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except BaseException:
         sock.close()

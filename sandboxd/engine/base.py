@@ -88,6 +88,8 @@ class Stacked:
     """Descriptor of the upper layer, which outlives the container."""
     layers: int
     """How many are below it."""
+    checkout: bool = False
+    """Whether a directory of the caller's is below them."""
 
 
 @dataclass

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sandboxd.engine.base import Slot
+    from sandboxd.workspace.checkout import Checkout
 
 __all__ = ["attach_stack"]
 
@@ -38,11 +39,19 @@ FEATURES = {"index": "off", "metacopy": "off", "redirect_dir": "off", "xino": "o
 
 
 def attach_stack(
-    slot: Slot, layers: Sequence[str], *, store: Path, places: Path, empty: str, stack: ExitStack
+    slot: Slot,
+    layers: Sequence[str],
+    *,
+    store: Path,
+    places: Path,
+    empty: str,
+    checkout: Checkout | None,
+    stack: ExitStack,
 ) -> None:
     """Put layers of a session, the newest first, into the workspace of a slot whose tool is parked.
 
     They are names in the directory ``store``; ``empty`` is one with nothing in it, for a session without any.
+    Below them is the caller's directory, if it has lent one.
     ``places`` is a directory of our own mount namespace, used for a moment. ``stack`` closes what the call
     keeps. Blocks for about a millisecond. Raises OSError, HostFailed.
     """
@@ -53,7 +62,10 @@ def attach_stack(
             newest = os.open(store / layers[0], DIRECTORY)
             once.callback(os.close, newest)
             dress(upper, newest, slot.id_base)
-        lowers = [f"{shown}/{name}" for name in (*layers, *(() if layers else (empty,)))]
+        bottom = () if layers or checkout is not None else (empty,)
+        lowers = [f"{shown}/{name}" for name in (*layers, *bottom)]
+        if checkout is not None:
+            lowers.append(_lent(slot, checkout, _place(places, f"{slot.id}-checkout", once), once))
         options = {"upperdir": f"{above}/upper", "workdir": f"{above}/work", **FEATURES}
         overlay = mounts.new_overlay(lowers, options, _place(places, f"{slot.id}-overlay", once))
         once.callback(os.close, overlay)
@@ -63,7 +75,7 @@ def attach_stack(
     identity = os.fstat(root)
     slot.workspace_fd = root
     slot.presented = {**slot.presented, WORKSPACE: (identity.st_dev, identity.st_ino)}
-    slot.stacked = Stacked(upper, len(layers))
+    slot.stacked = Stacked(upper, len(layers), checkout is not None)
 
 
 def _place(places: Path, name: str, once: ExitStack) -> Path:
@@ -97,6 +109,15 @@ def _shown(slot: Slot, store: Path, place: Path, once: ExitStack) -> str:
             f"{store} is on a file system that the kernel cannot map ids of, such as an overlay; in a "
             "container, put the state directory on a volume"
         ) from error
+    _attached(mount, place, once)
+    return f"/proc/self/fd/{mount}"
+
+
+def _lent(slot: Slot, checkout: Checkout, place: Path, once: ExitStack) -> str:
+    """The caller's directory, in which what is the caller's is the tool's."""
+    owner = slot.shape.process
+    mount = checkout.mapped(owner.uid, owner.gid, slot=slot.id_base)
+    once.callback(os.close, mount)
     _attached(mount, place, once)
     return f"/proc/self/fd/{mount}"
 

@@ -63,7 +63,9 @@ def select(
     if session is not None:
         rows = connection.execute(
             "SELECT r.n, r.id FROM records AS r JOIN invocations AS i ON i.id = r.id"
-            " WHERE json_valid(CAST(i.doc AS TEXT)) AND json_extract(CAST(i.doc AS TEXT), '$.session') = ?",
+            " WHERE json_valid(CAST(i.doc AS TEXT)) AND (json_extract(CAST(i.doc AS TEXT), '$.session') = ?1"
+            " OR json_extract(CAST(i.doc AS TEXT), '$.session')"
+            " IN (SELECT id FROM sessions WHERE name = ?1))",
             (session,),
         ).fetchall()
         if not rows:

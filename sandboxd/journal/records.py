@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from sandboxd.journal.requests import Asked, Open
 
-__all__ = ["Accepted", "Existing", "Refusal", "body", "from_header", "new_id", "outcome_header"]
+__all__ = ["Accepted", "Existing", "Refusal", "body", "from_header", "new_id", "outcome_header", "remains"]
 
 VERSION = 1
 _MAX_DETAIL = 2000
@@ -36,6 +37,8 @@ class Accepted:
     request: Asked | None = None
     open: Open | None = None
     """What a later daemon has to know to run it."""
+    callback: str | None = None
+    """A socket that is told of its end."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,21 @@ def from_header(header: bytes, policy: str, pruned: int) -> models.Invocation:
         )
     except (ValueError, KeyError, TypeError) as error:  # of pydantic too
         raise errors.JournalCorrupt("the header of a pruned call cannot be read") from error
+
+
+def remains(id_: str, uid: int, policy: str) -> models.Invocation:
+    """What is left of an accepted call whose document is damaged."""
+    nothing = models.DigestRef(name="", digest="")
+    return models.Invocation(
+        id=id_,
+        state=models.State.ACCEPTED,
+        caller=models.CallerInfo(uid=uid, gid=uid, role="unknown"),
+        policy=nothing.model_copy(update={"name": policy}),
+        image=nothing,
+        plan="",
+        argv=[],
+        times=models.Times(accepted=(uuid.UUID(id_).int >> 80) * 1000),  # RFC 9562: milliseconds
+    )
 
 
 def _known(stream: dict[str, Any] | None) -> models.Content | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sandboxd import canonical, errors
 from sandboxd.models import Bytes, Request
@@ -26,16 +26,32 @@ if TYPE_CHECKING:
 
     from sandboxd.blobs import BlobStore
 
-__all__ = ["INLINE", "Asked", "Open", "describe", "differences", "read", "rebuild", "write"]
+__all__ = [
+    "INLINE",
+    "OPEN_CALLS",
+    "UNKNOWN_CALLS",
+    "Asked",
+    "Open",
+    "Owed",
+    "describe",
+    "differences",
+    "open_calls",
+    "owed",
+    "read",
+    "rebuild",
+    "write",
+]
 
 INLINE = 256 * 1024
 MAX_SHOWN = 200  # characters of a value that is shown, as JSON
 MAX_DIFFERENCES = 20
 OPEN_CALLS = (
-    "SELECT i.id, i.uid, r.gid, r.groups, r.tied, r.started, r.memory, r.cpus, r.priority, r.serial,"
-    # by the index that has these alone, and not by looking at each call that ended
-    " r.deadline, i.state FROM invocations i INDEXED BY invocations_open LEFT JOIN requests r ON r.id = i.id"
-    " WHERE i.state != 'ended' ORDER BY i.id"
+    "SELECT id, uid, gid, groups, tied, started, memory, cpus, priority, serial, deadline, resting, 1"
+    " FROM queue ORDER BY id"
+)
+UNKNOWN_CALLS = (  # accepted by a version that kept no request
+    "SELECT id, uid FROM invocations INDEXED BY invocations_open"
+    " WHERE state != 'ended' AND id NOT IN (SELECT id FROM queue) ORDER BY id"
 )
 _HEAD = struct.Struct("<32sQ")
 _HIDDEN = frozenset({"env", "inputs", "tar", "stdin"})
@@ -62,26 +78,39 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Open:
+class Owed:
+    """Who has to be told of a call's end, and at which socket."""
+
+    id: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    unix: str
+    ended: bool = False
+
+
+class Open(NamedTuple):
     """What the queue has to know of a call without an outcome, and what became of it so far.
 
-    ``deadline`` is in microseconds since the epoch; ``started``: how many attempts were given a container.
-    ``tied``: its caller waited for it. ``known`` is false for a call whose request is not in the journal.
+    ``deadline`` is in microseconds since the epoch; ``started``: how many attempts were given a container;
+    ``resting``: the last of them has ended and another follows. ``tied``: its caller waited for it. ``known``
+    is false for a call whose request is not in the journal.
     """
 
     id: str
     uid: int
     gid: int = 0
-    groups: tuple[int, ...] = ()
-    tied: bool = True
+    groups: str = "[]"
+    """A list of numbers, as JSON."""
+    tied: int = 1
     started: int = 0
     memory: int = 0
     cpus: int = 0
     priority: int = 0
     serial: str | None = None
     deadline: int | None = None
-    state: str = "accepted"
-    known: bool = False
+    resting: int = 0
+    known: int = 0
 
 
 def describe(request: Request) -> Asked:
@@ -119,44 +148,48 @@ def describe(request: Request) -> Asked:
     return Asked(canonical.canonical(asked), inline, large)
 
 
-def write(connection: sqlite3.Connection, asked: Asked, call: Open) -> None:
-    """Add the rows of a request to a transaction."""
+def write(connection: sqlite3.Connection, asked: Asked, call: Open, callback: str | None = None) -> None:
+    """Add the rows of a request to a transaction; ``callback`` is a socket."""
     packed = b"".join(
         _HEAD.pack(bytes.fromhex(digest.removeprefix("sha256:")), len(data)) + data
         for digest, data in asked.inline.items()
     )
     connection.execute(
-        "INSERT INTO requests (id, doc, contents, gid, groups, tied, started, memory, cpus, priority, serial,"
-        " deadline) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            call.id, asked.doc, packed, call.gid, json.dumps(call.groups), call.tied, call.started,
-            call.memory, call.cpus, call.priority, call.serial, call.deadline,
-        ),
-    )  # fmt: skip
+        "INSERT INTO requests (id, doc, contents) VALUES (?, ?, ?)", (call.id, asked.doc, packed)
+    )
+    connection.execute(
+        "INSERT INTO queue (id, uid, gid, groups, tied, started, memory, cpus, priority, serial, deadline,"
+        " resting) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        call[:12],
+    )
+    if callback is not None:
+        connection.execute(
+            "INSERT INTO callbacks (id, uid, gid, groups, unix) VALUES (?, ?, ?, ?, ?)",
+            (call.id, call.uid, call.gid, call.groups, callback),
+        )
     if asked.large:
         connection.executemany(
-            "INSERT INTO request_blobs (digest, id) VALUES (?, ?)", [(each, call.id) for each in asked.large]
+            "INSERT INTO request_blobs (digest, id, size) VALUES (?, ?, ?)",
+            [(digest, call.id, len(data)) for digest, data in asked.large.items()],
         )
 
 
 def open_calls(connection: sqlite3.Connection) -> list[Open]:
     """The calls without an outcome, oldest first."""
-    rows = connection.execute(OPEN_CALLS)
-    groups: dict[str, tuple[int, ...]] = {}  # most calls are of a few callers
-    found = []
-    for id_, uid, gid, text, tied, started, memory, cpus, priority, serial, deadline, state in rows:
-        if text is None:
-            found.append(Open(id_, uid))
-            continue
-        if text not in groups:
-            groups[text] = tuple(json.loads(text))
-        found.append(
-            Open(
-                id_, uid, gid, groups[text], bool(tied), started, memory, cpus, priority, serial, deadline,
-                state, known=True,
-            )
-        )  # fmt: skip
-    return found
+    unknown = [Open(*row) for row in connection.execute(UNKNOWN_CALLS)]
+    return [*unknown, *map(Open._make, connection.execute(OPEN_CALLS))]
+
+
+def owed(connection: sqlite3.Connection) -> list[Owed]:
+    """Who has to be told of an end, whether it has come or not."""
+    rows = connection.execute(
+        "SELECT c.id, c.uid, c.gid, c.groups, c.unix, i.state = 'ended' FROM callbacks c"
+        " JOIN invocations i ON i.id = c.id ORDER BY c.id"
+    )
+    return [
+        Owed(id_, uid, gid, tuple(json.loads(groups)), unix, bool(ended))
+        for id_, uid, gid, groups, unix, ended in rows
+    ]
 
 
 def read(connection: sqlite3.Connection, id_: str) -> tuple[bytes, bytes, str | None] | None:

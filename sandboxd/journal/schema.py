@@ -65,12 +65,16 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ) STRICT""",
     ),
     (
-        # doc and contents are as ``requests`` says; contents NULL: pruned. started counts the attempts that
-        # were given a container, and is on disk before their command is handed over.
+        # what was asked, as ``requests`` says; contents NULL: pruned
         """CREATE TABLE requests (
+            id TEXT PRIMARY KEY NOT NULL, doc BLOB NOT NULL, contents BLOB
+        ) STRICT""",
+        # Of each call without an outcome what the scheduler has to know, and no more: 100,000 are read at a
+        # start. started counts the attempts that were given a container, and is on disk before their command
+        # is handed over; resting: the last of them has ended, and another follows.
+        """CREATE TABLE queue (
             id TEXT PRIMARY KEY NOT NULL,
-            doc BLOB NOT NULL,
-            contents BLOB,
+            uid INTEGER NOT NULL,
             gid INTEGER NOT NULL,
             groups TEXT NOT NULL,
             tied INTEGER NOT NULL,
@@ -79,12 +83,21 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             cpus INTEGER NOT NULL,
             priority INTEGER NOT NULL,
             serial TEXT,
-            deadline INTEGER
-        ) STRICT""",
+            deadline INTEGER,
+            resting INTEGER NOT NULL
+        ) STRICT, WITHOUT ROWID""",
         """CREATE TABLE request_blobs (
-            digest TEXT NOT NULL, id TEXT NOT NULL, PRIMARY KEY (digest, id)
+            digest TEXT NOT NULL, id TEXT NOT NULL, size INTEGER NOT NULL, PRIMARY KEY (digest, id)
         ) STRICT, WITHOUT ROWID""",
         "CREATE INDEX request_blobs_of ON request_blobs (id)",
+        # who has to be told of the end of a call: gone when that was done
+        """CREATE TABLE callbacks (
+            id TEXT PRIMARY KEY NOT NULL,
+            uid INTEGER NOT NULL,
+            gid INTEGER NOT NULL,
+            groups TEXT NOT NULL,
+            unix TEXT NOT NULL
+        ) STRICT, WITHOUT ROWID""",
     ),
     (
         # gone: it is being removed, and nobody sees it. quota_* and expires: NULL is none.
@@ -172,6 +185,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ),
         "CREATE INDEX artifacts_of_calls ON artifacts (id)",
     ),
+    (
+        # Copies of small spools whose files are not synced yet, as ``behind`` says.
+        "CREATE TABLE unsynced (id TEXT PRIMARY KEY NOT NULL, files BLOB NOT NULL) STRICT",
+    ),
+    # device and inode of the caller's directory that a session stands on
+    ("ALTER TABLE sessions ADD COLUMN checkout TEXT",),
 )
 
 KEPT_BACKUPS = 2
@@ -192,7 +211,7 @@ def mapped() -> Iterator[None]:
 def error_of(error: sqlite3.Error) -> errors.SandboxdError:
     """What an error of SQLite means for the journal: https://www.sqlite.org/rescode.html."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code
-    if code in _DAMAGED:
+    if code in _DAMAGED or "Could not decode" in str(error):
         return errors.JournalCorrupt(f"the journal's database is damaged: {error}")
     if code == sqlite3.SQLITE_FULL:
         return errors.HostFailed("no space left for the journal in the state directory")
@@ -230,6 +249,7 @@ def connect_reader(path: Path) -> sqlite3.Connection:
     with mapped():
         connection = sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
         connection.execute("PRAGMA query_only = ON")
+        connection.text_factory = _text
     return connection
 
 
@@ -242,6 +262,11 @@ def _keep_private(path: Path) -> None:
                 each.chmod(0o600)
     except OSError as error:
         raise errors.HostFailed(f"the journal cannot be made: {error.strerror}") from error
+
+
+def _text(data: bytes) -> str:
+    """Text as it is stored; what a damaged page made of it stands for itself, and ends no reading."""
+    return data.decode("utf-8", "backslashreplace")
 
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:

@@ -45,7 +45,7 @@ __all__ = [
 
 CREDENTIAL = "sandboxd-journal-key"
 """The name of systemd's credential (``LoadCredential=``), systemd.exec(5)."""
-OWN = "journal.key"
+OWN, PUBLIC = "journal.key", "journal.pub"
 _MAX = 4096  # bytes of a file of a key, or of a signed head
 _FIELDS = {"v", "type", "n", "digest", "at", "key", "public", "signature"}
 
@@ -105,6 +105,23 @@ class NodeKey:
         said = _said(head, at, self.public)
         signature = self.private.sign(canonical.canonical(said))
         return canonical.canonical({**said, "signature": base64.b64encode(signature).decode()})
+
+    def publish(self, state: Path) -> None:
+        """Leave the public key in the state directory, for commands that cannot read the key itself.
+
+        Raises HostFailed.
+        """
+        path = state / PUBLIC
+        try:
+            if path.exists() and path.read_bytes() == self.pem():
+                return
+            temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+            temporary.write_bytes(self.pem())
+            temporary.replace(path)
+        except OSError as error:
+            raise errors.HostFailed(
+                f"the public key of the journal cannot be written: {error.strerror}"
+            ) from error
 
     @classmethod
     def load(cls, place: KeyPlace) -> NodeKey:

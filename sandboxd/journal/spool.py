@@ -31,6 +31,7 @@ import anyio.to_thread
 
 from sandboxd import errors, models
 from sandboxd.failpoint import failpoint
+from sandboxd.journal.behind import packed
 from sandboxd.journal.index import (
     DETAIL,
     RECORD_SIZE,
@@ -345,6 +346,13 @@ class Spool:
             failpoint("spool.summary")
             self._detail(SUMMARY, _now(), dump_summaries(summaries))
             self._count -= 1  # the summary is no event
+
+    def copy(self) -> bytes | None:
+        """What its files hold so far, where that is little. Raises HostFailed."""
+        with mapped():
+            for stream in STREAMS:
+                self._seal(stream)
+            return packed(self._index.directory)
 
     def sync(self) -> None:
         """Bring to disk what was written so far; blocks, and may run in a thread. Raises HostFailed."""

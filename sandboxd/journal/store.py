@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +30,7 @@ from sandboxd.journal.output import sync_directory
 from sandboxd.journal.writer import Transaction, Writer
 
 if TYPE_CHECKING:
-    import sqlite3
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
 __all__ = ["Journal"]
@@ -39,6 +39,8 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 MAX_LIST = 500
 KEPT_REFUSALS = 10_000
+SOURCE = "#source"
+"""After the digest of a policy: the key of what makes that policy again."""
 SIGN_RECORDS = 1000
 SIGN_SECONDS = 600.0
 SIGN_CHECK = 5.0
@@ -123,6 +125,7 @@ class Journal:
             ) from error
         try:
             self._key = signing.NodeKey.open(self._place)
+            self._key.publish(self._directory)
             self._writer.start()
         except BaseException:
             self._lock.release()
@@ -166,7 +169,7 @@ class Journal:
                     [(name, value, invocation.id) for name, value in invocation.labels.items()],
                 )
             if record.request is not None and record.open is not None:
-                requests.write(transaction.connection, record.request, record.open)
+                requests.write(transaction.connection, record.request, record.open, record.callback)
             failpoint("accept.write")
             return None
 
@@ -196,21 +199,25 @@ class Journal:
         If the daemon dies at once the call is still there, as an earlier state of it.
         """
         row = self._row(invocation)
-        self._writer.post(
-            lambda transaction: transaction.connection.execute(
+        resting = invocation.state is models.State.QUEUED and invocation.attempts > 0
+
+        def operation(transaction: Transaction) -> None:
+            transaction.connection.execute(
                 "UPDATE invocations SET state = ?, policy = ?, cause = ?, doc = ?"
                 " WHERE id = ? AND state != 'ended'",
                 row,
             )
-        )
+            if resting:
+                transaction.connection.execute("UPDATE queue SET resting = 1 WHERE id = ?", (invocation.id,))
+
+        self._writer.post(operation)
 
     async def started(self, id_: str, attempts: int) -> None:
         """Record, durably, that so many attempts of a call were given a container."""
 
         def operation(transaction: Transaction) -> None:
-            transaction.connection.execute("UPDATE requests SET started = ? WHERE id = ?", (attempts, id_))
             transaction.connection.execute(
-                "UPDATE invocations SET state = 'starting' WHERE id = ? AND state != 'ended'", (id_,)
+                "UPDATE queue SET started = ?, resting = 0 WHERE id = ?", (attempts, id_)
             )
 
         await self._writer.run(operation, durable=True)
@@ -234,10 +241,12 @@ class Journal:
         header: dict[str, Any],
         *,
         also: Callable[[sqlite3.Connection], None] | None = None,
+        output: bytes | None = None,
     ) -> chain.Head:
         """Record an outcome, durably, and chain its record; returns the new head.
 
         ``also`` is what comes about with it, in the same transaction, or not at all.
+        ``output`` is the copy of its spool, where that is not on disk yet (``behind``).
 
         ``header`` is ``records.outcome_header``'s. Raises StateConflict for a call that has an outcome
         already, NotFound for one that was never accepted.
@@ -261,7 +270,12 @@ class Journal:
                 raise errors.NotFound(f"invocation {invocation.id} was never accepted")
             if also is not None:
                 also(transaction.connection)
+            transaction.connection.execute("DELETE FROM queue WHERE id = ?", (invocation.id,))
             transaction.head = chain.append(transaction.connection, transaction.head, header, row[3])
+            if output is not None:
+                transaction.connection.execute(
+                    "INSERT INTO unsynced (id, files) VALUES (?, ?)", (invocation.id, output)
+                )
             failpoint("outcome.write")
             if invocation.artifacts:
                 transaction.connection.executemany(
@@ -282,13 +296,15 @@ class Journal:
 
         def read(connection: sqlite3.Connection) -> models.Invocation | None:
             row = connection.execute(
-                "SELECT i.doc, i.policy, i.pruned, r.header FROM invocations AS i"
+                "SELECT i.doc, i.policy, i.pruned, i.uid, r.header FROM invocations AS i"
                 " LEFT JOIN records AS r ON r.id = i.id WHERE i.id = ?",
                 (id_,),
             ).fetchone()
             if row is None:
                 return None
-            doc, policy, pruned, header = row
+            doc, policy, pruned, uid, header = row
+            if doc is not None and header is None:  # whoever asks at the start has to go on
+                return _parse_open(id_, doc, uid, policy)
             if doc is not None:
                 return _parse(id_, doc)
             return None if header is None else records.from_header(header, policy, pruned or 0)
@@ -299,14 +315,27 @@ class Journal:
         """Calls that were accepted and have no outcome, oldest first; for the start of a daemon."""
 
         def read(connection: sqlite3.Connection) -> list[models.Invocation]:
-            rows = connection.execute("SELECT id, doc FROM invocations WHERE state != 'ended' ORDER BY id")
-            return [_parse(*row) for row in rows]
+            rows = connection.execute(
+                "SELECT id, doc, uid, policy FROM invocations WHERE state != 'ended' ORDER BY id"
+            )
+            return [_parse_open(*row) for row in rows]
 
         return await self._read(read)
 
     async def open_calls(self) -> list[requests.Open]:
         """The same calls, by what the queue has to know of them: of a long queue nothing else is read."""
         return await self._read(requests.open_calls)
+
+    async def owed(self) -> list[requests.Owed]:
+        """Who has to be told of a call's end, in any state of it."""
+        return await self._read(requests.owed)
+
+    async def told(self, id_: str) -> None:
+        """Whoever had to be told of a call's end was, or will not be."""
+        await self._writer.run(
+            lambda transaction: transaction.connection.execute("DELETE FROM callbacks WHERE id = ?", (id_,)),
+            durable=False,
+        )
 
     async def refused(self, refusal: records.Refusal) -> None:
         """Keep a refusal. The newest ``KEPT_REFUSALS`` are kept; not durable against power loss."""
@@ -373,6 +402,10 @@ class Journal:
             raise errors.JournalCorrupt(f"what is kept under {digest} was changed", digest=digest)
         return data
 
+    async def source(self, digest: str) -> bytes | None:
+        """What makes the policy of a digest again; whether it does is for the digest of that to say."""
+        return await self._read(lambda connection: upkeep.content(connection, digest + SOURCE))
+
     async def oldest(self, limit: int) -> list[upkeep.Kept]:
         """The oldest calls whose bodies are kept."""
         return await self._read(lambda connection: upkeep.oldest(connection, limit))
@@ -396,8 +429,8 @@ class Journal:
         """Those of these blobs that the record of a kept call names."""
         return await self._read(lambda connection: upkeep.referenced(connection, digests))
 
-    async def releases(self, digest: str, uid: int | None, limit: int) -> list[str]:
-        """Ids of the newest calls that released a file of this digest, of one caller or of all."""
+    async def releases(self, digest: str, uid: int | None, limit: int) -> list[upkeep.Row]:
+        """The newest calls that released a file of this digest, of one caller or of all."""
         return await self._read(lambda connection: upkeep.releases(connection, digest, uid, limit))
 
     async def sign_head(self) -> bytes | None:
@@ -467,8 +500,11 @@ class Journal:
 
         def read(connection: sqlite3.Connection) -> list[models.Invocation]:
             found, size = [], 0
-            for id_, doc in connection.execute(query, values):
-                found.append(_parse(id_, doc))
+            for id_, doc in _each(connection, query, values):
+                try:
+                    found.append(_parse(id_, doc))
+                except errors.JournalCorrupt as error:  # the others are listed; ``get`` says it of this one
+                    log.warning("left out of a list", id=id_, reason=str(error))
                 size += len(doc)
                 if size > _MAX_PAGE:
                     break
@@ -529,6 +565,35 @@ def _conflict(
         request_digest=existing.request_digest,
         differs=differs,
     )
+
+
+def _each(
+    connection: sqlite3.Connection, query: str, values: Sequence[object]
+) -> Iterator[tuple[str, bytes]]:
+    """The rows of a list; where a page is damaged, those that can be read."""
+    try:
+        yield from connection.execute(query, values).fetchall()
+    except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_CORRUPT:
+            raise
+        log.warning("the database is damaged; what can be read is listed", reason=str(error))
+        for (id_,) in connection.execute(query.replace("SELECT id, doc", "SELECT id", 1), values).fetchall():
+            try:
+                row = connection.execute("SELECT doc FROM invocations WHERE id = ?", (id_,)).fetchone()
+            except sqlite3.DatabaseError as damage:
+                log.warning("left out of a list", id=id_, reason=str(damage))
+                continue
+            if row is not None and row[0] is not None:
+                yield id_, row[0]
+
+
+def _parse_open(id_: str, doc: bytes, uid: int, policy: str) -> models.Invocation:
+    """A call without an outcome; of one whose document is damaged, what its row says."""
+    try:
+        return _parse(id_, doc)
+    except errors.JournalCorrupt as error:
+        log.error("what was accepted is damaged", id=id_, reason=str(error))  # noqa: TRY400  # all there is
+        return records.remains(id_, uid, policy)
 
 
 def _parse(id_: str, doc: bytes) -> models.Invocation:

@@ -28,6 +28,12 @@ __all__ = [
 ]
 
 
+_FILES = (
+    "SELECT sum(size) FROM (SELECT max(size) AS size FROM (SELECT digest, size FROM artifacts"
+    " UNION ALL SELECT digest, size FROM request_blobs) GROUP BY digest)"
+)
+
+
 class Row(NamedTuple):
     """A record, as the index wants it. ``doc`` is None where it was pruned."""
 
@@ -38,7 +44,7 @@ class Row(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A call whose body is kept: its record, when it ended, what it holds on disk."""
+    """A call whose body is kept: its record, when it ended, what it holds on disk, shared files included."""
 
     n: int
     id: str
@@ -72,32 +78,40 @@ def keep(connection: sqlite3.Connection, contents: Mapping[str, bytes]) -> None:
 def oldest(connection: sqlite3.Connection, limit: int) -> list[Kept]:
     """The oldest calls whose bodies are kept."""
     rows = connection.execute(
-        "SELECT n, id, coalesce(at, 0), bytes FROM records WHERE bytes > 0 ORDER BY n LIMIT ?", (limit,)
+        "SELECT n, id, coalesce(at, 0), bytes"
+        " + coalesce((SELECT sum(size) FROM artifacts WHERE id = records.id), 0)"
+        " + coalesce((SELECT sum(size) FROM request_blobs WHERE id = records.id), 0)"
+        " + coalesce((SELECT length(contents) FROM requests WHERE id = records.id), 0)"
+        " FROM records WHERE bytes > 0 ORDER BY n LIMIT ?",
+        (limit,),
     )
     return [Kept(*row) for row in rows]
 
 
 def held(connection: sqlite3.Connection) -> int:
-    """Bytes of all bodies, streams and artifacts that are kept; an artifact of several calls counts once."""
-    bodies = connection.execute("SELECT sum(bytes) FROM records WHERE bytes > 0").fetchone()[0] or 0
-    files = connection.execute(
-        "SELECT sum(size) FROM (SELECT max(size) AS size FROM artifacts GROUP BY digest)"
-    ).fetchone()[0]
-    return int(bodies) + int(files or 0)
+    """Bytes of all bodies, streams, inputs and artifacts; a file of several calls counts once."""
+    questions = (
+        "SELECT sum(bytes) FROM records WHERE bytes > 0",
+        "SELECT sum(length(contents)) FROM requests",
+        _FILES,
+    )
+    return sum(int(connection.execute(question).fetchone()[0] or 0) for question in questions)
 
 
 def prune(connection: sqlite3.Connection, calls: Iterable[tuple[int, str]], at: int) -> int:
     """Take the bodies of these calls away, and what is known of them only for their bodies' sake."""
     done = 0
     for n, id_ in calls:
+        # in any case: a record without its invocation must not come up again for ever
+        connection.execute("UPDATE records SET bytes = 0 WHERE n = ?", (n,))
         row = connection.execute("SELECT doc FROM invocations WHERE id = ?", (id_,)).fetchone()
         changed = connection.execute(
             "UPDATE invocations SET doc = NULL, pruned = ? WHERE id = ? AND state = 'ended'", (at, id_)
         ).rowcount
         if not changed:
             continue
-        connection.execute("UPDATE records SET bytes = 0 WHERE n = ?", (n,))
-        connection.execute("DELETE FROM artifacts WHERE id = ?", (id_,))
+        for table in ("artifacts", "request_blobs", "requests"):
+            connection.execute(f"DELETE FROM {table} WHERE id = ?", (id_,))  # noqa: S608  # constants
         connection.executemany(
             "DELETE FROM labels WHERE name = ? AND value = ? AND id = ?",
             [(name, value, id_) for name, value in _labels(row[0] if row else None).items()],
@@ -122,19 +136,21 @@ def pruned_among(connection: sqlite3.Connection, ids: Sequence[str]) -> list[str
 
 
 def referenced(connection: sqlite3.Connection, digests: Collection[str]) -> set[str]:
-    """Those of these blobs that the record of a kept call names."""
+    """Those of these blobs that the record of a kept call names, or a request that waits, runs or ran."""
     marks = ",".join("?" * len(digests))
-    query = f"SELECT DISTINCT digest FROM artifacts WHERE digest IN ({marks})"  # noqa: S608  # marks alone
-    return {row[0] for row in connection.execute(query, list(digests))}
+    found: set[str] = set()
+    for table in ("artifacts", "request_blobs"):
+        query = f"SELECT DISTINCT digest FROM {table} WHERE digest IN ({marks})"  # noqa: S608  # constants
+        found.update(row[0] for row in connection.execute(query, list(digests)))
+    return found
 
 
-def releases(connection: sqlite3.Connection, digest: str, uid: int | None, limit: int) -> list[str]:
+def releases(connection: sqlite3.Connection, digest: str, uid: int | None, limit: int) -> list[Row]:
     """The newest calls that released a file of this digest, of one caller or of all."""
-    return [
-        row[0]
-        for row in connection.execute(
-            "SELECT a.id FROM artifacts AS a JOIN invocations AS i ON i.id = a.id"
-            " WHERE a.digest = ? AND (? IS NULL OR i.uid = ?) ORDER BY a.id DESC LIMIT ?",
-            (digest, uid, uid, limit),
-        )
-    ]
+    rows = connection.execute(
+        "SELECT r.n, r.id, r.header, i.doc FROM artifacts AS a JOIN invocations AS i ON i.id = a.id"
+        " JOIN records AS r ON r.id = a.id WHERE a.digest = ? AND (? IS NULL OR i.uid = ?)"
+        " ORDER BY a.id DESC LIMIT ?",
+        (digest, uid, uid, limit),
+    )
+    return [Row(*row) for row in rows]

@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING
 from sandboxd import errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["IdRange", "UserNamespaces", "map_namespace"]
+__all__ = ["RANGE", "Extent", "IdRange", "UserNamespaces", "map_namespace"]
 
 RANGE = 65_536
+Extent = tuple[int, int, int]
+"""The first id inside, the first on the host, and how many; a map has at most 340 of them."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,14 @@ class UserNamespaces:
             self.give_back(taken)
 
     def _make(self, base: int) -> int:
-        return map_namespace(self._launcher, base, (0, base, RANGE), (0, base, RANGE))
+        return map_namespace(self._launcher, base, [(0, base, RANGE)], [(0, base, RANGE)])
 
 
-def map_namespace(launcher: Path, owner: int, uids: tuple[int, int, int], gids: tuple[int, int, int]) -> int:
+def map_namespace(launcher: Path, owner: int, uids: Sequence[Extent], gids: Sequence[Extent]) -> int:
     """A user namespace that belongs to a host uid and maps ids as user_namespaces(7) has it.
 
-    ``uids`` and ``gids`` are the first id inside, the first on the host, and how many; for an id-mapped
-    mount, inside is what the disk says, and the host's what it shows. Returns a descriptor, with which the
-    namespace lives. Raises OSError, subprocess.SubprocessError.
+    For an id-mapped mount, inside is what the disk says, and the host's what it shows. Returns a descriptor,
+    with which the namespace lives. Raises OSError, subprocess.SubprocessError.
     """
     with subprocess.Popen(
         [launcher, "userns", str(owner)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
@@ -119,7 +120,7 @@ def map_namespace(launcher: Path, owner: int, uids: tuple[int, int, int], gids: 
         assert helper.stdout is not None  # noqa: S101
         _step(helper.stdout.read(1))
         for kind, ids in (("uid_map", uids), ("gid_map", gids)):
-            Path(f"/proc/{helper.pid}/{kind}").write_text("{} {} {}\n".format(*ids))
+            Path(f"/proc/{helper.pid}/{kind}").write_text("".join("{} {} {}\n".format(*one) for one in ids))
         helper.stdin.write(b"\n")
         _step(helper.stdout.read(1))
         namespace = os.open(f"/proc/{helper.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)

@@ -4,6 +4,9 @@ Times are integer microseconds since the Unix epoch, durations integer microseco
 Bytes are never assumed to be text: see ``Content``.
 """
 
+from sandboxd.models.batch import Batch, BatchResult
+from sandboxd.models.callback import Callback
+from sandboxd.models.files import FileChange, FileInfo, FileList, FileWritten, SessionDiff
 from sandboxd.models.invocation import (
     Artifact,
     CallerInfo,
@@ -16,6 +19,7 @@ from sandboxd.models.invocation import (
     Times,
     Withheld,
 )
+from sandboxd.models.lineage import Lineage, Release
 from sandboxd.models.network import NetworkEvent, NetworkRefusal, NetworkUse
 from sandboxd.models.operating import (
     Health,
@@ -29,6 +33,7 @@ from sandboxd.models.operating import (
 )
 from sandboxd.models.outcome import Cause, Denial, Failure, LimitReached, Outcome, Usage, signal_name
 from sandboxd.models.receipt import Control, Receipt
+from sandboxd.models.replay import Difference, Replay
 from sandboxd.models.request import Input, Narrowing, Request
 from sandboxd.models.retry import FailedAttempt
 from sandboxd.models.search import Hit, Pruning, SearchResults
@@ -37,6 +42,7 @@ from sandboxd.models.session import (
     CheckpointList,
     SessionFork,
     SessionInfo,
+    SessionLend,
     SessionList,
     SessionQuota,
     SessionRequest,
@@ -46,7 +52,10 @@ from sandboxd.models.wire import Bytes, Content, Count, Counted, Duration, Size,
 
 __all__ = [
     "Artifact",
+    "Batch",
+    "BatchResult",
     "Bytes",
+    "Callback",
     "CallerInfo",
     "Cause",
     "CheckpointInfo",
@@ -56,11 +65,16 @@ __all__ = [
     "Count",
     "Counted",
     "Denial",
+    "Difference",
     "DigestRef",
     "Duration",
     "Event",
     "FailedAttempt",
     "Failure",
+    "FileChange",
+    "FileInfo",
+    "FileList",
+    "FileWritten",
     "Health",
     "Hit",
     "ImageInfo",
@@ -68,6 +82,7 @@ __all__ = [
     "Invocation",
     "InvocationList",
     "LimitReached",
+    "Lineage",
     "Narrowing",
     "NetworkEvent",
     "NetworkRefusal",
@@ -79,12 +94,16 @@ __all__ = [
     "Problem",
     "Pruning",
     "Receipt",
+    "Release",
+    "Replay",
     "Request",
     "SearchResults",
     "SecretInfo",
     "SecretUse",
+    "SessionDiff",
     "SessionFork",
     "SessionInfo",
+    "SessionLend",
     "SessionList",
     "SessionQuota",
     "SessionRequest",

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from sandboxd.models.callback import Callback
 from sandboxd.models.wire import Absolute, Bytes, Count, Duration, Size, Text, Wire
 
 __all__ = ["Input", "Narrowing", "Request"]
@@ -75,3 +76,5 @@ class Request(Wire):
     session: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
     priority: Annotated[int, Field(ge=-10, le=10)] | None = None
     """Which of one's own calls goes first: those of a higher one. Others' calls are not passed. None: 0."""
+    callback: Callback | None = None
+    """Who is told of the end, where the configuration allows it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointList",
     "SessionFork",
     "SessionInfo",
+    "SessionLend",
     "SessionList",
     "SessionQuota",
     "SessionRequest",
@@ -59,6 +60,15 @@ class SessionRequest(Wire):
     idle: Duration | None = None
     """So long after it was last used it is removed."""
     quota: SessionQuota = Field(default_factory=SessionQuota)
+    checkout: Annotated[Text, Field(min_length=1, max_length=64)] | None = None
+    """The handle of a directory that was passed over the socket for that: it is below all of the files."""
+
+
+class SessionLend(Wire):
+    """A session's directory again, after a restart of the daemon."""
+
+    checkout: Annotated[Text, Field(min_length=1, max_length=64)]
+    """The handle of the same directory, passed again."""
 
 
 class SessionFork(SessionRequest):
@@ -121,6 +131,8 @@ class SessionInfo(Wire):
     """Bytes on disk that its layers hold, which is what its quota counts; and so are the entries."""
     inodes: int
     layers: int
+    checkout: Literal["lent", "missing"] | None = None
+    """Of a session on its caller's directory: whether the daemon has that, or has to be given it again."""
     calls: int
     """Calls that ended in it."""
     in_flight: int = 0

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -34,7 +35,9 @@ from sandboxd.kernel.cgroup import CgroupLimits
 from sandboxd.models import NetworkEvent, NetworkUse
 from sandboxd.network.authority import Authority
 from sandboxd.network.filter import filter_program
+from sandboxd.network.outward import Outward
 from sandboxd.network.questions import Questions, nobody
+from sandboxd.reach import Reach
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,6 +57,7 @@ __all__ = ["Gateway", "Server"]
 CONTAINERS = 32  # that one process serves before another is started beside it
 END_SECONDS = 5.0  # that a process has for its last word on a container
 IDLE_SECONDS = 300.0  # that a process without a container is kept
+MAX_HEARD = 1000  # messages of a process that are heard for the sake of one container's end
 AT_ONCE = 16  # messages of a process, before others have their turn
 MAX_EVENTS = 2000  # of a call, by one process
 MAX_FAULTS = 100  # of a process
@@ -85,14 +89,27 @@ class _Served:
     crashes: int = 0
     events: int = 0
     ending: bool = False
+    awake: bool = False
+    """Whether anybody in the container has connected to anything, asked for it, or was refused it."""
+    quiet: bool = False
+    """It has ended and was never awake: nobody waits for its process's last word."""
     ended: anyio.Event = field(default_factory=anyio.Event)
     use: NetworkUse = field(default_factory=NetworkUse)
 
-    def hear(self, kind: str, content: dict[str, Any]) -> None:
+    @cached_property
+    def reach(self) -> Reach:
+        """Its rules, by which each connection is checked again that its process asks for."""
+        return Reach(self.rules)
+
+    def hear(self, kind: str, content: dict[str, Any]) -> None:  # noqa: C901  (a line for each kind)
         """What its process says of it. Raises ValueError and the like for what it may not say."""
         if self.ended.is_set():
             raise ValueError("it speaks of what has ended")
+        if self.quiet and kind != "ended":
+            return  # of a call that is over
         match kind:
+            case "awake":
+                self.awake = True
             case "event" if self.events < MAX_EVENTS:
                 event = NetworkEvent.model_validate(content)
                 self.events += 1
@@ -103,6 +120,8 @@ class _Served:
             case "ask":
                 if not self.ending:  # else it has not heard yet that the call is over
                     self.questions.ask(content, self.worker.send)
+            case "connect":
+                self.worker.outward.connect(content, self.reach.leads)
             case "withdraw":
                 self.questions.withdraw(int(content["number"]))
             case "ended":
@@ -121,8 +140,10 @@ class _Served:
 class _Worker:
     """One process, and the socket to it."""
 
-    def __init__(self, caller: int, uid: int) -> None:
+    def __init__(self, caller: int, uid: int, *, looks: bool) -> None:
         self.caller = caller
+        self.looks = looks
+        """Whether it has what rules need that look into HTTP: the authority's key, and programs for TLS."""
         self.uid = uid
         self.containers: dict[str, _Served] = {}
         self.inward: dict[int, Callable[[dict[str, object] | None], None]] = {}
@@ -131,6 +152,7 @@ class _Worker:
         self.ready = anyio.Event()
         """Set when it takes containers, or never will."""
         self.faults = 0
+        self.outward: Outward
         self.rules: set[str] = set()
         """The names of those that it has."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -149,6 +171,20 @@ class _Worker:
                 cwd="/",
                 env={"LANG": "C.UTF-8"},
             )
+
+    def hear(self, kind: str, content: dict[str, Any]) -> None:
+        """What it says that is of no container. Raises ValueError and the like for what it may not say."""
+        match kind:
+            case "inward":
+                self.inward.pop(content["number"])(content)
+            case "connect":
+                self.outward.connect(content, None)
+            case "query":
+                self.outward.query(content)
+            case "enough":
+                self.outward.enough(int(content["number"]))
+            case _:
+                raise ValueError(f"unknown: {kind[:32]!r}")
 
     def kill(self) -> None:
         """End the process; its end is heard like any other."""
@@ -214,7 +250,7 @@ class Gateway:
         assert rules is not None  # noqa: S101
         assert doors is not None  # noqa: S101
         doors.begin()
-        worker = await self._worker_for(uid)
+        worker = await self._worker_for(uid, looks=rules.look_inside)
         questions = Questions(id, decide, self._tasks)
         served = _Served(
             id, uid, doors, slot.shape.digest, rules, on_event, worker, dict(secrets), questions=questions
@@ -239,22 +275,49 @@ class Gateway:
         served = self._served[id]
         served.ending = True
         served.questions.close()
+        served.quiet = self._nothing_happened(served)
         with suppress(OSError):
             await served.worker.send(encode("end", {"id": id}))
 
     async def end(self, id: str) -> NetworkUse:  # noqa: A002
         """What the call used, and what it was refused, after ``begin_end``."""
         served = self._served.pop(id)
+        if served.quiet:
+            self._tasks.start_soon(self._finish, served)
+        else:
+            await self._finish(served)
+        return served.use
+
+    def _nothing_happened(self, served: _Served) -> bool:
+        """Whether there is nothing that its process could still tell, now that nobody lives in the container.
+
+        It says that it is awake before it takes anything: so what is neither said nor waiting has not been.
+        """
+        if served.ended.is_set() or served.doors.knocked():
+            return False
+        for _ in range(MAX_HEARD):
+            try:
+                message = served.worker.sock.recv(MAX_MESSAGE)
+            except BlockingIOError:
+                return not served.awake
+            except OSError:
+                return False
+            if not message or not self._understood(served.worker, message):
+                served.worker.kill()
+                return False
+        return False
+
+    async def _finish(self, served: _Served) -> None:
         try:
             with anyio.move_on_after(END_SECONDS) as scope:
                 await served.ended.wait()
         finally:
-            served.worker.containers.pop(id, None)
+            served.worker.containers.pop(served.id, None)
         if scope.cancelled_caught:
             log.error("a network process does not answer", pid=served.worker.process.pid)
             served.worker.process.kill()  # nobody else is to wait for it; what it did is not known
-            served.on_event(_failed("the process that served the connections did not answer in the end"))
-        return served.use
+            if not served.quiet:
+                served.on_event(_failed("the process that served the connections did not answer in the end"))
 
     async def enter(
         self,
@@ -298,10 +361,10 @@ class Gateway:
                 raise errors.HostFailed(f"the network's process takes no container: {error}") from error
             raise
 
-    async def _worker_for(self, caller: int) -> _Worker:
+    async def _worker_for(self, caller: int, *, looks: bool = False) -> _Worker:
         workers = self._workers.setdefault(caller, [])
-        while workers:
-            least = min(workers, key=lambda worker: len(worker.containers))
+        while fitting := [worker for worker in workers if worker.looks or not looks]:
+            least = min(fitting, key=lambda worker: len(worker.containers))
             if len(least.containers) >= CONTAINERS and len(workers) < (os.cpu_count() or 1):
                 break
             await least.ready.wait()
@@ -309,13 +372,15 @@ class Gateway:
                 return least
         if not self._uids:
             raise errors.HostFailed("every id of the network's processes is in use; raise network.count")
-        worker = _Worker(caller, self._uids.pop())
+        nameservers = tuple(map(str, self._config.nameservers)) or _host_nameservers()
+        worker = _Worker(caller, self._uids.pop(), looks=looks)
+        worker.outward = Outward(self._tasks, worker.send, nameservers, self._config.port)
         workers.append(worker)
         self._tasks.start_soon(self._hear, worker)
         try:
             limits = CgroupLimits(self._config.memory, MAX_THREADS, self._config.cpus)
             await self._confining.confine(worker.name, worker.process.pid, limits)
-            await worker.send(encode("setup", self._setup()))
+            await worker.send(encode("setup", self._setup(nameservers, looks=looks)))
         except BaseException as error:
             worker.process.kill()  # the end of it is heard, and who waits for it looks for another
             if isinstance(error, errors.SandboxdError | OSError | UnicodeDecodeError):
@@ -324,9 +389,10 @@ class Gateway:
         worker.ready.set()
         return worker
 
-    def _setup(self) -> Setup:
-        nameservers = tuple(map(str, self._config.nameservers)) or _host_nameservers()
+    def _setup(self, nameservers: tuple[str, ...], *, looks: bool) -> Setup:
         program = base64.b64encode(filter_program()).decode()
+        if not looks:
+            return Setup(nameservers, self._config.port, program, "", "", "")
         authorities = "\n".join(file.read_text(encoding="ascii") for file in self._config.authorities)
         authority = self._authority
         return Setup(
@@ -359,6 +425,7 @@ class Gateway:
                 with suppress(errors.SandboxdError):
                     await self._confining.release(worker.name)
             worker.ready.set()
+            worker.outward.close()
             self._uids.append(worker.uid)
             while worker.inward:
                 worker.inward.popitem()[1](None)
@@ -378,10 +445,10 @@ class Gateway:
                     why = str(content["why"])[:MAX_FAULT]
                     log.error("a network process failed", pid=worker.process.pid, why=why)
                 return True
-            if kind == "inward":
-                worker.inward.pop(content["number"])(content)
-                return True
-            worker.containers[id].hear(kind, content)
+            if id is None or kind == "inward":  # which is of a call whose container it may not serve
+                worker.hear(kind, content)
+            else:
+                worker.containers[id].hear(kind, content)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             log.error(  # noqa: TRY400  (its words are hostile, and no trace of ours)
                 "a network process is not understood", pid=worker.process.pid, reason=str(error)[:500]
@@ -394,6 +461,9 @@ class Gateway:
         if left:
             log.error("a network process ended", pid=worker.process.pid, status=worker.process.returncode)
         for served in left:
+            if served.quiet:
+                served.ended.set()
+                continue
             served.crashes += 1
             served.questions.close()
             served.events = 0
@@ -405,7 +475,7 @@ class Gateway:
             if served.ended.is_set():
                 continue
             try:
-                worker = await self._worker_for(served.uid)
+                worker = await self._worker_for(served.uid, looks=served.rules.look_inside)
                 if served.ending:
                     served.give_up()
                     continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import struct
 from contextlib import contextmanager
@@ -83,6 +84,13 @@ class Doors:
     def descriptors(self) -> tuple[int, ...]:
         """All of them, in the order of the fields."""
         return astuple(self)
+
+    def knocked(self) -> bool:
+        """Whether anything waits at one of them that nobody has taken yet."""
+        poll = select.poll()
+        for fd in self.descriptors:
+            poll.register(fd, select.POLLIN)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         """Close all. Safe to call twice."""

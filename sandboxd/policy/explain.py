@@ -214,6 +214,12 @@ def _artifacts(policy: Policy, plan: Planned | None) -> Iterator[dict[str, Any]]
         value = artifact.path
         if artifact.max_size is not None:
             value += f", at most {units.format_size(artifact.max_size)} each"
+        if artifact.type:
+            value += f", only {', '.join(artifact.type)} by content"
+        if artifact.count is not None:
+            value += f", at most {artifact.count} files"
+        if artifact.secrets == "deny":
+            value += ", none that has secrets"
         yield _line(f"artifacts.{number}", value, policy.origin(f"artifacts.{number}"), note)
     if not policy.artifacts:
         yield _line("artifacts", "none", policy.origin("artifacts"))

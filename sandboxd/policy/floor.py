@@ -1,8 +1,8 @@
 """``floor.yaml``: what no policy may exceed.
 
-Limits are maxima, ``syscalls.deny`` is added to every policy, and a policy may have a network only
-where the floor has one. A policy is compared after it has inherited, so no parent hides anything; a
-request is narrowed against the policy, which is under the floor.
+Limits are maxima, ``syscalls.deny`` is added to every policy and ``network.deny`` to every one with rules,
+and a policy may have a network only where the floor has one. A policy is compared after it has inherited, so
+no parent hides anything; a request is narrowed against the policy, which is under the floor.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sandboxd import units
 from sandboxd.policy import paths
-from sandboxd.policy.checks import RAISES, UNSUPPORTED, check_network, check_syscalls
+from sandboxd.policy.checks import RAISES, check_network, check_syscalls
 from sandboxd.policy.diagnosis import validate
 from sandboxd.policy.resolved import Places
 from sandboxd.policy.schema import OWN_CAUSES, FloorFile, Limits
@@ -46,6 +46,7 @@ FORMATS: dict[str, Callable[[int], str]] = {
 }
 """Every numeric limit by its path under ``limits``, and how a person reads it."""
 _STRENGTH = {"slot": 0, "engine": 1, "none": 2}
+_KEPT = {"never": 0, "success": 1, "exited": 2, "always": 3}
 
 
 def limit(limits: Limits, path: str) -> int | None:
@@ -74,24 +75,31 @@ class Floor:
     tree: MappingNode
 
     def apply(self, tree: MappingNode) -> MappingNode:
-        """A policy's tree with the system calls that the floor denies denied there too."""
-        denied = self.tree.get("syscalls")
+        """A policy's tree with the system calls and targets that the floor denies denied there too."""
+        tree = self._deny(tree, "syscalls")
+        network = tree.get("network")
+        if isinstance(network, MappingNode) and isinstance(network.get("allow"), SequenceNode):
+            tree = self._deny(tree, "network")
+        return tree
+
+    def _deny(self, tree: MappingNode, section: str) -> MappingNode:
+        """A policy's tree with what a section of the floor denies denied in its own."""
+        denied = self.tree.get(section)
         items = denied.get("deny") if isinstance(denied, MappingNode) else None
         if not isinstance(items, SequenceNode) or not items.items:
             return tree
-        section = tree.entries.get("syscalls", Entry(items.at, MappingNode(items.at)))
-        own = section.node
+        found = tree.entries.get(section, Entry(items.at, MappingNode(items.at)))
+        own = found.node
         if not isinstance(own, MappingNode):
             return tree  # the schema says what is wrong with it
         deny = own.entries.get("deny", Entry(items.at, SequenceNode((), items.at)))
         if not isinstance(deny.node, SequenceNode):
             return tree
-        had = {item.plain() for item in deny.node.items if isinstance(item.plain(), str)}
+        had = [item.plain() for item in deny.node.items]
         more = tuple(item for item in items.items if item.plain() not in had)
         merged = Entry(deny.at, SequenceNode(deny.node.items + more, deny.node.at))
-        entries = {**own.entries, "deny": merged}
-        whole = Entry(section.at, MappingNode(own.at, entries))
-        return MappingNode(tree.at, {**tree.entries, "syscalls": whole})
+        whole = Entry(found.at, MappingNode(own.at, {**own.entries, "deny": merged}))
+        return MappingNode(tree.at, {**tree.entries, section: whole})
 
     def origin(self, path: str) -> Origin:
         """Where the floor sets a value."""
@@ -110,6 +118,24 @@ class Floor:
                 show = FORMATS[path]
                 yield wider(f"limits.{path}", "no limit" if value is None else show(value), show(ceiling))
         yield from self._wider_raises(spec, places, wider)
+        yield from self._wider_choices(spec, places, wider)
+        for number, mount in enumerate(spec.mounts):
+            allowed = self.spec.mounts
+            if allowed is not None and not any(paths.within(mount.source, top) for top in allowed):
+                may = "mounts beneath " + ", ".join(allowed) if allowed else "none"
+                yield wider(f"mounts.{number}", mount.source, may, "mounts")
+        for number, artifact in enumerate(spec.artifacts):
+            path = f"artifacts.{number}.secrets"
+            allows = artifact.secrets == "allow" and self.spec.artifacts.secrets == "deny"
+            if allows and places.sure(path):
+                yield wider(path, "allow", "deny", "artifacts.secrets")
+        yield from self._wider_network(spec.network, places, wider)
+        yield from self._wider_ports(spec.expose, places, wider)
+
+    def _wider_choices(
+        self, spec: PolicyFile, places: Places, wider: Callable[..., PolicyProblem]
+    ) -> Iterator[PolicyProblem]:
+        """Values that are one of several, in an order."""
         weakest = self.spec.process.user_namespace
         weaker = _STRENGTH[spec.process.user_namespace] > _STRENGTH[weakest]
         if weaker and places.sure("process.user_namespace"):
@@ -117,13 +143,8 @@ class Floor:
         writable = spec.filesystem.root == "overlay" and self.spec.filesystem.root == "read-only"
         if writable and places.sure("filesystem.root"):
             yield wider("filesystem.root", "overlay", "read-only")
-        for number, mount in enumerate(spec.mounts):
-            allowed = self.spec.mounts
-            if allowed is not None and not any(paths.within(mount.source, top) for top in allowed):
-                may = "mounts beneath " + ", ".join(allowed) if allowed else "none"
-                yield wider(f"mounts.{number}", mount.source, may, "mounts")
-        yield from self._wider_network(spec.network, places, wider)
-        yield from self._wider_ports(spec.expose, places, wider)
+        if _KEPT[spec.commit] > _KEPT[self.spec.commit] and places.sure("commit"):
+            yield wider("commit", spec.commit, self.spec.commit)
 
     def _wider_raises(
         self, spec: PolicyFile, places: Places, wider: Callable[..., PolicyProblem]
@@ -193,7 +214,4 @@ def make_floor(tree: MappingNode, file: str) -> tuple[Floor | None, list[PolicyP
     problems += check_syscalls((), spec.syscalls.deny, places)
     if spec.network is not None:
         problems += check_network(spec.network, places, host=True)  # as a bound, which gives nobody anything
-        if spec.network.deny:
-            said = "a floor's network.deny is not enforced by this release; leave it out of allow instead"
-            problems.append(places.problem("network.deny", UNSUPPORTED, said))
     return (None if problems else floor), problems

@@ -35,7 +35,15 @@ if TYPE_CHECKING:
 
     from sandboxd.models import PolicyProblem
 
-__all__ = ["PolicySet", "check_text", "load_policies", "policy_files", "rebuild", "shipped_policies"]
+__all__ = [
+    "PolicySet",
+    "check_text",
+    "load_policies",
+    "policy_files",
+    "rebuild",
+    "recorded",
+    "shipped_policies",
+]
 
 FLOOR = "floor"
 ENDINGS = (".yaml", ".yml")  # the second only to be told from a file that is no policy
@@ -203,6 +211,15 @@ def rebuild(policy: Policy, current: PolicySet) -> tuple[Policy | None, list[Pol
     """A policy that was good before, under the floors of now; or why it cannot stay."""
     file = _File(policy.name, policy.file, policy.tree, ())
     return _build(file, policy.tree, current.floors, host_network=current.host_network)
+
+
+def recorded(text: str, name: str, current: PolicySet) -> tuple[Policy | None, list[PolicyProblem]]:
+    """A policy of the JSON of its merged tree, under the floors of now; or why it cannot be one."""
+    where = f"{name}, as it was recorded"
+    tree, problems = parse(text, where)
+    if tree is None or problems:
+        return None, problems
+    return _build(_File(name, where, tree, ()), tree, current.floors, host_network=current.host_network)
 
 
 class _Resolution:

@@ -214,6 +214,9 @@ class Secret(Section):
     """With proxy: the value of a variable of that name, for programs that insist on having a key."""
 
 
+MediaType = Annotated[str, Field(pattern=r"^[a-z]{1,32}/([a-z0-9][a-z0-9.+-]{0,126}|\*)$")]
+
+
 class Artifact(Section):
     """Files that are released from the workspace when the call has ended."""
 
@@ -221,6 +224,18 @@ class Artifact(Section):
     """A glob relative to the workspace; ** stands for any number of directories."""
     max_size: Size | None = None
     """A larger file is withheld, and the result says so."""
+    type: Annotated[tuple[MediaType, ...], Field(max_length=64)] = ()
+    """Media types by content, such as image/png or image/*; a file of another type is withheld."""
+    count: Annotated[Count, Field(le=1000)] | None = None
+    """More files than these are withheld."""
+    secrets: Literal["allow", "deny"] = "allow"
+    """deny: a file with a secret of the call, or with what looks like a well-known token, is withheld."""
+
+    def release(self) -> tuple[object, ...]:
+        """The rule as plans have it: a pattern and a size, and the rest where that is asked."""
+        if not (self.type or self.count or self.secrets == "deny"):
+            return (self.path, self.max_size)
+        return (self.path, self.max_size, self.type, self.count, self.secrets)
 
 
 class Raise(Section):
@@ -384,6 +399,13 @@ class FloorProcess(Section):
     """The weakest that a policy may choose, in the order slot, engine, none."""
 
 
+class FloorArtifacts(Section):
+    """What every rule for artifacts must ask of files."""
+
+    secrets: Literal["allow", "deny"] = "allow"
+    """deny: no policy may release a file without a look for secrets."""
+
+
 class FloorFile(Section):
     """What no policy may exceed (floor.yaml). A section that is absent constrains nothing, save network."""
 
@@ -399,5 +421,8 @@ class FloorFile(Section):
     syscalls: FloorSyscalls = FloorSyscalls()
     network: Network | None = None
     """Without this key no policy may have a network."""
+    artifacts: FloorArtifacts = FloorArtifacts()
     expose: Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], Field(max_length=64)] | None = None
     """Ports that policies may expose to their callers; without this key, any."""
+    commit: Literal["exited", "success", "always", "never"] = "always"
+    """The most that a policy may have sessions keep, in the order never, success, exited, always."""

@@ -166,17 +166,16 @@ def stacked_control(slot: Slot, entry: MountEntry | None) -> Control:
     if slot.stacked is None:
         raise ValueError("the slot has no session's files")
     limits, upper = slot.shape.limits, os.fstatvfs(slot.stacked.upper_fd)
-    said = "overlay, {} bytes and {} inodes above {} layers, {}, nosuid, nodev"
-    asked = said.format(
-        _pages(limits.workspace_size), limits.workspace_inodes, slot.stacked.layers, "writable"
-    )
+    below = f"{slot.stacked.layers} layers" + (" and the caller's directory" * slot.stacked.checkout)
+    said = "overlay, {} bytes and {} inodes above {}, {}, nosuid, nodev"
+    asked = said.format(_pages(limits.workspace_size), limits.workspace_inodes, below, "writable")
     found = "no overlay"
     if entry is not None and entry.kind == "overlay" and entry.root == "/":
         writable = "rw" in entry.options and "rw" in entry.super_options
         found = said.format(
             upper.f_blocks * upper.f_frsize,
             upper.f_files,
-            slot.stacked.layers,
+            below,
             "writable" if writable else "READ-ONLY",
         )
         if not {"nosuid", "nodev"} <= entry.options:

@@ -187,8 +187,10 @@ class SecretStore:
     def remove(self, name: str) -> None:
         """Forget a value; needs no key. Raises NotFound, HostFailed."""
         with self._writing:
-            if name in self._damaged:
-                self._write(name, None)
+            if name in self._damaged:  # its number is not to be believed: what follows is beyond any that was
+                now = time.time_ns() // 1000
+                gone = Known(name, now // 1_000_000, now, now, key="", size=0, has_nul=False, removed=True)
+                self._write(name, Record(gone))
             else:
                 known = self._there(name)
                 self._write(name, Record(replace(known, removed=True, key="", size=0, has_nul=False)))
@@ -196,7 +198,8 @@ class SecretStore:
 
     def _store(self, known: Known, value: bytes) -> SecretInfo:
         key = self._key(make=True)
-        other = next((one for one in self._known.values() if one.key and one.key != key_id(key)), None)
+        ours = key_id(key)
+        other = next((one for one in self._known.values() if one.key and one.key != ours), None)
         if other is not None:  # else half of them would be lost with whichever key is
             raise self._other_key(other, key)
         record = Record.seal(known, value, key)

@@ -470,7 +470,8 @@ class Attempt:
         plan = self._plan
         if plan.artifacts:
             result.artifacts, result.withheld = await anyio.to_thread.run_sync(
-                partial(artifacts.collect, durable=True),  # before the outcome names them
+                # on disk before the outcome names them
+                partial(artifacts.collect, durable=True, redactor=self._secrets.redactor),
                 slot.workspace_fd,
                 plan.artifacts,
                 plan.narrowed_artifacts,

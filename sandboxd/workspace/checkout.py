@@ -3,11 +3,11 @@ written.
 
 Theory of operation.  The caller opens the directory and passes the descriptor; no path of a caller's is
 opened here. The descriptor says that the caller can read that directory, and nothing of what is in it,
-while the daemon's root could read all of it. So it is shown through a mount that maps the caller's uid
-and gid, and nobody else's, to those of the tool: what is the caller's is the tool's, and what is anybody
-else's belongs to nobody, where the kernel grants what the mode grants to others, to the daemon's root as
-well (an id that is not mapped is beyond CAP_DAC_OVERRIDE, ``capable_wrt_inode_uidgid``). The mount has
-the directory as its root and no mount below it, is read-only, ``nosuid``, ``nodev`` and follows no link.
+while the daemon's root could read all of it. So it is shown through a mount that maps the caller's uid,
+and nobody else's, to the tool's: what is the caller's is the tool's, and what is anybody else's belongs
+to nobody, where the kernel grants what the mode grants to others, to the daemon's root as well (an id
+that is not mapped is beyond CAP_DAC_OVERRIDE, ``capable_wrt_inode_uidgid``). The mount has the directory
+as its root and no mount below it, is read-only, ``nosuid``, ``nodev`` and follows no link.
 
 Made in the mount namespace of the caller, since the kernel clones a mount there only, it is kept at a
 place of the daemon's own. The directory may change while sessions stand on it: what a tool sees then is
@@ -29,10 +29,12 @@ from typing import TYPE_CHECKING, Self
 from sandboxd import errors
 from sandboxd.kernel import mounts
 from sandboxd.kernel.inside import in_mount_namespace
-from sandboxd.kernel.userns import map_namespace
+from sandboxd.kernel.userns import RANGE, map_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from sandboxd.kernel.userns import Extent
 
 __all__ = ["Checkout", "Owner", "check_directory"]
 
@@ -174,21 +176,22 @@ class Checkout:
         self.place.rmdir()
 
     def mapped(self, uid: int, gid: int, *, slot: int) -> int:
-        """The directory, detached; what is its owner's is that of these host ids. Yours to close.
+        """The directory, detached; what is its owner's belongs to these ids of a container. Yours to close.
 
-        ``slot`` is the first host id of the slot, to whose user the kernel counts the namespace of the map.
-        Raises HostFailed; InvalidRequest where the file system knows no maps.
+        ``slot`` is the host id of the container's root, who has the namespace of the map too; with 0 it is
+        shown as a layer is, with the container's own ids. Raises HostFailed; InvalidRequest where the file
+        system knows no maps.
         """
         try:
             namespace = self._namespace(uid, gid, slot)
             mount = mounts.clone_tree(self.place)
-            try:
-                mounts.set_attributes(mount, read_only=True, userns=namespace, follow_links=False)
-            except BaseException:
-                os.close(mount)
-                raise
         except (OSError, subprocess.SubprocessError) as error:
-            if isinstance(error, OSError) and error.errno == errno.EINVAL:
+            raise errors.HostFailed(f"the directory cannot be lent: {error}") from error
+        try:
+            mounts.set_attributes(mount, read_only=True, userns=namespace, follow_links=False)
+        except OSError as error:
+            os.close(mount)
+            if error.errno == errno.EINVAL:
                 raise errors.InvalidRequest(
                     "the directory is on a file system that the kernel cannot map ids of, such as an "
                     "overlay, NFS or FUSE; upload its files instead",
@@ -201,11 +204,28 @@ class Checkout:
         with self._lock:
             key = uid, gid, slot
             if key not in self._namespaces:
-                owner = self.owner
-                self._namespaces[key] = map_namespace(
-                    self.launcher, slot, (owner.uid, uid, 1), (owner.gid, gid, 1)
-                )
+                uids, gids = [(self.owner.uid, slot + uid, 1)], _groups(self.owner.gid, gid, slot)
+                self._namespaces[key] = map_namespace(self.launcher, slot, uids, gids)
             return self._namespaces[key]
+
+
+def _groups(caller: int, tool: int, slot: int) -> list[Extent]:
+    """The map of groups: the caller's is the tool's, and others are groups of the slot that no process has.
+
+    A file that has no group here cannot be written, nor read by the overlay, also by its owner. That there is
+    a group opens nothing: what belongs to another user still has no owner. Where the groups are the host's
+    own, those that the daemon itself is in are left out, or it would read by them what the caller cannot.
+    """
+    ours = {os.getegid(), *os.getgroups()} if slot == 0 else set()
+    found: list[Extent] = [(caller, slot + tool, 1)]
+    if caller < RANGE and caller != tool and not {caller, tool} & ours:
+        found.append((tool, slot + caller, 1))
+    start = 0
+    for taken in (*sorted(({caller, tool} | ours) & set(range(RANGE))), RANGE):
+        if taken > start:
+            found.append((start, slot + start, taken - start))
+        start = taken + 1
+    return found
 
 
 def _cloned(directory: int, pid: int) -> int:

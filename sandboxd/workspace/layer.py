@@ -12,8 +12,8 @@ in the first user namespace). Every other name of overlayfs is left behind. FIFO
 which nobody opens.
 
 The digest is that of a tree: an entry is its name, kind, owner, mode, time, extended attributes, and the
-digest of what it holds; files that are one file have one number. Blocks of zeros count like holes, so the
-digest does not depend on how a disk keeps them.
+digest of what it holds; a further name of a file is the number of the first. Blocks of zeros count like
+holes, so the digest does not depend on how a disk keeps them.
 """
 
 # ruff: noqa: PTH208  -- directories are descriptors here
@@ -138,6 +138,7 @@ class _Walk:
         self._links: dict[int, tuple[int, str]] = {}
         self._size = 0
         self._inodes = 0
+        self._met = 0
 
     def run(self) -> Figures:
         with ExitStack() as stack:
@@ -185,6 +186,7 @@ class _Walk:
         """Take one entry of a directory; a directory is returned, to be taken next."""
         status = os.stat(name, dir_fd=self._source, follow_symlinks=False)
         self._inodes += 1
+        self._met += 1
         if stat.S_ISDIR(status.st_mode):
             if self._target >= 0:
                 os.mkdir(name, 0o700, dir_fd=self._target)
@@ -198,24 +200,22 @@ class _Walk:
             if self._target >= 0:
                 os.mknod(name, stat.S_IFCHR, os.makedev(0, 0), dir_fd=self._target)
             return _framed(b"whiteout", _bytes(name))
-        number = b""
-        if status.st_nlink > 1:
-            ordinal, known = self._links.get(status.st_ino, (0, ""))
-            if ordinal:
-                self._inodes -= 1
-                if self._target >= 0:
-                    os.link(known, name, src_dir_fd=self._scratch, dst_dir_fd=self._target)
-                return _framed(b"link", _bytes(name), _number(ordinal))
-            ordinal = len(self._links) + 1
-            number = _number(ordinal)
+        # also where its other names are elsewhere, as in a layer that this one was merged into
+        shared = status.st_nlink > 1
+        first, known = self._links.get(status.st_ino, (0, "")) if shared else (0, "")
+        if first:
+            self._inodes -= 1
+            if self._target >= 0:
+                os.link(known, name, src_dir_fd=self._scratch, dst_dir_fd=self._target)
+            return _framed(b"link", _bytes(name), _number(first))
         kind, detail, attributes, kept = self._content(name, status)
-        if number and self._target >= 0:
-            os.link(
-                name, str(ordinal), src_dir_fd=self._target, dst_dir_fd=self._scratch, follow_symlinks=False
-            )
-        if number:
-            self._links[status.st_ino] = ordinal, str(ordinal) if self._target >= 0 else ""
-        return _framed(kind, _bytes(name), self._owner(kept), detail, attributes, number)
+        if shared:
+            at = str(self._met) if self._target >= 0 else ""
+            if at:
+                fds = {"src_dir_fd": self._target, "dst_dir_fd": self._scratch}
+                os.link(name, at, follow_symlinks=False, **fds)
+            self._links[status.st_ino] = self._met, at
+        return _framed(kind, _bytes(name), self._owner(kept), detail, attributes)
 
     def _content(self, name: str, status: os.stat_result) -> tuple[bytes, bytes, bytes, os.stat_result]:
         """Kind, digest or target, extended attributes, and the status as it is kept."""
@@ -323,7 +323,7 @@ class _Walk:
         attributes = self._attributes(source, target)
         kept = self._settled_file(target, frame.status)
         kind = b"opaque" if opaque else b"directory"
-        return _framed(kind, _bytes(frame.name), self._owner(kept), frame.digest.digest(), attributes, b"")
+        return _framed(kind, _bytes(frame.name), self._owner(kept), frame.digest.digest(), attributes)
 
     def _ids(self, status: os.stat_result) -> tuple[int, int]:
         ids = status.st_uid - self._base, status.st_gid - self._base

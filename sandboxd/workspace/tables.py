@@ -69,6 +69,8 @@ class Row:
     origin: str
     """The checkpoint that it began with."""
     calls: int = 0
+    checkout: str | None = None
+    """Device and inode of its caller's directory, of a session that stands on one."""
 
     @property
     def expires(self) -> int | None:

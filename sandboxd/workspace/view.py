@@ -328,16 +328,18 @@ class View:
         return found
 
 
-def names_of(directory: int) -> Iterator[bytes]:
+def names_of(directory: int) -> list[bytes]:
     """The names in an open directory. Raises TooLarge over ``MAX_NAMES``."""
+    found: list[bytes] = []
     with os.scandir(directory) as entries:
-        for count, entry in enumerate(entries):
-            if count >= MAX_NAMES:
+        for entry in entries:
+            if len(found) >= MAX_NAMES:
                 most = units.format_count(MAX_NAMES)
                 raise errors.TooLarge(
                     f"a directory of the session has more than {most} names", limit=MAX_NAMES
                 )
-            yield os.fsencode(entry.name)
+            found.append(os.fsencode(entry.name))
+    return found
 
 
 def _is_opaque_in(directory: int, name: bytes) -> bool:

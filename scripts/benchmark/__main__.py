@@ -28,6 +28,8 @@ import processes
 import records
 import runtimes
 import sandboxes
+import sessions
+import waiting
 from installation import Installation
 
 from sandboxd import errors
@@ -220,6 +222,10 @@ class Bench:
         """Checking a journal."""
         return records.records(self.images, 5000 if self.quick else 100_000, self.until(), tell)
 
+    def search(self) -> dict[str, Any]:
+        """Searching a long journal."""
+        return records.search(5000 if self.quick else 1_000_000, self.until(), tell)
+
     def output(self) -> dict[str, Any]:
         """1 GiB through the raw stream."""
         return flow.output(self.images, 2**27 if self.quick else 2**30, tell)
@@ -228,9 +234,17 @@ class Bench:
         """Connections, bytes and calls under network rules."""
         return network.network(self.images, self.quick, self.until(), tell)
 
+    def sessions(self) -> dict[str, Any]:
+        """Calls in sessions, and what is done to these."""
+        return sessions.sessions(self.images, self.quick, self.until(), tell)
+
     def start(self) -> dict[str, Any]:
         """The daemon's start."""
         return flow.starts(self.images, 3 if self.quick else 10, self.until(), tell)
+
+    def queue(self) -> dict[str, Any]:
+        """A long queue, across a restart."""
+        return waiting.queue(self.images, 2_000 if self.quick else 100_000, tell)
 
 
 MODES: dict[str, Callable[[Bench], dict[str, Any]]] = {
@@ -244,11 +258,14 @@ MODES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "policies": Bench.policies,
     "journal": Bench.journal,
     "records": Bench.records,
+    "search": Bench.search,
     "output": Bench.output,
     "network": Bench.network,
+    "sessions": Bench.sessions,
     "start": Bench.start,
+    "queue": Bench.queue,
 }
-LONG = {"row", "journal"}
+LONG = {"row", "journal", "queue"}
 FIGURES = "figures.json"
 
 

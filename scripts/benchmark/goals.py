@@ -19,7 +19,7 @@ Goal = tuple[str, str, str, bool]
 def rows(found: Figures) -> list[list[str]]:
     """What, reach, measured, met."""
     good = {name: one for name, one in found.items() if "error" not in one}
-    made = [*_latency(good), *_load(good), *_growth(good), *_network(good)]
+    made = [*_latency(good), *_load(good), *_growth(good), *_network(good), *_sessions(good)]
     return [[what, reach, measured, "yes" if met else "**no**"] for what, reach, measured, met in made]
 
 
@@ -107,3 +107,20 @@ def _network(found: Figures) -> Iterator[Goal]:
     plain, ruled = one["calls"]["plain"]["p50"], one["calls"]["two-rules"]["p50"]
     what = "`true`, warm, with a network, more than without, p50"
     yield what, "1 ms", f"{ruled - plain:.1f} ms", ruled - plain <= 1
+
+
+def _sessions(found: Figures) -> Iterator[Goal]:
+    one = found.get("sessions", {})
+    if not one.get("moves"):
+        return
+    taken = {name: figures["p50"] for name, figures in (one["calls"] | one["grown"] | one["moves"]).items()}
+    more = taken["ten files, in a session"] - taken["ten files"]
+    still = more - (taken["true, in a session"] - taken["true"])
+    yield "a call that writes ten files, more in a session than out of one, p50", "-", f"{more:.1f} ms", True
+    yield "of that the commit, without what `true` takes more", "3 ms", f"{still:.1f} ms", still <= 3
+    for name in ("fork", "rollback"):
+        what = f"{name} of a session with {one['files']:,} files, p50"
+        yield what, "5 ms", f"{taken[name]:.1f} ms", taken[name] <= 5
+    for name in ("many files", "many calls"):
+        times = taken[name] / taken["empty"]
+        yield f"`true` in a session with {name}, times one that is empty", "1.1", f"{times:.2f}", times <= 1.1

@@ -166,6 +166,16 @@ def _network(found: Figures) -> Iterator[str]:
     yield table(["`true`, warm, policy", "p50 ms", "p95 ms"], rows)
 
 
+def _sessions(found: Figures) -> Iterator[str]:
+    yield "### In sessions"
+    for head, which in (("a call, warm", "calls"), ("`true`, warm, in a session with", "grown")):
+        rows = [[who, *_ms(one)] for who, one in found[which].items()]
+        yield table([head, *(f"{one} ms" for one in TIMES)], rows)
+    yield f"Many files: {found['files']:,}. Many calls: {found['length']:,}, each of which changed a file."
+    rows = [[who, *_ms(one)] for who, one in found["moves"].items()]
+    yield table(["of the session with many files", *(f"{one} ms" for one in TIMES)], rows)
+
+
 def _row(found: Figures) -> Iterator[str]:
     yield f"### {found['asked']:,} calls in a row"
     rows = [
@@ -186,6 +196,12 @@ def _others(found: Figures) -> Iterator[str]:
         text = f"{one['fresh']['p50']:.1f} ms when it was empty; start {one['start_s']} s"
         text += f", a page of `ps` {one['ps_ms']} ms, {one['gib']} GiB, RSS {one['rss_mib']} MiB"
         rows.append([f"a journal of {one['calls']:,} calls", f"{one['p50']:.1f}", text])
+    if (one := found.get("records")) and "verify_s" in one:
+        text = f"{one['records']:,} records are checked in {one['verify_s']} s of one core"
+        yield f"{text}; a record and its body take {one['bytes_each']:,} bytes."
+    if (one := found.get("search")) and "ms" in one:
+        yield f"### Searching {one['calls']:,} calls"
+        yield table(["", "slowest of five, ms"], [[what, str(ms)] for what, ms in one["ms"].items()])
     if rows:
         yield "### As other things grow"
         yield table(["", "p50 ms of `true`", "and"], rows)
@@ -195,6 +211,9 @@ def _others(found: Figures) -> Iterator[str]:
     if (one := found.get("start")) and "first" in one:
         text = f"Daemon from start to its first answer: {one['first']['p50'] / 1000:.2f} s"
         yield f"{text}, {one['again']['p50'] / 1000:.2f} s where it ran before (medians)."
+    if (one := found.get("queue")) and "start_s" in one:
+        text = f"With {one['calls']:,} calls in the queue: {one['start_s']} s, {one['empty_s']} s with none"
+        yield f"{text}; to join it {one['step_us']['join']} µs, a turn {one['step_us']['turn']} µs."
 
 
 SECTIONS = {
@@ -205,6 +224,7 @@ SECTIONS = {
     "alive": _alive,
     "row": _row,
     "network": _network,
+    "sessions": _sessions,
     "command": _command,
 }
 PLOTS = {

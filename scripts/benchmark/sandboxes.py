@@ -56,6 +56,7 @@ EXTRA = {
     ),
     "plain": "extends: python\nwarm: !remove\n",
     "numeric": "extends: python\nwarm: {command: python3, preload: [numpy]}\n",
+    "roomy": "extends: python\nlimits: {wall: 10m, workspace: {size: 400MiB, inodes: 200k}}\n",
     "unmapped": "extends: default\nprocess: {user_namespace: none}\n",
     "unmapped-python": "extends: plain\nprocess: {user_namespace: none}\n",
 }

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sandboxd.api.identity import Caller
     from sandboxd.journal.search import Query
     from sandboxd.network.entrance import Entrance
+    from sandboxd.workspace.layertar import Export
 
 AGENT_UID, AGENT_GID = 54_321, 54_322
 CHUNK = 256 * 1024
@@ -98,6 +99,10 @@ class MemorySessions:
         self.find(caller, named)
         return await self.create(caller, asked)
 
+    async def lend(self, caller: Caller, named: str, handle: str) -> models.SessionInfo:
+        self.find(caller, named)
+        raise errors.StateConflict(f"{handle} is of no directory")
+
     async def rollback(self, caller: Caller, named: str, checkpoint: str) -> models.SessionInfo:
         found = self.find(caller, named)
         if checkpoint != found.head.id:
@@ -106,6 +111,48 @@ class MemorySessions:
 
     async def discard(self, caller: Caller, named: str) -> models.SessionInfo:
         return self.find(caller, named)
+
+
+class NoFiles:
+    """Of sessions that have none."""
+
+    async def diff(self, caller: Caller, named: str, **_: object) -> models.SessionDiff:
+        raise errors.NotFound(named)
+
+    async def list(self, caller: Caller, named: str, path: str, **_: object) -> models.FileList:
+        raise errors.NotFound(path)
+
+    @contextlib.asynccontextmanager
+    async def read(
+        self, caller: Caller, named: str, path: str, **_: object
+    ) -> AsyncIterator[tuple[models.FileInfo, AsyncIterator[bytes]]]:
+        raise errors.NotFound(path)
+        yield
+
+    async def write(
+        self, caller: Caller, named: str, path: str, chunks: AsyncIterator[bytes], **_: object
+    ) -> models.FileWritten:
+        async for _chunk in chunks:
+            pass
+        raise errors.NotFound(path)
+
+    async def make_directory(self, caller: Caller, named: str, path: str) -> models.FileWritten:
+        raise errors.NotFound(path)
+
+    async def remove(self, caller: Caller, named: str, path: str, **_: object) -> models.FileWritten:
+        raise errors.NotFound(path)
+
+    @contextlib.asynccontextmanager
+    async def export(
+        self, caller: Caller, named: str, **_: object
+    ) -> AsyncIterator[tuple[Export, AsyncIterator[bytes]]]:
+        raise errors.NotFound(named)
+        yield
+
+    async def bring(self, caller: Caller, named: str, chunks: AsyncIterator[bytes]) -> models.CheckpointInfo:
+        async for _chunk in chunks:
+            pass
+        raise errors.NotFound(named)
 
 
 class MemoryService:
@@ -161,6 +208,10 @@ class MemoryService:
         call.invocation.state = models.State.ENDED
         call.invocation.outcome = models.Outcome(cause=cause, message="it ended", exit_code=0)
         call.ended.set()
+
+    @property
+    def files(self) -> NoFiles:
+        return NoFiles()
 
     @property
     def sessions(self) -> MemorySessions:
@@ -329,6 +380,15 @@ class MemoryService:
 
     async def search(self, caller: Caller, query: Query) -> models.SearchResults:
         return models.SearchResults(indexed=query.limit)
+
+    async def replay(self, caller: Caller, id: str, policy: str | None) -> models.Replay:
+        return models.Replay(recorded=id, replayed=self.call(caller, id).invocation)
+
+    async def lineage(self, caller: Caller, digest: str) -> models.Lineage:
+        raise errors.NotFound("no call of yours released that")
+
+    async def blob(self, digest: str, start: int, length: int) -> AsyncIterator[bytes]:
+        yield b"12345678"[start : start + length]
 
     async def prune(self, caller: Caller, *, age: int | None, size: int | None) -> models.Pruning:
         self.slots(caller)

@@ -30,10 +30,10 @@ def test_run_and_wait(server: Any) -> None:
 
 def test_respond_async(server: Any) -> None:
     status, body, headers = server.ask(
-        "POST", "/v1/invocations", {"argv": ["wait"]}, {"Prefer": "respond-async, wait=1"}
+        "POST", "/v1/invocations", {"argv": ["wait"]}, {"Prefer": "respond-async, wait=0.2"}
     )
     assert (status, body["state"]) == (202, "running")
-    assert headers["preference-applied"] == "respond-async"
+    assert headers["preference-applied"] == "respond-async, wait=0.2"
     assert not server.service.calls[body["id"]].tied
     assert server.ask("GET", headers["location"])[1] == body
     assert server.ask("POST", headers["location"] + "/cancel", b"")[1]["outcome"]["cause"] == "cancelled"

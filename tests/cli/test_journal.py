@@ -53,6 +53,8 @@ def test_a_head_is_exported_and_finds_a_cut_tail(tmp_path: Path) -> None:
     found = run("journal", "verify", "--head", head, "--state", state)
     assert (found.returncode, "cut off" in found.stderr) == (1, True)
     (state / "journal.key").unlink()
+    assert run("journal", "key", "--state", state).stdout == key.read_text()  # the public one is still there
+    (state / "journal.pub").unlink()
     found = run("journal", "verify", "--head", head, "--state", state)
     assert (found.returncode, "--key" in found.stderr) == (1, True)
     found = run("journal", "verify", "--head", head, "--key", key, "--state", state)

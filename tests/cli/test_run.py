@@ -21,7 +21,7 @@ from api_server import ID, Exchange, event, invocation, output
 
 from sandboxd import models
 from sandboxd.cli import usage
-from sandboxd.cli.verdict import exit_status
+from sandboxd.cli.verdict import exit_status, explain
 
 if TYPE_CHECKING:
     from api_server import ApiServer
@@ -209,11 +209,23 @@ def test_a_wrong_command_line_is_125(arguments: list[str]) -> None:
     assert found.stderr.count(b"\n") == 2
 
 
-def test_a_cut_stream_is_a_failure_of_ours(api: ApiServer) -> None:
+def test_a_cut_stream_goes_on_from_the_last_event(api: ApiServer) -> None:
     api.events(event(1, "accepted", id=ID), output(2, {"text": "some"}), finish=False)
+    more = [output(3, {"text": "more"}), ended()[-1]]
+    api.events(*more, method="GET", path=f"invocations/{ID}/events")
     found = run(api, "--", "x")
-    assert (found.returncode, found.stdout) == (125, b"some")
+    assert (found.returncode, found.stdout) == (0, b"somemore")
+    assert found.stderr == b"run-in-sandbox: the daemon went away; waiting for it\n"
+    assert api.sent("GET", f"invocations/{ID}/events")[0].query == {"after": "2", "follow": "1"}
+    assert len(api.sent("POST", "invocations")) == 1
+
+
+def test_a_stream_that_ends_before_a_call_is_known_is_a_failure_of_ours(api: ApiServer) -> None:
+    api.events(finish=False)
+    found = run(api, "--", "x")
+    assert (found.returncode, found.stdout) == (125, b"")
     assert found.stderr.startswith(b"run-in-sandbox: the connection to the daemon ended")
+    assert len(api.sent("POST", "invocations")) == 1  # it may have run
 
 
 def stdin_route(api: ApiServer, *, until_eof: threading.Event) -> bytearray:
@@ -421,3 +433,8 @@ def test_every_option_is_documented() -> None:
         b"SANDBOXD_SOCKET",
     ):
         assert word in found.stdout
+
+
+def test_attempts_are_told_whatever_the_exit() -> None:
+    call = {"outcome": {"cause": "exited", "exit_code": 0}, "attempts": 2, "retried": [{"cause": "memory"}]}
+    assert explain(call, artifacts=False) == ["2 attempts, after memory"]

@@ -49,7 +49,7 @@ class Both:
 
 @pytest.fixture(params=["sync", "async"])
 def client(request: pytest.FixtureRequest, api: ApiServer) -> Both:
-    return Both(request.param, api.socket, timeout=5.0)
+    return Both(request.param, api.socket, timeout=5.0, reconnect=0)
 
 
 def leaves(root: type[errors.SandboxdError] = errors.SandboxdError) -> Iterator[type[errors.SandboxdError]]:

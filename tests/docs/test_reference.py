@@ -104,6 +104,7 @@ def test_every_key_of_the_configuration_is_documented_with_its_default() -> None
         for name in ("header_timeout", "body_timeout", "body_time", "keep_alive")
     }
     formats |= {"budget.inputs": units.format_size, "pool.age": units.format_duration}
+    formats |= {"callers[].sessions.size": units.format_size}
     formats |= {"docker.timeout": units.format_duration}
     formats |= {"network.memory": units.format_size, "network.cpus": units.format_cpus}
     formats |= {"socket.mode": lambda value: f'"{value:04o}"', "budget.memory": lambda value: f"{value:.0%}"}
@@ -162,10 +163,11 @@ def test_every_code_is_documented() -> None:
 
 SECTIONS = {
     **dict.fromkeys(("serve", "doctor"), "### The daemon"),
-    **dict.fromkeys(("ps", "inspect", "logs", "cancel", "forward", "bench"), "### Calls"),
+    **dict.fromkeys(("ps", "inspect", "logs", "cancel", "forward", "replay", "bench"), "### Calls"),
     "policy": "### Policies",
     "image": "### Images",
     "secret": "### Secrets",
+    "session": "### Sessions",
     "journal": "### Journal",
 }
 

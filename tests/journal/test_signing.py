@@ -38,6 +38,8 @@ def test_a_key_is_made_once_and_is_roots_alone(tmp_path: Path) -> None:
         ids = set(several.map(lambda _: signing.NodeKey.open(place).id, range(64)))
     assert len(ids) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["journal.key"]
+    signing.NodeKey.open(place).publish(tmp_path)
+    assert signing.key_id(signing.read_public(tmp_path / "journal.pub")) in ids
     assert stat.S_IMODE(place.path.stat().st_mode) == 0o600
 
 

@@ -12,6 +12,7 @@ from sandboxd.policy import abi, bpf
 NATIVE = abi.native()
 MPTCP, SCTP = 262, 132
 NONBLOCK = int(socket.SOCK_NONBLOCK)
+NOSIGNAL, FASTOPEN = int(socket.MSG_NOSIGNAL), int(socket.MSG_FASTOPEN)
 INET, INET6, UNIX, PACKET, NETLINK = 2, 10, 1, 17, 16
 
 
@@ -20,21 +21,42 @@ def verdict(name: str, *args: int) -> bool:
     return bpf.run(filter_program(), NATIVE.numbers[name], NATIVE.audit, args) == bpf.ALLOW
 
 
-@pytest.mark.parametrize("family", [INET, INET6])
-@pytest.mark.parametrize(("kind", "protocol"), [(1, 0), (1, 6), (2, 0), (2, 17)])
-def test_sockets_that_it_may_have(family: int, kind: int, protocol: int) -> None:
-    assert verdict("socket", family, kind | NONBLOCK, protocol)
+@pytest.mark.parametrize("family", [INET, INET6, UNIX, PACKET, NETLINK])
+@pytest.mark.parametrize(
+    ("kind", "protocol"), [(1, 0), (1, 6), (2, 0), (2, 17), (3, 0), (1, MPTCP), (1, SCTP)]
+)
+def test_it_can_make_no_socket(family: int, kind: int, protocol: int) -> None:
+    assert not verdict("socket", family, kind | NONBLOCK, protocol)
+    assert not verdict("socketpair", family, kind | NONBLOCK, protocol)
+
+
+@pytest.mark.parametrize(("name", "flags"), [("sendto", 3), ("sendmsg", 2)])
+def test_it_can_send_and_not_connect_as_it_does(name: str, flags: int) -> None:
+    asked = [0] * 6
+    assert verdict(name, *asked)
+    asked[flags] = NOSIGNAL
+    assert verdict(name, *asked)
+    asked[flags] = NOSIGNAL | FASTOPEN
+    assert not verdict(name, *asked)
 
 
 @pytest.mark.parametrize(
-    "asked",
-    [(INET, 1, MPTCP), (INET6, 1, SCTP), (INET, 2, socket.IPPROTO_ICMP), (INET, 3, 6), (UNIX, 1, 0),
-     (PACKET, 3, 0), (NETLINK, 3, 0)],
-)  # fmt: skip
-def test_sockets_that_it_may_not_have(asked: tuple[int, int, int]) -> None:
-    assert not verdict("socket", *asked)
-
-
-@pytest.mark.parametrize("name", ["openat", "execve", "clone", "ptrace", "kill", "bind", "listen", "unshare"])
+    "name",
+    [
+        "openat",
+        "execve",
+        "clone",
+        "ptrace",
+        "kill",
+        "bind",
+        "listen",
+        "unshare",
+        "connect",
+        "sendmmsg",
+        "io_uring_setup",
+        "setns",
+        "pidfd_getfd",
+    ],
+)
 def test_calls_that_it_may_not_make(name: str) -> None:
     assert not verdict(name, 0, 0, 0, 0, 0, 0)

@@ -13,6 +13,7 @@ from sandboxd import errors
 from sandboxd.config import NetworkConfig
 from sandboxd.engine.probe import probe_shape
 from sandboxd.journal.spool import Spool
+from sandboxd.models import NetworkUse
 from sandboxd.network.authority import Authority
 from sandboxd.network.entrance import Entrances
 from sandboxd.network.gateway import MAX_EVENTS, Gateway
@@ -33,12 +34,20 @@ pytestmark = pytest.mark.anyio
 
 AUTHORITY = Authority.make()
 RULES = NetworkRules((Allow("www.example.test", (80,), "net.yaml:1"),), ())
+CONFIG = NetworkConfig.model_validate({"nameservers": ["192.0.2.53"]})
 EVENT = '["event", {"id": "ID", "verdict": "denied"}]'
 
 ASK = (
     '["ask", {"id": "ID", "number": 1, "protocol": "tcp", "name": "a", "address": "", "port": 1, '
     '"method": "", "path": "", "rule": null}]'
 )
+
+CONNECT = '["connect", {"id": "ID", "number": 1, "address": "ADDRESS", "port": 80}]'
+QUERY = '["query", {"number": 1, "server": "192.0.2.53", "data": "QQ=="}]'
+NOWHERE = [
+    "127.0.0.1", "::1", "0.0.0.0", "::", "10.1.2.3", "192.168.1.1", "169.254.169.254", "::ffff:127.0.0.1",
+    "64:ff9b::7f00:1", "fe80::1", "fe80::1%1", "fd00::1", "224.0.0.1", "198.18.0.1", "name.example",
+]  # fmt: skip
 
 
 class Refusing(Unconfined):
@@ -73,7 +82,7 @@ async def serve_until_given_up(confining: Unconfined) -> list[NetworkEvent]:
     """The events of a call whose container no process serves in the end."""
     events: list[NetworkEvent] = []
     async with anyio.create_task_group() as tasks:
-        gateway = Gateway(NetworkConfig(), confining, tasks, AUTHORITY)
+        gateway = Gateway(CONFIG, confining, tasks, AUTHORITY)
         with served(RULES) as (_, made), anyio.fail_after(60):
             await gateway.serve("call", 0, made, events.append, decide=undecided)
             while made.doors.tcp >= 0:  # noqa: ASYNC110  (no event tells)
@@ -109,11 +118,21 @@ async def serve_until_given_up(confining: Unconfined) -> list[NetworkEvent]:
         ASK.replace('"name": "a"', '"name": "%s"' % ("a" * 2000)),
         f"{ASK}\n{ASK}",
         "\n".join(ASK.replace('"number": 1', f'"number": {number}') for number in range(1, 66)),
+        *(CONNECT.replace("ADDRESS", address) for address in NOWHERE),
+        CONNECT.replace("ADDRESS", "93.184.216.34").replace("80", "81"),
+        CONNECT.replace("ADDRESS", "93.184.216.34").replace("80", "0"),
+        CONNECT.replace("ADDRESS", "93.184.216.53").replace('"id": "ID", ', "").replace("80", "53"),
+        CONNECT.replace("ADDRESS", "192.0.2.53").replace('"id": "ID", ', ""),
+        QUERY.replace("192.0.2.53", "127.0.0.1"),
+        QUERY.replace("QQ==", "QQ"),
+        QUERY.replace("QQ==", "QQ==" * 1000),
+        f"{QUERY}\n{QUERY}",
+        '["enough", {}]',
         '["withdraw", {"id": "ID"}]',
         '["withdraw", {"id": "ID", "number": []}]',
         "\n".join([EVENT] * (MAX_EVENTS + 1)),
     ],
-    ids=range(25),
+    ids=range(25 + 9 + len(NOWHERE)),
 )
 async def test_what_says_more_than_it_may_is_ended(hostile: Callable[..., None], message: str) -> None:
     hostile(message)
@@ -132,15 +151,36 @@ async def test_a_process_that_cannot_be_confined_serves_nobody_and_holds_up_nobo
 
 
 async def test_a_last_word_that_does_not_come_is_not_waited_for(hostile: Callable[..., None]) -> None:
-    hostile(EVENT)
+    hostile('["awake", {"id": "ID"}]', EVENT)
     events: list[NetworkEvent] = []
     async with anyio.create_task_group() as tasks:
         gateway = Gateway(NetworkConfig(), Unconfined(), tasks, AUTHORITY)
         with served(RULES) as (_, made), anyio.fail_after(20):
             await gateway.serve("call", 0, made, events.append)
+            while not events:  # noqa: ASYNC110  (no event tells)
+                await anyio.sleep(0.01)
             await gateway.begin_end("call")
             await gateway.end("call")
         assert events[-1].verdict == "failed"
+        tasks.cancel_scope.cancel()
+
+
+async def test_where_nothing_happened_nobody_waits_for_it_and_one_that_is_silent_is_ended(
+    hostile: Callable[..., None],
+) -> None:
+    hostile("")
+    events: list[NetworkEvent] = []
+    async with anyio.create_task_group() as tasks:
+        gateway = Gateway(NetworkConfig(), Unconfined(), tasks, AUTHORITY)
+        with served(RULES) as (_, made), anyio.fail_after(20):
+            await gateway.serve("call", 0, made, events.append)
+            [worker] = gateway._workers[0]
+            with anyio.fail_after(1):
+                await gateway.begin_end("call")
+                assert await gateway.end("call") == NetworkUse()
+            while worker.process.poll() is None:  # noqa: ASYNC110
+                await anyio.sleep(0.05)
+        assert events == []
         tasks.cancel_scope.cancel()
 
 

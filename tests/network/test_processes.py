@@ -40,7 +40,10 @@ except ConnectionRefusedError: pass
 
 @pytest.fixture
 def worker(networked: Daemon, python: Python) -> psutil.Process:
-    """The one that served the last call."""
+    """The one that served the last call: those of earlier calls, with other rules, are gone."""
+    for one in workers(networked):
+        one.kill()
+    until(lambda: not workers(networked), "the others are gone")
     assert python(FETCH).stdout.text == FOUND  # type: ignore[union-attr]
     (found,) = workers(networked)
     return found

@@ -85,6 +85,19 @@ def test_a_limit_and_a_cancel_leave_nothing(daemon: Daemon, session: SessionInfo
     assert layers(daemon) == before
 
 
+def test_each_attempt_begins_with_the_same_files(daemon: Daemon, session: SessionInfo) -> None:
+    """Also where what an attempt left would have been kept, had it been the last."""
+    before = layers(daemon)
+    found = sh(daemon, session, "ls -A; echo $$ >> attempt; sleep 2", policy="again")
+    assert found.outcome is not None
+    assert found.outcome.cause == "exited", found.outcome
+    assert found.attempts == 2
+    assert found.stdout is not None
+    assert found.stdout.text == ""
+    assert said(sh(daemon, session, "grep -c . attempt")) == "1\n"
+    assert len(layers(daemon) - before) == 1
+
+
 def test_one_call_at_a_time_in_the_order_in_which_they_came(daemon: Daemon, session: SessionInfo) -> None:
     client = daemon.client()
     code = "[ -e busy ] && echo together; touch busy; sleep 0.1; rm busy; echo $0 >> log"

@@ -87,7 +87,7 @@ def lent(directory: Path, tmp_path: Path) -> Iterator[Lent]:
         checkout = stack.enter_context(
             Checkout.of(fd, owner, place=tmp_path / "place", launcher=LAUNCH, kept=[tmp_path / "state"])
         )
-        mount = checkout.mapped(TOOL, TOOL, slot=BASE)
+        mount = checkout.mapped(1000, 1000, slot=BASE)
         stack.callback(os.close, mount)
         at = tmp_path / "lower"
         at.mkdir()
@@ -164,7 +164,7 @@ else:
     with lent(directory, tmp_path) as it:
         done = it.tool(program)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-        mount = it.checkout.mapped(1000, 1000, slot=BASE)
+        mount = it.checkout.mapped(1000, 1000, slot=0)
         try:
             with View([it.upper, mount]) as view:
                 for closed in (b"secret", b"group", b"closed/mine"):
@@ -180,11 +180,25 @@ else:
     assert (directory / "secret").read_text() == "content"
 
 
+@pytest.mark.parametrize("group", [0, 1000, OTHER, 65_535])
+def test_a_file_of_the_callers_in_another_group_is_the_tools(
+    directory: Path, tmp_path: Path, group: int
+) -> None:
+    owned(directory / "f", CALLER, 0o640)
+    os.chown(directory / "f", CALLER, group)
+    owned(directory / "theirs", OTHER, 0o660)
+    os.chown(directory / "theirs", OTHER, group)
+    with lent(directory, tmp_path) as it:
+        done = it.tool("open('/f', 'a').write(' more'); print(open('/f').read()); open('/theirs')")
+        assert done.stdout == "content more\n"
+        assert "PermissionError" in done.stderr
+
+
 def test_the_view_has_the_ids_of_a_layer(directory: Path, tmp_path: Path) -> None:
     owned(directory / "f", CALLER, 0o600)
     with lent(directory, tmp_path) as it:
         it.tool("open('/f', 'w').write('changed'); open('/g', 'w').close()")
-        mount = it.checkout.mapped(1000, 1001, slot=BASE)
+        mount = it.checkout.mapped(1000, 1001, slot=0)
         try:
             with View([mount]) as old, View([it.upper, mount]) as new:
                 entry = old.find(b"f")
@@ -311,7 +325,7 @@ def test_a_directory_of_another_mount_namespace(directory: Path, tmp_path: Path)
                 Checkout.of(fds[0], nobody, place=place, launcher=LAUNCH, kept=[])
             owner = Owner(CALLER, CALLER, caller.pid)
             with Checkout.of(fds[0], owner, place=place, launcher=LAUNCH, kept=[]) as checkout:
-                mount = checkout.mapped(TOOL, TOOL, slot=BASE)
+                mount = checkout.mapped(1000, 1000, slot=BASE)
                 assert os.stat("f", dir_fd=mount).st_uid == TOOL
                 os.close(mount)
         finally:
@@ -354,7 +368,7 @@ def test_a_file_system_without_id_maps_is_refused_with_its_reason(tmp_path: Path
             Checkout.of(fd, owner, place=tmp_path / "p", launcher=LAUNCH, kept=[]) as checkout,
             pytest.raises(errors.InvalidRequest, match="cannot map ids of"),
         ):
-            checkout.mapped(TOOL, TOOL, slot=BASE)
+            checkout.mapped(1000, 1000, slot=BASE)
     finally:
         os.close(fd)
 

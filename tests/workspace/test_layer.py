@@ -201,6 +201,20 @@ def test_every_difference_is_another_digest(store: LayerStore, upper: Path) -> N
     note("a symbolic link to it")
 
 
+def test_a_layer_that_was_linked_from_elsewhere_has_its_digest(store: LayerStore, upper: Path) -> None:
+    for name in ("a", "b", "d"):
+        (upper / name).write_text(name)
+    os.link(upper / "b", upper / "c")
+    give(upper)
+    made, figures = take(store, upper)
+    elsewhere = store.layers / "merged"
+    elsewhere.mkdir()
+    for name in ("a", "b", "d"):
+        os.link(made / name, elsewhere / name)
+    with opened(made) as fd:
+        assert layer.measure(fd) == figures
+
+
 def test_whiteouts_and_opaque_directories_are_kept_and_nothing_else_of_overlayfs(
     store: LayerStore, tmp_path: Path, upper: Path
 ) -> None:

@@ -1,0 +1,147 @@
+"""The socket beside the API's over which callers pass directories, since HTTP has no place for a
+descriptor.
+
+Theory of operation.  A caller connects and sends one byte, or a line, with one descriptor (SCM_RIGHTS,
+unix(7)). It gets a line of JSON: ``{"handle": …}``, or a problem as the API's. The handle is good once,
+for the same uid, as long as the connection is open and no longer than ``WAIT``: whoever goes away leaves
+nothing here. The kernel says who it is, as for the API, and who is nobody there is nobody here.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import Counter
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+import anyio
+import pydantic_core
+import structlog
+
+from sandboxd import errors
+from sandboxd.api import problem
+from sandboxd.api.identity import peer_of
+from sandboxd.api.listener import bind
+from sandboxd.config import default_socket
+from sandboxd.kernel import descriptors
+from sandboxd.workspace.checkout import Owner
+from sandboxd.workspace.handles import Handed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from sandboxd.api.identity import Identity, Peer
+    from sandboxd.config import SocketConfig
+    from sandboxd.workspace.handles import Handles
+
+__all__ = ["Descriptors", "listening_beside", "path_beside"]
+
+SUFFIX = ".fds"
+SEND = 5.0
+"""Seconds that a peer has to send its descriptor, and to read the answer."""
+WAIT = 60.0
+CONNECTIONS = 32
+"""Of one uid."""
+MAX_MESSAGE = 4096
+
+log = structlog.get_logger(__name__)
+
+
+def path_beside(api: Path) -> Path:
+    """Where the socket is, beside that of the API: ``sandboxd.sock`` has ``sandboxd.fds.sock``."""
+    return api.with_name(f"{api.stem}{SUFFIX}{api.suffix}")
+
+
+@contextmanager
+def listening_beside(config: SocketConfig) -> Iterator[socket.socket]:
+    """The socket, beside the one that the API has, with its mode and group. Raises ConfigInvalid."""
+    path = path_beside(config.path or default_socket())
+    with bind(path, mode=config.mode, group=config.group) as sock:
+        try:
+            yield sock
+        finally:
+            path.unlink(missing_ok=True)
+
+
+class Descriptors:
+    """Takes directories from callers for ``handles``."""
+
+    def __init__(self, handles: Handles, identity: Identity) -> None:
+        self._handles = handles
+        self._identity = identity
+        self._connections: Counter[int] = Counter()
+
+    async def serve(self, sock: socket.socket) -> None:
+        """Serve on a listening socket that does not block, until cancelled."""
+        async with anyio.create_task_group() as tasks:
+            while True:
+                await anyio.wait_readable(sock)
+                try:
+                    connection, _ = sock.accept()
+                except (BlockingIOError, ConnectionError):
+                    continue
+                except OSError as error:
+                    log.warning("no descriptor can be taken", error=str(error))
+                    await anyio.sleep(0.1)
+                    continue
+                tasks.start_soon(self._serve, connection)
+
+    async def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            connection.setblocking(False)
+            with suppress(OSError):
+                peer = peer_of(connection)
+                if self._connections[peer.uid] >= CONNECTIONS:
+                    return
+                self._connections[peer.uid] += 1
+                try:
+                    await self._one(connection, peer)
+                finally:
+                    self._connections[peer.uid] -= 1
+                    if not self._connections[peer.uid]:
+                        del self._connections[peer.uid]
+
+    async def _one(self, connection: socket.socket, peer: Peer) -> None:
+        handle: str | None = None
+        try:
+            try:
+                handle = self._handles.add(await self._received(connection, peer))
+                answer = pydantic_core.to_json({"handle": handle})
+            except errors.Refused as error:
+                answer = problem.document(error.status, error.code, str(error), error.details)
+            with anyio.move_on_after(SEND):
+                await _sent(connection, answer + b"\n")
+            if handle is not None:
+                with anyio.move_on_after(WAIT):
+                    await anyio.wait_readable(connection)  # its end: what it passed goes with it
+        finally:
+            if handle is not None:
+                self._handles.drop(handle)
+
+    async def _received(self, connection: socket.socket, peer: Peer) -> Handed:
+        if self._identity.caller(peer).role == "none":
+            raise errors.NotIdentified(
+                f"no rule of the configuration's `callers` matches uid {peer.uid}", uid=peer.uid
+            )
+        with anyio.move_on_after(SEND) as late:
+            await anyio.wait_readable(connection)
+        if late.cancelled_caught:
+            raise errors.RequestTimeout(f"no descriptor came within {SEND:g} s")
+        _, fds, flags = descriptors.receive(connection, MAX_MESSAGE, 1)
+        if len(fds) != 1 or flags & socket.MSG_CTRUNC:
+            for fd in fds:
+                os.close(fd)
+            raise errors.InvalidRequest(
+                "one descriptor comes with the first bytes, and no more", field="directory"
+            )
+        return Handed(fds[0], Owner(peer.uid, peer.gid, peer.pid))
+
+
+async def _sent(connection: socket.socket, data: bytes) -> None:
+    while data:
+        try:
+            data = data[connection.send(data) :]
+        except BlockingIOError:
+            await anyio.wait_writable(connection)

@@ -1,0 +1,237 @@
+"""The routes of the files of sessions: decode, call the service, encode."""
+
+from __future__ import annotations
+
+import re
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from sandboxd import models
+from sandboxd.api import body
+from sandboxd.api.invocations import caller_of, json_response
+from sandboxd.api.openapi import OCTETS, Doc
+from sandboxd.api.queries import Flag, NoQuery, Parameters
+from sandboxd.api.streams import StreamResponse
+from sandboxd.errors import InvalidRequest, NotFound
+from sandboxd.workspace.edit import Condition
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import Receive, Scope, Send
+
+    from sandboxd.api.service import Service
+
+__all__ = ["Files"]
+
+LAYER = "application/vnd.oci.image.layer.v1.tar"
+MAX_NAME = 128
+_ETAG = re.compile(r'"(sha256:[0-9a-f]{64})"')
+
+Named = Annotated[str, Field(min_length=1, max_length=128)]
+Limit = Annotated[int, Field(ge=1, le=10_000)]
+
+
+class DiffQuery(Parameters):
+    """Between which checkpoints; without them, from the session's first to where it stands."""
+
+    since: Named = "origin"
+    to: Named | None = None
+    text: Flag = False
+    limit: Limit = 1000
+
+
+class FilesQuery(Parameters):
+    """Of which directory, at which checkpoint."""
+
+    path: Annotated[str, Field(max_length=16_384)] = ""
+    checkpoint: Named | None = None
+    recursive: Flag = False
+    limit: Limit = 1000
+
+
+class FileQuery(Parameters):
+    """At which checkpoint."""
+
+    checkpoint: Named | None = None
+
+
+class PutQuery(Parameters):
+    """What is made: a file of the body, with permission bits in octal, or a directory."""
+
+    mode: Annotated[str, Field(pattern="^[0-7]{3,4}$")] | None = None
+    directory: Flag = False
+
+
+class RemoveQuery(Parameters):
+    """Whether a directory goes with all that it has."""
+
+    recursive: Flag = False
+
+
+class ExportQuery(Parameters):
+    """Of what a layer is made: of all that a checkpoint has, or of what differs since another."""
+
+    since: Named | None = None
+    to: Named | None = None
+    times: Flag = False
+
+
+class Files:
+    """The handlers, and the service that they call."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def diff(self, request: Request) -> Response:
+        """What differs between two checkpoints, with text diffs if asked."""
+        asked = body.query(request, DiffQuery)
+        found = await self.service.files.diff(
+            caller_of(request),
+            _named(request),
+            since=asked.since,
+            to=asked.to,
+            text=asked.text,
+            limit=asked.limit,
+        )
+        return json_response(found)
+
+    async def list(self, request: Request) -> Response:
+        """The files in a directory of a session, or all beneath it."""
+        asked = body.query(request, FilesQuery)
+        found = await self.service.files.list(
+            caller_of(request),
+            _named(request),
+            asked.path,
+            checkpoint=asked.checkpoint,
+            recursive=asked.recursive,
+            limit=asked.limit,
+        )
+        return json_response(found)
+
+    async def get(self, request: Request) -> Response:
+        """The bytes of a file; its digest is the ETag."""
+        asked = body.query(request, FileQuery)
+        stack = AsyncExitStack()
+        async with stack:
+            info, chunks = await stack.enter_async_context(
+                self.service.files.read(
+                    caller_of(request),
+                    _named(request),
+                    request.path_params["path"],
+                    checkpoint=asked.checkpoint,
+                )
+            )
+            headers = {
+                "content-length": str(info.size),
+                "content-disposition": "attachment",  # a tool made it: no browser shall render it
+                "etag": f'"{info.digest}"',
+            }
+            return _HeldResponse(chunks, OCTETS, headers, stack.pop_all())
+
+    async def put(self, request: Request) -> Response:
+        """Write a file of the body, on a condition if one is given, or make a directory."""
+        asked = body.query(request, PutQuery)
+        caller, named, path = caller_of(request), _named(request), request.path_params["path"]
+        if asked.directory:
+            return json_response(await self.service.files.make_directory(caller, named, path), 201)
+        made = await self.service.files.write(
+            caller,
+            named,
+            path,
+            body.chunks(request),
+            condition=_condition(request),
+            mode=None if asked.mode is None else int(asked.mode, 8),
+        )
+        return json_response(made, 201 if made.created else 200, {"etag": f'"{made.digest}"'})
+
+    async def remove(self, request: Request) -> Response:
+        """Remove a file or a directory, on a condition if one is given."""
+        asked = body.query(request, RemoveQuery)
+        made = await self.service.files.remove(
+            caller_of(request),
+            _named(request),
+            request.path_params["path"],
+            condition=_condition(request),
+            recursive=asked.recursive,
+        )
+        return json_response(made)
+
+    async def export(self, request: Request) -> Response:
+        """A layer of the OCI image format."""
+        asked = body.query(request, ExportQuery)
+        stack = AsyncExitStack()
+        async with stack:
+            export, chunks = await stack.enter_async_context(
+                self.service.files.export(
+                    caller_of(request), _named(request), since=asked.since, to=asked.to, times=asked.times
+                )
+            )
+            headers = {"sandboxd-omitted": str(export.unfit)}
+            return _HeldResponse(chunks, LAYER, headers, stack.pop_all())
+
+    async def bring(self, request: Request) -> Response:
+        """Put a layer of the OCI image format over what the session has."""
+        body.query(request, NoQuery)
+        made = await self.service.files.bring(caller_of(request), _named(request), body.chunks(request))
+        return json_response(made, 201)
+
+    def routes(self) -> Sequence[tuple[str, str, Any, Doc]]:
+        """Method, path, handler and documentation of each route."""
+        one = "/v1/sessions/{session}"
+        file = one + "/files/{path:artifact}"
+        match = ("If-Match", "the quoted digest that the file must have")
+        new = ("If-None-Match", "`*`: nothing may be there")
+        return [
+            ("GET", one + "/diff", self.diff,
+             Doc("What differs between checkpoints", query=DiffQuery, answer=models.SessionDiff)),
+            ("GET", one + "/files", self.list,
+             Doc("The files of a session", query=FilesQuery, answer=models.FileList)),
+            ("GET", file, self.get, Doc("One file", query=FileQuery, raw_answer=True)),
+            ("PUT", file, self.put,
+             Doc("Write a file", query=PutQuery, raw_body=True, answer=models.FileWritten,
+                 also={201: "it was not there before"}, headers=(match, new))),
+            ("DELETE", file, self.remove,
+             Doc("Remove a file", query=RemoveQuery, answer=models.FileWritten, headers=(match,))),
+            ("GET", one + "/export", self.export,
+             Doc("A layer of a session's files", query=ExportQuery, raw_answer=True)),
+            ("POST", one + "/import", self.bring,
+             Doc("Put a layer over a session's files", raw_body=True, answer=models.CheckpointInfo,
+                 status=201)),
+        ]  # fmt: skip
+
+
+class _HeldResponse(StreamResponse):
+    """A response that lets go of what it reads when it has ended, or was never begun."""
+
+    def __init__(
+        self, chunks: AsyncIterator[bytes], kind: str, headers: dict[str, str], held: AsyncExitStack
+    ) -> None:
+        super().__init__(chunks, kind, headers=headers)
+        self.held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        async with self.held:
+            await super().__call__(scope, receive, send)
+
+
+def _condition(request: Request) -> Condition:
+    match, new = request.headers.get("if-match"), request.headers.get("if-none-match")
+    if new is not None and new != "*":
+        raise InvalidRequest("If-None-Match is * or is left out", field="If-None-Match")
+    found = _ETAG.fullmatch(match) if match is not None else None
+    if match is not None and found is None:
+        raise InvalidRequest('If-Match is a digest in quotes, "sha256:…", of one file', field="If-Match")
+    return Condition(match=found[1] if found is not None else None, absent=new is not None)
+
+
+def _named(request: Request) -> str:
+    name: str = request.path_params["session"]
+    if len(name) > MAX_NAME:
+        raise NotFound("there is no such session")
+    return name

@@ -1,0 +1,87 @@
+"""The calls of the API that are about the files of sessions, as typed data: see ``calls``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import quote
+
+from pydantic import BaseModel, ValidationError
+
+from sandboxd import models
+from sandboxd.client import wire
+from sandboxd.client.calls import Call
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+M = TypeVar("M", bound=BaseModel)
+
+__all__ = ["diff", "lend", "listing", "put", "read", "remove"]
+
+
+def _one(model: type[M]) -> Callable[[bytes], M]:
+    def decode(body: bytes) -> M:
+        try:
+            return model.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise wire.protocol_error(f"an answer that is no {model.__name__} ({first['msg']})") from None
+
+    return decode
+
+
+def _file(session: str, path: str, **query: str | int | None) -> str:
+    """The target of a file, whose path is the text that the daemon gave."""
+    base = wire.target("sessions", session, "files", **query)
+    before, mark, after = base.partition("?")
+    return f"{before}/{quote(path, safe='/')}{mark}{after}"
+
+
+def diff(
+    session: str, since: str | None, to: str | None, *, text: bool, limit: int
+) -> Call[models.SessionDiff]:
+    """What differs between two checkpoints."""
+    target = wire.target("sessions", session, "diff", since=since, to=to, text=int(text), limit=limit)
+    return Call(wire.Exchange("GET", target), _one(models.SessionDiff))
+
+
+def listing(
+    session: str, path: str, checkpoint: str | None, *, recursive: bool, limit: int
+) -> Call[models.FileList]:
+    """What a directory has."""
+    target = wire.target(
+        "sessions", session, "files", path=path, checkpoint=checkpoint, recursive=int(recursive), limit=limit
+    )
+    return Call(wire.Exchange("GET", target), _one(models.FileList))
+
+
+def read(session: str, path: str, checkpoint: str | None) -> wire.Exchange:
+    """The bytes of a file."""
+    target = _file(session, path, checkpoint=checkpoint)
+    return wire.Exchange("GET", target, headers={"Accept": "application/octet-stream"})
+
+
+def put(
+    session: str, path: str, data: bytes, *, mode: int | None, match: str | None, new: bool
+) -> Call[models.FileWritten]:
+    """Write a file; ``match`` is the digest that it must have, ``new``: nothing may be there."""
+    headers = {"Content-Type": "application/octet-stream"}
+    headers |= {"If-Match": f'"{match}"'} if match is not None else {}
+    headers |= {"If-None-Match": "*"} if new else {}
+    target = _file(session, path, mode=None if mode is None else f"{mode & 0o777:03o}")
+    return Call(wire.Exchange("PUT", target, data, headers), _one(models.FileWritten))
+
+
+def remove(session: str, path: str, *, recursive: bool, match: str | None) -> Call[models.FileWritten]:
+    """Remove a file or directory."""
+    headers = {"If-Match": f'"{match}"'} if match is not None else {}
+    exchange = wire.Exchange("DELETE", _file(session, path, recursive=int(recursive)), headers=headers)
+    return Call(exchange, _one(models.FileWritten))
+
+
+def lend(session: str, handle: str) -> Call[models.SessionInfo]:
+    """Give a session its directory again."""
+    body = models.SessionLend(checkout=handle).model_dump_json().encode()
+    return Call(
+        wire.Exchange("POST", wire.target("sessions", session, "checkout"), body), _one(models.SessionInfo)
+    )

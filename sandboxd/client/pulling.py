@@ -1,0 +1,341 @@
+"""Bringing what a session changed into the directory that it stands on, with the rights of who asks.
+
+Theory of operation.  The daemon tells what differs; here, nothing that it or the tool says is trusted
+with a path. The directory is open, and every name is reached from it through no link and onto no other
+mount (``kernel.files.openat2``). A file that changed on both sides is refused: on this side it changed if
+its inode did (ctime, which only the kernel sets) since the session was made, unless it is what an earlier
+pull left. A file is written beside its place, compared with the digest that was announced, and renamed.
+What a tool has no business with is refused too: ``.git``, whose hooks and configuration run programs;
+links that lead out of the directory; devices, FIFOs and sockets; set-id bits are dropped.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import stat
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sandboxd import errors
+from sandboxd.artifacts import decode_path
+from sandboxd.kernel import files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sandboxd import models
+    from sandboxd.client.sync import Client
+
+__all__ = ["Pulled", "Refusal", "pull"]
+
+MOST = 10_000
+"""Changes that one pull brings."""
+_CHUNK = 1 << 20
+_PARENT = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A change that was not brought, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass
+class Pulled:
+    """What came of a pull: paths as the daemon tells them."""
+
+    applied: list[str] = field(default_factory=list)
+    already: list[str] = field(default_factory=list)
+    """Those that are here as the session has them."""
+    refused: list[Refusal] = field(default_factory=list)
+
+
+class _Refused(Exception):
+    """Raised for a change that is not brought."""
+
+
+def pull(client: Client, session: str, directory: str | os.PathLike[str], *, git: bool = False) -> Pulled:
+    """Apply what a session changed since it was made to the directory that it stands on.
+
+    ``git``: also what is in ``.git``. Raises StateConflict for a session on no directory, TooLarge, OSError
+    for a directory that cannot be opened, and what the daemon refuses.
+    """
+    info = client.session(session)
+    if info.checkout is None:
+        raise errors.StateConflict(f"session {session!r} stands on no directory; read its files one by one")
+    found = client.diff_session(info.id, limit=MOST)
+    if found.truncated:
+        raise errors.TooLarge(f"the session has more than {MOST} changes; export them as a layer", limit=MOST)
+    root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with _Record(info.id) as record:
+            return _Pull(client, info, found.to, root, record, git=git).run(found.changes)
+    finally:
+        os.close(root)
+
+
+class _Record:
+    """What earlier pulls of a session left here: the digest of each file."""
+
+    def __init__(self, session: str) -> None:
+        state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+        self._path = Path(state).expanduser() / "sandboxd" / "pulled" / f"{session}.json"
+        self.digests: dict[str, str] = {}
+
+    def __enter__(self) -> _Record:  # noqa: PYI034 - no subclass is meant
+        with suppress(FileNotFoundError, ValueError):
+            found = json.loads(self._path.read_text())
+            self.digests = {str(path): str(digest) for path, digest in found.items()}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.digests:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            beside = self._path.with_suffix(f".{os.getpid()}")
+            beside.write_text(json.dumps(self.digests))
+            beside.replace(self._path)
+
+
+class _Pull:
+    def __init__(
+        self, client: Client, info: models.SessionInfo, to: str, root: int, record: _Record, *, git: bool
+    ) -> None:
+        self._client = client
+        self._info = info
+        self._to = to
+        self._root = root
+        self._record = record
+        self._git = git
+        self._result = Pulled()
+
+    def run(self, changes: list[models.FileChange]) -> Pulled:
+        """What is removed goes last, and from the leaves up."""
+        removed = [one for one in changes if one.change == "removed"]
+        for change in [one for one in changes if one.change != "removed"] + removed[::-1]:
+            try:
+                path = self._path(change.path)
+                done = self._apply(change, path)
+            except _Refused as why:
+                self._result.refused.append(Refusal(change.path, str(why)))
+            except OSError as error:
+                self._result.refused.append(Refusal(change.path, error.strerror or str(error)))
+            else:
+                (self._result.applied if done else self._result.already).append(change.path)
+        return self._result
+
+    def _path(self, text: str) -> bytes:
+        try:
+            path = decode_path(text)
+            parts = files.split_path(path)
+        except (ValueError, errors.InvalidRequest) as error:
+            raise _Refused("the daemon told a path that no file here can have") from error
+        if b".git" in parts and not self._git:
+            raise _Refused("it is in .git; ask for it with --git")
+        return path
+
+    def _apply(self, change: models.FileChange, path: bytes) -> bool:
+        with self._parent(path) as (parent, name):
+            here = _status(parent, name)
+            if change.new is None:
+                return self._remove(change, parent, name, here)
+            match change.new.kind:
+                case "directory":
+                    return self._make_directory(change, parent, name, here)
+                case "file":
+                    return self._write(change, parent, name, here)
+                case "symlink":
+                    return self._link(change, parent, name, here)
+                case kind:
+                    raise _Refused(f"it is a {kind}")
+
+    @contextmanager
+    def _parent(self, path: bytes) -> Iterator[tuple[int, bytes]]:
+        above, _, name = path.rpartition(b"/")
+        try:
+            parent = files.openat2(self._root, above or b".", _PARENT)
+        except OSError as error:
+            if error.errno in {errno.ELOOP, errno.ENOTDIR, errno.EXDEV}:
+                raise _Refused("its directory is a link, a file or another mount here") from error
+            if error.errno == errno.ENOENT:
+                raise _Refused("its directory is not here") from error
+            raise
+        try:
+            yield parent, name
+        finally:
+            os.close(parent)
+
+    def _is_ours(self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result) -> bool:
+        """Whether what is here has not changed since the session was made, but by a pull."""
+        if here.st_ctime_ns // 1000 < self._info.created:
+            return True
+        known = self._record.digests.get(change.path)
+        return known is not None and known == _content(parent, name, here)
+
+    def _check(
+        self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result | None
+    ) -> None:
+        """Raises _Refused where this side has changed too."""
+        known = self._record.digests.get(change.path)
+        if here is None:
+            if change.old is not None or known is not None:
+                raise _Refused("it was removed here, and changed in the session")
+        elif change.old is None and known is None:
+            raise _Refused("it is here already, with other content")
+        elif not self._is_ours(change, parent, name, here):
+            raise _Refused("it was changed here as well since the session was made")
+
+    def _write(
+        self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result | None
+    ) -> bool:
+        new = change.new
+        assert new is not None  # noqa: S101  (the caller has looked)
+        mode = new.mode & 0o777
+        if here is not None and stat.S_ISREG(here.st_mode):
+            digest = new.digest if new.digest is not None else None
+            same = (
+                digest == _content(parent, name, here) if digest is not None else change.aspects == ["owner"]
+            )
+            if same and stat.S_IMODE(here.st_mode) == mode:
+                return False
+        self._check(change, parent, name, here)
+        if here is not None and stat.S_ISDIR(here.st_mode):
+            raise _Refused("a directory is here")
+        with _beside(parent) as temporary:
+            fd = files.openat2(parent, temporary, _NEW, 0o600)
+            try:
+                digest = self._copy(change.path, fd)
+                if new.digest is not None and digest != new.digest:
+                    raise _Refused("it changed in the session while it was read")
+                os.fchmod(fd, mode)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            self._replace(parent, temporary, name, here)
+        self._record.digests[change.path] = digest
+        return True
+
+    def _copy(self, path: str, fd: int) -> str:
+        digest = hashlib.sha256()
+        with self._client.read_file(self._info.id, path, checkpoint=self._to) as chunks:
+            for chunk in chunks:
+                digest.update(chunk)
+                rest = memoryview(chunk)
+                while rest:
+                    rest = rest[os.write(fd, rest) :]
+        return f"sha256:{digest.hexdigest()}"
+
+    def _link(self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result | None) -> bool:
+        new = change.new
+        assert new is not None  # noqa: S101
+        target = decode_path(new.target or "")
+        depth = change.path.count("/")
+        for part in target.split(b"/"):
+            depth += {b"..": -1, b".": 0, b"": 0}.get(part, 1)
+            if depth < 0:
+                raise _Refused("it is a link that leads out of the directory")
+        if not target or target.startswith(b"/"):
+            raise _Refused("it is a link that leads out of the directory")
+        digest = _link_digest(target)
+        if here is not None and stat.S_ISLNK(here.st_mode) and _content(parent, name, here) == digest:
+            return False
+        self._check(change, parent, name, here)
+        if here is not None and stat.S_ISDIR(here.st_mode):
+            raise _Refused("a directory is here")
+        with _beside(parent) as temporary:
+            os.symlink(target, temporary, dir_fd=parent)
+            self._replace(parent, temporary, name, here)
+        self._record.digests[change.path] = digest
+        return True
+
+    @staticmethod
+    def _replace(parent: int, temporary: bytes, name: bytes, here: os.stat_result | None) -> None:
+        now = _status(parent, name)
+        if (now and (now.st_ino, now.st_ctime_ns)) != (here and (here.st_ino, here.st_ctime_ns)):
+            raise _Refused("it was changed here just now")
+        os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+
+    def _make_directory(
+        self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result | None
+    ) -> bool:
+        new = change.new
+        assert new is not None  # noqa: S101
+        if here is None:
+            os.mkdir(name, 0o700, dir_fd=parent)
+        elif not stat.S_ISDIR(here.st_mode):
+            raise _Refused("it is a directory in the session, and none here; remove it here first")
+        elif stat.S_IMODE(here.st_mode) == new.mode & 0o777 or change.change == "added":
+            return False
+        fd = files.openat2(parent, name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            os.fchmod(fd, new.mode & 0o777)
+        finally:
+            os.close(fd)
+        return True
+
+    def _remove(
+        self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result | None
+    ) -> bool:
+        if here is None:
+            return False
+        if stat.S_ISDIR(here.st_mode):
+            try:
+                os.rmdir(name, dir_fd=parent)
+            except OSError as error:
+                if error.errno == errno.ENOTEMPTY:
+                    raise _Refused(
+                        "it has files here that the session does not know, or that were refused"
+                    ) from error
+                raise
+            return True
+        if not self._is_ours(change, parent, name, here):
+            raise _Refused("it was changed here since the session was made, and removed in it")
+        os.unlink(name, dir_fd=parent)
+        self._record.digests.pop(change.path, None)
+        return True
+
+
+@contextmanager
+def _beside(parent: int) -> Iterator[bytes]:
+    """A name for what is renamed into place; what is left of it is removed."""
+    name = b".sandboxd-pull-%s" % secrets.token_hex(8).encode()
+    try:
+        yield name
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=parent)
+
+
+def _status(parent: int, name: bytes) -> os.stat_result | None:
+    try:
+        return os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def _link_digest(target: bytes) -> str:
+    return f"link:{hashlib.sha256(target).hexdigest()}"
+
+
+def _content(parent: int, name: bytes, here: os.stat_result) -> str | None:
+    """The digest of what is here, or of where a link points; None for what has none."""
+    if stat.S_ISLNK(here.st_mode):
+        return _link_digest(os.readlink(name, dir_fd=parent))
+    if not stat.S_ISREG(here.st_mode):
+        return None
+    digest = hashlib.sha256()
+    fd, _ = files.open_regular(parent, name)
+    try:
+        while chunk := os.read(fd, _CHUNK):
+            digest.update(chunk)
+    finally:
+        os.close(fd)
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,32 @@
+"""Many requests in one, and what came of each."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from sandboxd.models.invocation import Invocation
+from sandboxd.models.operating import Problem
+from sandboxd.models.wire import Wire
+
+__all__ = ["Batch", "BatchResult"]
+
+MAX_REQUESTS = 10_000
+MAX_PARALLEL = 1000
+
+
+class Batch(Wire):
+    """What is asked at once. A request that is no request is refused alone."""
+
+    requests: Annotated[list[Any], Field(min_length=1, max_length=MAX_REQUESTS)]
+    parallel: Annotated[int, Field(ge=1, le=MAX_PARALLEL)] = 8
+    """How many of them are in the queue or run at the same time."""
+
+
+class BatchResult(Wire):
+    """One line of the answer: what came of the request with this number, from 0. They come as they end."""
+
+    index: int
+    invocation: Invocation | None = None
+    problem: Problem | None = None

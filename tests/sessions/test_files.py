@@ -1,0 +1,168 @@
+"""The files of sessions over the API: read, compared, exported, and changed from outside."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import socket
+import tarfile
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sessioned import by, sh
+
+if TYPE_CHECKING:
+    from daemons import Daemon
+
+    from sandboxd.models import SessionInfo
+
+
+class Answer:
+    def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.status, self.headers, self.body = status, headers, body
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def ask(
+    daemon: Daemon, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+) -> Answer:
+    connection = http.client.HTTPConnection("localhost", timeout=30)
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(str(daemon.socket))
+    try:
+        connection.request(method, f"/v1/sessions/{path}", body, headers or {})
+        answer = connection.getresponse()
+        return Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
+    finally:
+        connection.close()
+
+
+def said(daemon: Daemon, session: SessionInfo, code: str) -> str | None:
+    stdout = sh(daemon, session, code).stdout
+    return None if stdout is None else stdout.text
+
+
+def test_what_calls_left_is_compared_listed_and_read(daemon: Daemon, session: SessionInfo) -> None:
+    sh(daemon, session, "mkdir d; printf 'one\\ntwo\\n' >d/f; printf x >gone; ln -s d/f link")
+    first = ask(daemon, "GET", f"{session.id}/diff").json
+    assert [(one["path"], one["change"]) for one in first["changes"]] == [
+        ("d", "added"),
+        ("d/f", "added"),
+        ("gone", "added"),
+        ("link", "added"),
+    ]
+    sh(daemon, session, "printf 'one\\n2\\n' >d/f; rm gone; printf '\\0' >'100%\nbinary'; chmod 600 d")
+    changed = ask(daemon, "GET", f"{session.id}/diff?text=1&since={first['to']}").json
+    by_path = {one["path"]: one for one in changed["changes"]}
+    assert {path: one["change"] for path, one in by_path.items()} == {
+        "100%\nbinary": "added",
+        "d": "changed",
+        "d/f": "changed",
+        "gone": "removed",
+    }
+    assert by_path["d/f"]["diff"] == "--- a/d/f\n+++ b/d/f\n@@ -1,2 +1,2 @@\n one\n-two\n+2\n"
+    assert by_path["100%\nbinary"]["omitted"] == "binary"
+    assert by_path["d"]["aspects"] == ["mode"]
+    listed = ask(daemon, "GET", f"{session.id}/files?recursive=1").json["files"]
+    assert [one["path"] for one in listed] == ["100%\nbinary", "d", "d/f", "link"]
+    assert listed[3]["target"] == "d/f"
+    got = ask(daemon, "GET", f"{session.id}/files/d/f")
+    assert got.body == b"one\n2\n"
+    assert got.headers["etag"] == f'"{by_path["d/f"]["new"]["digest"]}"'
+    before = ask(daemon, "GET", f"{session.id}/files/d/f?checkpoint={first['to']}")
+    assert before.body == b"one\ntwo\n"
+    assert ask(daemon, "GET", f"{session.id}/files/100%25%0Abinary").body == b"\0"
+    assert ask(daemon, "GET", f"{session.id}/files?path=d/f").json["code"] == "state_conflict"
+    assert ask(daemon, "GET", f"{session.id}/files/link").json["code"] == "state_conflict"
+    assert ask(daemon, "GET", f"{session.id}/files/link/x").json["code"] == "not_found"
+    assert ask(daemon, "GET", f"{session.id}/files/..%2f..%2fetc/passwd").json["code"] == "invalid_request"
+    assert ask(daemon, "GET", f"{session.id}/diff?limit=1").json["truncated"] is True
+    assert ask(daemon, "GET", f"{session.id}").json["in_flight"] == 0
+
+
+def test_files_are_written_on_a_condition_and_calls_find_them(daemon: Daemon, session: SessionInfo) -> None:
+    made = ask(daemon, "PUT", f"{session.id}/files/in/f", b"1", {"If-None-Match": "*"})
+    assert (made.status, made.json["created"]) == (201, True)
+    again = ask(daemon, "PUT", f"{session.id}/files/in/f", b"2", {"If-None-Match": "*"})
+    assert (again.status, again.json["code"]) == (412, "precondition_failed")
+    assert f'"{again.json["details"]["digest"]}"' == made.headers["etag"]
+    changed = ask(
+        daemon,
+        "PUT",
+        f"{session.id}/files/in/f?mode=755",
+        b"#!/bin/sh\necho hi",
+        {"If-Match": made.headers["etag"]},
+    )
+    assert changed.status == 200
+    assert (
+        said(daemon, session, "in/f; id -u; stat -c %u in in/f; echo more >>in/f") == "hi\n1000\n1000\n1000\n"
+    )
+    stale = ask(daemon, "DELETE", f"{session.id}/files/in/f", headers={"If-Match": changed.headers["etag"]})
+    assert stale.status == 412
+    assert ask(daemon, "DELETE", f"{session.id}/files/in").json["code"] == "state_conflict"
+    assert ask(daemon, "DELETE", f"{session.id}/files/in?recursive=1").status == 200
+    assert ask(daemon, "PUT", f"{session.id}/files/new/dir?directory=1").status == 201
+    assert said(daemon, session, "find . | sort") == ".\n./new\n./new/dir\n"
+    info = ask(daemon, "GET", session.id).json
+    assert info["calls"] == 2
+    back = ask(
+        daemon,
+        "POST",
+        f"{session.id}/rollback",
+        json.dumps({"checkpoint": changed.json["checkpoint"]}).encode(),
+    )
+    assert back.status == 200
+    assert said(daemon, session, "cat in/f") == "#!/bin/sh\necho hi"
+    for headers in ({"If-Match": "x"}, {"If-None-Match": '"sha256:1"'}):
+        assert ask(daemon, "PUT", f"{session.id}/files/f", b"", headers).json["code"] == "invalid_request"
+
+
+def test_a_session_goes_out_and_in_again(daemon: Daemon, session: SessionInfo) -> None:
+    sh(daemon, session, "mkdir d; echo 1 >d/f; ln d/f g; echo 2 >old")
+    at = ask(daemon, "GET", session.id).json["head"]["id"]
+    sh(daemon, session, "rm old; echo 3 >new")
+    whole = ask(daemon, "GET", f"{session.id}/export")
+    assert whole.headers["content-type"] == "application/vnd.oci.image.layer.v1.tar"
+    step = ask(daemon, "GET", f"{session.id}/export?since={at}")
+    with tarfile.open(fileobj=io.BytesIO(step.body)) as archive:
+        assert archive.getnames() == ["new", ".wh.old"]
+    other = daemon.client().create_session()
+    try:
+        assert ask(daemon, "POST", f"{other.id}/import", whole.body).status == 201
+        assert ask(daemon, "GET", f"{other.id}/export").body == whole.body
+        assert said(daemon, other, "cat d/f g new; echo 4 >d/f") == "1\n1\n3\n"
+        bad = ask(daemon, "POST", f"{other.id}/import", b"no tar" * 1000)
+        assert bad.json["code"] == "invalid_request"
+        sh(daemon, other, "touch .wh.d")
+        assert ask(daemon, "GET", f"{other.id}/export").json["code"] == "state_conflict"
+    finally:
+        daemon.client().delete_session(other.id)
+
+
+def test_a_quota_holds_for_what_comes_from_outside(daemon: Daemon) -> None:
+    made = daemon.client().create_session(size="1MiB")
+    try:
+        refused = ask(daemon, "PUT", f"{made.id}/files/f", b"x" * (2 << 20))
+        assert refused.json["code"] == "quota_exceeded"
+        assert ask(daemon, "GET", f"{made.id}/files").json["files"] == []
+        assert ask(daemon, "PUT", f"{made.id}/files/f", b"x").status == 201
+    finally:
+        daemon.client().delete_session(made.id)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "diff"), ("GET", "files"), ("GET", "files/f"), ("PUT", "files/f"), ("DELETE", "files/f"),
+     ("GET", "export"), ("POST", "import")],
+)  # fmt: skip
+def test_another_callers_session_is_not_there(
+    daemon: Daemon, session: SessionInfo, method: str, path: str
+) -> None:
+    ask(daemon, "PUT", f"{session.id}/files/f", b"secret")
+    with by(4243, daemon):
+        answer = ask(daemon, method, f"{session.id}/{path}", b"" if method != "GET" else None)
+    assert answer.json["code"] == "not_found"

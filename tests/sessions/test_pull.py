@@ -1,0 +1,235 @@
+"""What a session changed is brought into the directory that it stands on, and nothing else is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from sessioned import sh
+
+from sandboxd import errors
+from sandboxd.client.pulling import pull
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from daemons import Daemon
+
+    from sandboxd.models import SessionInfo
+
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(autouse=True)
+def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    place = tmp_path / "work"
+    (place / "src").mkdir(parents=True)
+    for name in ("src/a", "src/b", "gone", "mode"):
+        (place / name).write_text(f"{name}\n")
+    (place / ".git").mkdir()
+    (place / ".git" / "config").write_text("[core]\n")
+    time.sleep(0.01)
+    return place
+
+
+@pytest.fixture
+def lent(daemon: Daemon, directory: Path) -> Iterator[SessionInfo]:
+    made = daemon.client().create_session(directory=directory, policy="kept")
+    yield made
+    daemon.client().delete_session(made.id)
+
+
+def content(directory: Path) -> dict[str, str]:
+    found = {}
+    for one in sorted(directory.rglob("*")):
+        name = str(one.relative_to(directory))
+        if one.is_symlink():
+            found[name] = f"-> {one.readlink()}"
+        elif one.is_file():
+            found[name] = one.read_text()
+        else:
+            found[name] = "directory"
+    return found
+
+
+CHANGE = """
+echo changed >src/a; rm gone; chmod 755 mode; mkdir -p new/deep; printf x >new/deep/f; ln -s ../src/a new/link
+"""
+
+
+def test_changes_are_brought_and_only_once(daemon: Daemon, lent: SessionInfo, directory: Path) -> None:
+    sh(daemon, lent, CHANGE)
+    pulled = pull(daemon.client(), lent.id, directory)
+    assert pulled.refused == []
+    assert sorted(pulled.applied) == ["gone", "mode", "new", "new/deep", "new/deep/f", "new/link", "src/a"]
+    assert content(directory) == {
+        ".git": "directory",
+        ".git/config": "[core]\n",
+        "mode": "mode\n",
+        "new": "directory",
+        "new/deep": "directory",
+        "new/deep/f": "x",
+        "new/link": "-> ../src/a",
+        "src": "directory",
+        "src/a": "changed\n",
+        "src/b": "src/b\n",
+    }
+    assert (directory / "mode").stat().st_mode & 0o777 == 0o755
+    again = pull(daemon.client(), lent.id, directory)
+    assert (again.applied, again.refused) == ([], [])
+    sh(daemon, lent, "echo more >>src/a; echo y >>new/deep/f")
+    further = pull(daemon.client(), lent.id, directory)
+    assert (sorted(further.applied), further.refused) == (["new/deep/f", "src/a"], [])
+    assert (directory / "src" / "a").read_text() == "changed\nmore\n"
+    (directory / "src" / "a").write_text("mine\n")
+    sh(daemon, lent, "echo again >>src/a")
+    assert [one.path for one in pull(daemon.client(), lent.id, directory).refused] == ["src/a"]
+    assert (directory / "src" / "a").read_text() == "mine\n"
+    (directory / "new" / "deep" / "f").unlink()
+    sh(daemon, lent, "echo again >>new/deep/f")
+    (refused,) = [one for one in pull(daemon.client(), lent.id, directory).refused if one.path != "src/a"]
+    assert (refused.path, refused.reason) == ("new/deep/f", "it was removed here, and changed in the session")
+
+
+def test_what_changed_on_both_sides_is_refused(daemon: Daemon, lent: SessionInfo, directory: Path) -> None:
+    sh(
+        daemon,
+        lent,
+        "echo theirs >src/a; rm gone; echo theirs >new; echo same >same; rm mode",
+    )
+    (directory / "src" / "a").write_text("mine\n")
+    (directory / "gone").write_text("mine\n")
+    (directory / "new").write_text("mine\n")
+    (directory / "same").write_text("same\n")
+    before = content(directory)
+    pulled = pull(daemon.client(), lent.id, directory)
+    assert {one.path: one.reason for one in pulled.refused} == {
+        "src/a": "it was changed here as well since the session was made",
+        "gone": "it was changed here since the session was made, and removed in it",
+        "new": "it was changed here as well since the session was made",
+    }
+    assert (pulled.already, pulled.applied) == ([], ["mode"])
+    del before["mode"]
+    assert content(directory) == before
+
+
+def test_what_a_tool_may_not_bring(daemon: Daemon, lent: SessionInfo, directory: Path) -> None:
+    """Hooks of git, links out of the directory, special files, set-id bits."""
+    sh(
+        daemon,
+        lent,
+        "echo bad >.git/config; mkdir -p .git/hooks sub/.git; echo bad >.git/hooks/pre-commit;"
+        "echo bad >sub/.git/x; ln -s /etc/passwd abs; ln -s ../../etc rel; ln -s src/../../x round;"
+        "mkfifo fifo; rm -r src; ln -s /tmp src;"
+        "echo x >setuid; chmod 6755 setuid",
+    )
+    before = content(directory)
+    pulled = pull(daemon.client(), lent.id, directory)
+    reasons = {one.path: one.reason for one in pulled.refused}
+    assert {path for path, why in reasons.items() if ".git" in why} == {
+        ".git/config", ".git/hooks", ".git/hooks/pre-commit", "sub/.git", "sub/.git/x",
+    }  # fmt: skip
+    assert {path for path, why in reasons.items() if "leads out" in why} == {"abs", "rel", "round", "src"}
+    assert reasons["fifo"] == "it is a fifo"
+    assert (directory / "setuid").stat().st_mode & 0o7777 == 0o755
+    now = content(directory)
+    assert {path: now.get(path) for path in before if not path.startswith("src")} == {
+        path: what for path, what in before.items() if not path.startswith("src")
+    }
+    with_git = pull(daemon.client(), lent.id, directory, git=True)
+    assert (directory / ".git" / "hooks" / "pre-commit").read_text() == "bad\n"
+    assert "sub/.git/x" in with_git.applied
+
+
+def test_links_of_the_directory_are_not_followed(daemon: Daemon, lent: SessionInfo, directory: Path) -> None:
+    """Where a directory became a link here, nothing is written through it."""
+    sh(daemon, lent, "echo theirs >src/new; echo theirs >src/a; rm src/b")
+    outside = directory.parent / "outside"
+    (directory / "src").rename(outside)
+    (directory / "src").symlink_to(outside)
+    before = content(outside)
+    pulled = pull(daemon.client(), lent.id, directory)
+    assert pulled.applied == []
+    assert {one.path for one in pulled.refused} == {"src", "src/new", "src/a"}
+    assert content(outside) == before
+
+
+def test_a_session_on_no_directory_has_nothing_to_pull(
+    daemon: Daemon, session: SessionInfo, tmp_path: Path
+) -> None:
+    with pytest.raises(errors.StateConflict, match="stands on no directory"):
+        pull(daemon.client(), session.id, tmp_path)
+
+
+def run(daemon: Daemon, program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environ = os.environ | {"SANDBOXD_SOCKET": str(daemon.socket)}
+    return subprocess.run(
+        [BIN / program, *arguments],
+        cwd=cwd,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def test_run_in_sandbox_on_a_directory(daemon: Daemon, directory: Path) -> None:
+    sessions = daemon.client().sessions().sessions
+    command = ("--policy", "kept", "--", "sh", "-c", "cat src/a; echo changed >src/a; echo 1 >new; exit 3")
+    before = content(directory)
+    done = run(daemon, "run-in-sandbox", "--workspace", ".", *command, cwd=directory)
+    assert (done.returncode, done.stdout) == (3, "src/a\n")
+    assert "A new\n" in done.stderr
+    assert "M src/a\n" in done.stderr
+    assert "--pull brings them" in done.stderr
+    assert content(directory) == before
+    done = run(daemon, "run-in-sandbox", "--workspace", ".", "--pull", *command, cwd=directory)
+    assert (done.returncode, done.stdout) == (3, "src/a\n")
+    assert "pulled  src/a\n" in done.stderr
+    assert content(directory) == before | {"new": "1\n", "src/a": "changed\n"}
+    assert daemon.client().sessions().sessions == sessions
+    for options, words in (
+        (("--workspace", "gone"), "cannot be opened"),
+        (("--workspace", "/"), "/ is not lent"),
+        (("--pull",), "--workspace, which is missing"),
+        (("--workspace", ".", "--session", "x"), "leave out --session"),
+    ):
+        done = run(daemon, "run-in-sandbox", *options, "--", "true", cwd=directory)
+        assert done.returncode == 125
+        assert words in done.stderr
+
+
+def test_the_commands_of_sessions(daemon: Daemon, directory: Path) -> None:
+    made = run(
+        daemon, "sandboxd", "session", "create", "mine", "--from", ".", "--policy", "kept", cwd=directory
+    )
+    assert made.stdout == "mine\n", made.stderr
+    try:
+        sh(daemon, daemon.client().session("mine"), "echo 2 >>src/a; printf '\\033[31m\\0' >binary; rm gone")
+        told = run(daemon, "sandboxd", "session", "diff", "mine", cwd=directory)
+        assert told.stdout == "A binary\nD gone\nM src/a\n"
+        text = run(daemon, "sandboxd", "session", "diff", "mine", "--text", cwd=directory)
+        assert "A binary  (binary)\n--- a/gone\n+++ /dev/null\n" in text.stdout
+        assert "\n src/a\n+2\n" in text.stdout
+        (directory / "gone").write_text("mine\n")
+        pulled = run(daemon, "sandboxd", "session", "pull", "mine", "--json", cwd=directory)
+        assert pulled.returncode != 0
+        assert json.JSONDecoder().raw_decode(pulled.stdout)[0]["applied"] == ["binary", "src/a"]
+        assert "1 changes were not brought" in pulled.stdout + pulled.stderr
+        assert run(daemon, "sandboxd", "session", "lend", "mine", cwd=directory).returncode == 0
+        refused = run(daemon, "sandboxd", "session", "create", "--from", "gone/x", cwd=directory)
+        assert "cannot be opened" in refused.stderr
+    finally:
+        daemon.client().delete_session("mine")
