@@ -212,7 +212,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         sock = stack.enter_context(listening(config.socket, os.environ))
         tasks.start_soon(
             Descriptors(handles, Identity(config.callers)).serve,
-            stack.enter_context(listening_beside(config.socket)),
+            stack.enter_context(listening_beside(sock, config.socket)),
         )
         stopping = anyio.Event()
         started = anyio.Event()

@@ -13,6 +13,7 @@ import os
 import socket
 from collections import Counter
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -30,7 +31,6 @@ from sandboxd.workspace.handles import Handed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from sandboxd.api.identity import Identity, Peer
     from sandboxd.config import SocketConfig
@@ -55,9 +55,12 @@ def path_beside(api: Path) -> Path:
 
 
 @contextmanager
-def listening_beside(config: SocketConfig) -> Iterator[socket.socket]:
+def listening_beside(api: socket.socket, config: SocketConfig) -> Iterator[socket.socket]:
     """The socket, beside the one that the API has, with its mode and group. Raises ConfigInvalid."""
-    path = path_beside(config.path or default_socket())
+    # One that was inherited has the name that it was bound to; ours was bound to another, and renamed.
+    name = api.getsockname()
+    inherited = isinstance(name, str) and name != "" and Path(name).is_socket()
+    path = path_beside(Path(name) if inherited else config.path or default_socket())
     with bind(path, mode=config.mode, group=config.group) as sock:
         try:
             yield sock

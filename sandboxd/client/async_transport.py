@@ -127,7 +127,8 @@ class AsyncAnswer:
         self.status = event.status_code
         self.content_type = headers.get(b"content-type", b"").decode("latin-1")
         self.location = headers.get(b"location", b"").decode("latin-1")
-        self._framed = b"content-length" in headers or b"transfer-encoding" in headers
+        framed = b"content-length" in headers or b"transfer-encoding" in headers
+        self._framed = framed or event.status_code in {204, 304}  # which have no body, RFC 9112, section 6.3
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The body as it arrives. Raises Unavailable if it ends before its framing says so."""

@@ -12,11 +12,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 from daemons import needs_containers, start_daemon
 from sessioned import CONFIG, by, give_policies, said, sh
 
-from sandboxd import errors
+from sandboxd import AsyncClient, errors
 from sandboxd.api.descriptors import path_beside
 from sandboxd.client import calls, lending
 
@@ -284,3 +285,20 @@ def test_the_client_says_where_no_daemon_takes_directories(tmp_path: Path) -> No
         lending.lent([str(tmp_path / "d.sock")], tmp_path, 1),
     ):
         pass
+
+
+def test_the_asynchronous_client_does_the_same(daemon: Daemon, directory: Path) -> None:
+    async def use() -> tuple[bytes, list[str], str | None]:
+        client = AsyncClient(daemon.socket)
+        made = await client.create_session(directory=directory)
+        try:
+            await client.write_file(made.id, "src/new", b"1\n", new=True)
+            await client.remove_file(made.id, "removed")
+            async with await client.read_file(made.id, "src/new") as chunks:
+                content = b"".join([chunk async for chunk in chunks])
+            changed = [one.path for one in (await client.diff_session(made.id)).changes]
+            return content, changed, (await client.lend(made.id, directory)).checkout
+        finally:
+            await client.delete_session(made.id)
+
+    assert anyio.run(use) == (b"1\n", ["removed", "src/new"], "lent")
