@@ -122,6 +122,7 @@ def test_a_daemon_starts_from_whatever_the_power_left(place: Path, no_leaks: Non
             time.sleep(3)
             crashing.kill()
             crashing.drop_callers()
+        crashing.forget_runs()
         record = disk.record()
         chance = crashing.random
         moments = set(chance.sample(range(len(record)), WHOLE))
