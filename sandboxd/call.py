@@ -67,6 +67,8 @@ class Call:
     turn: anyio.Event = field(default_factory=anyio.Event)
     queue_scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     ended: anyio.Event = field(default_factory=anyio.Event)
+    answered: anyio.Event = field(default_factory=anyio.Event)
+    """Set when it has ended here, or its outcome waits for room on the disk: whoever waits is told that."""
     decided: anyio.Event = field(default_factory=anyio.Event)
     """Set when the acceptance is on disk, or ``refused``: until then all is made ready, and nothing runs."""
     refused: bool = False

@@ -292,10 +292,10 @@ class Calls(Recovery):
         return await self.wait(caller, id)
 
     async def all_ended(self) -> None:
-        """Wait until every call in flight has its outcome, those included that are being accepted now."""
-        while self._flying or self._accepting:
-            if self._flying:
-                await next(iter(self._flying.values())).ended.wait()
+        """Wait until every call has ended, also those that are being accepted now, if it can be recorded."""
+        while self._accepting or not all(call.answered.is_set() for call in self._flying.values()):
+            if waiting := [call for call in self._flying.values() if not call.answered.is_set()]:
+                await waiting[0].answered.wait()
             else:
                 await anyio.sleep(0.001)
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Ledger", "finish", "recovered", "retried_events", "streams_of"]
 
+UNRECORDED = "there is no room to record how; ask for it again when there is"
 LIST_LIMIT = 500
 LATER = "the daemon stops, and the call waits for its next start; ask again then"
 CHUNK = 256 * 1024  # bytes of an artifact that are read at once
@@ -48,7 +49,6 @@ class Ledger:
         self._journal = journal
         self._blobs = blobs
         self._flying: dict[str, Call] = {}
-        self._unrecorded: dict[str, Invocation] = {}
         self._dormant: dict[str, Ticket] = {}
         """Calls that wait since before this daemon's start, of which nothing else is in memory."""
         self.draining = False
@@ -71,7 +71,7 @@ class Ledger:
                 )
             await self._wake(id)
         call = self._flying.get(id)
-        found: Call | Invocation | None = call or self._unrecorded.get(id) or await self._journal.get(id)
+        found: Call | Invocation | None = call or await self._journal.get(id)
         shown = found.invocation if isinstance(found, Call) else found
         if found is None or shown is None or not (caller.sees_all or shown.caller.uid == caller.uid):
             raise errors.NotFound(f"no call {id!r} of yours")
@@ -108,13 +108,18 @@ class Ledger:
         return found
 
     async def wait(self, caller: Caller, id: str) -> Invocation:
-        """The call once it has ended. Raises NotFound."""
+        """The call once it has ended.
+
+        Raises NotFound; Draining when a later daemon runs it; HostFailed when the outcome is not on disk yet.
+        """
         found = await self._find(caller, id)
         if not isinstance(found, Call):
             return await self.get(caller, id)
-        await found.ended.wait()
+        await found.answered.wait()
         if found.shelved:
             raise errors.Draining(LATER)
+        if not found.ended.is_set():
+            raise errors.HostFailed(f"call {id} has ended, but {UNRECORDED}", id=id)
         return found.invocation
 
     async def list(
@@ -182,7 +187,7 @@ class Ledger:
             return self._flying[item.id].invocation
         if item.id in self._dormant:
             return item.model_copy(update={"state": State.QUEUED})
-        return self._unrecorded.get(item.id, item)
+        return item
 
     async def readable(self, caller: Caller, id: str) -> None:
         """Raise NotFound, or Pruned where its output and events were removed."""

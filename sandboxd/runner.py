@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 import anyio
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
-    from sandboxd import plan
     from sandboxd.blobs import BlobStore
     from sandboxd.call import Call
     from sandboxd.journal import Journal
@@ -89,12 +89,12 @@ class Runner(Ledger):
             await self._after_fault(call, ours("internal", f"internal error: {type(error).__name__}"))
         finally:
             self._scheduler.leave(call.ticket)
-            if not call.ended.is_set():
+            if not call.answered.is_set():
                 with anyio.CancelScope(shield=True):
                     await self._end(call, Result(ours("interrupted", "the daemon stopped")))
 
     async def _after_fault(self, call: Call, outcome: Outcome) -> None:
-        if call.ended.is_set():
+        if call.answered.is_set():
             log.error("a container was not cleared away", id=call.invocation.id, reason=outcome.message)
         else:
             await self._end(call, Result(outcome))
@@ -121,7 +121,7 @@ class Runner(Ledger):
                 self._scheduler.enqueue(call.ticket)
         if call.shelved:
             self._put_away(call)
-        elif not call.ended.is_set():
+        elif not call.answered.is_set():
             await self._end(call, Result(cancelled()) if call.cancelled else too_late(call.deadline))
 
     def _waiting(self, call: Call) -> anyio.CancelScope:
@@ -256,6 +256,7 @@ class Runner(Ledger):
             call.session.leave()
         self._flying.pop(call.invocation.id, None)
         call.ended.set()
+        call.answered.set()
 
     async def _end(self, call: Call, result: Result) -> None:
         """Give a call its outcome. Raises nothing: whatever cannot be written, the call ends."""
@@ -264,6 +265,7 @@ class Runner(Ledger):
             if call.session is not None:
                 call.session.leave()
             call.ended.set()
+            call.answered.set()
             return
         invocation, session = call.invocation, call.session
         outcome, output = await _kept(call.spool, result.outcome)
@@ -285,56 +287,56 @@ class Runner(Ledger):
                 **({} if session is None else session.checkpoints),
             }
         )
-        recorded = await self._record(call, done, output)
+        if await self._record(call, done, output):
+            self._finish(call, done, output)
+        else:
+            call.answered.set()
+            self._tasks.start_soon(self._record_later, call, done, output)
+
+    async def _record(self, call: Call, done: Invocation, output: bytes | None) -> bool:
+        """Write an outcome, and with it what its session keeps; False where the host has no room for it."""
+        session = call.session
+        also = None if session is None else session.commit
+        try:
+            await self._journal.ended(done, header(done, call.plan), also=also, output=output)
+        except errors.HostFailed:
+            log.exception("the outcome could not be written", id=done.id)
+            return False
+        except errors.SandboxdError as error:  # it never can
+            log.exception("the outcome could not be written", id=done.id)
+            if session is not None:
+                await session.abandon()
+                done.checkpoint_after = session.after
+            done.outcome = ours("host", f"the outcome could not be recorded: {error}")
+            with suppress(errors.SandboxdError):
+                await self._journal.ended(done, header(done, call.plan), output=output)
+            return True
+        if session is not None:
+            session.committed()
+        return True
+
+    async def _record_later(self, call: Call, done: Invocation, output: bytes | None) -> None:
+        """Try again until the outcome is on disk: told before, a later daemon might give another."""
+        recorded = False
+        while not recorded:
+            await anyio.sleep(RECORD_AGAIN)
+            recorded = await self._record(call, done, output)
+        self._finish(call, done, output)
+
+    def _finish(self, call: Call, done: Invocation, output: bytes | None) -> None:
+        """Tell an outcome that is on disk."""
         call.invocation = done
         try:
             finish(call.spool, done, durable=False)
         except errors.HostFailed:
             log.exception("the end of the events could not be written", id=done.id)
+        if output is not None:
+            self._behind.add(done.id)
         self._let_go(call)
-        if recorded:
-            self._recorded(done, output)
+        self.callbacks.ended(done)
         if done.outcome is not None:
             self.ended[done.outcome.cause] += 1
         log.info("ended", id=done.id, cause=done.outcome.cause if done.outcome else None)
-
-    async def _record(self, call: Call, done: Invocation, output: bytes | None) -> bool:
-        """Write an outcome, and with it what its session keeps; False when that is tried again later."""
-        session = call.session
-        also = None if session is None else session.commit
-        try:
-            await self._journal.ended(done, header(done, call.plan), also=also, output=output)
-        except errors.SandboxdError as error:
-            if session is not None:
-                await session.abandon()
-                done.checkpoint_after = session.after
-            log.exception("the outcome could not be written", id=done.id)
-            done.outcome = ours("host", f"the outcome could not be recorded: {error}")
-            self._unrecorded[done.id] = done
-            self._tasks.start_soon(self._record_later, done, call.plan, output)
-            return False
-        if session is not None:
-            session.committed()
-        return True
-
-    def _recorded(self, done: Invocation, output: bytes | None) -> None:
-        """See to what may come after the outcome is on disk."""
-        if output is not None:
-            self._behind.add(done.id)
-        self.callbacks.ended(done)
-
-    async def _record_later(self, done: Invocation, made: plan.Plan, output: bytes | None) -> None:
-        """Try again until the outcome that was told is written too, before a later daemon gives another."""
-        while done.id in self._unrecorded:
-            await anyio.sleep(RECORD_AGAIN)
-            try:
-                await self._journal.ended(done, header(done, made), output=output)
-            except errors.HostFailed:
-                continue
-            except errors.SandboxdError:
-                log.exception("the outcome cannot be written", id=done.id)
-            self._unrecorded.pop(done.id, None)
-            self._recorded(done, output)
 
 
 async def _kept(spool: Spool, outcome: Outcome) -> tuple[Outcome, bytes | None]:

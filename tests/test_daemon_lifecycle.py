@@ -208,21 +208,21 @@ def test_a_full_disk_is_told_and_survived(
         (disk / "images").symlink_to(IMAGES)
         daemon = daemon_factory(state=disk)
         assert daemon.run("true").outcome is not None
-        found = daemon.run("sh", "-c", "head -c 64M /dev/zero", policy="loud")
-        assert found.outcome is not None
-        assert found.outcome.cause == "failed"
-        assert found.outcome.error is not None
-        assert found.outcome.error.code == "host"
-        shown = daemon.client().get(found.id)  # the same outcome to whoever asks later
-        assert shown.outcome is not None
-        assert shown.outcome.cause == "failed"
+        with pytest.raises(errors.HostFailed, match="no room to record how") as full:
+            daemon.run("sh", "-c", "head -c 64M /dev/zero", policy="loud")
+        id_ = full.value.details["id"]
+        assert daemon.client().get(id_).outcome is None  # nobody is told what is not on disk
         with pytest.raises(errors.HostFailed):  # nothing is accepted that could not be kept
             [daemon.run("true") for _ in range(50)]
-        (disk / "calls" / found.id / "stdout").write_bytes(b"")
+        (disk / "calls" / id_ / "stdout").write_bytes(b"")
         until(lambda: _runs(daemon), "it serves again once there is room", 20)
         until(
             lambda: daemon.client().list(state="ended", limit=100).invocations[-1].outcome, "all is recorded"
         )
+        outcome = daemon.client().wait(id_).outcome
+        assert outcome is not None
+        assert outcome.error is not None
+        assert (outcome.cause, outcome.error.code) == ("failed", "host")
         assert daemon.process.poll() is None
         daemon.stop()
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sandboxd.api import identity
-from sandboxd.egress import container, jail, refused
+from sandboxd.egress import jail, nameserver, refused
 from sandboxd.kernel import descriptors, files, filesync, filters, inside, mounts, notify, orphans, uts
 from sandboxd.maker import server
 from sandboxd.network import filter as egress_filter
@@ -135,7 +135,7 @@ FOR_BOTH = {
     **named(jail, "PR_SET_PDEATHSIG", "PR_SET_DUMPABLE", "PR_CAPBSET_DROP", "PR_SET_NO_NEW_PRIVS",
             "SECCOMP_MODE_FILTER", "CLONE_NEWNS", "CLONE_NEWIPC", "CLONE_NEWUTS"),
     **named(inside, "CLONE_FS", "CLONE_NEWNET"),
-    **named(container, "IPV6_PKTINFO"),
+    **named(nameserver, "IPV6_PKTINFO"),
     **named(egress_filter, "FIONBIO"),
     **named(namespace, "IP_TRANSPARENT", "IPV6_TRANSPARENT", "IPV6_RECVPKTINFO", "NETLINK_ROUTE",
             "NETLINK_NETFILTER", "NLM_F_REQUEST", "NLM_F_ACK", "NLMSG_ERROR", "RT_TABLE_LOCAL", "NFTA_GEN_ID",
