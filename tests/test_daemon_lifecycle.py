@@ -219,7 +219,8 @@ def test_a_full_disk_is_told_and_survived(
         until(
             lambda: daemon.client().list(state="ended", limit=100).invocations[-1].outcome, "all is recorded"
         )
-        outcome = daemon.client().wait(id_).outcome
+        until(lambda: daemon.client().get(id_).outcome, "its outcome is told")
+        outcome = daemon.client().get(id_).outcome
         assert outcome is not None
         assert outcome.error is not None
         assert (outcome.cause, outcome.error.code) == ("failed", "host")
