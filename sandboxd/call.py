@@ -67,6 +67,8 @@ class Call:
     turn: anyio.Event = field(default_factory=anyio.Event)
     queue_scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     ended: anyio.Event = field(default_factory=anyio.Event)
+    released: frozenset[str] = frozenset()
+    """Digests of its artifacts, which no record names yet."""
     answered: anyio.Event = field(default_factory=anyio.Event)
     """Set when it has ended here, or its outcome waits for room on the disk: whoever waits is told that."""
     decided: anyio.Event = field(default_factory=anyio.Event)
@@ -108,8 +110,10 @@ class Call:
 async def off_the_loop(request: Request, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call a function whose time grows with the request's bytes: in a thread where they are many."""
     contents = [item.content for item in request.inputs]
-    contents += [item for item in (request.tar, request.stdin) if isinstance(item, Bytes)]
-    if sum(len(item.text or item.base64 or "") for item in contents) < LARGE:
+    contents += [item for item in (request.tar, request.stdin, *request.argv) if isinstance(item, Bytes)]
+    size = sum(len(item.text or item.base64 or "") for item in contents)
+    size += sum(len(item) for item in (*request.argv, *request.env.values()) if isinstance(item, str))
+    if size < LARGE:
         return function(*args, **kwargs)
     return await anyio.to_thread.run_sync(partial(function, *args, **kwargs))
 

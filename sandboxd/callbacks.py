@@ -8,6 +8,7 @@ what could not be told is tried again after pauses that double.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -32,7 +33,10 @@ __all__ = ["Callbacks"]
 FIRST, LONGEST = 1.0, 300.0  # seconds between two tries
 TRIES = 40
 AT_ONCE = 64  # messages of one process
+PROCESSES = 8  # at once, one for each caller
 SECONDS = 10.0  # that a process may take beyond a second for each message
+
+Who = tuple[int, int, tuple[int, ...]]
 
 log = structlog.get_logger("sandboxd.callbacks")
 
@@ -45,6 +49,11 @@ class _Due:
     line: str
     at: float
     tries: int = 0
+
+    @property
+    def who(self) -> Who:
+        """Whose process tells it."""
+        return self.owed.uid, self.owed.gid, self.owed.groups
 
 
 class Callbacks:
@@ -75,22 +84,42 @@ class Callbacks:
         """Take up what an earlier daemon owed, before calls are."""
         for owed in await self._journal.owed():
             self.owe(owed)
-            found = await self._journal.get(owed.id) if owed.ended else None
+            try:
+                found = await self._journal.get(owed.id) if owed.ended else None
+            except errors.JournalCorrupt:  # one that cannot be read is no reason to serve nobody
+                log.exception("a callback cannot be told", id=owed.id)
+                continue
             if found is not None:
                 self.ended(found)
 
     async def run(self) -> None:
-        """Tell what is due, until cancelled."""
-        while True:
-            self._wake = anyio.Event()
-            now = time.monotonic()
-            due = [each for each in self._due.values() if each.at <= now]
-            for who in {(each.owed.uid, each.owed.gid, each.owed.groups) for each in due}:
-                theirs = [each for each in due if (each.owed.uid, each.owed.gid, each.owed.groups) == who]
-                await self._tell(theirs[:AT_ONCE])
-            soonest = min((each.at for each in self._due.values()), default=None)
-            with anyio.move_on_after(None if soonest is None else max(0.0, soonest - time.monotonic())):
-                await self._wake.wait()
+        """Tell what is due, until cancelled: one caller does not wait for what another takes."""
+        telling: set[Who] = set()
+        limit = anyio.CapacityLimiter(PROCESSES)
+        async with anyio.create_task_group() as tasks:
+
+            async def tell(who: Who, due: list[_Due]) -> None:
+                try:
+                    async with limit:
+                        await self._tell(due)
+                finally:
+                    telling.discard(who)
+                    self._wake.set()
+
+            while True:
+                self._wake = anyio.Event()
+                now, soonest = time.monotonic(), math.inf
+                waiting: dict[Who, list[_Due]] = {}
+                for each in self._due.values():
+                    if each.at > now:
+                        soonest = min(soonest, each.at)
+                    elif each.who not in telling:
+                        waiting.setdefault(each.who, []).append(each)
+                for who, due in waiting.items():
+                    telling.add(who)
+                    tasks.start_soon(tell, who, due[:AT_ONCE])
+                with anyio.move_on_after(None if soonest == math.inf else soonest - now):
+                    await self._wake.wait()
 
     async def _tell(self, due: list[_Due]) -> None:
         results = await anyio.to_thread.run_sync(_send, due, abandon_on_cancel=True)

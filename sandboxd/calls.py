@@ -238,6 +238,8 @@ class Calls(Recovery):
                 Owed(invocation.id, caller.uid, caller.gid, tuple(sorted(caller.groups)), told)
             )
         call.decided.set()
+        if self.draining and not call.tied and not ticket.granted:
+            call.shelve()
         return invocation
 
     async def _live(self, caller: Caller, id: str) -> Call:

@@ -22,7 +22,7 @@ from sandboxd.journal.spool import Spool, Stream
 from sandboxd.models import Event, InvocationList, State
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Collection, Mapping, Sequence
     from pathlib import Path
 
     from sandboxd.api.identity import Caller
@@ -52,12 +52,18 @@ class Ledger:
         self._dormant: dict[str, Ticket] = {}
         """Calls that wait since before this daemon's start, of which nothing else is in memory."""
         self.draining = False
+        self._later: set[str] = set()
+        """Ids of calls that were put away, for the next daemon."""
         self._closing = anyio.Lock()
 
     @property
     def in_flight(self) -> tuple[str, ...]:
         """Ids of the calls that have no outcome yet."""
         return tuple(self._flying)
+
+    async def released(self, digests: Collection[str]) -> set[str]:
+        """Those of these blobs that calls in flight have released, and no record names yet."""
+        return {digest for call in self._flying.values() for digest in call.released} & set(digests)
 
     async def _wake(self, id: str) -> None:
         """Make a dormant call one in flight, or end it. Whoever makes calls dormant says how."""
@@ -70,6 +76,8 @@ class Ledger:
                     "the daemon stops, and the call waits for its next start; ask again then"
                 )
             await self._wake(id)
+        if id in self._later:
+            raise errors.Draining(LATER)
         call = self._flying.get(id)
         found: Call | Invocation | None = call or await self._journal.get(id)
         shown = found.invocation if isinstance(found, Call) else found
@@ -90,7 +98,7 @@ class Ledger:
         """The spool of an ended call, closed here if the daemon that ran it died before it could."""
         directory = self._spools / done.id
         spool = Spool.open(directory)
-        if spool.complete:
+        if spool.complete or done.state is not State.ENDED:
             return spool
         async with self._closing:
             try:

@@ -321,7 +321,8 @@ class Recovery(Runner):
             call.join(session)
         call.marked = row.started
         call.decided.set()
-        if made.holds > ticket.memory and ticket.granted:  # its policy has changed: it waits for that much
+        more = made.holds > ticket.memory or made.limits.cpus > ticket.cpus
+        if more and ticket.granted:  # its policy has changed: it waits for that much
             self._scheduler.rest(ticket)
             ticket.memory, ticket.cpus = made.holds, made.limits.cpus
             ticket.on_grant = call.granted

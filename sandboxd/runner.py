@@ -96,8 +96,10 @@ class Runner(Ledger):
     async def _after_fault(self, call: Call, outcome: Outcome) -> None:
         if call.answered.is_set():
             log.error("a container was not cleared away", id=call.invocation.id, reason=outcome.message)
-        else:
-            await self._end(call, Result(outcome))
+            return
+        if call.session is not None:
+            await call.session.abandon()
+        await self._end(call, Result(outcome))
 
     async def _take_turns(self, call: Call) -> None:
         """Attempts, each in its turn, until one decides the outcome."""
@@ -146,6 +148,11 @@ class Runner(Ledger):
             await self._journal.started(call.invocation.id, number)
             call.marked = number
         call.shelved = False
+        if call.session is not None:
+            with self._waiting(call) as waited:
+                await call.session.begin()
+            if waited.cancelled_caught:
+                return False
         return not call.cancelled
 
     async def _attempt(self, call: Call) -> tuple[Result, Again] | None:
@@ -154,8 +161,6 @@ class Runner(Ledger):
         The outcome is told while what is left of the container is cleared away.
         """
         invocation = call.invocation
-        if call.session is not None:
-            await call.session.begin()
         invocation.state = State.STARTING
         invocation.attempts += 1
 
@@ -190,6 +195,8 @@ class Runner(Ledger):
             on_state=on_state,
         ) as attempt:
             call.attempt = attempt
+            if call.cancelled:  # when there was no attempt yet that could be told
+                attempt.cancel()
             result = await attempt.run()
             again = self._again(call, result, handed_over=attempt.handed_over)
             if again is None:
@@ -245,6 +252,7 @@ class Runner(Ledger):
     def _put_away(self, call: Call) -> None:
         """Let go of a call that waits for a later daemon."""
         call.spool.leave()
+        self._later.add(call.invocation.id)
         self._let_go(call)
 
     def _let_go(self, call: Call) -> None:
@@ -263,6 +271,7 @@ class Runner(Ledger):
         await call.decided.wait()
         if call.refused:
             if call.session is not None:
+                await call.session.abandon()
                 call.session.leave()
             call.ended.set()
             call.answered.set()
@@ -287,6 +296,7 @@ class Runner(Ledger):
                 **({} if session is None else session.checkpoints),
             }
         )
+        call.released = frozenset(artifact.digest for artifact in done.artifacts)
         if await self._record(call, done, output):
             self._finish(call, done, output)
         else:

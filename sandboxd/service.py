@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -66,6 +66,7 @@ class DaemonService(Calls):
         self.config = config
         self.files = SessionFiles(sessions, config.state / "sessions")
         self._archive = archive
+        archive.references.append(self.released)
         self._version = version
         self._engine_name = engine_name
         self._runtime = runtime
@@ -268,7 +269,8 @@ class DaemonService(Calls):
         """Keep a refusal for the operator; a journal that cannot be written does not hide the refusal."""
         at = time.time_ns() // 1000
         request = json.dumps(summary, ensure_ascii=True, default=str)
-        await self._journal.refused(Refusal(at, caller.uid, error.code, str(error), request))
+        with suppress(errors.SandboxdError):
+            await self._journal.refused(Refusal(at, caller.uid, error.code, str(error), request))
 
     def health(self) -> models.Health:
         """Whether the daemon takes calls, and what is wrong with the policy files."""

@@ -42,7 +42,7 @@ class _Run:
 
     async def lines(self) -> AsyncIterator[bytes]:
         """A line for each request."""
-        done: asyncio.Queue[models.BatchResult] = asyncio.Queue()
+        done: asyncio.Queue[models.BatchResult] = asyncio.Queue(1)  # a turn lasts until its line is taken
         turns = asyncio.Semaphore(self._batch.parallel)
         requests: list[Any] = self._batch.requests
 

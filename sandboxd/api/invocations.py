@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
@@ -16,7 +17,7 @@ from sandboxd.api.openapi import NDJSON, OCTETS, Doc
 from sandboxd.api.protocol import CALLER
 from sandboxd.api.ranges import cut, part_of
 from sandboxd.api.streams import StreamResponse, until_gone
-from sandboxd.errors import NotFound, Refused
+from sandboxd.errors import Draining, NotFound, Refused
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -101,7 +102,8 @@ class Invocations:
             raise
         where = {"location": f"/v1/invocations/{found.id}"}
         if seconds is not None and NDJSON not in request.headers.get("accept", ""):
-            found = await self._within(request, caller, found.id, seconds)
+            with suppress(Draining):  # it waits for the next daemon, and is accepted all the same
+                found = await self._within(request, caller, found.id, seconds)
             applied = f"respond-async, wait={seconds:g}" if asynchronous else f"wait={seconds:g}"
             status = 200 if found.state is models.State.ENDED else 202
             return json_response(found, status, where | {"preference-applied": applied})

@@ -175,7 +175,7 @@ class Journal:
 
         def undo(transaction: Transaction) -> None:
             """Whoever asked was told that it is not accepted."""
-            for table in ("request_blobs", "requests", "labels", "invocations"):
+            for table in ("callbacks", "queue", "request_blobs", "requests", "labels", "invocations"):
                 transaction.connection.execute(f"DELETE FROM {table} WHERE id = ?", (invocation.id,))  # noqa: S608
 
         found = await self._writer.run(operation, durable=True, undo=undo)

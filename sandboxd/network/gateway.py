@@ -449,7 +449,7 @@ class Gateway:
                 worker.hear(kind, content)
             else:
                 worker.containers[id].hear(kind, content)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, ArithmeticError, LookupError, TypeError, RecursionError) as error:
             log.error(  # noqa: TRY400  (its words are hostile, and no trace of ours)
                 "a network process is not understood", pid=worker.process.pid, reason=str(error)[:500]
             )

@@ -11,7 +11,7 @@ import base64
 import errno
 import socket
 from contextlib import suppress
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -70,8 +70,10 @@ class Outward:
     ) -> None:
         """Begin a connection; ``may``: whether the rules let it; None: it is to a name server."""
         asked = _Connect.model_validate(content)
+        if isinstance(asked.address, IPv6Address) and asked.address.scope_id is not None:
+            raise ValueError("an address with a scope")  # which would be any text
         if may is None:
-            if str(asked.address) not in self._nameservers or asked.port != self._port:
+            if asked.address not in map(ip_address, self._nameservers) or asked.port != self._port:
                 raise ValueError(f"{asked.address} is no name server")
         elif not may(asked.address, asked.port):
             raise ValueError(f"no rule leads to {asked.address} at port {asked.port}")
@@ -81,15 +83,24 @@ class Outward:
         self._tasks.start_soon(self._connect, asked)
 
     async def _connect(self, asked: _Connect) -> None:
-        family = socket.AF_INET if asked.address.version == 4 else socket.AF_INET6
         try:
-            with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock, suppress(OSError):
-                code = sock.connect_ex((str(asked.address), asked.port))
-                on_its_way = code in (0, errno.EINPROGRESS)
-                told = encode("connected", {"number": asked.number, "code": 0 if on_its_way else code})
-                await self._send(told, [sock.fileno()] if on_its_way else [])
+            with suppress(OSError):  # the process is gone
+                await self._begin(asked)
         finally:
             self._sending -= 1
+
+    async def _begin(self, asked: _Connect) -> None:
+        family = socket.AF_INET if asked.address.version == 4 else socket.AF_INET6
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        except OSError as error:  # a host without that family, or without descriptors
+            await self._send(encode("connected", {"number": asked.number, "code": error.errno}), ())
+            return
+        with sock:
+            code = sock.connect_ex((str(asked.address), asked.port))
+            on_its_way = code in (0, errno.EINPROGRESS)
+            told = encode("connected", {"number": asked.number, "code": 0 if on_its_way else code})
+            await self._send(told, [sock.fileno()] if on_its_way else [])
 
     def query(self, content: dict[str, Any]) -> None:
         """Ask a name server, and pass on what it says."""
