@@ -145,10 +145,15 @@ class _Pull:
     def run(self, changes: list[models.FileChange]) -> Pulled:
         """What is removed goes last, and from the leaves up."""
         removed = [one for one in changes if one.change == "removed"]
+        gone: errors.Unavailable | None = None
         for change in [one for one in changes if one.change != "removed"] + removed[::-1]:
             try:
-                path = self._path(change.path)
-                done = self._apply(change, path)
+                if gone is not None:
+                    raise gone  # once is enough to wait for a daemon
+                done = self._apply(change, self._path(change.path))
+            except errors.Unavailable as error:
+                gone = error
+                self._result.refused.append(Refusal(change.path, str(error)))
             except (_Refused, errors.SandboxdError) as why:
                 self._result.refused.append(Refusal(change.path, str(why)))
             except OSError as error:

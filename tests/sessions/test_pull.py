@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from sessioned import sh
+from daemons import needs_containers, start_daemon
+from sessioned import CONFIG, give_policies, sh
 
-from sandboxd import errors
+from sandboxd import Client, errors
 from sandboxd.client.pulling import pull
 
 if TYPE_CHECKING:
@@ -214,6 +216,31 @@ def test_one_file_that_is_refused_ends_no_pull(daemon: Daemon, lent: SessionInfo
     done = run(daemon, "sandboxd", "session", "pull", lent.id, "--most", "lots", cwd=directory)
     assert done.returncode != 0
     assert "--most: 'lots' is not a size" in done.stderr
+
+
+def test_a_daemon_that_goes_away_meanwhile(tmp_path_factory: pytest.TempPathFactory, directory: Path) -> None:
+    """What was brought until then is told, and the rest is refused, without asking for each of it."""
+    needs_containers()
+    count = 400
+    with start_daemon(tmp_path_factory.mktemp("leaving"), config=CONFIG) as leaving:
+        give_policies(leaving)
+        made = leaving.client().create_session(directory=directory, policy="kept")
+        sh(leaving, made, f"for n in $(seq 1000 {999 + count}); do head -c 100000 /dev/zero >f$n; done")
+
+        def stop() -> None:
+            end = time.monotonic() + 60
+            while not (directory / "f1020").exists() and time.monotonic() < end:
+                time.sleep(0.001)
+            leaving.process.terminate()
+
+        stopping = threading.Thread(target=stop)
+        stopping.start()
+        pulled = pull(Client(leaving.socket, reconnect=0.5), made.id, directory)
+        stopping.join()
+    assert len(pulled.applied) + len(pulled.refused) == count
+    assert pulled.applied
+    assert pulled.refused
+    assert {one.name for one in directory.glob("f1*")} == set(pulled.applied)
 
 
 def test_holes_stay_holes(daemon: Daemon, lent: SessionInfo, directory: Path) -> None:

@@ -21,7 +21,6 @@ from layered import shown_by_kernel
 from sandboxd import errors
 from sandboxd.init import LAUNCH
 from sandboxd.kernel import mounts
-from sandboxd.kernel.rights import Rights
 from sandboxd.workspace.checkout import MOST_NAMESPACES, Checkout, Owner, check_directory
 from sandboxd.workspace.diff import compare
 from sandboxd.workspace.view import Lent as Layer
@@ -263,33 +262,6 @@ def test_what_is_closed_to_the_caller_alone_is_closed(
     probe = tmp_path / "probe"
     probe.touch()
     assert (probe.stat().st_uid, probe.stat().st_gid) == (os.geteuid(), os.getegid())
-
-
-def test_rights_are_one_threads_and_only_for_a_while(tmp_path: Path) -> None:
-    closed = tmp_path / "closed"
-    owned(closed, OTHER, 0o600)
-    inside, looked = threading.Event(), threading.Event()
-    seen: list[object] = []
-
-    def other() -> None:
-        inside.wait(10)
-        seen.extend([closed.read_text(), os.getgroups()])
-        looked.set()
-
-    before = os.getgroups()
-    thread = threading.Thread(target=other)
-    thread.start()
-    with Rights(CALLER, CALLER, (5000,)).held():
-        assert os.getgroups() == [5000]
-        with pytest.raises(PermissionError):
-            closed.read_text()
-        inside.set()
-        assert looked.wait(10)
-    thread.join()
-    with pytest.raises(ZeroDivisionError), Rights(CALLER, CALLER).held():
-        raise ZeroDivisionError
-    assert seen == ["content", before]
-    assert (closed.read_text(), os.getgroups()) == ("content", before)
 
 
 def test_more_groups_than_a_map_has_room_for_are_refused(directory: Path, tmp_path: Path) -> None:
