@@ -16,6 +16,7 @@ from sandboxd.engine.stacked import attach_stack
 from sandboxd.failpoint import failpoint
 from sandboxd.models import Cause
 from sandboxd.workspace import layer, tables
+from sandboxd.workspace.view import Lent
 
 if TYPE_CHECKING:
     import sqlite3
@@ -59,14 +60,14 @@ def _keeps(commit: Commit, outcome: Outcome) -> bool:
 
 
 @contextmanager
-def lowest(checkout: Checkout | None) -> Iterator[tuple[int, ...]]:
+def lowest(checkout: Checkout | None) -> Iterator[tuple[Lent, ...]]:
     """The caller's directory, if there is one, as the lowest layer of a view. Blocks."""
     if checkout is None:
         yield ()
         return
     mount = checkout.mapped(*OWNER, slot=0)
     try:
-        yield (mount,)
+        yield (Lent(mount, checkout.rights(*OWNER, slot=0)),)
     finally:
         os.close(mount)
 
@@ -209,7 +210,7 @@ class CallSession:
         )
         return self._made
 
-    def make(self, fill: Callable[[Sequence[Path | int], int], None]) -> Checkpoint:
+    def make(self, fill: Callable[[Sequence[Path | Lent], int], None]) -> Checkpoint:
         """The same of a layer that ``fill`` makes over the session's, in an empty directory."""
         assert self._start is not None  # noqa: S101
         below = tuple(self._store.path(name) for name in self._start.stack.layers)

@@ -24,7 +24,7 @@ from sandboxd.workspace.diff import compare
 from sandboxd.workspace.layerimport import import_layer
 from sandboxd.workspace.layertar import export_diff, export_stack
 from sandboxd.workspace.textdiff import MAX_TEXT, TextDiff, text_diff
-from sandboxd.workspace.view import View
+from sandboxd.workspace.view import Lent, View
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -196,7 +196,7 @@ class SessionFiles:
     ) -> tuple[T, models.CheckpointInfo]:
         results: list[T] = []
 
-        def filled(below: Sequence[Path | int], into: int) -> None:
+        def filled(below: Sequence[Path | Lent], into: int) -> None:
             with View(below) as view:
                 results.append(fill(view, into))
 
@@ -237,7 +237,7 @@ def _views(*stands: Standing) -> Iterator[list[View]]:
 def _owner(view: View) -> tuple[int, int]:
     """Who has what is made: who has the workspace, unless it is a directory of a caller's."""
     root = view.root()
-    lent = any(isinstance(one, int) for one in view.layers)
+    lent = any(isinstance(one, Lent) for one in view.layers)
     return (root.uid, root.gid) if root.members and not lent else OWNER
 
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from sandboxd.workspace.handles import Handles
     from sandboxd.workspace.store import LayerStore
     from sandboxd.workspace.tables import Checkpoint, Row, Stack
+    from sandboxd.workspace.view import Lent
 
 __all__ = ["Sessions", "Standing"]
 
@@ -353,7 +354,7 @@ class Sessions:
         return (await self._checkpoint(row, checkpoint)).id
 
     async def change(
-        self, caller: Caller, named: str, fill: Callable[[Sequence[Path | int], int], None]
+        self, caller: Caller, named: str, fill: Callable[[Sequence[Path | Lent], int], None]
     ) -> models.CheckpointInfo:
         """A checkpoint of a change from outside; it waits for its turn, as a call does.
 

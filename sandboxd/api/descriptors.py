@@ -139,7 +139,7 @@ class Descriptors:
             raise errors.InvalidRequest(
                 "one descriptor comes with the first bytes, and no more", field="directory"
             )
-        return Handed(fds[0], Owner(peer.uid, peer.gid, peer.pid))
+        return Handed(fds[0], Owner(peer.uid, peer.gid, peer.pid, peer.groups))
 
 
 async def _sent(connection: socket.socket, data: bytes) -> None:

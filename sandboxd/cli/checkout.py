@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from sandboxd import errors
+from sandboxd import errors, units
 from sandboxd.cli import terminal
 from sandboxd.cli.options import REMOTE, Remote
 from sandboxd.cli.usage import visible
@@ -65,12 +65,17 @@ def pull(
     /,
     *,
     git: Annotated[bool, Parameter(negative="", help="Also what is in .git.")] = False,
+    most: Annotated[str, Parameter(help="Bytes of files to bring; what is over it is refused.")] = "4GiB",
     remote: FlatRemote = REMOTE,
 ) -> None:
     """Bring what a session changed into the directory that it stands on; files changed on both sides stay."""
     from sandboxd.client.pulling import pull as bring  # noqa: PLC0415 - only for this command
 
-    pulled = bring(remote.client(), session, directory, git=git)
+    try:
+        size = units.parse_size(most)
+    except ValueError as error:
+        raise errors.InvalidRequest(f"--most: {error}", field="most") from error
+    pulled = bring(remote.client(), session, directory, git=git, most=size)
     if remote.json:
         refused = [{"path": one.path, "reason": one.reason} for one in pulled.refused]
         terminal.print_json({"applied": pulled.applied, "already": pulled.already, "refused": refused})

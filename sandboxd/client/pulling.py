@@ -5,8 +5,10 @@ with a path. The directory is open, and every name is reached from it through no
 mount (``kernel.files.openat2``). A file that changed on both sides is refused: on this side it changed if
 its inode did (ctime, which only the kernel sets) since the session was made, unless it is what an earlier
 pull left. A file is written beside its place, compared with the digest that was announced, and renamed.
-What a tool has no business with is refused too: ``.git``, whose hooks and configuration run programs;
-links that lead out of the directory; devices, FIFOs and sockets; set-id bits are dropped.
+What a tool has no business with is refused too: ``.git`` by whatever name, whose hooks and configuration
+run programs; links that may lead out of the directory, by way of others too; devices, FIFOs and sockets.
+Set-id bits are dropped, and modes are held to the umask and to who could write before. A change that fails
+fails alone.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ import json
 import os
 import secrets
 import stat
+import unicodedata
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sandboxd import errors
+from sandboxd import errors, units
 from sandboxd.artifacts import decode_path
 from sandboxd.kernel import files
 
@@ -32,10 +35,13 @@ if TYPE_CHECKING:
     from sandboxd import models
     from sandboxd.client.sync import Client
 
-__all__ = ["Pulled", "Refusal", "pull"]
+__all__ = ["MOST_BYTES", "Pulled", "Refusal", "pull"]
 
 MOST = 10_000
 """Changes that one pull brings."""
+MOST_BYTES = 4 << 30
+"""Bytes of files that one pull reads, if its caller does not say; holes count."""
+_BLOCK = 4096
 _CHUNK = 1 << 20
 _PARENT = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -63,11 +69,19 @@ class _Refused(Exception):
     """Raised for a change that is not brought."""
 
 
-def pull(client: Client, session: str, directory: str | os.PathLike[str], *, git: bool = False) -> Pulled:
+def pull(
+    client: Client,
+    session: str,
+    directory: str | os.PathLike[str],
+    *,
+    git: bool = False,
+    most: int = MOST_BYTES,
+) -> Pulled:
     """Apply what a session changed since it was made to the directory that it stands on.
 
-    ``git``: also what is in ``.git``. Raises StateConflict for a session on no directory, TooLarge, OSError
-    for a directory that cannot be opened, and what the daemon refuses.
+    ``git``: also what is in ``.git``. ``most``: bytes of files that are read; a file that is over it is among
+    the refused, and so is what the daemon does not give. Raises StateConflict for a session on no directory,
+    TooLarge, OSError for a directory that cannot be opened, and what the daemon refuses of the session.
     """
     info = client.session(session)
     if info.checkout is None:
@@ -78,7 +92,7 @@ def pull(client: Client, session: str, directory: str | os.PathLike[str], *, git
     root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with _Record(info.id) as record:
-            return _Pull(client, info, found.to, root, record, git=git).run(found.changes)
+            return _Pull(client, info, found.to, root, record, git=git, most=most).run(found.changes)
     finally:
         os.close(root)
 
@@ -107,7 +121,15 @@ class _Record:
 
 class _Pull:
     def __init__(
-        self, client: Client, info: models.SessionInfo, to: str, root: int, record: _Record, *, git: bool
+        self,
+        client: Client,
+        info: models.SessionInfo,
+        to: str,
+        root: int,
+        record: _Record,
+        *,
+        git: bool,
+        most: int,
     ) -> None:
         self._client = client
         self._info = info
@@ -115,16 +137,24 @@ class _Pull:
         self._root = root
         self._record = record
         self._git = git
+        self._most = most
+        self._left = most
+        self._umask = _umask()
         self._result = Pulled()
 
     def run(self, changes: list[models.FileChange]) -> Pulled:
         """What is removed goes last, and from the leaves up."""
         removed = [one for one in changes if one.change == "removed"]
+        gone: errors.Unavailable | None = None
         for change in [one for one in changes if one.change != "removed"] + removed[::-1]:
             try:
-                path = self._path(change.path)
-                done = self._apply(change, path)
-            except _Refused as why:
+                if gone is not None:
+                    raise gone  # once is enough to wait for a daemon
+                done = self._apply(change, self._path(change.path))
+            except errors.Unavailable as error:
+                gone = error
+                self._result.refused.append(Refusal(change.path, str(error)))
+            except (_Refused, errors.SandboxdError) as why:
                 self._result.refused.append(Refusal(change.path, str(why)))
             except OSError as error:
                 self._result.refused.append(Refusal(change.path, error.strerror or str(error)))
@@ -138,7 +168,7 @@ class _Pull:
             parts = files.split_path(path)
         except (ValueError, errors.InvalidRequest) as error:
             raise _Refused("the daemon told a path that no file here can have") from error
-        if b".git" in parts and not self._git:
+        if any(_is_git(part) for part in parts) and not self._git:
             raise _Refused("it is in .git; ask for it with --git")
         return path
 
@@ -198,17 +228,18 @@ class _Pull:
     ) -> bool:
         new = change.new
         assert new is not None  # noqa: S101  (the caller has looked)
-        mode = new.mode & 0o777
+        mode = self._mode(new.mode, here, stat.S_IFREG)
         if here is not None and stat.S_ISREG(here.st_mode):
-            digest = new.digest if new.digest is not None else None
-            same = (
-                digest == _content(parent, name, here) if digest is not None else change.aspects == ["owner"]
-            )
+            # No digest is told of a file that differs from what is here in its mode or owner alone.
+            alike = change.old is not None and not {"kind", "content"} & set(change.aspects)
+            same = alike if new.digest is None else new.digest == _content(parent, name, here)
             if same and stat.S_IMODE(here.st_mode) == mode:
                 return False
         self._check(change, parent, name, here)
         if here is not None and stat.S_ISDIR(here.st_mode):
             raise _Refused("a directory is here")
+        if new.size is not None and new.size > self._left:
+            raise self._too_much()
         with _beside(parent) as temporary:
             fd = files.openat2(parent, temporary, _NEW, 0o600)
             try:
@@ -225,25 +256,42 @@ class _Pull:
 
     def _copy(self, path: str, fd: int) -> str:
         digest = hashlib.sha256()
+        size = 0
         with self._client.read_file(self._info.id, path, checkpoint=self._to) as chunks:
             for chunk in chunks:
+                if len(chunk) > self._left:
+                    raise self._too_much()
+                self._left -= len(chunk)
                 digest.update(chunk)
-                rest = memoryview(chunk)
-                while rest:
-                    rest = rest[os.write(fd, rest) :]
+                _write_sparse(fd, chunk, size)
+                size += len(chunk)
+        os.ftruncate(fd, size)
         return f"sha256:{digest.hexdigest()}"
+
+    def _too_much(self) -> _Refused:
+        return _Refused(f"it is over the {units.format_size(self._most)} of files that one pull brings")
+
+    def _mode(self, mode: int, here: os.stat_result | None, kind: int) -> int:
+        """What of a mode is brought: to what is here, no right to write beyond its owner's is added."""
+        if here is None or stat.S_IFMT(here.st_mode) != kind:
+            return mode & 0o777 & ~self._umask & ~stat.S_IWOTH
+        shared = stat.S_IWGRP | stat.S_IWOTH
+        return mode & 0o777 & (~self._umask | here.st_mode) & (~shared | here.st_mode)
 
     def _link(self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result | None) -> bool:
         new = change.new
         assert new is not None  # noqa: S101
-        target = decode_path(new.target or "")
-        depth = change.path.count("/")
-        for part in target.split(b"/"):
-            depth += {b"..": -1, b".": 0, b"": 0}.get(part, 1)
-            if depth < 0:
-                raise _Refused("it is a link that leads out of the directory")
-        if not target or target.startswith(b"/"):
-            raise _Refused("it is a link that leads out of the directory")
+        try:
+            target = decode_path(new.target or "")
+        except ValueError as error:
+            raise _Refused("the daemon told a target that no link here can have") from error
+        parts = target.split(b"/")
+        up = next((at for at, part in enumerate(parts) if part != b".."), len(parts))
+        # Behind a name, ".." goes up from where that name leads, and it may be a link.
+        if not target or target.startswith(b"/") or up > change.path.count("/") or b".." in parts[up:]:
+            raise _Refused("it is a link that leads out of the directory, or may by way of another")
+        if any(_is_git(part) for part in parts) and not self._git:
+            raise _Refused("it is a link into .git; ask for it with --git")
         digest = _link_digest(target)
         if here is not None and stat.S_ISLNK(here.st_mode) and _content(parent, name, here) == digest:
             return False
@@ -268,15 +316,16 @@ class _Pull:
     ) -> bool:
         new = change.new
         assert new is not None  # noqa: S101
+        mode = self._mode(new.mode, here, stat.S_IFDIR)
         if here is None:
             os.mkdir(name, 0o700, dir_fd=parent)
         elif not stat.S_ISDIR(here.st_mode):
             raise _Refused("it is a directory in the session, and none here; remove it here first")
-        elif stat.S_IMODE(here.st_mode) == new.mode & 0o777 or change.change == "added":
+        elif stat.S_IMODE(here.st_mode) == mode or change.change == "added":
             return False
         fd = files.openat2(parent, name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            os.fchmod(fd, new.mode & 0o777)
+            os.fchmod(fd, mode)
         finally:
             os.close(fd)
         return True
@@ -312,6 +361,36 @@ def _beside(parent: int) -> Iterator[bytes]:
     finally:
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=parent)
+
+
+def _write_sparse(fd: int, data: bytes, offset: int) -> None:
+    """Write what is not all zeros at its place in a new file, whose end the caller sets."""
+    view = memoryview(data)
+    zeros = bytes(_BLOCK)
+    at = 0
+    while at < len(view):
+        until = min(len(view), at + _BLOCK - (offset + at) % _BLOCK)
+        if view[at:until] == zeros[: until - at]:
+            at = until
+            continue
+        while until < len(view) and view[until : until + _BLOCK] != zeros[: len(view) - until]:
+            until = min(len(view), until + _BLOCK)
+        while at < until:
+            at += os.pwrite(fd, view[at:until], offset + at)
+
+
+def _umask() -> int:
+    """This process' own, which umask(2) tells only by changing it for all threads."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("Umask:"):
+            return int(line.split()[1], 8)
+    return 0o022
+
+
+def _is_git(part: bytes) -> bool:
+    """Whether a name is ``.git`` to git, or to a file system that folds case or has names of 8 and 3."""
+    text = "".join(one for one in part.decode("utf-8", "ignore") if unicodedata.category(one) != "Cf")
+    return text.casefold().partition(":")[0].rstrip(". ") in {".git", "git~1"}
 
 
 def _status(parent: int, name: bytes) -> os.stat_result | None:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from sandboxd.kernel.inside import in_mount_namespace
 from sandboxd.workspace.layer import DIRECTORY, dress
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from sandboxd.engine.base import Slot
     from sandboxd.workspace.checkout import Checkout
@@ -67,7 +68,8 @@ def attach_stack(
         if checkout is not None:
             lowers.append(_lent(slot, checkout, _place(places, f"{slot.id}-checkout", once), once))
         options = {"upperdir": f"{above}/upper", "workdir": f"{above}/work", **FEATURES}
-        overlay = mounts.new_overlay(lowers, options, _place(places, f"{slot.id}-overlay", once))
+        with _mounting(slot, checkout):
+            overlay = mounts.new_overlay(lowers, options, _place(places, f"{slot.id}-overlay", once))
         once.callback(os.close, overlay)
         root = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=overlay)
         stack.callback(os.close, root)
@@ -120,6 +122,21 @@ def _lent(slot: Slot, checkout: Checkout, place: Path, once: ExitStack) -> str:
     once.callback(os.close, mount)
     _attached(mount, place, once)
     return f"/proc/self/fd/{mount}"
+
+
+@contextmanager
+def _mounting(slot: Slot, checkout: Checkout | None) -> Iterator[None]:
+    """Whoever makes an overlay reads its layers for the tool: with the groups of who lent one of them.
+
+    So what is closed to a group of the caller's is closed to the tool as well. The maker stays root, which
+    has to write for the tool, and cannot open what belongs to users that are not mapped.
+    """
+    if checkout is None:
+        yield
+        return
+    owner = slot.shape.process
+    with replace(checkout.rights(owner.uid, owner.gid, slot=slot.id_base), uid=0).held():
+        yield
 
 
 def _upper(slot: Slot, place: Path, stack: ExitStack, once: ExitStack) -> tuple[int, str]:

@@ -9,6 +9,12 @@ to nobody, where the kernel grants what the mode grants to others, to the daemon
 that is not mapped is beyond CAP_DAC_OVERRIDE, ``capable_wrt_inode_uidgid``). The mount has the directory
 as its root and no mount below it, is read-only, ``nosuid``, ``nodev`` and follows no link.
 
+A mode or an access list can also grant to others what it denies to the caller or to a group of the caller's
+(0604, ``user:caller:---``). So whoever reads for the caller is the caller to the kernel, with its groups
+(``Rights``): the daemon's thread when it reads a view, and the maker of an overlay, by whose credentials
+overlayfs looks at a layer after it has looked with the tool's (Documentation/filesystems/overlayfs.rst,
+"Permission model").
+
 Made in the mount namespace of the caller, since the kernel clones a mount there only, it is kept at a
 place of the daemon's own. The directory may change while sessions stand on it: what a tool sees then is
 not defined, but nothing else is.
@@ -22,6 +28,7 @@ import os
 import stat
 import subprocess
 import threading
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -29,10 +36,11 @@ from typing import TYPE_CHECKING, Self
 from sandboxd import errors
 from sandboxd.kernel import mounts
 from sandboxd.kernel.inside import in_mount_namespace
+from sandboxd.kernel.rights import Rights
 from sandboxd.kernel.userns import RANGE, map_namespace
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from sandboxd.kernel.userns import Extent
 
@@ -41,6 +49,10 @@ __all__ = ["Checkout", "Owner", "check_directory"]
 O_PATH = os.O_PATH
 MAX_DEPTH = 2048
 """Directories above one that is passed; PATH_MAX has room for no more."""
+MOST_NAMESPACES = 4
+"""User namespaces that are kept of one directory; each is made again when it is needed."""
+MOST_EXTENTS, MOST_TEXT = 336, 4000
+"""Of a map of ids, and bytes of its text: what user_namespaces(7) has room for, less a few."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,8 @@ class Owner:
     uid: int
     gid: int
     pid: int
+    groups: frozenset[int] = frozenset()
+    """The supplementary ones."""
 
 
 def check_directory(directory: int, kept: Sequence[Path]) -> os.stat_result:
@@ -128,7 +142,7 @@ class Checkout:
     owner: Owner
     identity: tuple[int, int]
     """Device and inode of the directory."""
-    _namespaces: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    _namespaces: OrderedDict[tuple[int, int, int], int] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
@@ -179,9 +193,19 @@ class Checkout:
         """The directory, detached; what is its owner's belongs to these ids of a container. Yours to close.
 
         ``slot`` is the host id of the container's root, who has the namespace of the map too; with 0 it is
-        shown as a layer is, with the container's own ids. Raises HostFailed; InvalidRequest where the file
-        system knows no maps.
+        shown as a layer is, with the container's own ids. Read it with ``rights`` of the same. Raises
+        HostFailed; InvalidRequest where the file system knows no maps, or the caller has too many groups.
         """
+        with self._lock:
+            return self._mapped(uid, gid, slot)
+
+    def rights(self, uid: int, gid: int, *, slot: int) -> Rights:
+        """What the kernel grants the caller, in the ids that ``mapped`` shows."""
+        moved = _moved(self.owner, gid)
+        groups = (moved.get(group, group) for group in self.owner.groups)
+        return Rights(slot + uid, slot + gid, tuple(sorted(slot + group for group in groups)))
+
+    def _mapped(self, uid: int, gid: int, slot: int) -> int:
         try:
             namespace = self._namespace(uid, gid, slot)
             mount = mounts.clone_tree(self.place)
@@ -201,30 +225,59 @@ class Checkout:
         return mount
 
     def _namespace(self, uid: int, gid: int, slot: int) -> int:
-        with self._lock:
-            key = uid, gid, slot
-            if key not in self._namespaces:
-                uids, gids = [(self.owner.uid, slot + uid, 1)], _groups(self.owner.gid, gid, slot)
-                self._namespaces[key] = map_namespace(self.launcher, slot, uids, gids)
-            return self._namespaces[key]
+        """Good until the lock is let go of: only some are kept."""
+        key = uid, gid, slot
+        if key not in self._namespaces:
+            uids, gids = [(self.owner.uid, slot + uid, 1)], _groups(self.owner, gid, slot)
+            self._namespaces[key] = map_namespace(self.launcher, slot, uids, gids)
+            while len(self._namespaces) > MOST_NAMESPACES:
+                os.close(self._namespaces.popitem(last=False)[1])
+        self._namespaces.move_to_end(key)
+        return self._namespaces[key]
 
 
-def _groups(caller: int, tool: int, slot: int) -> list[Extent]:
-    """The map of groups: the caller's is the tool's, and others are groups of the slot that no process has.
+def _moved(owner: Owner, tool: int) -> dict[int, int]:
+    """The groups that are shown under another number: the caller's is the tool's, and that is the caller's.
+
+    What has no room in the range so takes the highest numbers that are no group of the caller's.
+    """
+    moved = {owner.gid: tool}
+    above = [group for group in sorted(owner.groups - {owner.gid}) if group >= RANGE]
+    if owner.gid < RANGE:
+        moved[tool] = owner.gid
+    else:
+        above.insert(0, tool)
+    taken = owner.groups | {owner.gid, tool}
+    free = (number for number in range(RANGE - 1, -1, -1) if number not in taken)
+    return moved | dict(zip(above, free, strict=False))
+
+
+def _groups(owner: Owner, tool: int, slot: int) -> list[Extent]:
+    """The map of groups: those that are moved, and others as groups of the slot that no process has.
 
     A file that has no group here cannot be written, nor read by the overlay, also by its owner. That there is
-    a group opens nothing: what belongs to another user still has no owner. Where the groups are the host's
-    own, those that the daemon itself is in are left out, or it would read by them what the caller cannot.
+    a group opens nothing: what belongs to another user still has no owner. Raises InvalidRequest.
     """
-    ours = {os.getegid(), *os.getgroups()} if slot == 0 else set()
-    found: list[Extent] = [(caller, slot + tool, 1)]
-    if caller < RANGE and caller != tool and not {caller, tool} & ours:
-        found.append((tool, slot + caller, 1))
-    start = 0
-    for taken in (*sorted(({caller, tool} | ours) & set(range(RANGE))), RANGE):
-        if taken > start:
-            found.append((start, slot + start, taken - start))
-        start = taken + 1
+    moved = _moved(owner, tool)
+    found: list[Extent] = [(group, slot + number, 1) for group, number in moved.items()]
+    found += [(start, slot + start, end - start) for start, end in _gaps({*moved, *moved.values()})]
+    text = sum(len(f"{start} {2**32 - 1} {count}\n") for start, _, count in found)
+    if len(found) > MOST_EXTENTS or text > MOST_TEXT:
+        raise errors.InvalidRequest(
+            f"you are in too many groups above {RANGE - 1} to lend a directory: the kernel has no room for a "
+            "map of them; leave some, or upload the files",
+            field="directory",
+        )
+    return found
+
+
+def _gaps(taken: Iterable[int]) -> list[tuple[int, int]]:
+    """The runs of numbers in the range that are not taken, each with its end."""
+    found, start = [], 0
+    for one in (*sorted(number for number in taken if number < RANGE), RANGE):
+        if one > start:
+            found.append((start, one))
+        start = one + 1
     return found
 
 

@@ -19,7 +19,7 @@ import errno
 import hashlib
 import os
 import stat
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-__all__ = ["MAX_NAMES", "OPAQUE", "Entry", "Kind", "View", "is_opaque", "is_whiteout"]
+    from sandboxd.kernel.rights import Rights
+
+__all__ = ["MAX_NAMES", "OPAQUE", "Entry", "Kind", "Lent", "View", "is_opaque", "is_whiteout"]
 
 OPAQUE = "trusted.overlay.opaque"
 MAX_NAMES = 1_000_000
@@ -122,16 +124,25 @@ def _mapped(path: bytes) -> Iterator[None]:
         raise errors.HostFailed(f"{shown} of a session cannot be read: {error.strerror}") from error
 
 
+@dataclass(frozen=True)
+class Lent:
+    """A caller's directory as a layer, read with the caller's rights; ``root`` stays yours to close."""
+
+    root: int
+    rights: Rights
+
+
 class View:
     """A stack of layers, the uppermost first. A context manager that holds a descriptor of each layer.
 
-    A layer is a path of our own, or a descriptor of its root, which stays yours to close. The methods block
-    on the disk, and raise HostFailed where that fails, NotPermitted where a directory that is lent as the
-    lowest layer has what its caller may not read. Threads may share it.
+    A layer is a path of our own, or a directory that is lent, as the lowest. The methods block on the disk,
+    and raise HostFailed where that fails, NotPermitted where a directory that is lent has what its caller
+    may not read. Threads may share it.
     """
 
-    def __init__(self, layers: Sequence[Path | int]) -> None:
+    def __init__(self, layers: Sequence[Path | Lent]) -> None:
         self.layers = tuple(layers)
+        self._as = [one.rights.held if isinstance(one, Lent) else nullcontext for one in self.layers]
         self._roots: list[int] = []
         self._stack = ExitStack()
 
@@ -140,10 +151,10 @@ class View:
             for layer in self.layers:
                 flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
                 try:
-                    path, beside = (".", layer) if isinstance(layer, int) else (layer, None)
+                    path, beside = (".", layer.root) if isinstance(layer, Lent) else (layer, None)
                     root = os.open(path, flags, dir_fd=beside)
                 except OSError as error:
-                    name = "" if isinstance(layer, int) else f" {layer.name}"
+                    name = "" if isinstance(layer, Lent) else f" {layer.name}"
                     raise errors.HostFailed(
                         f"layer{name} of a session is not there: {error.strerror}"
                     ) from error
@@ -183,7 +194,8 @@ class View:
         with _mapped(path):
             for number in directory.members:
                 try:
-                    fd = open_at(self._roots[number], path, _LOOKED_AT)
+                    with self._as[number]():
+                        fd = open_at(self._roots[number], path, _LOOKED_AT)
                 except OSError as error:
                     # The directory was in this layer; in one that changes under us it need not be any more.
                     if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
@@ -210,7 +222,7 @@ class View:
         found: dict[bytes, tuple[os.stat_result, list[int]] | None] = {}
         closed: set[bytes] = set()
         for number in directory.members:
-            with _mapped(directory.path):
+            with _mapped(directory.path), self._as[number]():
                 fd = open_at(self._roots[number], directory.path, _LISTED)
                 try:
                     self._look(fd, number, found, closed)
@@ -266,7 +278,7 @@ class View:
 
     def target(self, entry: Entry) -> bytes:
         """Where a symbolic link of this view points to."""
-        with _mapped(entry.path):
+        with _mapped(entry.path), self._as[entry.members[0]]():
             fd = open_at(self._roots[entry.members[0]], entry.path, _LOOKED_AT)
             try:
                 return os.readlink(b"", dir_fd=fd)
@@ -278,7 +290,7 @@ class View:
         """A descriptor for reading a regular file of this view. Raises StateConflict for what is none."""
         if entry.kind != "file":
             raise errors.StateConflict(f"{os.fsdecode(entry.path)!a} is no file but a {entry.kind}")
-        with _mapped(entry.path):
+        with _mapped(entry.path), self._as[entry.members[0]]():
             root, _, name = entry.path.rpartition(b"/")
             above = open_at(self._roots[entry.members[0]], root, os.O_PATH | os.O_DIRECTORY)
             try:
@@ -319,7 +331,7 @@ class View:
         """The names that some of a directory's members have in it, whiteouts too. Raises TooLarge."""
         found: set[bytes] = set()
         for number in layers:
-            with _mapped(directory.path):
+            with _mapped(directory.path), self._as[number]():
                 fd = open_at(self._roots[number], directory.path, _LISTED)
                 try:
                     found.update(names_of(fd))

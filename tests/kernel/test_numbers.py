@@ -18,7 +18,18 @@ import pytest
 
 from sandboxd.api import identity
 from sandboxd.egress import jail, nameserver, refused
-from sandboxd.kernel import descriptors, files, filesync, filters, inside, mounts, notify, orphans, uts
+from sandboxd.kernel import (
+    descriptors,
+    files,
+    filesync,
+    filters,
+    inside,
+    mounts,
+    notify,
+    orphans,
+    rights,
+    uts,
+)
 from sandboxd.maker import server
 from sandboxd.network import filter as egress_filter
 from sandboxd.network import namespace
@@ -205,7 +216,9 @@ def test_system_calls_have_the_numbers_of_the_headers(machine: str, tmp_path: Pa
     calls = ("io_setup", "io_destroy", "io_getevents", "io_submit")
     assert filesync.NUMBERS[machine] == tuple(found[f"__NR_{name}"] for name in calls)
     assert notify.SYS_SECCOMP[machine] == found["__NR_seccomp"]
+    assert rights.SETGROUPS[machine] == found["__NR_setgroups"]
 
 
 def test_numbers_are_kept_for_both_machines() -> None:
-    assert set(filesync.NUMBERS) == set(notify.SYS_SECCOMP) == set(abi.ARCHES) == set(MACHINES)
+    kept = (filesync.NUMBERS, notify.SYS_SECCOMP, rights.SETGROUPS, abi.ARCHES)
+    assert all(set(one) == set(MACHINES) for one in kept)

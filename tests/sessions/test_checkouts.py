@@ -6,6 +6,7 @@ import array
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -126,6 +127,39 @@ def test_what_the_caller_cannot_read_is_read_by_nobody(
                 list(daemon.client().read_file(lent.id, path))
         assert b"".join(daemon.client().read_file(lent.id, "public")) == b"public\n"
         assert {one.path for one in daemon.client().session_files(lent.id).files} >= {"theirs", "src"}
+
+
+def test_what_is_closed_to_a_group_of_the_callers_alone(daemon: Daemon, directory: Path) -> None:
+    """Others may read it, and neither the tool nor the API reads it as an other."""
+    groups = {"own": CALLER, "more": 5000, "above": 70_000}
+    for name, group in groups.items():
+        (directory / name).write_text("closed\n")
+        os.chown(directory / name, OTHER, group)
+        (directory / name).chmod(0o604)
+    (directory / "list").write_text("closed\n")
+    os.chown(directory / "list", OTHER, OTHER)
+    entries = ((1, 6, -1), (2, 0, CALLER), (4, 4, -1), (0x10, 4, -1), (0x20, 4, -1))  # user:CALLER:---
+    access = b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    os.setxattr(directory / "list", "system.posix_acl_access", struct.pack("<I", 2) + access)
+    client, before = daemon.client(), os.getgroups()
+    os.setgroups([5000, 70_000])
+    os.setegid(CALLER)
+    try:
+        with by(CALLER, daemon):
+            for name in (*groups, "list"):
+                with pytest.raises(PermissionError):
+                    (directory / name).read_text()
+            made = daemon.client().create_session(directory=directory, policy="kept")
+            tried = sh(daemon, made, "cat own more above list; cat public src/main")
+            assert told(tried) == ("public\nmain\n", ["Permission denied"] * 4)
+            for name in (*groups, "list"):
+                with pytest.raises(errors.NotPermitted):
+                    list(daemon.client().read_file(made.id, name))
+            assert b"".join(daemon.client().read_file(made.id, "src/main")) == b"main\n"
+    finally:
+        os.setegid(0)
+        os.setgroups(before)
+    client.delete_session(made.id)
 
 
 def test_files_are_put_beside_those_that_are_lent(daemon: Daemon, lent: SessionInfo, directory: Path) -> None:

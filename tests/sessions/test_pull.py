@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from sessioned import sh
+from daemons import needs_containers, start_daemon
+from sessioned import CONFIG, give_policies, sh
 
-from sandboxd import errors
+from sandboxd import Client, errors
 from sandboxd.client.pulling import pull
 
 if TYPE_CHECKING:
@@ -163,6 +165,120 @@ def test_links_of_the_directory_are_not_followed(daemon: Daemon, lent: SessionIn
     assert pulled.applied == []
     assert {one.path for one in pulled.refused} == {"src", "src/new", "src/a"}
     assert content(outside) == before
+
+
+def test_links_lead_nowhere_by_way_of_others(daemon: Daemon, lent: SessionInfo, directory: Path) -> None:
+    """Each of a pair of links is harmless, and together they lead out; and links to what runs programs."""
+    outside = directory.parent / "outside"
+    outside.write_text("of the host\n")
+    sh(
+        daemon,
+        lent,
+        "mkdir -p a/b; ln -s ../.. a/b/s; ln -s a/b/s/../../outside y; ln -s ./../outside dot;"
+        "ln -s .git/hooks hooks; ln -s ../.GIT/hooks src/hooks; ln -s ../../src/a a/b/ok;"
+        "ln -s ../../.. a/b/up",
+    )
+    pulled = pull(daemon.client(), lent.id, directory)
+    reasons = {one.path: one.reason for one in pulled.refused}
+    assert set(reasons) == {"y", "dot", "a/b/up", "hooks", "src/hooks"}
+    assert all("leads out" in reasons[path] for path in ("y", "dot", "a/b/up"))
+    assert "into .git" in reasons["hooks"]
+    assert {"a/b/s", "a/b/ok"} <= set(pulled.applied)
+    for found in directory.rglob("*"):
+        assert found.resolve().is_relative_to(directory)
+
+
+def test_git_is_git_in_any_spelling(daemon: Daemon, lent: SessionInfo, directory: Path) -> None:
+    names = [".GIT", ".Git", "git~1", "GIT~1", ".git.", ".g\u200cit"]
+    quoted = " ".join(f"'{name}' 'new/{name}'" for name in names)
+    sh(daemon, lent, f"for n in {quoted}; do mkdir -p $n; echo bad >$n/config; done; echo x >.gitignore")
+    pulled = pull(daemon.client(), lent.id, directory)
+    assert sorted(pulled.applied) == [".gitignore", "new"]
+    assert len(pulled.refused) == 4 * len(names)
+    assert {one.reason for one in pulled.refused} == {"it is in .git; ask for it with --git"}
+
+
+def test_one_file_that_is_refused_ends_no_pull(daemon: Daemon, lent: SessionInfo, directory: Path) -> None:
+    """A file that the daemon does not give, and one that is over what a pull may bring."""
+    sh(daemon, lent, "echo 1 >before; truncate -s 1025M huge; head -c 3000000 /dev/zero >mid; echo 2 >zlast")
+    pulled = pull(daemon.client(), lent.id, directory, most=2_000_000)
+    assert sorted(pulled.applied) == ["before", "zlast"]
+    reasons = {one.path: one.reason for one in pulled.refused}
+    assert set(reasons) == {"huge", "mid"}
+    assert "of files that one pull brings" in reasons["mid"]
+    pulled = pull(daemon.client(), lent.id, directory)
+    assert pulled.applied == ["mid"]
+    (refused,) = pulled.refused
+    assert refused.path == "huge"
+    assert "1Gi" in refused.reason
+    assert not (directory / "huge").exists()
+    assert not list(directory.glob(".sandboxd-pull-*"))
+    done = run(daemon, "sandboxd", "session", "pull", lent.id, "--most", "lots", cwd=directory)
+    assert done.returncode != 0
+    assert "--most: 'lots' is not a size" in done.stderr
+
+
+def test_a_daemon_that_goes_away_meanwhile(tmp_path_factory: pytest.TempPathFactory, directory: Path) -> None:
+    """What was brought until then is told, and the rest is refused, without asking for each of it."""
+    needs_containers()
+    count = 400
+    with start_daemon(tmp_path_factory.mktemp("leaving"), config=CONFIG) as leaving:
+        give_policies(leaving)
+        made = leaving.client().create_session(directory=directory, policy="kept")
+        sh(leaving, made, f"for n in $(seq 1000 {999 + count}); do head -c 100000 /dev/zero >f$n; done")
+
+        def stop() -> None:
+            end = time.monotonic() + 60
+            while not (directory / "f1020").exists() and time.monotonic() < end:
+                time.sleep(0.001)
+            leaving.process.terminate()
+
+        stopping = threading.Thread(target=stop)
+        stopping.start()
+        pulled = pull(Client(leaving.socket, reconnect=0.5), made.id, directory)
+        stopping.join()
+    assert len(pulled.applied) + len(pulled.refused) == count
+    assert pulled.applied
+    assert pulled.refused
+    assert {one.name for one in directory.glob("f1*")} == set(pulled.applied)
+
+
+def test_holes_stay_holes(daemon: Daemon, lent: SessionInfo, directory: Path) -> None:
+    program = "truncate -s 64M sparse; for at in 0 5000 40000000 67108859; do printf abc |"
+    program += " dd of=sparse bs=1 seek=$at conv=notrunc; done; : >none; truncate -s 5 five"
+    sh(daemon, lent, program)
+    assert pull(daemon.client(), lent.id, directory).refused == []
+    expected = bytearray(64 << 20)
+    for at in (0, 5000, 40_000_000, 67_108_859):
+        expected[at : at + 3] = b"abc"
+    assert (directory / "sparse").read_bytes() == expected
+    assert (directory / "sparse").stat().st_blocks * 512 < 1 << 20
+    assert ((directory / "none").read_bytes(), (directory / "five").read_bytes()) == (b"", bytes(5))
+
+
+def test_a_tool_makes_nothing_writable_to_others(daemon: Daemon, lent: SessionInfo, directory: Path) -> None:
+    (directory / "src" / "b").chmod(0o664)
+    time.sleep(0.01)
+    program = "umask 0; for n in src/a src/b mode gone new; do echo x >>$n; chmod 777 $n; done; mkdir wide;"
+    before = os.umask(0o027)
+    try:
+        made = daemon.client().create_session(directory=directory, policy="kept")
+        sh(daemon, made, program + "chmod 777 src; chmod 666 gone")
+        assert pull(daemon.client(), made.id, directory).refused == []
+        assert pull(daemon.client(), made.id, directory).applied == []
+        daemon.client().delete_session(made.id)
+    finally:
+        os.umask(before)
+    modes = {str(one.relative_to(directory)): one.stat().st_mode & 0o7777 for one in directory.rglob("*")}
+    assert {path: oct(modes[path]) for path in ("src", "src/a", "src/b", "mode", "gone", "new", "wide")} == {
+        "src": "0o755",  # as it was: others could read it
+        "src/a": "0o754",
+        "src/b": "0o774",
+        "mode": "0o754",
+        "gone": "0o644",
+        "new": "0o750",
+        "wide": "0o750",
+    }
 
 
 def test_a_session_on_no_directory_has_nothing_to_pull(

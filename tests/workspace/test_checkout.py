@@ -7,10 +7,11 @@ import os
 import shutil
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,9 @@ from layered import shown_by_kernel
 from sandboxd import errors
 from sandboxd.init import LAUNCH
 from sandboxd.kernel import mounts
-from sandboxd.workspace.checkout import Checkout, Owner, check_directory
+from sandboxd.workspace.checkout import MOST_NAMESPACES, Checkout, Owner, check_directory
 from sandboxd.workspace.diff import compare
+from sandboxd.workspace.view import Lent as Layer
 from sandboxd.workspace.view import View
 
 if TYPE_CHECKING:
@@ -41,6 +43,10 @@ class Lent:
     checkout: Checkout
     root: int
     upper: Path
+
+    def bottom(self, mount: int, gid: int = 1000) -> Layer:
+        """The directory as a layer of a view."""
+        return Layer(mount, self.checkout.rights(1000, gid, slot=0))
 
     def tool(self, program: str) -> subprocess.CompletedProcess[str]:
         """Run a program as the tool would, with the overlay as its root."""
@@ -78,12 +84,14 @@ def directory(tmp_path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def lent(directory: Path, tmp_path: Path) -> Iterator[Lent]:
+def lent(
+    directory: Path, tmp_path: Path, groups: frozenset[int] = frozenset(), gid: int = CALLER
+) -> Iterator[Lent]:
     """As a session does it."""
     with contextlib.ExitStack() as stack:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         stack.callback(os.close, fd)
-        owner = Owner(CALLER, CALLER, os.getpid())
+        owner = Owner(CALLER, gid, os.getpid(), groups)
         checkout = stack.enter_context(
             Checkout.of(fd, owner, place=tmp_path / "place", launcher=LAUNCH, kept=[tmp_path / "state"])
         )
@@ -98,7 +106,8 @@ def lent(directory: Path, tmp_path: Path) -> Iterator[Lent]:
         try:
             options: dict[str, str | None] = {"lowerdir": f"/proc/self/fd/{mount}"}
             options |= {"upperdir": str(upper), "workdir": str(work)}
-            overlay = mounts.new_mount("overlay", options)
+            with replace(checkout.rights(1000, 1000, slot=BASE), uid=0).held():
+                overlay = mounts.new_mount("overlay", options)
         finally:
             mounts.detach(at)
         stack.callback(os.close, overlay)
@@ -166,7 +175,7 @@ else:
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         mount = it.checkout.mapped(1000, 1000, slot=0)
         try:
-            with View([it.upper, mount]) as view:
+            with View([it.upper, it.bottom(mount)]) as view:
                 for closed in (b"secret", b"group", b"closed/mine"):
                     with pytest.raises(errors.NotPermitted, match="not its caller's to read"):
                         view.digest(view.find(closed) or view.root())
@@ -178,6 +187,113 @@ else:
         finally:
             os.close(mount)
     assert (directory / "secret").read_text() == "content"
+
+
+def acl(path: Path, *entries: tuple[int, int, int]) -> None:
+    """Set an access list: tag, permissions, id (linux/posix_acl_xattr.h)."""
+    value = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    os.setxattr(path, "system.posix_acl_access", value)
+
+
+def closed_to_the_caller(directory: Path, gid: int, groups: frozenset[int]) -> list[str]:
+    """Files of others that everybody may read, but for the caller or a group of the caller's."""
+    none, user_obj, user, group_obj, group, mask, other = 0xFFFFFFFF, 1, 2, 4, 8, 0x10, 0x20
+    rest = ((mask, 4, none), (other, 4, none))
+    owned(directory / "by-user", OTHER, 0o644)
+    acl(directory / "by-user", (user_obj, 6, none), (user, 0, CALLER), (group_obj, 4, none), *rest)
+    names = ["by-user"]
+    for one in (gid, *sorted(groups)):
+        owned(directory / f"mode-{one}", OTHER, 0o604)
+        os.chown(directory / f"mode-{one}", OTHER, one)
+        owned(directory / f"list-{one}", OTHER, 0o644)
+        acl(directory / f"list-{one}", (user_obj, 6, none), (group_obj, 4, none), (group, 0, one), *rest)
+        owned(directory / f"sub-{one}", OTHER, 0o705, None)
+        owned(directory / f"sub-{one}" / "f", OTHER, 0o644)
+        os.chown(directory / f"sub-{one}", OTHER, one)
+        names += [f"mode-{one}", f"list-{one}", f"sub-{one}/f"]
+    for name in names:
+        rights = {"user": CALLER, "group": gid, "extra_groups": sorted(groups)}
+        done = subprocess.run(["cat", directory / name], check=False, capture_output=True, **rights)  # type: ignore[call-overload]
+        assert done.returncode == 1
+        assert b"Permission denied" in done.stderr
+    return names
+
+
+@pytest.mark.parametrize(
+    ("gid", "groups"),
+    [
+        (CALLER, {5000, 65_535, 65_534}),
+        (CALLER, {0, 1000, 200_000, 4_000_000_000}),
+        (300_000, {1000, 70_000}),
+        (1000, {CALLER, 80_000}),
+        (0, {1000}),
+    ],
+)
+def test_what_is_closed_to_the_caller_alone_is_closed(
+    directory: Path, tmp_path: Path, gid: int, groups: set[int]
+) -> None:
+    """To others it is open, and neither the tool nor the daemon is an other."""
+    for above in (tmp_path, *list(tmp_path.parents)[:3]):
+        above.chmod(above.stat().st_mode | 0o011)
+    kept = frozenset(groups)
+    names = closed_to_the_caller(directory, gid, kept)
+    owned(directory / "open", OTHER, 0o644)
+    owned(directory / "mine", CALLER, 0o600)
+    before = os.getgroups()
+    with lent(directory, tmp_path, kept, gid) as it:
+        for name in names:
+            done = it.tool(f"open('/{name}')")
+            assert "PermissionError" in done.stderr, name
+        done = it.tool("print(open('/open').read(), open('/mine').read())")
+        assert (done.stdout, done.stderr) == ("content content\n", "")
+        mount = it.checkout.mapped(1000, 1000, slot=0)
+        try:
+            with View([it.upper, it.bottom(mount)]) as view:
+                for name in names:
+                    with pytest.raises(errors.NotPermitted, match="not its caller's to read"):
+                        view.digest(view.find(name.encode()) or view.root())
+                for readable in (b"open", b"mine"):
+                    entry = view.find(readable)
+                    assert entry is not None
+                    assert b"".join(view.content(entry)) == b"content"
+        finally:
+            os.close(mount)
+    assert os.getgroups() == before
+    probe = tmp_path / "probe"
+    probe.touch()
+    assert (probe.stat().st_uid, probe.stat().st_gid) == (os.geteuid(), os.getegid())
+
+
+def test_more_groups_than_a_map_has_room_for_are_refused(directory: Path, tmp_path: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        for count, fits in ((100, True), (400, False)):
+            groups = frozenset(range(4_000_000_000, 4_000_000_000 + 2 * count, 2))
+            owner = Owner(CALLER, CALLER, os.getpid(), groups)
+            with Checkout.of(fd, owner, place=tmp_path / "p", launcher=LAUNCH, kept=[]) as checkout:
+                if fits:
+                    os.close(checkout.mapped(1000, 1000, slot=BASE))
+                    continue
+                with pytest.raises(errors.InvalidRequest, match="too many groups above 65535"):
+                    checkout.mapped(1000, 1000, slot=0)
+    finally:
+        os.close(fd)
+
+
+def test_few_namespaces_are_kept(directory: Path, tmp_path: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        owner = Owner(CALLER, CALLER, os.getpid())
+        with Checkout.of(fd, owner, place=tmp_path / "p", launcher=LAUNCH, kept=[]) as checkout:
+            before = len(list(Path("/proc/self/fd").iterdir()))
+            for _ in range(2):
+                for number in range(10):
+                    mount = checkout.mapped(1000, 1000, slot=BASE + number * 65_536)
+                    assert os.fstat(mount).st_uid == TOOL + number * 65_536
+                    os.close(mount)
+            assert len(list(Path("/proc/self/fd").iterdir())) <= before + MOST_NAMESPACES
+    finally:
+        os.close(fd)
 
 
 @pytest.mark.parametrize("group", [0, 1000, OTHER, 65_535])
@@ -200,7 +316,8 @@ def test_the_view_has_the_ids_of_a_layer(directory: Path, tmp_path: Path) -> Non
         it.tool("open('/f', 'w').write('changed'); open('/g', 'w').close()")
         mount = it.checkout.mapped(1000, 1001, slot=0)
         try:
-            with View([mount]) as old, View([it.upper, mount]) as new:
+            bottom = it.bottom(mount, 1001)
+            with View([bottom]) as old, View([it.upper, bottom]) as new:
                 entry = old.find(b"f")
                 assert entry is not None
                 assert (entry.uid, entry.gid) == (1000, 1001)
