@@ -219,6 +219,8 @@ class SessionShare(Section):
     count: Annotated[Count, Field(le=1_000_000)] = 100
     size: Size = 4 * 2**30
     """Bytes on disk that all their checkpoints hold."""
+    inodes: Annotated[Count, Field(le=1_000_000_000)] = 1_000_000
+    """Entries that all their checkpoints have."""
 
 
 class CallerRule(Section):

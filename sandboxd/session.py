@@ -11,29 +11,36 @@ from typing import TYPE_CHECKING, Literal
 import anyio.to_thread
 from uuid6 import uuid7
 
-from sandboxd import errors, units
+from sandboxd import errors
 from sandboxd.engine.stacked import attach_stack
 from sandboxd.failpoint import failpoint
 from sandboxd.models import Cause
 from sandboxd.workspace import layer, tables
+from sandboxd.workspace.shares import refuse
 from sandboxd.workspace.view import Lent
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections import Counter
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import ExitStack
     from pathlib import Path
 
+    from sandboxd.config import SessionShare
     from sandboxd.engine.base import Slot
     from sandboxd.journal import Journal
     from sandboxd.models import Outcome
     from sandboxd.workspace.checkout import Checkout
+    from sandboxd.workspace.shares import Shares
     from sandboxd.workspace.store import LayerStore
     from sandboxd.workspace.tables import Checkpoint, Row, Stack
     from sandboxd.workspace.turns import Turns
 
-__all__ = ["OWNER", "CallSession", "Commit", "lowest"]
+__all__ = ["LONG", "MOST_LAYERS", "OWNER", "CallSession", "Commit", "lowest"]
+
+LONG = 3 * tables.FAN
+"""Layers of a stack whose merges were missed."""
+MOST_LAYERS = 200
+"""Layers of a stack on which nothing more is kept: overlayfs takes 500, and each is a descriptor for us."""
 
 OWNER = (1000, 1000)
 """Who has what is made from outside where nothing says whose it is: the tool of a policy that names none."""
@@ -87,12 +94,12 @@ class CallSession:
     def __init__(
         self,
         row: Row,
-        share: int,
+        share: SessionShare,
         *,
         journal: Journal,
         store: LayerStore,
         turns: Turns,
-        held: Counter[int],
+        held: Shares,
         kept: Callable[[Checkpoint, int], None],
         checkout: Checkout | None = None,
     ) -> None:
@@ -129,6 +136,9 @@ class CallSession:
         self._start = await self._journal.read(read)
         if self._start is None:
             raise errors.HostFailed(f"session {self.row.id} is gone")
+        layers = len(self._start.stack.layers)
+        if layers > LONG:  # also where nothing can be kept until they are merged
+            self._on_kept(self._start.head, layers)
 
     @property
     def has_turn(self) -> bool:
@@ -186,6 +196,7 @@ class CallSession:
         upper = slot.stacked.upper_fd
         if self._is_unchanged(upper, slot.id_base):
             return
+        self._check_depth(self._start)
         self._kept(*self._store.take(upper, slot.id_base))
 
     def _kept(self, name: str, figures: layer.Figures) -> Checkpoint:
@@ -193,6 +204,7 @@ class CallSession:
         start = self._start
         try:
             self._check_quota(start, figures)
+            self._held.take(start.row.uid, figures.size, figures.inodes + 1, self._share)
         except BaseException:
             self._store.remove(name)
             raise
@@ -213,6 +225,7 @@ class CallSession:
     def make(self, fill: Callable[[Sequence[Path | Lent], int], None]) -> Checkpoint:
         """The same of a layer that ``fill`` makes over the session's, in an empty directory."""
         assert self._start is not None  # noqa: S101
+        self._check_depth(self._start)
         below = tuple(self._store.path(name) for name in self._start.stack.layers)
 
         def filled(into: int, _: int) -> layer.Figures:
@@ -234,22 +247,27 @@ class CallSession:
         finally:
             os.close(newest)
 
-    def _check_quota(self, start: _Start, figures: layer.Figures) -> None:
+    @staticmethod
+    def _check_depth(start: _Start) -> None:
+        layers = len(start.stack.layers) + 1
+        if layers > MOST_LAYERS:
+            raise errors.QuotaExceeded(
+                f"the call's files are not kept: the session would have {layers} layers, more than the "
+                f"{MOST_LAYERS} that one may have; they are merged in the background: try again",
+                quota="session.layers",
+                asked=layers,
+                allowed=MOST_LAYERS,
+            )
+
+    @staticmethod
+    def _check_quota(start: _Start, figures: layer.Figures) -> None:
         row, stack = start.row, start.stack
-        for quota, allowed, asked, show in (
-            ("session.size", row.quota_size, stack.size + figures.size, units.format_size),
-            ("session.inodes", row.quota_inodes, stack.inodes + figures.inodes, units.format_count),
-            ("sessions.size", self._share, self._held[row.uid] + figures.size, units.format_size),
+        for quota, allowed, asked in (
+            ("session.size", row.quota_size, stack.size + figures.size),
+            ("session.inodes", row.quota_inodes, stack.inodes + figures.inodes),
         ):
             if allowed is not None and asked > allowed:
-                whose = "all sessions of its caller" if quota == "sessions.size" else "the session"
-                raise errors.QuotaExceeded(
-                    f"the call's files are not kept: with them {whose} would have {show(asked)}, more than "
-                    f"the {show(allowed)} of its quota",
-                    quota=quota,
-                    asked=asked,
-                    allowed=allowed,
-                )
+                refuse(quota, asked, allowed)
 
     def commit(self, connection: sqlite3.Connection) -> None:
         """What comes about with the outcome, in its transaction. Raises StateConflict; then nothing does."""
@@ -268,8 +286,21 @@ class CallSession:
         """The transaction is on disk."""
         failpoint("session.committed")
         if self._made is not None and self._start is not None:
-            self._held[self._made.uid] += self._made.size
             self._on_kept(self._made, len(self._start.stack.layers) + 1)
+
+    def undo(self) -> Callable[[sqlite3.Connection], None]:
+        """What takes ``commit`` back, where whoever asked is told that nothing has changed.
+
+        The layer is removed at the next start.
+        """
+        start, made = self._start, self._made
+
+        def take_back(connection: sqlite3.Connection) -> None:
+            if start is not None and made is not None:
+                tables.move(connection, start.row.id, since=made.id, to=start.head.id)
+                tables.remove_checkpoint(connection, made.id)
+
+        return take_back
 
     async def abandon(self) -> None:
         """The outcome could not be written with what was kept: it goes, unless it was written after all."""
@@ -281,4 +312,5 @@ class CallSession:
         except errors.SandboxdError:
             return  # it is removed at the next start, if nothing refers to it
         if found is None:
+            self._held.give(made.uid, made.size, made.inodes + 1)
             await anyio.to_thread.run_sync(self._store.remove, made.layer)

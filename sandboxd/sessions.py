@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter, deque
+from collections import deque
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,11 +27,12 @@ from uuid6 import uuid7
 
 from sandboxd import errors, models, units
 from sandboxd.init import LAUNCH
-from sandboxd.session import OWNER, CallSession
+from sandboxd.session import LONG, OWNER, CallSession
 from sandboxd.workspace import tables
 from sandboxd.workspace.checkout import Checkout
 from sandboxd.workspace.layer import Figures
 from sandboxd.workspace.merge import merge
+from sandboxd.workspace.shares import Shares
 from sandboxd.workspace.turns import Turns
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ __all__ = ["Sessions", "Standing"]
 
 LOOK = 1.0  # seconds between two looks for sessions whose time is over
 MOST = 500  # of a page
-LONG = 3 * tables.FAN  # layers of a stack whose merges were missed
 
 log = structlog.get_logger("sandboxd.sessions")
 
@@ -72,10 +72,10 @@ class Sessions:
         self._checkouts: dict[str, Checkout] = {}
         self._store = store
         self._turns = Turns()
-        self._held: Counter[int] = Counter()
+        self._held = Shares()
         self._removing: set[str] = set()
         self._to_merge: deque[str] = deque()
-        self._to_prune: deque[str] = deque()
+        self._to_prune: deque[str | None] = deque()
         self._wake = anyio.Event()
 
     async def open(self) -> None:
@@ -90,8 +90,8 @@ class Sessions:
         removed = await anyio.to_thread.run_sync(self._store.clean, referenced)
         if removed:
             log.warning("files of calls without an outcome were removed", layers=removed)
-        self._held = Counter(held)
-        self._to_prune += going
+        self._held.start(held)
+        self._to_prune += [*going, None]
 
     async def run(self) -> None:
         """Look after sessions until cancelled. No fault in here ends a call."""
@@ -142,7 +142,11 @@ class Sessions:
             checkout.close()
             raise errors.StateConflict(f"session {named!r} stands on another directory than the one passed")
         self._checkouts[row.id] = checkout
-        return await self._info(row)
+        try:
+            return await self._info(await self._find(caller, row.id))  # it may have gone meanwhile
+        except errors.NotFound:
+            self._let_go(row.id)
+            raise
 
     async def _lent(self, id_: str, handle: str, caller: Caller) -> Checkout:
         with (handed := self._handles.take(handle, caller.uid)) as directory:
@@ -213,6 +217,14 @@ class Sessions:
                 asked=asked.quota.size,
                 allowed=caller.sessions.size,
             )
+        if asked.quota.inodes is not None and asked.quota.inodes > caller.sessions.inodes:
+            raise errors.QuotaExceeded(
+                f"quota.inodes {units.format_count(asked.quota.inodes)} is more than the "
+                f"{units.format_count(caller.sessions.inodes)} that all your sessions may have",
+                quota="sessions.inodes",
+                asked=asked.quota.inodes,
+                allowed=caller.sessions.inodes,
+            )
         quota = asked.quota
         return tables.Row(
             id_, caller.uid, asked.name, asked.policy, asked.labels, now, now, asked.ttl, asked.idle,
@@ -239,7 +251,12 @@ class Sessions:
                 raise errors.NotFound("the checkpoint was removed")
             tables.insert_session(connection, row)
 
-        await self._journal.write(insert)
+        def undo(connection: sqlite3.Connection) -> None:
+            tables.remove_session(connection, row.id)
+            if first is not None:
+                tables.remove_checkpoint(connection, first.id)
+
+        await self._journal.write(insert, undo=undo)
         return await self._info(row)
 
     async def get(self, caller: Caller, named: str) -> models.SessionInfo:
@@ -309,16 +326,21 @@ class Sessions:
         await self._delete(row)
         log.info("session removed", id=row.id, uid=caller.uid)
 
-    async def _delete(self, row: Row) -> None:
+    async def _delete(self, row: Row, *, over: int | None = None) -> bool:
+        """Whether it went; with ``over`` only where its time is over then."""
         with self._alone(row):
             self._removing.add(row.id)
             try:
-                await self._journal.write(lambda connection: tables.mark_gone(connection, row.id))
+                gone = await self._journal.write(
+                    lambda connection: tables.mark_gone(connection, row.id, over=over)
+                )
             finally:
                 self._removing.discard(row.id)
-        self._let_go(row.id)
-        self._to_prune.append(row.id)
-        self._wake.set()
+        if gone:
+            self._let_go(row.id)
+            self._to_prune.append(row.id)
+            self._wake.set()
+        return gone
 
     # What its files are read and changed for.
 
@@ -366,7 +388,7 @@ class Sessions:
             await hold.begin()
             made = await anyio.to_thread.run_sync(hold.make, fill)
             try:
-                await self._journal.write(hold.commit)
+                await self._journal.write(hold.commit, undo=hold.undo())
             except BaseException:
                 with anyio.CancelScope(shield=True):
                     await hold.abandon()
@@ -396,7 +418,7 @@ class Sessions:
         self._turns.enter(row.id)
         return CallSession(
             row,
-            caller.sessions.size,
+            caller.sessions,
             journal=self._journal,
             store=self._store,
             turns=self._turns,
@@ -415,7 +437,8 @@ class Sessions:
 
     def _kept(self, checkpoint: Checkpoint, layers: int) -> None:
         """A call was kept: where there are enough layers, they are made into one."""
-        if checkpoint.depth % tables.FAN == 0 or layers > LONG:
+        wanted = checkpoint.depth % tables.FAN == 0 or layers > LONG
+        if wanted and checkpoint.id not in self._to_merge:
             self._to_merge.append(checkpoint.id)
             self._wake.set()
 
@@ -488,63 +511,62 @@ class Sessions:
             if row is None or not self._is_over(row):
                 continue
             try:
-                await self._delete(row)
-                log.info("session removed", id=row.id, uid=row.uid, why="its time is over")
+                if await self._delete(row, over=_now()):
+                    log.info("session removed", id=row.id, uid=row.uid, why="its time is over")
             except errors.SessionBusy:
                 continue
 
-    async def _prune(self, session: str) -> None:
+    async def _prune(self, session: str | None) -> None:
         """Forget what nothing stands on, in steps; then its layers go."""
-        complete = False
+        complete, steps = False, 0
         while not complete:
             found = await self._journal.write(lambda connection: tables.prune(connection, session))
-            self._held.subtract(found.freed)
+            for freed in found.freed:
+                self._held.give(*freed)
             for name in found.layers:
                 await anyio.to_thread.run_sync(self._store.remove, name)
-            complete = found.complete
+            complete, steps = found.complete, steps + 1
+        if session is not None and steps > 1:  # what is nobody's may have been left between them
+            await self._prune(None)
 
-    async def _bottom(self, checkpoint: str) -> tuple[Path, ...] | None:
-        """What is below all layers of a session; None where it stands on a directory that is not there."""
+    async def _is_lent(self, checkpoint: str) -> bool:
+        """Whether the session of a checkpoint stands on a directory of its caller's."""
 
         def read(connection: sqlite3.Connection) -> Row | None:
             found = tables.checkpoint(connection, checkpoint)
             return None if found is None else tables.find(connection, found.session or "", None)
 
         row = await self._journal.read(read)
-        if row is None or row.checkout is None:
-            return ()
-        return (self._checkouts[row.id].place,) if row.id in self._checkouts else None
+        return row is not None and row.checkout is not None
 
     async def _merge(self, checkpoint: str) -> None:
         """Make layers below a checkpoint into fewer; what goes wrong is tried again with a later call."""
         wanted = await self._journal.read(lambda connection: tables.due(connection, checkpoint))
-        bottom = await self._bottom(checkpoint)
-        if bottom is None:
-            return
+        lent = await self._is_lent(checkpoint)
         for end, span, below in wanted:
+            try:
+                await self._merge_one(end, span, below, lent=lent)
+            except errors.SandboxdError:  # the others may go
+                log.exception("layers of a session could not be merged", checkpoint=end.id, span=span)
 
-            def read(
-                connection: sqlite3.Connection, end: Checkpoint = end, span: int = span, below: str = below
-            ) -> tuple[Stack, Stack]:
-                floor = end.depth - span
-                return tables.stack_of(connection, end.id, floor=floor), tables.stack_of(connection, below)
+    async def _merge_one(self, end: Checkpoint, span: int, below: str, *, lent: bool) -> None:
+        def read(connection: sqlite3.Connection) -> tuple[Stack, Stack]:
+            floor = end.depth - span
+            return tables.stack_of(connection, end.id, floor=floor), tables.stack_of(connection, below)
 
-            upper, lower = await self._journal.read(read)
-            if len(upper.layers) < 2:
-                continue
+        upper, lower = await self._journal.read(read)
+        if len(upper.layers) < 2:
+            return
 
-            def fill(into: int, _: int, upper: Stack = upper, lower: Stack = lower) -> Figures:
-                size, inodes = merge(
-                    tuple(self._paths(upper.layers)), into, below=(*self._paths(lower.layers), *bottom)
-                )
-                return Figures("", size, inodes)
+        def fill(into: int, scratch: int) -> Figures:
+            paths = tuple(self._paths(upper.layers))
+            beneath = tuple(self._paths(lower.layers))
+            return Figures("", *merge(paths, into, below=beneath, scratch=scratch, lent=lent))
 
-            name, figures = await anyio.to_thread.run_sync(self._store.add, fill)
-            made = tables.Merge(end.id, span, below, name, figures.size, figures.inodes)
-            if not await self._journal.write(
-                lambda connection, made=made: tables.insert_merge(connection, made)  # type: ignore[misc]
-            ):
-                await anyio.to_thread.run_sync(self._store.remove, name)
+        name, figures = await anyio.to_thread.run_sync(self._store.add, fill)
+        made = tables.Merge(end.id, span, below, name, figures.size, figures.inodes)
+        if not await self._journal.write(lambda connection: tables.insert_merge(connection, made)):
+            await anyio.to_thread.run_sync(self._store.remove, name)
 
 
 @dataclass(frozen=True)

@@ -512,9 +512,22 @@ class Journal:
 
         return await self._read(read)
 
-    async def write(self, operation: Callable[[sqlite3.Connection], T]) -> T:
-        """Run a transaction of those who keep tables of their own here, durably. What it raises undoes it."""
-        return await self._writer.run(lambda transaction: operation(transaction.connection), durable=True)
+    async def write(
+        self,
+        operation: Callable[[sqlite3.Connection], T],
+        *,
+        undo: Callable[[sqlite3.Connection], object] | None = None,
+    ) -> T:
+        """Run a transaction of those who keep tables of their own here, durably. What it raises undoes it.
+
+        Where it raises HostFailed it may have been written and not synced: ``undo`` is run before any other
+        transaction then. Without one, it may be on disk.
+        """
+        return await self._writer.run(
+            lambda transaction: operation(transaction.connection),
+            durable=True,
+            undo=None if undo is None else lambda transaction: undo(transaction.connection),
+        )
 
     async def read(self, read: Callable[[sqlite3.Connection], T]) -> T:
         """What ``read`` finds in those tables."""

@@ -32,20 +32,24 @@ from typing import TYPE_CHECKING
 from sandboxd import errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 __all__ = [
     "IDS",
     "OPAQUE",
     "Figures",
+    "directory_size",
     "dress",
+    "extents",
     "is_opaque",
     "is_same",
     "is_whiteout",
+    "link_size",
     "measure",
     "remove_tree",
     "step",
     "take",
+    "whole_blocks",
 ]
 
 IDS = 65_536
@@ -53,6 +57,8 @@ IDS = 65_536
 OPAQUE = "trusted.overlay.opaque"
 ACLS = ("system.posix_acl_access", "system.posix_acl_default")
 BLOCK = 4096
+INLINE = 60  # bytes of a symbolic link that ext4 keeps in the inode; others keep more
+ROW = 16  # bytes of a directory's entry beside its name, rounded up
 ZEROS = bytes(BLOCK)
 CHUNK = 256 * BLOCK
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -71,11 +77,29 @@ UNFIT = {
 
 @dataclass(frozen=True)
 class Figures:
-    """What is known of a layer: the digest of its content, bytes of its files without holes, and entries."""
+    """What is known of a layer: the digest of its content, bytes that it takes on disk, and entries.
+
+    Bytes are whole blocks, and those of directories, links and attributes too: at least one in each layer.
+    """
 
     digest: str
     size: int
     inodes: int
+
+
+def whole_blocks(size: int) -> int:
+    """Bytes on disk of so many."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def directory_size(names: Iterable[str]) -> int:
+    """Bytes on disk of a directory with these names. Its blocks may be no more than half full."""
+    return max(BLOCK, whole_blocks(2 * sum(ROW + len(_bytes(name)) for name in names)))
+
+
+def link_size(length: int) -> int:
+    """Bytes on disk of a symbolic link to a path of so many."""
+    return 0 if length < INLINE else BLOCK
 
 
 def is_whiteout(status: os.stat_result) -> bool:
@@ -178,9 +202,9 @@ class _Walk:
             self._target = step(self._target, name)
 
     def _frame(self, name: str) -> _Frame:
-        return _Frame(
-            name, os.fstat(self._source), sorted(os.listdir(self._source), key=_bytes, reverse=True)
-        )
+        names = sorted(os.listdir(self._source), key=_bytes, reverse=True)
+        self._size += directory_size(names)
+        return _Frame(name, os.fstat(self._source), names)
 
     def _entry(self, frame: _Frame, name: str) -> _Frame | None:
         """Take one entry of a directory; a directory is returned, to be taken next."""
@@ -224,6 +248,7 @@ class _Walk:
             return self._file(name, status)
         if stat.S_ISLNK(mode):
             aim = os.readlink(name, dir_fd=self._source)
+            self._size += link_size(len(_bytes(aim)))
             if self._target >= 0:
                 os.symlink(aim, name, dir_fd=self._target)
             return b"symlink", _bytes(aim), b"", self._settled(name, status)
@@ -272,28 +297,23 @@ class _Walk:
     def _data(self, source: int, target: int, size: int) -> bytes:
         """Copy what is no hole, block by block; returns the digest of it."""
         digest, runs, end = hashlib.sha256(), bytearray(), -1
-        at = 0
-        while at < size:
-            try:
-                at = os.lseek(source, at, os.SEEK_DATA) // BLOCK * BLOCK
-            except OSError as error:
-                if error.errno != errno.ENXIO:  # nothing but a hole is left
-                    raise
-                break
-            until = min(size, os.lseek(source, at, os.SEEK_HOLE))
+        for begin, until in extents(source, size):
+            at = begin
+            if target < 0:  # zeros that are there take room, and are not copied
+                self._size += whole_blocks(until - at)
             while at < until:
-                data = os.pread(source, CHUNK, at)
+                data = os.pread(source, min(CHUNK, until - at), at)
                 if not data:
                     break
                 for offset, run in _nonzero(data):
                     where = at + offset
                     if target >= 0:
                         _write_at(target, run, where)
+                        self._size += whole_blocks(len(run))
                     if where != end:
                         runs += struct.pack(">q", where)
                     end = where + len(run)
                     digest.update(run)
-                    self._size += len(run)
                 at += len(data)
         if target >= 0:
             os.ftruncate(target, size)
@@ -313,6 +333,7 @@ class _Walk:
             kept += [os.fsencode(name), value]
             if target >= 0:
                 os.setxattr(target, name, value)
+        self._size += whole_blocks(sum(ROW + len(one) for one in kept))
         return _framed(*kept)
 
     def _end_directory(self, frame: _Frame) -> bytes:
@@ -336,7 +357,11 @@ class _Walk:
         uid, gid = (
             (status.st_uid, status.st_gid) if self._target >= 0 or not self._base else self._ids(status)
         )
-        return struct.pack(">IIIq", stat.S_IMODE(status.st_mode), uid, gid, status.st_mtime_ns)
+        owner = struct.pack(">III", stat.S_IMODE(status.st_mode), uid, gid)
+        if -(1 << 63) <= status.st_mtime_ns < 1 << 63:
+            return owner + _number(status.st_mtime_ns)
+        # before 1677 or after 2262
+        return owner + struct.pack(">qI", *divmod(status.st_mtime_ns, 10**9))
 
 
 def _bytes(name: str) -> bytes:
@@ -359,6 +384,20 @@ def is_opaque(directory: int) -> bool:
         if error.errno in {errno.ENODATA, errno.EOPNOTSUPP}:
             return False
         raise
+
+
+def extents(file: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where a file is no hole, in whole blocks but for its end: begin and end. Raises OSError."""
+    end = 0
+    while end < size:
+        try:
+            at = os.lseek(file, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # nothing but a hole is left
+                raise
+            return
+        begin, end = at // BLOCK * BLOCK, min(size, whole_blocks(os.lseek(file, at, os.SEEK_HOLE)))
+        yield begin, end
 
 
 def _nonzero(data: bytes) -> Iterator[tuple[int, bytes]]:

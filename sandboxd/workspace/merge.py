@@ -6,25 +6,46 @@ layers below, which are looked at and not merged, stays: whiteouts, and director
 become so, since something in between hid what was below. A whiteout that hides nothing must not stay:
 overlayfs shows it where its directory has no other below. The walk has one descriptor for each layer,
 whatever the depth, and follows nothing.
+
+Where a directory of a caller's is below, which changes, what it has at the moment says nothing: all that
+may ever hide something of it stays. For overlayfs to show none of those whiteouts, their directories are
+marked as copied from elsewhere, ``trusted.overlay.origin``, which is empty where nobody knows from where.
+
+A file may have more names than a file system lets it have when each layer that it is in has as many: it is
+copied then, and its further names are the copy's.
 """
 
 # ruff: noqa: PTH208  -- directories are descriptors here
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from sandboxd.workspace.layer import DIRECTORY, OPAQUE, is_opaque, is_whiteout, step
+from sandboxd.workspace.layer import (
+    DIRECTORY,
+    FILE,
+    OPAQUE,
+    directory_size,
+    extents,
+    is_opaque,
+    is_whiteout,
+    link_size,
+    step,
+    whole_blocks,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
 __all__ = ["merge"]
+
+ORIGIN = "trusted.overlay.origin"
 
 
 @dataclass
@@ -36,22 +57,34 @@ class _Frame:
     opaque: bool
     """Whether something in between hides what is below."""
     left: list[tuple[str, list[int]]] = field(default_factory=list)
+    made: list[str] = field(default_factory=list)
+    hiding: bool = False
+    """Whether a whiteout was put here that may have nothing to hide."""
 
 
-def merge(layers: Sequence[Path], into: int, *, below: Sequence[Path]) -> tuple[int, int]:
+def merge(
+    layers: Sequence[Path], into: int, *, below: Sequence[Path], scratch: int, lent: bool = False
+) -> tuple[int, int]:
     """Merge layers, the newest first, into an empty directory (a descriptor); ``below`` are those beneath.
 
-    Returns bytes that its files take on disk, and entries. Raises OSError.
+    ``scratch`` is an empty directory beside it, which is empty again afterwards; with ``lent`` a directory
+    that changes is below them all. Returns bytes on disk as ``Figures`` has them, and entries. Raises
+    OSError.
     """
-    return _Merge(into, len(layers)).run([*layers, *below])
+    return _Merge(into, len(layers), scratch, lent=lent).run([*layers, *below])
 
 
 class _Merge:
     """``count`` of the layers are merged, the others are below."""
 
-    def __init__(self, into: int, count: int) -> None:
+    def __init__(self, into: int, count: int, scratch: int, *, lent: bool) -> None:
         self._into = into
         self._count = count
+        self._scratch = scratch
+        self._lent = lent
+        self._copies: dict[tuple[int, int], str] = {}
+        self._copied = 0
+        self._met: set[tuple[int, int]] = set()
         self._at: list[int] = []
         self._target = -1
         self._size = 0
@@ -60,6 +93,7 @@ class _Merge:
     def run(self, layers: Sequence[Path]) -> tuple[int, int]:
         with ExitStack() as stack:
             stack.callback(self._close)
+            stack.callback(self._clear_scratch)
             for layer in layers:
                 self._at.append(os.open(layer, DIRECTORY))
             self._target = os.open(".", DIRECTORY, dir_fd=self._into)
@@ -81,6 +115,10 @@ class _Merge:
         for fd in (*self._at, self._target):
             if fd >= 0:
                 os.close(fd)
+
+    def _clear_scratch(self) -> None:
+        for name in self._copies.values():
+            os.unlink(name, dir_fd=self._scratch)
 
     def _move(self, members: list[int], name: str) -> None:
         for member in members:
@@ -106,8 +144,11 @@ class _Merge:
         first = os.stat(name, dir_fd=self._at[having[0]], follow_symlinks=False)
         beneath = [member for member in frame.members if member >= self._count]
         if not stat.S_ISDIR(first.st_mode):
-            if beneath or not is_whiteout(first):
+            whiteout = is_whiteout(first)
+            if beneath or not whiteout or (self._lent and not frame.opaque):
                 self._link(having[0], name, first)
+                frame.made.append(name)
+                frame.hiding = frame.hiding or (whiteout and self._lent)
             return None
         members, opaque = [having[0]], frame.opaque
         for member in [*having[1:], *beneath]:
@@ -120,25 +161,98 @@ class _Merge:
                 break
             members.append(member)
         os.mkdir(name, 0o700, dir_fd=self._target)
+        frame.made.append(name)
         self._entries += 1
         self._move(members, name)
         return self._frame(name, members, opaque=opaque)
 
     def _link(self, member: int, name: str, status: os.stat_result) -> None:
-        at = self._at[member]
-        os.link(name, name, src_dir_fd=at, dst_dir_fd=self._target, follow_symlinks=False)
+        file = status.st_dev, status.st_ino
+        known = self._copies.get(file)
+        source, source_name = (self._at[member], name) if known is None else (self._scratch, known)
+        fds = {"src_dir_fd": source, "dst_dir_fd": self._target}
+        try:
+            os.link(source_name, name, follow_symlinks=False, **fds)
+        except OSError as error:
+            if error.errno != errno.EMLINK:
+                raise
+            source_name = self._copy(self._at[member], name, status)
+            if known is not None:
+                os.unlink(known, dir_fd=self._scratch)
+            self._copies[file] = source_name
+            os.link(
+                source_name, name, src_dir_fd=self._scratch, dst_dir_fd=self._target, follow_symlinks=False
+            )
+            self._count_in(status)
+            return
+        if status.st_nlink > 1:
+            if file in self._met:
+                return
+            self._met.add(file)
+        self._count_in(status)
+
+    def _count_in(self, status: os.stat_result) -> None:
         self._entries += 1
-        self._size += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
+        if stat.S_ISREG(status.st_mode):
+            self._size += whole_blocks(status.st_blocks * 512)
+        elif stat.S_ISLNK(status.st_mode):
+            self._size += link_size(status.st_size)
+
+    def _copy(self, at: int, name: str, status: os.stat_result) -> str:
+        """Copy what is no directory to the scratch directory, where it has one name."""
+        self._copied += 1
+        copy, kind = str(self._copied), stat.S_IFMT(status.st_mode)
+        if kind == stat.S_IFREG:
+            self._copy_file(at, name, copy)
+        elif kind == stat.S_IFLNK:
+            os.symlink(os.readlink(name, dir_fd=at), copy, dir_fd=self._scratch)
+        else:
+            os.mknod(copy, kind | 0o600, status.st_rdev, dir_fd=self._scratch)
+        os.chown(copy, status.st_uid, status.st_gid, dir_fd=self._scratch, follow_symlinks=False)
+        if kind != stat.S_IFLNK:
+            os.chmod(copy, stat.S_IMODE(status.st_mode), dir_fd=self._scratch)
+        times = (status.st_mtime_ns, status.st_mtime_ns)
+        os.utime(copy, ns=times, dir_fd=self._scratch, follow_symlinks=False)
+        return copy
+
+    def _copy_file(self, at: int, name: str, copy: str) -> None:
+        with ExitStack() as stack:
+            source = os.open(name, FILE, dir_fd=at)
+            stack.callback(os.close, source)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            target = os.open(copy, flags, 0o600, dir_fd=self._scratch)
+            stack.callback(os.close, target)
+            size = os.fstat(source).st_size
+            for begin, end in extents(source, size):
+                at_byte = begin
+                while at_byte < end:
+                    at_byte += _copied(source, target, end - at_byte, at_byte)
+            os.ftruncate(target, size)
+            for attribute in os.listxattr(source):
+                os.setxattr(target, attribute, os.getxattr(source, attribute))
 
     def _finish(self, frame: _Frame) -> None:
         """Give the directory what the newest has of it, when all is in it that changes its time."""
-        newest = self._at[frame.members[0]]
+        newest, attributes = self._at[frame.members[0]], 0
         for name in os.listxattr(newest):
-            if name != OPAQUE:
-                os.setxattr(self._target, name, os.getxattr(newest, name))
-        if frame.opaque and len(self._at) > self._count:
+            if name not in {OPAQUE, ORIGIN}:
+                value = os.getxattr(newest, name)
+                os.setxattr(self._target, name, value)
+                attributes += len(name) + len(value)
+        self._size += directory_size(frame.made) + whole_blocks(attributes)
+        if frame.opaque and (len(self._at) > self._count or self._lent):
             os.setxattr(self._target, OPAQUE, b"y")
+        if frame.hiding:
+            os.setxattr(self._target, ORIGIN, b"")
         status = os.fstat(newest)
         os.fchown(self._target, status.st_uid, status.st_gid)
         os.fchmod(self._target, stat.S_IMODE(status.st_mode))
         os.utime(self._target, ns=(status.st_mtime_ns, status.st_mtime_ns))
+
+
+def _copied(source: int, target: int, most: int, at: int) -> int:
+    """Copy some bytes to the same place of another file; how many."""
+    done = os.copy_file_range(source, target, most, at, at)
+    if not done:
+        raise OSError(errno.EIO, "a file of a session has lost its end")
+    return done

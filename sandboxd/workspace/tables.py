@@ -8,7 +8,6 @@ that stands for them, so a stack has at most some dozen layers however many call
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +40,8 @@ __all__ = [
     "move",
     "prune",
     "referenced",
+    "remove_checkpoint",
+    "remove_session",
     "stack_of",
     "touch",
     "within",
@@ -125,10 +126,11 @@ class Stack:
 
 @dataclass(frozen=True)
 class Pruned:
-    """Layers that nothing refers to any more, bytes that callers have again, and whether that is all."""
+    """Layers that nothing refers to any more, what callers have again, and whether that is all."""
 
     layers: list[str]
-    freed: Counter[int]
+    freed: list[tuple[int, int, int]]
+    """Uid, bytes and entries, each as ``held`` counts them."""
     complete: bool
 
 
@@ -338,10 +340,12 @@ def due(connection: sqlite3.Connection, id_: str) -> list[tuple[Checkpoint, int,
     return found
 
 
-def held(connection: sqlite3.Connection) -> dict[int, int]:
-    """Bytes of all layers that were made in the sessions of each caller."""
-    rows = connection.execute("SELECT uid, sum(size) FROM checkpoints GROUP BY uid")
-    return {row[0]: int(row[1]) for row in rows}
+def held(connection: sqlite3.Connection) -> dict[int, tuple[int, int]]:
+    """Bytes and entries of all layers made in the sessions of each caller; a layer is an entry itself."""
+    rows = connection.execute(
+        "SELECT uid, sum(size), sum(inodes + 1) FROM checkpoints WHERE layer IS NOT NULL GROUP BY uid"
+    )
+    return {row[0]: (int(row[1]), int(row[2])) for row in rows}
 
 
 def count_of(connection: sqlite3.Connection, uid: int) -> int:
@@ -363,54 +367,74 @@ def going(connection: sqlite3.Connection) -> list[str]:
     return [row[0] for row in connection.execute("SELECT id FROM sessions WHERE gone")]
 
 
-def mark_gone(connection: sqlite3.Connection, session: str) -> bool:
-    """Take a session away from everybody's eyes; whether it was there."""
+def mark_gone(connection: sqlite3.Connection, session: str, *, over: int | None = None) -> bool:
+    """Take a session away from everybody's eyes; whether it was there, and its time over at ``over``."""
     return bool(
-        connection.execute("UPDATE sessions SET gone = 1 WHERE id = ? AND NOT gone", (session,)).rowcount
+        connection.execute(
+            "UPDATE sessions SET gone = 1 WHERE id = ?1 AND NOT gone AND (?2 IS NULL OR expires <= ?2)",
+            (session, over),
+        ).rowcount
     )
 
 
-def prune(connection: sqlite3.Connection, session: str, *, limit: int = 200) -> Pruned:
+def remove_checkpoint(connection: sqlite3.Connection, id_: str) -> None:
+    """Forget a checkpoint, and its merges."""
+    connection.execute("DELETE FROM merges WHERE checkpoint = ?", (id_,))
+    connection.execute("DELETE FROM checkpoints WHERE id = ?", (id_,))
+
+
+def remove_session(connection: sqlite3.Connection, id_: str) -> None:
+    """Forget a session, and none of its checkpoints."""
+    connection.execute("DELETE FROM sessions WHERE id = ?", (id_,))
+
+
+def prune(connection: sqlite3.Connection, session: str | None, *, limit: int = 200) -> Pruned:
     """Forget checkpoints of a session on which nothing stands, ``limit`` of them at once.
 
-    Of a session that is gone, what others stand on is nobody's then, and the session is forgotten in the end.
+    Of a session that is gone, what others stand on is nobody's then, and the session is forgotten in the end:
+    what it stood on itself, of one that went before, is forgotten too. ``session`` None: what is nobody's.
+    Steps that are not complete may leave some of that.
     """
-    layers, freed, count = [], Counter[int](), 0
-    gone = connection.execute("SELECT gone FROM sessions WHERE id = ?", (session,)).fetchone()
+    layers: list[str] = []
+    freed: list[tuple[int, int, int]] = []
+    count = 0
+    ended = connection.execute(
+        "SELECT head, origin FROM sessions WHERE id = ? AND gone", (session,)
+    ).fetchone()
     leaves = [
         row[0]
         for row in connection.execute(
-            "SELECT id FROM checkpoints AS c WHERE session = ?"
+            "SELECT id FROM checkpoints AS c WHERE session IS ?"
             " AND NOT EXISTS (SELECT 1 FROM checkpoints WHERE parent = c.id)"
             " AND NOT EXISTS (SELECT 1 FROM sessions WHERE (head = c.id OR origin = c.id) AND NOT gone)"
             " ORDER BY id DESC LIMIT ?",
             (session, limit),
         )
     ]
-    queue = list(leaves)
+    queue = [one for one in dict.fromkeys(ended or ()) if _is_free(connection, one, session)]
+    queue += [one for one in leaves if one not in queue]
     while queue and count < limit:
         one = checkpoint(connection, queue.pop())
         if one is None:
             continue
         layers += [one.layer] if one.layer is not None else []
-        freed[one.uid] += one.size
+        freed += [(one.uid, one.size, one.inodes + 1)] if one.layer is not None else []
         layers += [
             row[0] for row in connection.execute("SELECT layer FROM merges WHERE checkpoint = ?", (one.id,))
         ]
-        connection.execute("DELETE FROM merges WHERE checkpoint = ?", (one.id,))
-        connection.execute("DELETE FROM checkpoints WHERE id = ?", (one.id,))
+        remove_checkpoint(connection, one.id)
         count += 1
         if one.parent is not None and _is_free(connection, one.parent, session):
             queue.append(one.parent)
     if queue or len(leaves) == limit:
         return Pruned(layers, freed, complete=False)
-    if gone and gone[0]:
+    if ended and session is not None:
         connection.execute("UPDATE checkpoints SET session = NULL WHERE session = ?", (session,))
-        connection.execute("DELETE FROM sessions WHERE id = ?", (session,))
+        remove_session(connection, session)
     return Pruned(layers, freed, complete=True)
 
 
-def _is_free(connection: sqlite3.Connection, id_: str, session: str) -> bool:
+def _is_free(connection: sqlite3.Connection, id_: str, session: str | None) -> bool:
     """Whether nothing stands on a checkpoint, and it is of this session, or of one that was removed."""
     return connection.execute(
         "SELECT 1 FROM checkpoints AS c WHERE id = ?1 AND (session IS NULL OR session = ?2)"

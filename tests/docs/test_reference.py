@@ -104,7 +104,10 @@ def test_every_key_of_the_configuration_is_documented_with_its_default() -> None
         for name in ("header_timeout", "body_timeout", "body_time", "keep_alive")
     }
     formats |= {"budget.inputs": units.format_size, "pool.age": units.format_duration}
-    formats |= {"callers[].sessions.size": units.format_size}
+    formats |= {
+        "callers[].sessions.size": units.format_size,
+        "callers[].sessions.inodes": units.format_count,
+    }
     formats |= {"docker.timeout": units.format_duration}
     formats |= {"network.memory": units.format_size, "network.cpus": units.format_cpus}
     formats |= {"socket.mode": lambda value: f'"{value:04o}"', "budget.memory": lambda value: f"{value:.0%}"}

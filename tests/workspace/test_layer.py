@@ -112,7 +112,8 @@ def test_everything_that_a_tool_can_make_is_kept_exactly(store: LayerStore, uppe
     for entry in (made / "file", made / "sub", made / "sub" / "link", made / "fifo", made / "socket"):
         assert (entry.lstat().st_uid, entry.lstat().st_gid) == (1000, 1000)
     assert figures.inodes == 9
-    assert figures.size == len(b"text\n" + b"#!/bin/sh\n" + b"odd")
+    # three files with something in them, one with an attribute, and three directories
+    assert figures.size == 4096 * (3 + 1 + 3)
 
 
 def test_a_sparse_file_stays_one_and_its_digest_is_of_its_content(store: LayerStore, upper: Path) -> None:
@@ -360,3 +361,33 @@ def test_what_nothing_refers_to_is_removed_at_start(store: LayerStore, upper: Pa
     assert not stray.exists()
     assert store.empty.exists()
     assert not list(store.mounts.iterdir())
+
+
+def test_what_a_layer_takes_on_disk_is_counted(store: LayerStore, upper: Path) -> None:
+    for number in range(500):
+        (upper / f"f{number}").write_bytes(b"x")
+        (upper / f"d{number}").mkdir()
+        (upper / f"s{number}").symlink_to("x" * 200)
+        (upper / f"e{number}").touch()
+        os.setxattr(upper / f"e{number}", "user.much", bytes(3500))
+    give(upper)
+    made, figures = take(store, upper)
+    on_disk = sum(one.lstat().st_blocks * 512 for one in (made, *made.iterdir()))
+    assert on_disk > 2000 * 4096
+    assert on_disk <= figures.size <= on_disk * 1.1
+    assert figures.inodes == 2000
+
+
+@pytest.mark.parametrize("seconds", [2**34, 17_000_000_000, -10_000_000_000])
+def test_a_time_of_any_year_is_kept(store: LayerStore, upper: Path, seconds: int) -> None:
+    (upper / "file").touch()
+    (upper / "link").symlink_to("file")
+    (upper / "d").mkdir()
+    give(upper)
+    for name in ("file", "link", "d"):
+        os.utime(upper / name, ns=(0, seconds * 10**9 + 7), follow_symlinks=False)
+    made, figures = take(store, upper)  # its digest is that of what is on disk
+    found = (made / "file").stat().st_mtime_ns
+    assert found == (made / "d").stat().st_mtime_ns == (made / "link").lstat().st_mtime_ns
+    os.utime(upper / "file", ns=(0, 0))
+    assert take(store, upper)[1].digest != figures.digest

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import stat
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,7 +20,6 @@ from sandboxd.workspace.store import LayerStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 Shown = dict[str, tuple[int, int, bytes]]
 
@@ -30,6 +30,8 @@ class Line:
     def __init__(self, directory: Path) -> None:
         self.store = LayerStore(directory / "store")
         self.layers: list[Path] = []
+        self.figures = layer.Figures("", 0, 0)
+        """Of the newest merge."""
         self._upper = directory / "tmpfs"
         self._merged = directory / "merged"
         self._upper.mkdir()
@@ -71,14 +73,16 @@ class Line:
         self._with_overlay(layers, look)
         return found
 
-    def merged(self, layers: Sequence[Path], below: Sequence[Path] = ()) -> Path:
+    def merged(self, layers: Sequence[Path], below: Sequence[Path] = (), *, lent: bool = False) -> Path:
         """One layer of several."""
 
-        def fill(into: int, _: int) -> layer.Figures:
-            size, inodes = merge(layers, into, below=below)
+        def fill(into: int, scratch: int) -> layer.Figures:
+            size, inodes = merge(layers, into, below=below, scratch=scratch, lent=lent)
+            assert not os.listdir(scratch)
             return layer.Figures("", size, inodes)
 
-        return self.store.path(self.store.add(fill)[0])
+        name, self.figures = self.store.add(fill)
+        return self.store.path(name)
 
     def _with_overlay(
         self,
@@ -209,3 +213,77 @@ def test_a_deep_tree_and_few_descriptors(line: Line) -> None:
         fd = layer.step(fd, f"directory-{number:010}")
     assert sorted(os.listdir(fd)) == ["leaf0", "leaf1", "leaf2"]
     os.close(fd)
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "fifo"])
+def test_a_file_of_too_many_names_is_copied(line: Line, kind: str) -> None:
+    """ext4 has room for 65,000 names of one file; a layer that has more than half as many is merged."""
+    fd = os.open(line.store.path(line.store.add(lambda _, __: layer.Figures("", 0, 0))[0]), layer.DIRECTORY)
+    try:
+        if kind == "link":
+            os.symlink("somewhere", "0", dir_fd=fd)
+        elif kind == "fifo":
+            os.mkfifo("0", dir_fd=fd)
+        else:
+            file = os.open("0", os.O_WRONLY | os.O_CREAT, 0o640, dir_fd=fd)
+            os.pwrite(file, b"begin", 0)
+            os.pwrite(file, b"end", 1 << 30)
+            os.setxattr(file, "user.what", b"kept")
+            os.close(file)
+        for number in range(1, 40_000):
+            os.link("0", str(number), src_dir_fd=fd, dst_dir_fd=fd, follow_symlinks=False)
+        line.layers.insert(0, Path(f"/proc/self/fd/{fd}").readlink())
+    finally:
+        os.close(fd)
+    line.change(lambda root: (root / "new").touch())
+    one = line.merged(line.layers)
+    found = [one / str(number) for number in range(40_000)]
+    assert len({entry.lstat().st_ino for entry in found}) in {1, 2}  # a file system may have no such limit
+    assert line.figures.inodes <= 3
+    assert line.figures.size < 8 << 20
+    (before, after) = (line.layers[1] / "0").lstat(), found[-1].lstat()
+    for field in ("st_mode", "st_uid", "st_gid", "st_size", "st_mtime_ns", "st_blocks"):
+        assert getattr(before, field) == getattr(after, field)
+    if kind == "link":
+        assert str(found[-1].readlink()) == "somewhere"
+    elif kind == "file":
+        assert os.getxattr(found[-1], "user.what") == b"kept"
+        with found[-1].open("rb") as opened:
+            assert opened.read(6) == b"begin\0"
+            opened.seek(1 << 30)
+            assert opened.read() == b"end"
+    again = line.merged([one, line.layers[1]])
+    assert len(os.listdir(again)) == 40_001
+
+
+def test_what_hides_files_of_a_directory_that_changes_stays(line: Line, tmp_path: Path) -> None:
+    """Layers are merged while the files that they hide are not there: they stay hidden when they are back."""
+    lent, away = tmp_path / "lent", tmp_path / "away"
+    (lent / "d" / "in").mkdir(parents=True)
+    for name in ("x", "d/y", "d/in/z", "d/stays"):
+        (lent / name).write_text(name)
+    line.layers.append(lent)
+    line.change(lambda root: (root / "d" / "y").unlink())
+    line.change(lambda root: (root / "x").unlink())
+
+    def again(root: Path) -> None:
+        shutil.rmtree(root / "d" / "in")
+        (root / "d" / "in").mkdir()
+        (root / "d" / "temporary").touch()
+
+    line.change(again)
+    line.change(lambda root: (root / "d" / "temporary").unlink())
+    expected = line.shown(line.layers)
+    assert set(expected) == {"d", "d/in", "d/stays"}
+    shutil.move(lent / "d", away)
+    (lent / "x").rename(tmp_path / "x")
+    one = line.merged(line.layers[:-1], lent=True)
+    assert set(line.shown([one, lent])) == {"d", "d/in"}  # and no whiteout
+    shutil.move(away, lent / "d")
+    (tmp_path / "x").rename(lent / "x")
+    shown = line.shown([one, lent])
+    assert set(shown) == set(expected)
+    (lent / "d" / "temporary").touch()
+    assert set(line.shown([one, lent])) == set(expected)
+    twice = line.merged([one, line.layers[-2]], lent=True)
+    assert set(line.shown([twice, lent])) == set(expected)
