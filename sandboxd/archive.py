@@ -50,6 +50,7 @@ BREATH = 0.01  # seconds between two steps
 _READ = 2048
 PIECE = 256 * 1024  # bytes of an artifact that are read at once
 MOST_RELEASES = 100
+SEARCHES = 2  # threads that search at once: those that everything else needs are not for it
 
 log = structlog.get_logger(__name__)
 
@@ -77,6 +78,8 @@ class Archive:
         self._index = SearchIndex(state / "search.sqlite3")
         self._known: object = None
         self._pruning = anyio.Lock()
+        self._sweeping = anyio.Lock()
+        self._searching = anyio.CapacityLimiter(SEARCHES)
         self.references: list[Callable[[Collection[str]], Awaitable[set[str]]]] = [journal.referenced]
 
     async def keep_policies(self) -> None:
@@ -124,6 +127,9 @@ class Archive:
                 await self._catch_up()
             except errors.SandboxdError as error:
                 log.warning("records were not indexed", reason=str(error))
+                await anyio.sleep(CHECK)
+            except Exception:  # the daemon, and its calls, do not end by it
+                log.exception("records were not indexed")
                 await anyio.sleep(CHECK)
             await anyio.sleep(PAUSE)
 
@@ -197,7 +203,7 @@ class Archive:
 
     async def search(self, query: Query) -> models.SearchResults:
         """A page of calls that fit. Raises InvalidRequest, HostFailed."""
-        return await anyio.to_thread.run_sync(self._index.find, query)
+        return await anyio.to_thread.run_sync(self._index.find, query, limiter=self._searching)
 
     async def lineage(self, digest: str, uid: int | None) -> models.Lineage:
         """The calls, of one caller or of all, that released a content. Raises NotFound, InvalidRequest."""
@@ -246,16 +252,21 @@ class Archive:
                 yield data
 
     async def _retain(self) -> None:
-        await self._remove_leftovers()
+        cleaned = False
         swept = -SWEEP
         while True:
             try:
+                if not cleaned:
+                    await self._remove_leftovers()
+                    cleaned = True
                 done = await self.prune(self._retention.age, self._retention.size)
                 if done.calls or time.monotonic() - swept >= SWEEP:
                     swept = time.monotonic()
                     await self.sweep()
             except errors.SandboxdError as error:
                 log.warning("retention has to wait", reason=str(error))
+            except Exception:  # as above
+                log.exception("retention has to wait")
             await anyio.sleep(CHECK)
 
     async def prune(self, age: int | None, size: int | None) -> models.Pruning:
@@ -311,6 +322,10 @@ class Archive:
 
     async def sweep(self) -> int:
         """Remove the blobs that nothing names; returns how many."""
+        async with self._sweeping:
+            return await self._sweep()
+
+    async def _sweep(self) -> int:
         removed = 0
         for directory in await anyio.to_thread.run_sync(self._blobs.directories):
             digests = await anyio.to_thread.run_sync(self._blobs.unused_since, directory, time.time() - GRACE)

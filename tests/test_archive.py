@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -258,6 +259,96 @@ async def test_a_blob_that_is_collected_again_is_not_swept(tmp_path: Path) -> No
     assert blobs.add(b"again") == digest  # between the look and the removal
     assert blobs.discard([digest], when) == 0
     assert blobs.has(digest)
+
+
+async def test_searches_do_not_take_the_threads_of_all_else(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (journal, archive):
+        await record(journal, tmp_path)
+        await indexed(journal, archive)
+        running, most = 0, 0
+        counting = threading.Lock()
+        find, free = archive._index.find, threading.Event()
+
+        def slow(query: Query) -> models.SearchResults:
+            nonlocal running, most
+            with counting:
+                running += 1
+                most = max(most, running)
+            free.wait(20)
+            with counting:
+                running -= 1
+            return find(query)
+
+        archive._index.find = slow  # type: ignore[method-assign]
+        async with anyio.create_task_group() as tasks:
+            for _ in range(60):
+                tasks.start_soon(archive.search, Query())
+            with anyio.fail_after(20):
+                while running < archive_module.SEARCHES:  # noqa: ASYNC110
+                    await anyio.sleep(0.01)
+                await anyio.sleep(0.1)
+                await anyio.to_thread.run_sync(time.monotonic)  # there are threads left
+            free.set()
+        assert most == archive_module.SEARCHES
+
+
+async def test_sweeps_at_once_do_not_hinder_each_other(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (_, archive):
+        blobs = BlobStore(tmp_path / "blobs")
+        for number in range(400):
+            aged(blobs.path(blobs.add(b"%d" % number)))
+        removed = []
+
+        async def sweep() -> None:
+            removed.append(await archive.sweep())
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(4):
+                tasks.start_soon(sweep)
+        assert sorted(removed) == [0, 0, 0, 400]
+
+
+async def test_a_blob_that_goes_while_they_are_listed_is_passed_over(tmp_path: Path) -> None:
+    blobs = BlobStore(tmp_path / "blobs")
+    digest = blobs.add(b"kept")
+    aged(blobs.path(digest))
+    directory = blobs.path(digest).parent
+    (directory / ("0" * 64)).symlink_to(tmp_path / "gone")  # is listed, and is not there
+    assert blobs.unused_since(directory, time.time() - archive_module.GRACE) == [digest]
+
+
+async def test_what_goes_wrong_in_the_background_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No directory of output at first, and a source of references that fails: later all of it is done."""
+    monkeypatch.setattr(archive_module, "CHECK", 0.02)
+    async with opened(tmp_path, age=HOUR) as (journal, archive):
+        await record(journal, tmp_path)
+        (tmp_path / "calls").rmdir()
+        failures = 0
+
+        async def failing(_: Collection[str]) -> set[str]:
+            nonlocal failures
+            failures += 1
+            raise OSError(5, "Input/output error")
+
+        archive.references.append(failing)
+        blobs = BlobStore(tmp_path / "blobs")
+        stray = blobs.add(b"stray")
+        aged(blobs.path(stray))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(archive.run)
+            await anyio.sleep(0.1)
+            (tmp_path / "calls").mkdir()
+            with anyio.fail_after(20):
+                while not failures:  # noqa: ASYNC110
+                    await anyio.sleep(0.01)
+                archive.references.remove(failing)
+                while (await journal.verify()).pruned != 1:  # noqa: ASYNC110
+                    await anyio.sleep(0.01)
+                while (await archive.search(Query())).indexed != 1:  # noqa: ASYNC110
+                    await anyio.sleep(0.01)
+            tasks.cancel_scope.cancel()
 
 
 async def test_retention_runs_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ VERSION = 1
 HEAD = 2048  # bytes of a command or a stream that are indexed
 MAX_QUERY = 1000
 SECONDS = 5.0  # that one search may take
-_STEPS = 20_000  # of SQLite's machine between two looks at the clock
+_STEPS = 100  # of SQLite's machine between two looks at the clock: one that asks FTS5 can take 100 ms
 _SNIPPET = 24  # words
 _SCHEMA = (
     """CREATE TABLE calls (

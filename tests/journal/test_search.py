@@ -117,6 +117,17 @@ def test_a_search_that_takes_too_long_ends(index: SearchIndex, monkeypatch: pyte
         index.find(Query("word* NOT common"))
 
 
+def test_one_that_is_slow_at_each_row_ends_too(index: SearchIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes few steps of SQLite's machine, and each of them takes long: the clock is looked at in time."""
+    monkeypatch.setattr(search, "SECONDS", 0.2)
+    text = "a " * (search.HEAD // 2)
+    index.add([entry(n, text, stdout=text, stderr=text) for n in range(1, 501)])
+    near = "NEAR(" + "a " * 30 + ", 1000)"
+    words = " AND ".join([near] * (search.MAX_QUERY // (len(near) + 5)))
+    with pytest.raises(errors.InvalidRequest, match="narrow it"):
+        index.find(Query(words, limit=500))
+
+
 @pytest.mark.parametrize("damage", ["garbage", "version", "flipped"])
 def test_a_damaged_index_is_made_again(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "search.sqlite3"
