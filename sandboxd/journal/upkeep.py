@@ -7,11 +7,12 @@ writer.
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 __all__ = [
     "Kept",
@@ -25,7 +26,10 @@ __all__ = [
     "pruned_among",
     "referenced",
     "releases",
+    "within",
 ]
+
+MOST = 16 << 20  # bytes of documents that are read at once, from where it ends: one may have 34 MiB
 
 
 _FILES = (
@@ -52,14 +56,25 @@ class Kept(NamedTuple):
     bytes: int
 
 
+def within(cursor: sqlite3.Cursor, most: int) -> Iterator[tuple[Any, ...]]:
+    """Rows, until ``most`` bytes of them were read; at least one."""
+    size = 0
+    with closing(cursor):  # what is not read to its end holds the database as it was
+        for row in cursor:
+            yield row
+            size += sum(len(value) for value in row if isinstance(value, bytes | str))
+            if size >= most:
+                return
+
+
 def after(connection: sqlite3.Connection, n: int, limit: int) -> list[Row]:
-    """The records after number ``n``."""
+    """The records after number ``n``, or the first of them: what has ``MOST`` bytes is enough."""
     rows = connection.execute(
         "SELECT r.n, r.id, r.header, i.doc FROM records AS r LEFT JOIN invocations AS i ON i.id = r.id"
         " WHERE r.n > ? ORDER BY r.n LIMIT ?",
         (n, limit),
     )
-    return [Row(*row) for row in rows]
+    return [Row(*row) for row in within(rows, MOST)]
 
 
 def content(connection: sqlite3.Connection, digest: str) -> bytes | None:
@@ -146,11 +161,11 @@ def referenced(connection: sqlite3.Connection, digests: Collection[str]) -> set[
 
 
 def releases(connection: sqlite3.Connection, digest: str, uid: int | None, limit: int) -> list[Row]:
-    """The newest calls that released a file of this digest, of one caller or of all."""
+    """The newest calls that released a file of this digest, of one caller or of all; bounded as ``after``."""
     rows = connection.execute(
         "SELECT r.n, r.id, r.header, i.doc FROM artifacts AS a JOIN invocations AS i ON i.id = a.id"
         " JOIN records AS r ON r.id = a.id WHERE a.digest = ? AND (? IS NULL OR i.uid = ?)"
         " ORDER BY a.id DESC LIMIT ?",
         (digest, uid, uid, limit),
     )
-    return [Row(*row) for row in rows]
+    return [Row(*row) for row in within(rows, MOST)]
