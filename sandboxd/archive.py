@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from sandboxd.blobs import BlobStore
     from sandboxd.config import Retention
     from sandboxd.journal import Journal
-    from sandboxd.journal.upkeep import Row
+    from sandboxd.journal.upkeep import Kept, Row
     from sandboxd.policy import Policy
     from sandboxd.policy.load import PolicySet
     from sandboxd.reload import PolicyStore
@@ -78,6 +78,8 @@ class Archive:
         self._index = SearchIndex(state / "search.sqlite3")
         self._known: object = None
         self._pruning = anyio.Lock()
+        self._indexing = anyio.Lock()  # between a call that is indexed and the same one that is pruned
+        self._left = True  # something of pruned calls may still be there
         self._sweeping = anyio.Lock()
         self._searching = anyio.CapacityLimiter(SEARCHES)
         self.references: list[Callable[[Collection[str]], Awaitable[set[str]]]] = [journal.referenced]
@@ -145,10 +147,11 @@ class Archive:
     async def _catch_up(self) -> None:
         last = await self._in_index(self._where)
         while last < self._journal.count:
-            rows = await self._journal.after(last, STEP)
-            if not rows:
-                return
-            await self._in_index(self._add, rows)
+            async with self._indexing:
+                rows = await self._journal.after(last, STEP)
+                if not rows:
+                    return
+                await self._in_index(self._add, rows)
             last = rows[-1].n
             await anyio.sleep(BREATH)
 
@@ -167,10 +170,10 @@ class Archive:
         return self._index.last[0]
 
     def _add(self, rows: Sequence[Row]) -> None:
-        self._index.add(filter(None, map(self._entry, rows)))
+        self._index.add(filter(None, map(self._entry, rows)), {row.n for row in rows if row.doc is None})
 
     def _entry(self, row: Row) -> Entry | None:
-        """What is indexed of a record; of a pruned or a damaged one only what its header says."""
+        """What is indexed of a record; of a damaged one only what its header says."""
         try:
             header = json.loads(row.header)
             entry = Entry(
@@ -202,8 +205,11 @@ class Archive:
             return ""
 
     async def search(self, query: Query) -> models.SearchResults:
-        """A page of calls that fit. Raises InvalidRequest, HostFailed."""
-        return await anyio.to_thread.run_sync(self._index.find, query, limiter=self._searching)
+        """A page of calls that fit, without those that were pruned. Raises InvalidRequest, HostFailed."""
+        found = await anyio.to_thread.run_sync(self._index.find, query, limiter=self._searching)
+        gone = set(await self._journal.pruned_among([hit.id for hit in found.hits]))  # and not yet in there
+        found.hits = [hit for hit in found.hits if hit.id not in gone]
+        return found
 
     async def lineage(self, digest: str, uid: int | None) -> models.Lineage:
         """The calls, of one caller or of all, that released a content. Raises NotFound, InvalidRequest."""
@@ -252,13 +258,13 @@ class Archive:
                 yield data
 
     async def _retain(self) -> None:
-        cleaned = False
         swept = -SWEEP
         while True:
             try:
-                if not cleaned:
+                if self._left:
                     await self._remove_leftovers()
-                    cleaned = True
+                    await self._forget_leftovers()
+                    self._left = False
                 done = await self.prune(self._retention.age, self._retention.size)
                 if done.calls or time.monotonic() - swept >= SWEEP:
                     swept = time.monotonic()
@@ -272,34 +278,55 @@ class Archive:
     async def prune(self, age: int | None, size: int | None) -> models.Pruning:
         """Prune the oldest calls until all are younger than ``age`` microseconds and hold ``size`` bytes."""
         found = models.Pruning()
-        if age is None and size is None:
-            return found
         async with self._pruning:
-            while chosen := await self._too_many(age, size):
-                found.calls += await self._journal.prune([(one.n, one.id) for one in chosen])
-                found.bytes += sum(one.bytes for one in chosen)
-                await self._in_index(self._index.forget, [one.n for one in chosen])
-                await anyio.to_thread.run_sync(self._remove, [one.id for one in chosen])
-                await anyio.sleep(BREATH)
+            if age is not None:
+                before = time.time_ns() // 1000 - age
+                while chosen := [one for one in await self._journal.oldest(STEP) if one.at < before]:
+                    await self._take(chosen, found)
+            if size is not None:
+                await self._shrink(size, found)
         if found.calls:
             log.info("pruned", calls=found.calls, bytes=found.bytes)
         return found
 
-    async def _too_many(self, age: int | None, size: int | None) -> Sequence[Any]:
-        """The next calls to prune."""
-        calls = await self._journal.oldest(STEP)
-        before = 0 if age is None else time.time_ns() // 1000 - age
-        old = [one for one in calls if one.at < before]
-        if old or size is None:
-            return old
-        over = await self._journal.held() - size
-        chosen = []
-        for one in calls:
-            if over <= 0:
-                break
-            chosen.append(one)
-            over -= one.bytes
-        return chosen
+    async def _shrink(self, size: int, found: models.Pruning) -> None:
+        """Take the oldest until the rest holds ``size`` bytes.
+
+        What is held takes a look at everything, so it is asked at the beginning and at the end.
+        """
+        while (over := await self._journal.held() - size) > 0:
+            while over > 0:
+                chosen, most = [], 0
+                for one in await self._journal.oldest(STEP):
+                    if most < over:
+                        chosen.append(one)
+                        most += one.bytes
+                if not chosen:
+                    return
+                await self._take(chosen, found)
+                over -= most - await self._shared(chosen)
+
+    async def _shared(self, pruned: Sequence[Kept]) -> int:
+        """Bytes of the files of these that are still there for others, and of those that they shared."""
+        sizes = {digest: size for one in pruned for digest, size in one.files.items()}
+        digests, named = list(sizes), set[str]()
+        for at in range(0, len(digests), 500):
+            named |= await self._journal.referenced(digests[at : at + 500])
+        gone = sum(size for digest, size in sizes.items() if digest not in named)
+        return sum(sum(one.files.values()) for one in pruned) - gone
+
+    async def _take(self, chosen: Sequence[Kept], found: models.Pruning) -> None:
+        """Prune these: first what makes room, which a full disk does not keep from going."""
+        async with self._indexing:
+            found.calls += await self._journal.prune([(one.n, one.id) for one in chosen])
+            found.bytes += sum(one.bytes for one in chosen)
+            await anyio.to_thread.run_sync(self._remove, [one.id for one in chosen])
+            try:
+                await self._in_index(self._index.forget, [one.n for one in chosen])
+            except errors.HostFailed as error:
+                self._left = True
+                log.warning("pruned calls are still in the index", reason=str(error))
+        await anyio.sleep(BREATH)
 
     def _remove(self, ids: Sequence[str]) -> None:
         for id_ in ids:
@@ -311,6 +338,16 @@ class Archive:
         for at in range(0, len(names), 500):
             gone = await self._journal.pruned_among(names[at : at + 500])
             await anyio.to_thread.run_sync(self._remove, gone)
+            await anyio.sleep(BREATH)
+
+    async def _forget_leftovers(self) -> None:
+        """The same in the index."""
+        last = 0
+        while rows := await self._in_index(self._index.after, last, 500):
+            async with self._indexing:
+                gone = set(await self._journal.pruned_among([id_ for _, id_ in rows]))
+                await self._in_index(self._index.forget, [n for n, id_ in rows if id_ in gone])
+            last = rows[-1][0]
             await anyio.sleep(BREATH)
 
     async def referenced(self, digests: Collection[str]) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import threading
 import time
 from contextlib import asynccontextmanager
@@ -25,8 +26,10 @@ from sandboxd.policy import shipped_policies
 from sandboxd.reload import PolicyStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection
+    from collections.abc import AsyncIterator, Collection, Sequence
     from pathlib import Path
+
+    from sandboxd.journal.upkeep import Row
 
 HOUR = 3600 * 10**6
 
@@ -173,6 +176,106 @@ async def test_a_record_that_lost_its_invocation_is_no_end_of_pruning(tmp_path: 
         with anyio.fail_after(20):
             assert (await archive.prune(HOUR, None)).calls == 1
         assert await journal.oldest(1) == []
+
+
+async def test_a_clock_that_was_ahead_does_not_stop_retention(tmp_path: Path) -> None:
+    future = time.time_ns() // 1000 + 1000 * HOUR
+    async with opened(tmp_path) as (journal, archive):
+        ahead = [
+            await record(journal, tmp_path, stdout=b"x", times=models.Times(accepted=future))
+            for _ in range(30)
+        ]
+        for _ in range(30):
+            await record(journal, tmp_path, stdout=b"x")
+        assert (await archive.prune(HOUR, None)).calls == 30
+        kept = {path.name for path in (tmp_path / "calls").iterdir()}
+        assert kept == {call.id for call in ahead}
+
+
+async def test_what_is_held_is_not_counted_anew_for_each_step(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (journal, archive):
+        for _ in range(200):
+            await record(journal, tmp_path, stdout=bytes(1000), files={"f": b"shared" * 2000})
+        counted = 0
+        held = journal.held
+
+        async def counting() -> int:
+            nonlocal counted
+            counted += 1
+            return await held()
+
+        journal.held = counting  # type: ignore[method-assign]
+        size = await held() // 10
+        await archive.prune(None, size)
+        assert size - 10_000 < await held() <= size
+        assert counted == 2
+
+
+async def test_files_go_though_the_index_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk: what makes room goes first, and the index is told as soon as it can be."""
+    monkeypatch.setattr(archive_module, "CHECK", 0.02)
+    async with opened(tmp_path) as (journal, archive):
+        for _ in range(30):
+            await record(journal, tmp_path, argv=["gone"], stdout=b"x")
+        await indexed(journal, archive)
+        forget = archive._index.forget
+
+        def full(numbers: Sequence[int]) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        archive._index.forget = full  # type: ignore[method-assign]
+        assert (await archive.prune(HOUR, None)).calls == 30
+        assert os.listdir(tmp_path / "calls") == []  # noqa: PTH208
+        assert len(archive._index.find(Query("gone", limit=500)).hits) == 30
+        assert (await archive.search(Query("gone", limit=500))).hits == []
+        archive._index.forget = forget  # type: ignore[method-assign]
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(archive.run)
+            with anyio.fail_after(20):
+                while archive._index.find(Query("gone")).hits:  # noqa: ASYNC110
+                    await anyio.sleep(0.01)
+            tasks.cancel_scope.cancel()
+
+
+async def test_pruned_calls_are_in_no_index(tmp_path: Path) -> None:
+    """Neither after a kill between journal and index, nor in one that is made again, nor by a race."""
+    async with opened(tmp_path) as (journal, archive):
+        for _ in range(3):
+            await record(journal, tmp_path, argv=["gone"], stdout=b"x")
+        await indexed(journal, archive)
+        await journal.prune([(kept.n, kept.id) for kept in await journal.oldest(2)])  # and then: a kill
+        assert len((await archive.search(Query())).hits) == 1
+    async with opened(tmp_path) as (journal, archive):
+        await archive._forget_leftovers()
+        assert len(archive._index.find(Query()).hits) == 1
+        archive._index.remove()
+        await journal.prune([(kept.n, kept.id) for kept in await journal.oldest(2)])
+        await indexed(journal, archive)
+        assert archive._index.find(Query()).hits == []
+        assert await anyio.to_thread.run_sync(archive._where) == 3  # it is not read again for ever
+        again = await record(journal, tmp_path, argv=["gone"])
+        await indexed(journal, archive)
+        assert [hit.id for hit in archive._index.find(Query("gone")).hits] == [again.id]
+
+
+async def test_a_call_that_is_pruned_while_it_is_indexed(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (journal, archive):
+        await record(journal, tmp_path, argv=["gone"], stdout=b"x")
+        after = journal.after
+
+        async def slowly(n: int, limit: int) -> list[Row]:
+            rows = await after(n, limit)
+            await anyio.sleep(0.3)  # prune comes between what is read and what is indexed
+            return rows
+
+        journal.after = slowly  # type: ignore[method-assign]
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(archive._catch_up)
+            await anyio.sleep(0.1)
+            assert (await archive.prune(HOUR, None)).calls == 1
+        assert archive._index.find(Query()).hits == []
 
 
 async def test_size_takes_the_oldest(tmp_path: Path) -> None:

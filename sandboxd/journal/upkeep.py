@@ -48,12 +48,16 @@ class Row(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A call whose body is kept: its record, when it ended, what it holds on disk, shared files included."""
+    """A call whose body is kept: its record, when it ended, what it holds on disk, shared files included.
+
+    ``files`` are its artifacts and inputs: sizes by digest.
+    """
 
     n: int
     id: str
     at: int
     bytes: int
+    files: dict[str, int]
 
 
 def within(cursor: sqlite3.Cursor, most: int) -> Iterator[tuple[Any, ...]]:
@@ -91,16 +95,20 @@ def keep(connection: sqlite3.Connection, contents: Mapping[str, bytes]) -> None:
 
 
 def oldest(connection: sqlite3.Connection, limit: int) -> list[Kept]:
-    """The oldest calls whose bodies are kept."""
+    """The oldest calls whose bodies are kept, by when they ended: a clock that was ahead holds nothing up."""
     rows = connection.execute(
         "SELECT n, id, coalesce(at, 0), bytes"
-        " + coalesce((SELECT sum(size) FROM artifacts WHERE id = records.id), 0)"
-        " + coalesce((SELECT sum(size) FROM request_blobs WHERE id = records.id), 0)"
-        " + coalesce((SELECT length(contents) FROM requests WHERE id = records.id), 0)"
-        " FROM records WHERE bytes > 0 ORDER BY n LIMIT ?",
+        " + coalesce((SELECT length(contents) FROM requests WHERE id = records.id), 0),"
+        " (SELECT json_group_object(digest, size) FROM (SELECT digest, size FROM artifacts"
+        " WHERE id = records.id UNION SELECT digest, size FROM request_blobs WHERE id = records.id))"
+        " FROM records WHERE bytes > 0 ORDER BY at, n LIMIT ?",
         (limit,),
     )
-    return [Kept(*row) for row in rows]
+    found = []
+    for n, id_, at, size, named in rows:
+        files = json.loads(named)
+        found.append(Kept(n, id_, at, size + sum(files.values()), files))
+    return found
 
 
 def held(connection: sqlite3.Connection) -> int:
