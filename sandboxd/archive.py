@@ -64,6 +64,34 @@ def _contents(policies: PolicySet) -> dict[str, bytes]:
     return found
 
 
+def _lineage(digest: str, rows: Sequence[Row]) -> models.Lineage:
+    found = models.Lineage(digest=digest, size=-1)
+    for row in rows:
+        try:
+            call = models.Invocation.model_validate_json(row.doc or b"")
+            header = json.loads(row.header)
+        except ValueError:
+            log.warning("the body of a record cannot be read", n=row.n, id=row.id)
+            continue
+        files = [artifact for artifact in call.artifacts if artifact.digest == digest]
+        found.size = max(found.size, *(artifact.size for artifact in files), -1)
+        found.calls.append(
+            models.Release(
+                id=row.id,
+                n=row.n,
+                uid=call.caller.uid,
+                at=call.times.ended or call.times.accepted,
+                paths=[artifact.path for artifact in files],
+                policy=call.policy,
+                image=call.image,
+                plan=call.plan,
+                inputs=header.get("inputs"),
+                tar=header.get("tar"),
+            )
+        )
+    return found
+
+
 class Archive:
     """Runs beside the daemon. ``references`` say which blobs are named; the journal's is one of them."""
 
@@ -214,30 +242,8 @@ class Archive:
     async def lineage(self, digest: str, uid: int | None) -> models.Lineage:
         """The calls, of one caller or of all, that released a content. Raises NotFound, InvalidRequest."""
         self._blobs.path(digest)
-        found = models.Lineage(digest=digest, size=-1)
-        for row in await self._journal.releases(digest, uid, MOST_RELEASES):
-            try:
-                call = models.Invocation.model_validate_json(row.doc or b"")
-                header = json.loads(row.header)
-            except ValueError:
-                log.warning("the body of a record cannot be read", n=row.n, id=row.id)
-                continue
-            files = [artifact for artifact in call.artifacts if artifact.digest == digest]
-            found.size = max(found.size, *(artifact.size for artifact in files), -1)
-            found.calls.append(
-                models.Release(
-                    id=row.id,
-                    n=row.n,
-                    uid=call.caller.uid,
-                    at=call.times.ended or call.times.accepted,
-                    paths=[artifact.path for artifact in files],
-                    policy=call.policy,
-                    image=call.image,
-                    plan=call.plan,
-                    inputs=header.get("inputs"),
-                    tar=header.get("tar"),
-                )
-            )
+        rows = await self._journal.releases(digest, uid, MOST_RELEASES)
+        found = await anyio.to_thread.run_sync(_lineage, digest, rows)
         if not found.calls:
             raise errors.NotFound(f"no call of yours released a file with the digest {digest}")
         return found

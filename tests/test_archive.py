@@ -19,7 +19,7 @@ from sandboxd import errors, models
 from sandboxd.archive import Archive
 from sandboxd.blobs import BlobStore
 from sandboxd.config import Retention
-from sandboxd.journal import Accepted, Journal
+from sandboxd.journal import Accepted, Journal, upkeep
 from sandboxd.journal.requests import Open, describe
 from sandboxd.journal.search import Query
 from sandboxd.policy import shipped_policies
@@ -276,6 +276,17 @@ async def test_a_call_that_is_pruned_while_it_is_indexed(tmp_path: Path) -> None
             await anyio.sleep(0.1)
             assert (await archive.prune(HOUR, None)).calls == 1
         assert archive._index.find(Query()).hits == []
+
+
+async def test_lineage_reads_no_more_than_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "MOST", 2_000_000)
+    async with opened(tmp_path) as (journal, archive):
+        calls = [
+            await record(journal, tmp_path, argv=["x" * 700_000], files={"f": b"same"}) for _ in range(9)
+        ]
+        found = await archive.lineage(calls[0].artifacts[0].digest, None)
+        assert [call.id for call in found.calls] == [call.id for call in calls[:-4:-1]]
+        assert (found.size, found.calls[0].paths) == (4, ["f"])
 
 
 async def test_size_takes_the_oldest(tmp_path: Path) -> None:

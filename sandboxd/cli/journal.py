@@ -141,7 +141,11 @@ def _bundle(path: Path, named: tuple[Path, ...], *, json: bool) -> int:
         trust = "a key that you named" if named else "the key in the bundle: compare its id with the node's"
         print(f"signed with {report.key}, {trust}")
         if report.pruned:
-            print(f"{report.pruned} of the calls had been pruned: only their headers are there")
+            print(f"{report.pruned} of the calls have only their headers there, as after pruning")
+        for what in report.gone[:SHOWN]:
+            print(f"pruned: {what}")
+        if len(report.gone) > SHOWN:
+            print(f"{len(report.gone) - SHOWN} more are pruned; --json lists them")
         for what in report.absent[:SHOWN]:
             print(f"not in the bundle: {what}")
     return 0 if report.ok else 1
