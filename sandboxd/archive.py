@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from sandboxd.blobs import BlobStore
     from sandboxd.config import Retention
     from sandboxd.journal import Journal
-    from sandboxd.journal.upkeep import Row
+    from sandboxd.journal.upkeep import Kept, Row
     from sandboxd.policy import Policy
     from sandboxd.policy.load import PolicySet
     from sandboxd.reload import PolicyStore
@@ -50,6 +50,7 @@ BREATH = 0.01  # seconds between two steps
 _READ = 2048
 PIECE = 256 * 1024  # bytes of an artifact that are read at once
 MOST_RELEASES = 100
+SEARCHES = 2  # threads that search at once: those that everything else needs are not for it
 
 log = structlog.get_logger(__name__)
 
@@ -60,6 +61,34 @@ def _contents(policies: PolicySet) -> dict[str, bytes]:
     for policy in policies.policies.values():
         found[policy.digest] = canonical.canonical(policy.spec.resolved())
         found[f"{policy.digest}{SOURCE}"] = json.dumps(policy.tree.plain(), ensure_ascii=False).encode()
+    return found
+
+
+def _lineage(digest: str, rows: Sequence[Row]) -> models.Lineage:
+    found = models.Lineage(digest=digest, size=-1)
+    for row in rows:
+        try:
+            call = models.Invocation.model_validate_json(row.doc or b"")
+            header = json.loads(row.header)
+        except ValueError:
+            log.warning("the body of a record cannot be read", n=row.n, id=row.id)
+            continue
+        files = [artifact for artifact in call.artifacts if artifact.digest == digest]
+        found.size = max(found.size, *(artifact.size for artifact in files), -1)
+        found.calls.append(
+            models.Release(
+                id=row.id,
+                n=row.n,
+                uid=call.caller.uid,
+                at=call.times.ended or call.times.accepted,
+                paths=[artifact.path for artifact in files],
+                policy=call.policy,
+                image=call.image,
+                plan=call.plan,
+                inputs=header.get("inputs"),
+                tar=header.get("tar"),
+            )
+        )
     return found
 
 
@@ -77,6 +106,10 @@ class Archive:
         self._index = SearchIndex(state / "search.sqlite3")
         self._known: object = None
         self._pruning = anyio.Lock()
+        self._indexing = anyio.Lock()  # between a call that is indexed and the same one that is pruned
+        self._left = True  # something of pruned calls may still be there
+        self._sweeping = anyio.Lock()
+        self._searching = anyio.CapacityLimiter(SEARCHES)
         self.references: list[Callable[[Collection[str]], Awaitable[set[str]]]] = [journal.referenced]
 
     async def keep_policies(self) -> None:
@@ -125,6 +158,9 @@ class Archive:
             except errors.SandboxdError as error:
                 log.warning("records were not indexed", reason=str(error))
                 await anyio.sleep(CHECK)
+            except Exception:  # the daemon, and its calls, do not end by it
+                log.exception("records were not indexed")
+                await anyio.sleep(CHECK)
             await anyio.sleep(PAUSE)
 
     async def _is_of_this_journal(self) -> bool:
@@ -139,10 +175,11 @@ class Archive:
     async def _catch_up(self) -> None:
         last = await self._in_index(self._where)
         while last < self._journal.count:
-            rows = await self._journal.after(last, STEP)
-            if not rows:
-                return
-            await self._in_index(self._add, rows)
+            async with self._indexing:
+                rows = await self._journal.after(last, STEP)
+                if not rows:
+                    return
+                await self._in_index(self._add, rows)
             last = rows[-1].n
             await anyio.sleep(BREATH)
 
@@ -161,10 +198,10 @@ class Archive:
         return self._index.last[0]
 
     def _add(self, rows: Sequence[Row]) -> None:
-        self._index.add(filter(None, map(self._entry, rows)))
+        self._index.add(filter(None, map(self._entry, rows)), {row.n for row in rows if row.doc is None})
 
     def _entry(self, row: Row) -> Entry | None:
-        """What is indexed of a record; of a pruned or a damaged one only what its header says."""
+        """What is indexed of a record; of a damaged one only what its header says."""
         try:
             header = json.loads(row.header)
             entry = Entry(
@@ -196,36 +233,17 @@ class Archive:
             return ""
 
     async def search(self, query: Query) -> models.SearchResults:
-        """A page of calls that fit. Raises InvalidRequest, HostFailed."""
-        return await anyio.to_thread.run_sync(self._index.find, query)
+        """A page of calls that fit, without those that were pruned. Raises InvalidRequest, HostFailed."""
+        found = await anyio.to_thread.run_sync(self._index.find, query, limiter=self._searching)
+        gone = set(await self._journal.pruned_among([hit.id for hit in found.hits]))  # and not yet in there
+        found.hits = [hit for hit in found.hits if hit.id not in gone]
+        return found
 
     async def lineage(self, digest: str, uid: int | None) -> models.Lineage:
         """The calls, of one caller or of all, that released a content. Raises NotFound, InvalidRequest."""
         self._blobs.path(digest)
-        found = models.Lineage(digest=digest, size=-1)
-        for row in await self._journal.releases(digest, uid, MOST_RELEASES):
-            try:
-                call = models.Invocation.model_validate_json(row.doc or b"")
-                header = json.loads(row.header)
-            except ValueError:
-                log.warning("the body of a record cannot be read", n=row.n, id=row.id)
-                continue
-            files = [artifact for artifact in call.artifacts if artifact.digest == digest]
-            found.size = max(found.size, *(artifact.size for artifact in files), -1)
-            found.calls.append(
-                models.Release(
-                    id=row.id,
-                    n=row.n,
-                    uid=call.caller.uid,
-                    at=call.times.ended or call.times.accepted,
-                    paths=[artifact.path for artifact in files],
-                    policy=call.policy,
-                    image=call.image,
-                    plan=call.plan,
-                    inputs=header.get("inputs"),
-                    tar=header.get("tar"),
-                )
-            )
+        rows = await self._journal.releases(digest, uid, MOST_RELEASES)
+        found = await anyio.to_thread.run_sync(_lineage, digest, rows)
         if not found.calls:
             raise errors.NotFound(f"no call of yours released a file with the digest {digest}")
         return found
@@ -246,49 +264,75 @@ class Archive:
                 yield data
 
     async def _retain(self) -> None:
-        await self._remove_leftovers()
         swept = -SWEEP
         while True:
             try:
+                if self._left:
+                    await self._remove_leftovers()
+                    await self._forget_leftovers()
+                    self._left = False
                 done = await self.prune(self._retention.age, self._retention.size)
                 if done.calls or time.monotonic() - swept >= SWEEP:
                     swept = time.monotonic()
                     await self.sweep()
             except errors.SandboxdError as error:
                 log.warning("retention has to wait", reason=str(error))
+            except Exception:  # as above
+                log.exception("retention has to wait")
             await anyio.sleep(CHECK)
 
     async def prune(self, age: int | None, size: int | None) -> models.Pruning:
         """Prune the oldest calls until all are younger than ``age`` microseconds and hold ``size`` bytes."""
         found = models.Pruning()
-        if age is None and size is None:
-            return found
         async with self._pruning:
-            while chosen := await self._too_many(age, size):
-                found.calls += await self._journal.prune([(one.n, one.id) for one in chosen])
-                found.bytes += sum(one.bytes for one in chosen)
-                await self._in_index(self._index.forget, [one.n for one in chosen])
-                await anyio.to_thread.run_sync(self._remove, [one.id for one in chosen])
-                await anyio.sleep(BREATH)
+            if age is not None:
+                before = time.time_ns() // 1000 - age
+                while chosen := [one for one in await self._journal.oldest(STEP) if one.at < before]:
+                    await self._take(chosen, found)
+            if size is not None:
+                await self._shrink(size, found)
         if found.calls:
             log.info("pruned", calls=found.calls, bytes=found.bytes)
         return found
 
-    async def _too_many(self, age: int | None, size: int | None) -> Sequence[Any]:
-        """The next calls to prune."""
-        calls = await self._journal.oldest(STEP)
-        before = 0 if age is None else time.time_ns() // 1000 - age
-        old = [one for one in calls if one.at < before]
-        if old or size is None:
-            return old
-        over = await self._journal.held() - size
-        chosen = []
-        for one in calls:
-            if over <= 0:
-                break
-            chosen.append(one)
-            over -= one.bytes
-        return chosen
+    async def _shrink(self, size: int, found: models.Pruning) -> None:
+        """Take the oldest until the rest holds ``size`` bytes.
+
+        What is held takes a look at everything, so it is asked at the beginning and at the end.
+        """
+        while (over := await self._journal.held() - size) > 0:
+            while over > 0:
+                chosen, most = [], 0
+                for one in await self._journal.oldest(STEP):
+                    if most < over:
+                        chosen.append(one)
+                        most += one.bytes
+                if not chosen:
+                    return
+                await self._take(chosen, found)
+                over -= most - await self._shared(chosen)
+
+    async def _shared(self, pruned: Sequence[Kept]) -> int:
+        """Bytes of the files of these that are still there for others, and of those that they shared."""
+        sizes = {digest: size for one in pruned for digest, size in one.files.items()}
+        digests, named = list(sizes), set[str]()
+        for at in range(0, len(digests), 500):
+            named |= await self._journal.referenced(digests[at : at + 500])
+        gone = sum(size for digest, size in sizes.items() if digest not in named)
+        return sum(sum(one.files.values()) for one in pruned) - gone
+
+    async def _take(self, chosen: Sequence[Kept], found: models.Pruning) -> None:
+        """Prune these: first what makes room, which a full disk does not keep from going."""
+        async with self._indexing:
+            found.calls += await self._journal.prune([(one.n, one.id) for one in chosen])
+            found.bytes += sum(one.bytes for one in chosen)
+            await anyio.to_thread.run_sync(self._remove, [one.id for one in chosen])
+            try:
+                await self._in_index(self._index.forget, [one.n for one in chosen])
+            except errors.HostFailed as error:
+                self._left = True
+                log.warning("pruned calls are still in the index", reason=str(error))
+        await anyio.sleep(BREATH)
 
     def _remove(self, ids: Sequence[str]) -> None:
         for id_ in ids:
@@ -302,6 +346,16 @@ class Archive:
             await anyio.to_thread.run_sync(self._remove, gone)
             await anyio.sleep(BREATH)
 
+    async def _forget_leftovers(self) -> None:
+        """The same in the index."""
+        last = 0
+        while rows := await self._in_index(self._index.after, last, 500):
+            async with self._indexing:
+                gone = set(await self._journal.pruned_among([id_ for _, id_ in rows]))
+                await self._in_index(self._index.forget, [n for n, id_ in rows if id_ in gone])
+            last = rows[-1][0]
+            await anyio.sleep(BREATH)
+
     async def referenced(self, digests: Collection[str]) -> set[str]:
         """Those of these blobs that something names."""
         found: set[str] = set()
@@ -311,6 +365,10 @@ class Archive:
 
     async def sweep(self) -> int:
         """Remove the blobs that nothing names; returns how many."""
+        async with self._sweeping:
+            return await self._sweep()
+
+    async def _sweep(self) -> int:
         removed = 0
         for directory in await anyio.to_thread.run_sync(self._blobs.directories):
             digests = await anyio.to_thread.run_sync(self._blobs.unused_since, directory, time.time() - GRACE)

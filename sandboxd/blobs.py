@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, BinaryIO
 
 from sandboxd import errors
@@ -157,11 +157,14 @@ class BlobStore:
 
     def unused_since(self, directory: Path, when: float) -> list[str]:
         """Digests of blobs in one of the directories that were last written before a time."""
-        return [
-            f"sha256:{path.name}"
-            for path in directory.iterdir()
-            if _DIGEST.fullmatch(f"sha256:{path.name}") and path.stat().st_mtime < when
-        ]
+        found = []
+        for path in directory.iterdir():
+            if not _DIGEST.fullmatch(f"sha256:{path.name}"):
+                continue
+            with suppress(FileNotFoundError):  # it was discarded meanwhile
+                if path.stat().st_mtime < when:
+                    found.append(f"sha256:{path.name}")
+        return found
 
     def discard(self, digests: Sequence[str], when: float) -> int:
         """Remove blobs, unless one was written again since a time; returns how many."""

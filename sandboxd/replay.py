@@ -25,12 +25,13 @@ LABEL = "replay-of"
 
 
 def prepared(request: models.Request, recorded: models.Invocation, policy: str) -> models.Request:
-    """What is asked for: the recorded request, by nobody's key and within no deadline."""
+    """What is asked for: the recorded request, by nobody's key, within no deadline, and told to nobody."""
     labels = request.labels if len(request.labels) >= MAX_LABELS else request.labels | {LABEL: recorded.id}
     return request.model_copy(
         update={
             "key": None,
             "deadline": None,
+            "callback": None,
             "session": None,
             "policy": policy,
             "labels": labels,

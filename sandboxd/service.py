@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DaemonService"]
 
+FORK = 24 * 3600 * 10**6  # microseconds after which the session of a replay goes that a killed daemon left
+
 log = structlog.get_logger("sandboxd.secrets")
 
 
@@ -241,7 +243,7 @@ class DaemonService(Calls):
             return
         if recorded.checkpoint_before is None:
             raise errors.NotFound(f"call {recorded.id!r} does not say where its session stood")
-        fork = models.SessionFork(checkpoint=recorded.checkpoint_before)
+        fork = models.SessionFork(checkpoint=recorded.checkpoint_before, ttl=FORK)
         found = await self.sessions.fork(caller, recorded.session, fork)
         try:
             yield found.id

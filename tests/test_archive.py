@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
+import threading
 import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -17,15 +19,17 @@ from sandboxd import errors, models
 from sandboxd.archive import Archive
 from sandboxd.blobs import BlobStore
 from sandboxd.config import Retention
-from sandboxd.journal import Accepted, Journal
+from sandboxd.journal import Accepted, Journal, upkeep
 from sandboxd.journal.requests import Open, describe
 from sandboxd.journal.search import Query
 from sandboxd.policy import shipped_policies
 from sandboxd.reload import PolicyStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection
+    from collections.abc import AsyncIterator, Collection, Sequence
     from pathlib import Path
+
+    from sandboxd.journal.upkeep import Row
 
 HOUR = 3600 * 10**6
 
@@ -174,6 +178,117 @@ async def test_a_record_that_lost_its_invocation_is_no_end_of_pruning(tmp_path: 
         assert await journal.oldest(1) == []
 
 
+async def test_a_clock_that_was_ahead_does_not_stop_retention(tmp_path: Path) -> None:
+    future = time.time_ns() // 1000 + 1000 * HOUR
+    async with opened(tmp_path) as (journal, archive):
+        ahead = [
+            await record(journal, tmp_path, stdout=b"x", times=models.Times(accepted=future))
+            for _ in range(30)
+        ]
+        for _ in range(30):
+            await record(journal, tmp_path, stdout=b"x")
+        assert (await archive.prune(HOUR, None)).calls == 30
+        kept = {path.name for path in (tmp_path / "calls").iterdir()}
+        assert kept == {call.id for call in ahead}
+
+
+async def test_what_is_held_is_not_counted_anew_for_each_step(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (journal, archive):
+        for _ in range(200):
+            await record(journal, tmp_path, stdout=bytes(1000), files={"f": b"shared" * 2000})
+        counted = 0
+        held = journal.held
+
+        async def counting() -> int:
+            nonlocal counted
+            counted += 1
+            return await held()
+
+        journal.held = counting  # type: ignore[method-assign]
+        size = await held() // 10
+        await archive.prune(None, size)
+        assert size - 10_000 < await held() <= size
+        assert counted == 2
+
+
+async def test_files_go_though_the_index_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk: what makes room goes first, and the index is told as soon as it can be."""
+    monkeypatch.setattr(archive_module, "CHECK", 0.02)
+    async with opened(tmp_path) as (journal, archive):
+        for _ in range(30):
+            await record(journal, tmp_path, argv=["gone"], stdout=b"x")
+        await indexed(journal, archive)
+        forget = archive._index.forget
+
+        def full(numbers: Sequence[int]) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        archive._index.forget = full  # type: ignore[method-assign]
+        assert (await archive.prune(HOUR, None)).calls == 30
+        assert os.listdir(tmp_path / "calls") == []  # noqa: PTH208
+        assert len(archive._index.find(Query("gone", limit=500)).hits) == 30
+        assert (await archive.search(Query("gone", limit=500))).hits == []
+        archive._index.forget = forget  # type: ignore[method-assign]
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(archive.run)
+            with anyio.fail_after(20):
+                while archive._index.find(Query("gone")).hits:  # noqa: ASYNC110
+                    await anyio.sleep(0.01)
+            tasks.cancel_scope.cancel()
+
+
+async def test_pruned_calls_are_in_no_index(tmp_path: Path) -> None:
+    """Neither after a kill between journal and index, nor in one that is made again, nor by a race."""
+    async with opened(tmp_path) as (journal, archive):
+        for _ in range(3):
+            await record(journal, tmp_path, argv=["gone"], stdout=b"x")
+        await indexed(journal, archive)
+        await journal.prune([(kept.n, kept.id) for kept in await journal.oldest(2)])  # and then: a kill
+        assert len((await archive.search(Query())).hits) == 1
+    async with opened(tmp_path) as (journal, archive):
+        await archive._forget_leftovers()
+        assert len(archive._index.find(Query()).hits) == 1
+        archive._index.remove()
+        await journal.prune([(kept.n, kept.id) for kept in await journal.oldest(2)])
+        await indexed(journal, archive)
+        assert archive._index.find(Query()).hits == []
+        assert await anyio.to_thread.run_sync(archive._where) == 3  # it is not read again for ever
+        again = await record(journal, tmp_path, argv=["gone"])
+        await indexed(journal, archive)
+        assert [hit.id for hit in archive._index.find(Query("gone")).hits] == [again.id]
+
+
+async def test_a_call_that_is_pruned_while_it_is_indexed(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (journal, archive):
+        await record(journal, tmp_path, argv=["gone"], stdout=b"x")
+        after = journal.after
+
+        async def slowly(n: int, limit: int) -> list[Row]:
+            rows = await after(n, limit)
+            await anyio.sleep(0.3)  # prune comes between what is read and what is indexed
+            return rows
+
+        journal.after = slowly  # type: ignore[method-assign]
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(archive._catch_up)
+            await anyio.sleep(0.1)
+            assert (await archive.prune(HOUR, None)).calls == 1
+        assert archive._index.find(Query()).hits == []
+
+
+async def test_lineage_reads_no_more_than_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "MOST", 2_000_000)
+    async with opened(tmp_path) as (journal, archive):
+        calls = [
+            await record(journal, tmp_path, argv=["x" * 700_000], files={"f": b"same"}) for _ in range(9)
+        ]
+        found = await archive.lineage(calls[0].artifacts[0].digest, None)
+        assert [call.id for call in found.calls] == [call.id for call in calls[:-4:-1]]
+        assert (found.size, found.calls[0].paths) == (4, ["f"])
+
+
 async def test_size_takes_the_oldest(tmp_path: Path) -> None:
     async with opened(tmp_path) as (journal, archive):
         calls = [await record(journal, tmp_path, stdout=bytes([n]) * 100_000) for n in range(60)]
@@ -258,6 +373,96 @@ async def test_a_blob_that_is_collected_again_is_not_swept(tmp_path: Path) -> No
     assert blobs.add(b"again") == digest  # between the look and the removal
     assert blobs.discard([digest], when) == 0
     assert blobs.has(digest)
+
+
+async def test_searches_do_not_take_the_threads_of_all_else(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (journal, archive):
+        await record(journal, tmp_path)
+        await indexed(journal, archive)
+        running, most = 0, 0
+        counting = threading.Lock()
+        find, free = archive._index.find, threading.Event()
+
+        def slow(query: Query) -> models.SearchResults:
+            nonlocal running, most
+            with counting:
+                running += 1
+                most = max(most, running)
+            free.wait(20)
+            with counting:
+                running -= 1
+            return find(query)
+
+        archive._index.find = slow  # type: ignore[method-assign]
+        async with anyio.create_task_group() as tasks:
+            for _ in range(60):
+                tasks.start_soon(archive.search, Query())
+            with anyio.fail_after(20):
+                while running < archive_module.SEARCHES:  # noqa: ASYNC110
+                    await anyio.sleep(0.01)
+                await anyio.sleep(0.1)
+                await anyio.to_thread.run_sync(time.monotonic)  # there are threads left
+            free.set()
+        assert most == archive_module.SEARCHES
+
+
+async def test_sweeps_at_once_do_not_hinder_each_other(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (_, archive):
+        blobs = BlobStore(tmp_path / "blobs")
+        for number in range(400):
+            aged(blobs.path(blobs.add(b"%d" % number)))
+        removed = []
+
+        async def sweep() -> None:
+            removed.append(await archive.sweep())
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(4):
+                tasks.start_soon(sweep)
+        assert sorted(removed) == [0, 0, 0, 400]
+
+
+async def test_a_blob_that_goes_while_they_are_listed_is_passed_over(tmp_path: Path) -> None:
+    blobs = BlobStore(tmp_path / "blobs")
+    digest = blobs.add(b"kept")
+    aged(blobs.path(digest))
+    directory = blobs.path(digest).parent
+    (directory / ("0" * 64)).symlink_to(tmp_path / "gone")  # is listed, and is not there
+    assert blobs.unused_since(directory, time.time() - archive_module.GRACE) == [digest]
+
+
+async def test_what_goes_wrong_in_the_background_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No directory of output at first, and a source of references that fails: later all of it is done."""
+    monkeypatch.setattr(archive_module, "CHECK", 0.02)
+    async with opened(tmp_path, age=HOUR) as (journal, archive):
+        await record(journal, tmp_path)
+        (tmp_path / "calls").rmdir()
+        failures = 0
+
+        async def failing(_: Collection[str]) -> set[str]:
+            nonlocal failures
+            failures += 1
+            raise OSError(5, "Input/output error")
+
+        archive.references.append(failing)
+        blobs = BlobStore(tmp_path / "blobs")
+        stray = blobs.add(b"stray")
+        aged(blobs.path(stray))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(archive.run)
+            await anyio.sleep(0.1)
+            (tmp_path / "calls").mkdir()
+            with anyio.fail_after(20):
+                while not failures:  # noqa: ASYNC110
+                    await anyio.sleep(0.01)
+                archive.references.remove(failing)
+                while (await journal.verify()).pruned != 1:  # noqa: ASYNC110
+                    await anyio.sleep(0.01)
+                while (await archive.search(Query())).indexed != 1:  # noqa: ASYNC110
+                    await anyio.sleep(0.01)
+            tasks.cancel_scope.cancel()
 
 
 async def test_retention_runs_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,17 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from daemons import until
+from journals import call as invocation
 
 from sandboxd import errors, models
+from sandboxd.replay import prepared
+from sandboxd.service import FORK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -134,6 +138,25 @@ def test_what_cannot_be_run_again_says_why(daemon_factory: Callable[..., Daemon]
     client.prune(age=0)
     with pytest.raises(errors.Pruned):
         client.replay(call.id)
+
+
+def test_nobody_is_told_of_a_replay() -> None:
+    request = models.Request(argv=["true"], key="once", callback=models.Callback(unix="/run/told"))
+    recorded = invocation(state=models.State.ENDED)
+    assert prepared(request, recorded, "default").callback is None
+
+
+def test_the_session_of_a_replay_does_not_outlive_a_kill_for_ever(daemon: Daemon) -> None:
+    client = daemon.client()
+    session = client.create_session()
+    call = client.run(["sleep", "2"], session=session.id)
+    with ThreadPoolExecutor(1) as pool:
+        replay = pool.submit(daemon.client().replay, call.id)
+        until(lambda: len(client.sessions().sessions) == 2, "the replay has its session")
+        (fork,) = [one for one in client.sessions().sessions if one.id != session.id]
+        assert fork.ttl == FORK
+        assert replay.result().differs == []
+    client.delete_session(session.id)
 
 
 def test_a_call_of_a_session_runs_where_it_stood(daemon: Daemon) -> None:

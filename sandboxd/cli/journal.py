@@ -30,7 +30,9 @@ State = Annotated[Path | None, Parameter(help="The state directory, before the c
 Keys = Annotated[
     tuple[Path, ...],
     Parameter(
-        name="--key", negative=(), help="A public key (PEM) that heads may be signed with; may be repeated."
+        name="--key",
+        negative=(),
+        help="A public key (PEM) that is believed, and no other is; may be repeated.",
     ),
 ]
 MAX_HEAD = 4096  # bytes of a file with a head
@@ -83,8 +85,9 @@ def verify(
 ) -> int:
     """Check that no record was changed, moved or removed; exit status 1 if one was.
 
-    Records that were cut off after the newest signed head can only be noticed with --head: keep what
-    `sandboxd journal head` prints elsewhere from time to time.
+    Whoever can write the journal can cut off records, or write it anew, together with the heads in it: only
+    --head, with what `sandboxd journal head` printed and was kept elsewhere, shows that. Without --key the
+    node's own key is believed, which is beside the journal: name the one that you know.
     """
     from sandboxd.journal.verify import verify as check  # noqa: PLC0415 - `--help` must not pay for it
 
@@ -112,8 +115,13 @@ def told(report: VerifyReport, *, json: bool) -> int:
         terminal.complain(f"{len(report.damaged) - SHOWN} more files differ; --json lists them")
     if report.problem is None:
         read = f", {report.files} files were read" if report.files else ""
-        signed = f", signed up to record {report.signed}" if report.signed else ""
-        print(f"{report.records} records are as they were recorded{signed}{read}; head {report.head}")
+        print(f"{report.records} records are as they were recorded{read}; head {report.head}")
+        if report.signed:
+            print(f"signed up to record {report.signed} with the key {report.key}")
+        if report.signed < report.records:
+            print(f"nothing signed vouches for records after {report.signed}")
+        if report.pruned:
+            print(f"{report.pruned} of them were pruned: only their headers are there")
     return 0 if report.ok else 1
 
 
@@ -133,7 +141,11 @@ def _bundle(path: Path, named: tuple[Path, ...], *, json: bool) -> int:
         trust = "a key that you named" if named else "the key in the bundle: compare its id with the node's"
         print(f"signed with {report.key}, {trust}")
         if report.pruned:
-            print(f"{report.pruned} of the calls had been pruned: only their headers are there")
+            print(f"{report.pruned} of the calls have only their headers there, as after pruning")
+        for what in report.gone[:SHOWN]:
+            print(f"pruned: {what}")
+        if len(report.gone) > SHOWN:
+            print(f"{len(report.gone) - SHOWN} more are pruned; --json lists them")
         for what in report.absent[:SHOWN]:
             print(f"not in the bundle: {what}")
     return 0 if report.ok else 1
@@ -271,10 +283,14 @@ def _public(opened: Records) -> bytes:
 
 
 def _known(opened: Records, named: tuple[Path, ...]) -> set[str]:
-    """The ids of the keys whose heads are believed: this node's, and those that were named."""
+    """The ids of the keys whose heads are believed: those that were named alone, else this node's.
+
+    What lies beside the journal is as trustworthy as the journal.
+    """
     from sandboxd.journal import signing  # noqa: PLC0415 - `--help` must not pay for it
 
-    keys = {signing.key_id(signing.read_public(path)) for path in named}
+    if named:
+        return {signing.key_id(signing.read_public(path)) for path in named}
     with suppress(errors.NotFound):  # an older state, or a copy of one without its key
-        keys.add(signing.key_id(_public(opened)))
-    return keys
+        return {signing.key_id(_public(opened))}
+    return set()

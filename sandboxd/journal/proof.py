@@ -28,6 +28,8 @@ _BLOCK = 512
 _CHUNK = 1 << 20
 _MAX_MANIFEST = 128 << 20  # a million calls' ids
 _MAX_HEADER = 4 << 20
+_MAX_CALLS = 1_000_000
+_MAX_VALUES = 100_000  # of a header
 _MAX_DAMAGE = 1000
 _END = 2 * _BLOCK
 _MAX_PADDING = 20 * _BLOCK  # tarfile fills up to a record of 20 blocks
@@ -54,6 +56,9 @@ class BundleReport:
     """Bodies, streams, policies and artifacts that have their digests."""
     absent: list[str] = field(default_factory=list)
     """What records name and the node no longer had, or never kept: policies and inputs."""
+    gone: list[str] = field(default_factory=list)
+    """What is not there of pruned calls: bodies, streams, artifacts; at most 1,000. A bundle from which
+    somebody took all of a call's files looks the same."""
     problem: str | None = None
     damaged: list[str] = field(default_factory=list)
     """Files that differ from what their record says, or are not there; at most 1,000."""
@@ -108,7 +113,7 @@ class _Check:
         self._what_is_missing()
 
     def _manifest(self) -> dict[str, Any]:
-        manifest = _object(self._whole("manifest.json", _MAX_MANIFEST), "manifest.json")
+        manifest = _object(self._whole("manifest.json", _MAX_MANIFEST), "manifest.json", _MAX_CALLS + 100)
         calls, first = manifest.get("calls"), manifest.get("first")
         known = set(manifest) == {"v", "type", "first", "head", "calls"}
         if not known or (manifest["v"], manifest["type"]) != (1, "bundle") or not isinstance(calls, list):
@@ -219,6 +224,8 @@ class _Check:
                 self._report.pruned += 1
                 if expected.seen:
                     self._damage(f"calls/{id_}/body.json is not there")
+                else:
+                    self._pruned(id_, expected)
                 continue
             for name in expected.streams.keys() - expected.seen:
                 self._damage(f"calls/{id_}/{name} is not there")
@@ -227,6 +234,12 @@ class _Check:
                     self._damage(f"artifact {digest} of call {id_} is not there")
         self._report.absent += [f"policy {digest}" for digest, seen in self._policies.items() if not seen]
         self._report.absent += [f"input {one}" for one in sorted(self._inputs) if not self._blobs[one]]
+
+    def _pruned(self, id_: str, expected: _Expected) -> None:
+        blobs = [f"artifact {digest}" for digest in dict.fromkeys(expected.blobs) if not self._blobs[digest]]
+        names = ("body", *sorted(expected.streams), *blobs)
+        room = _MAX_DAMAGE - len(self._report.gone)
+        self._report.gone += [f"{name} of call {id_}" for name in names[:room]]
 
     def _damage(self, what: str) -> None:
         if len(self._report.damaged) < _MAX_DAMAGE:
@@ -290,7 +303,9 @@ def _bad(what: str) -> Broken:
     return Broken(0, f"this is no bundle, or it was changed: {what}")
 
 
-def _object(data: bytes, name: str) -> dict[str, Any]:
+def _object(data: bytes, name: str, most: int = _MAX_VALUES) -> dict[str, Any]:
+    if not canonical.few(data, most):  # hundreds of bytes each, once they are parsed
+        raise _bad(f"{name} has more than {most} values")
     try:
         found = json.loads(data)
     except (ValueError, RecursionError):

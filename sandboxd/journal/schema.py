@@ -191,6 +191,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     # device and inode of the caller's directory that a session stands on
     ("ALTER TABLE sessions ADD COLUMN checkout TEXT",),
+    (
+        # what may be pruned, by when it ended
+        "DROP INDEX records_kept",
+        "CREATE INDEX records_kept ON records (at, n, bytes) WHERE bytes > 0",
+    ),
 )
 
 KEPT_BACKUPS = 2

@@ -4,7 +4,10 @@ Theory of operation: a database of its own, ``search.sqlite3``, written by one t
 so that no call waits for it. All of it can be made again from the records: what is damaged, or of another
 journal, is thrown away. A filter is a word of the column ``facts``, so that SQLite's FTS5 narrows by it
 before it looks at a row; a caller's words never reach that column, and whose calls are seen is checked by a
-column of its own besides. Times of rows never go back, so that a range of time is a range of rows even where
+column of its own besides. FTS5 looks at no clock: what it does at once is bounded by the number of words,
+and by asking it for some rows after the others; it has a snippet function too, whose time grows with the
+square of what is found in a row, so snippets are made here. Times of rows never go back, so that a range of
+time is a range of rows even where
 the host's clock was set back.
 """
 
@@ -12,10 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import shlex
 import sqlite3
 import threading
 import time
+import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,7 +29,7 @@ import structlog
 from sandboxd import errors, models
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
     from pathlib import Path
 
 __all__ = ["Entry", "Query", "SearchIndex", "command_text"]
@@ -32,9 +37,14 @@ __all__ = ["Entry", "Query", "SearchIndex", "command_text"]
 VERSION = 1
 HEAD = 2048  # bytes of a command or a stream that are indexed
 MAX_QUERY = 1000
+MAX_WORDS = 32  # each costs time at each row
+MAX_WITH_PREFIX = 8  # of them beside a ``word*``, for which all rows are asked at once: see ``_matching``
 SECONDS = 5.0  # that one search may take
-_STEPS = 20_000  # of SQLite's machine between two looks at the clock
+_STEPS = 100  # of SQLite's machine between two looks at the clock: one that asks FTS5 can take 100 ms
+_ROWS = 500  # that FTS5 looks at between two looks at the clock
 _SNIPPET = 24  # words
+_BEFORE = 4  # of them before the first that was found
+_WORD = re.compile(r"[^\W_]+")
 _SCHEMA = (
     """CREATE TABLE calls (
         n INTEGER PRIMARY KEY, id TEXT NOT NULL, at INTEGER NOT NULL, ended INTEGER NOT NULL,
@@ -113,6 +123,16 @@ def readable(data: bytes) -> str:
     return "".join(char if char.isprintable() or char in "\n\t" else " " for char in text)
 
 
+class _TooLongError(Exception):
+    """Raised when the time of a search is over."""
+
+
+def _too_long() -> errors.InvalidRequest:
+    return errors.InvalidRequest(
+        f"this search takes more than {SECONDS:.0f} s; narrow it by a word, a policy or a time", field="q"
+    )
+
+
 class SearchIndex:
     """All of it may be called from any thread, and blocks."""
 
@@ -186,8 +206,19 @@ class SearchIndex:
                 raise
             connection.execute("COMMIT")
 
-    def add(self, entries: Iterable[Entry]) -> None:
-        """Index calls, in the order of their records, in one transaction. Raises what SQLite does."""
+    def after(self, n: int, limit: int) -> list[tuple[int, str]]:
+        """Numbers and ids of the calls whose texts are in it, after number ``n``. Raises what SQLite does."""
+        with self._writing:
+            return self._open().execute(
+                "SELECT n, id FROM calls WHERE n > ? AND n IN (SELECT rowid FROM texts) ORDER BY n LIMIT ?",
+                (n, limit),
+            ).fetchall()  # fmt: skip
+
+    def add(self, entries: Iterable[Entry], without: Collection[int] = ()) -> None:
+        """Index calls, in the order of their records, in one transaction. Raises what SQLite does.
+
+        Those of the numbers ``without`` are passed over; the newest stays as the place where it goes on.
+        """
         with self._transaction() as connection:
             high = connection.execute("SELECT at FROM calls ORDER BY n DESC LIMIT 1").fetchone()
             at = high[0] if high else 0
@@ -198,6 +229,8 @@ class SearchIndex:
                     " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                     (entry.n, entry.id, at, *entry[2:7]),
                 )
+                if entry.n in without:
+                    continue
                 facts = Query(
                     uid=entry.uid, policy=entry.policy, cause=entry.cause, image=entry.image
                 ).facts()
@@ -205,13 +238,18 @@ class SearchIndex:
                     "INSERT INTO texts (rowid, command, stdout, stderr, facts) VALUES (?, ?, ?, ?, ?)",
                     (entry.n, entry.command, entry.stdout, entry.stderr, " ".join(facts)),
                 )
+            self._forget(connection, without)
 
     def forget(self, numbers: Sequence[int]) -> None:
         """Take the texts of calls out; that they were there stays. Raises what SQLite does."""
         with self._transaction() as connection:
-            for n in numbers:
-                connection.execute("DELETE FROM texts WHERE rowid = ?", (n,))
-                connection.execute("DELETE FROM calls WHERE n = ? AND n < (SELECT max(n) FROM calls)", (n,))
+            self._forget(connection, numbers)
+
+    @staticmethod
+    def _forget(connection: sqlite3.Connection, numbers: Collection[int]) -> None:
+        for n in numbers:
+            connection.execute("DELETE FROM texts WHERE rowid = ?", (n,))
+            connection.execute("DELETE FROM calls WHERE n = ? AND n < (SELECT max(n) FROM calls)", (n,))
 
     def find(self, query: Query) -> models.SearchResults:
         """A page of calls that fit, newest first. Blocks.
@@ -229,13 +267,12 @@ class SearchIndex:
                 connection.execute("PRAGMA query_only = ON")
                 until = time.monotonic() + SECONDS
                 connection.set_progress_handler(lambda: time.monotonic() > until, _STEPS)
-                return _page(connection, query, match)
+                return _page(connection, query, match, until)
+        except _TooLongError:
+            raise _too_long() from None
         except sqlite3.OperationalError as error:
             if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT:
-                raise errors.InvalidRequest(
-                    f"this search takes more than {SECONDS:.0f} s; narrow it by a word, a policy or a time",
-                    field="q",
-                ) from None
+                raise _too_long() from None
             if "no such table" in str(error):  # as above
                 return models.SearchResults()
             raise errors.HostFailed(f"the index of the records cannot be read: {error}") from error
@@ -253,6 +290,12 @@ def _match(query: Query) -> str | None:
         return f"facts : ({facts})" if facts else None
     if len(words) > MAX_QUERY or "\0" in words:
         raise errors.InvalidRequest(f"a search has at most {MAX_QUERY} characters, and no NUL", field="q")
+    most = MAX_WITH_PREFIX if "*" in words else MAX_WORDS
+    if len(_WORD.findall(words)) > most:
+        raise errors.InvalidRequest(
+            f"a search has at most {MAX_WORDS} words, and {MAX_WITH_PREFIX} if one of them is word*",
+            field="q",
+        )
     with contextlib.closing(sqlite3.connect(":memory:")) as connection:
         # By itself, so that no parenthesis in it can end ours; and where no column has the filters.
         connection.execute("CREATE VIRTUAL TABLE texts USING fts5(command, stdout, stderr)")
@@ -269,7 +312,9 @@ def _match(query: Query) -> str | None:
     return f"facts : ({facts}) AND {text}" if facts else text
 
 
-def _page(connection: sqlite3.Connection, query: Query, match: str | None) -> models.SearchResults:
+def _page(
+    connection: sqlite3.Connection, query: Query, match: str | None, until: float
+) -> models.SearchResults:
     indexed = connection.execute("SELECT max(n) FROM calls").fetchone()[0] or 0
     first, last = _range(connection, query)
     where, values = ["c.n BETWEEN ? AND ?"], [first, last]
@@ -277,31 +322,85 @@ def _page(connection: sqlite3.Connection, query: Query, match: str | None) -> mo
         where.append("c.uid = ?")
         values.append(query.uid)
     limit = max(1, min(query.limit, 500))
-    columns = "c.n, c.id, c.ended, c.uid, c.policy, c.cause, c.image"
+    columns = "c.n, c.id, c.ended, c.uid, c.policy, c.cause, c.image, t.command, t.stdout, t.stderr"
     # Only constant clauses are joined; every value is bound.
     if match is None:
         rows = connection.execute(
-            f"SELECT {columns}, t.command, '' FROM calls AS c JOIN texts AS t ON t.rowid = c.n"  # noqa: S608
+            f"SELECT {columns} FROM calls AS c JOIN texts AS t ON t.rowid = c.n"  # noqa: S608
             f" WHERE {' AND '.join(where)} ORDER BY c.n DESC LIMIT ?",
             (*values, limit + 1),
         ).fetchall()
     else:
-        rows = connection.execute(
-            f"SELECT {columns}, t.command, snippet(texts, -1, '[', ']', '…', {_SNIPPET})"  # noqa: S608
-            " FROM texts AS t CROSS JOIN calls AS c ON c.n = t.rowid"
+        statement = (
+            f"SELECT {columns} FROM texts AS t CROSS JOIN calls AS c ON c.n = t.rowid"  # noqa: S608
             f" WHERE texts MATCH ? AND t.rowid BETWEEN ? AND ? AND {' AND '.join(where)}"
-            " ORDER BY t.rowid DESC LIMIT ?",
-            (match, first, last, *values, limit + 1),
-        ).fetchall()
+            " ORDER BY t.rowid DESC LIMIT ?"
+        )
+        rows = []
+        for low, high in _spans(first, min(last, indexed), _ROWS if "*" not in match else max(1, indexed)):
+            left = limit + 1 - len(rows)
+            rows += connection.execute(statement, (match, low, high, *values, left)).fetchall()
+            if len(rows) > limit:
+                break
+            if time.monotonic() > until:
+                raise _TooLongError
+    found = _Found(query.text)
     hits = [
         models.Hit(
             n=row[0], id=row[1], at=row[2], uid=row[3], policy=row[4], cause=models.Cause(row[5]),
             image=row[6],
-            command=row[7], snippet=row[8] if query.text.strip() else "",
+            command=row[7], snippet=found.snippet(row[7:10]),
         )
         for row in rows[:limit]
     ]  # fmt: skip
     return models.SearchResults(hits=hits, next=hits[-1].n if len(rows) > limit else None, indexed=indexed)
+
+
+def _spans(first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
+    """Parts of a range of rows, the newest first.
+
+    For ``word*`` it is better one: FTS5 puts all such words together each time it is asked.
+    """
+    while last >= first:
+        yield max(first, last - step + 1), last
+        last -= step
+
+
+class _Found:
+    """Shows where the words of a search are in a text."""
+
+    def __init__(self, query: str) -> None:
+        self._words = {_folded(word) for word in _WORD.findall(query)} - {""}
+        self._prefixes = tuple(_folded(word) for word in re.findall(r"([^\W_]+)[\"\s]*\*", query))
+
+    def _is(self, word: str) -> bool:
+        folded = _folded(word)
+        return folded in self._words or folded.startswith(self._prefixes)
+
+    def snippet(self, texts: Sequence[str]) -> str:
+        """Some words around the first one that was found, with those that were in brackets."""
+        for text in texts if self._words else ():
+            words = list(_WORD.finditer(text))
+            at = next((number for number, word in enumerate(words) if self._is(word[0])), None)
+            if at is None:
+                continue
+            first = max(0, at - _BEFORE)
+            part = words[first : first + _SNIPPET]
+            shown, position = ["…" if first else ""], part[0].start() if first else 0
+            for word in part:
+                shown += [text[position : word.start()], f"[{word[0]}]" if self._is(word[0]) else word[0]]
+                position = word.end()
+            shown.append("…" if first + len(part) < len(words) else text[position:])
+            return "".join(shown)
+        return ""
+
+
+def _folded(word: str) -> str:
+    """A word as FTS5 compares it: without case and diacritics."""
+    if word.isascii():
+        return word.lower()
+    parts = unicodedata.normalize("NFKD", word.casefold())
+    return "".join(char for char in parts if not unicodedata.combining(char))
 
 
 def _range(connection: sqlite3.Connection, query: Query) -> tuple[int, int]:

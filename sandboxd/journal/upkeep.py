@@ -7,11 +7,12 @@ writer.
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 __all__ = [
     "Kept",
@@ -25,7 +26,10 @@ __all__ = [
     "pruned_among",
     "referenced",
     "releases",
+    "within",
 ]
+
+MOST = 16 << 20  # bytes of documents that are read at once, from where it ends: one may have 34 MiB
 
 
 _FILES = (
@@ -44,22 +48,37 @@ class Row(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A call whose body is kept: its record, when it ended, what it holds on disk, shared files included."""
+    """A call whose body is kept: its record, when it ended, what it holds on disk, shared files included.
+
+    ``files`` are its artifacts and inputs: sizes by digest.
+    """
 
     n: int
     id: str
     at: int
     bytes: int
+    files: dict[str, int]
+
+
+def within(cursor: sqlite3.Cursor, most: int) -> Iterator[tuple[Any, ...]]:
+    """Rows, until ``most`` bytes of them were read; at least one."""
+    size = 0
+    with closing(cursor):  # what is not read to its end holds the database as it was
+        for row in cursor:
+            yield row
+            size += sum(len(value) for value in row if isinstance(value, bytes | str))
+            if size >= most:
+                return
 
 
 def after(connection: sqlite3.Connection, n: int, limit: int) -> list[Row]:
-    """The records after number ``n``."""
+    """The records after number ``n``, or the first of them: what has ``MOST`` bytes is enough."""
     rows = connection.execute(
         "SELECT r.n, r.id, r.header, i.doc FROM records AS r LEFT JOIN invocations AS i ON i.id = r.id"
         " WHERE r.n > ? ORDER BY r.n LIMIT ?",
         (n, limit),
     )
-    return [Row(*row) for row in rows]
+    return [Row(*row) for row in within(rows, MOST)]
 
 
 def content(connection: sqlite3.Connection, digest: str) -> bytes | None:
@@ -76,16 +95,20 @@ def keep(connection: sqlite3.Connection, contents: Mapping[str, bytes]) -> None:
 
 
 def oldest(connection: sqlite3.Connection, limit: int) -> list[Kept]:
-    """The oldest calls whose bodies are kept."""
+    """The oldest calls whose bodies are kept, by when they ended: a clock that was ahead holds nothing up."""
     rows = connection.execute(
         "SELECT n, id, coalesce(at, 0), bytes"
-        " + coalesce((SELECT sum(size) FROM artifacts WHERE id = records.id), 0)"
-        " + coalesce((SELECT sum(size) FROM request_blobs WHERE id = records.id), 0)"
-        " + coalesce((SELECT length(contents) FROM requests WHERE id = records.id), 0)"
-        " FROM records WHERE bytes > 0 ORDER BY n LIMIT ?",
+        " + coalesce((SELECT length(contents) FROM requests WHERE id = records.id), 0),"
+        " (SELECT json_group_object(digest, size) FROM (SELECT digest, size FROM artifacts"
+        " WHERE id = records.id UNION SELECT digest, size FROM request_blobs WHERE id = records.id))"
+        " FROM records WHERE bytes > 0 ORDER BY at, n LIMIT ?",
         (limit,),
     )
-    return [Kept(*row) for row in rows]
+    found = []
+    for n, id_, at, size, named in rows:
+        files = json.loads(named)
+        found.append(Kept(n, id_, at, size + sum(files.values()), files))
+    return found
 
 
 def held(connection: sqlite3.Connection) -> int:
@@ -146,11 +169,11 @@ def referenced(connection: sqlite3.Connection, digests: Collection[str]) -> set[
 
 
 def releases(connection: sqlite3.Connection, digest: str, uid: int | None, limit: int) -> list[Row]:
-    """The newest calls that released a file of this digest, of one caller or of all."""
+    """The newest calls that released a file of this digest, of one caller or of all; bounded as ``after``."""
     rows = connection.execute(
         "SELECT r.n, r.id, r.header, i.doc FROM artifacts AS a JOIN invocations AS i ON i.id = a.id"
         " JOIN records AS r ON r.id = a.id WHERE a.digest = ? AND (? IS NULL OR i.uid = ?)"
         " ORDER BY a.id DESC LIMIT ?",
         (digest, uid, uid, limit),
     )
-    return [Row(*row) for row in rows]
+    return [Row(*row) for row in within(rows, MOST)]

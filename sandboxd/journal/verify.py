@@ -15,6 +15,7 @@ from sandboxd import canonical, errors
 from sandboxd.journal import chain, signing
 from sandboxd.journal.chain import GENESIS, Broken, Head
 from sandboxd.journal.evidence import Evidence
+from sandboxd.journal.upkeep import within
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
 __all__ = ["Damage", "VerifyReport", "verify"]
 
 _STEP = 500
+_MOST = 16 << 20  # bytes of one step, from where it ends: a document may have 34 MiB
 _MAX_DAMAGE = 1000
 _QUERY = (
-    "SELECT r.n, r.id, r.digest, r.header, i.id, i.state, i.doc FROM records AS r"
+    "SELECT r.n, r.id, r.digest, r.header, i.id, i.state, i.doc, {pruned} FROM records AS r"
     " LEFT JOIN invocations AS i ON i.id = r.id "
 )
 
@@ -49,7 +51,9 @@ class VerifyReport:
     pruned: int = 0
     """Records whose body was pruned: their headers still hold."""
     signed: int = 0
-    """The newest record that a signed head of this node vouches for."""
+    """The newest record that a head vouches for that is signed with a key that is believed; 0: none is."""
+    key: str | None = None
+    """The id of the key that signed that head."""
     at: int | None = None
     """The number of the first record that differs."""
     problem: str | None = None
@@ -79,23 +83,22 @@ def verify(
     is none.
     """
     report = VerifyReport()
-    wanted, seen = _wanted(expected, keys)
+    wanted, seen, signer = _wanted(expected, keys)
     try:
         heads = _heads(connection, keys)
-        for n, id_, digest, data, row, state, body in _rows(connection, report):
+        for n, id_, digest, data, row, state, body, pruned in _rows(connection, report):
             named = chain.follow(report.head, n, id_, digest, data)
             _check_row(n, id_, row, state)
-            if body is not None and canonical.digest_bytes(body) != named:
-                raise Broken(
-                    n, f"the body of record {n} was changed: it no longer has the digest in its header"
-                )
-            vouched = heads.pop(n, None)
-            if vouched not in {None, digest}:
-                raise Broken(n, f"record {n} is not the one whose head was signed: the chain was replaced")
-            report.signed = n if vouched else report.signed
+            _check_body(n, named, body, pruned)
+            if (vouched := heads.pop(n, None)) is not None:
+                _check_signed(n, digest, vouched)
+                report.signed, report.key = n, vouched.key
             report.head, report.records = Head(n, digest), n
             report.pruned += body is None
-            seen = seen or (digest == wanted[1] and wanted[0] in {None, n})
+            if digest == wanted[1] and wanted[0] in {None, n}:
+                seen = True
+                if signer is not None:
+                    report.signed, report.key = n, signer
             if deep is not None and body is not None:
                 _look(Evidence(deep), n, json.loads(data), report)
         last = report.head.n
@@ -114,20 +117,22 @@ def verify(
     return report
 
 
-def _wanted(expected: str | None, keys: Collection[str]) -> tuple[tuple[int | None, str], bool]:
-    """The head to look for, and whether it needs no looking for: genesis is in every chain."""
+def _wanted(expected: str | None, keys: Collection[str]) -> tuple[tuple[int | None, str], bool, str | None]:
+    """The head to look for, whether it is there anyway (genesis is in every chain), and who signed it."""
     if expected is None:
-        return (None, ""), True
+        return (None, ""), True, None
+    signer = None
     if expected.lstrip().startswith("{"):
         signed = signing.SignedHead.parse(expected.encode())
         signed.check(keys)
         wanted: tuple[int | None, str] = signed.head.n, signed.head.digest
+        signer = signed.key
     else:
         wanted = chain.parse_head(expected)
-    return wanted, wanted[1] == GENESIS and wanted[0] in {None, 0}
+    return wanted, wanted[1] == GENESIS and wanted[0] in {None, 0}, signer
 
 
-def _heads(connection: sqlite3.Connection, keys: Collection[str]) -> dict[int, str]:
+def _heads(connection: sqlite3.Connection, keys: Collection[str]) -> dict[int, signing.SignedHead]:
     """The heads that were signed on this node, each of which has to be in the chain."""
     heads = {}
     try:
@@ -142,33 +147,40 @@ def _heads(connection: sqlite3.Connection, keys: Collection[str]) -> dict[int, s
             raise Broken(n, f"the signed head of record {n} does not hold: {error}") from None
         if signed.head.n != n:
             raise Broken(n, f"the signed head of record {n} is of record {signed.head.n}")
-        heads[n] = signed.head.digest
+        heads[n] = signed
     return heads
+
+
+def _query(connection: sqlite3.Connection) -> str:
+    """What is read of records; an older version's journal does not say what was pruned, for nothing was."""
+    columns = {row[1] for row in connection.execute("PRAGMA table_info(invocations)")}
+    return _QUERY.format(pruned="i.pruned" if "pruned" in columns else "NULL")
 
 
 def _rows(connection: sqlite3.Connection, report: VerifyReport) -> Iterator[tuple[Any, ...]]:
     """All records in order, in short reads: a long one would keep the write-ahead log from shrinking."""
-    last = -(2**62)
+    last, query = -(2**62), _query(connection)
     while True:
         try:
-            rows = connection.execute(_QUERY + "WHERE r.n > ? ORDER BY r.n LIMIT ?", (last, _STEP)).fetchall()
+            found = connection.execute(query + "WHERE r.n > ? ORDER BY r.n LIMIT ?", (last, _STEP))
+            rows = list(within(found, _MOST))
         except sqlite3.DatabaseError as error:
-            yield from _one_by_one(connection, report, error)
+            yield from _one_by_one(connection, query, report, error)
+            return
+        if not rows:
             return
         yield from rows
-        if len(rows) < _STEP:
-            return
         last = rows[-1][0]
 
 
 def _one_by_one(
-    connection: sqlite3.Connection, report: VerifyReport, error: sqlite3.DatabaseError
+    connection: sqlite3.Connection, query: str, report: VerifyReport, error: sqlite3.DatabaseError
 ) -> Iterator[tuple[Any, ...]]:
     """What can still be read up to the damaged page, so that it is said which record is on it."""
     while True:
         n = report.head.n + 1
         try:
-            row = connection.execute(_QUERY + "WHERE r.n = ?", (n,)).fetchone()
+            row = connection.execute(query + "WHERE r.n = ?", (n,)).fetchone()
         except sqlite3.DatabaseError as damage:
             raise Broken(n, f"record {n} cannot be read: the database is damaged there ({damage})") from error
         if row is None:
@@ -181,6 +193,18 @@ def _check_row(n: int, id_: str, row: str | None, state: str | None) -> None:
         raise Broken(n, f"record {n} has lost its invocation {id_}")
     if state != "ended":
         raise Broken(n, f"invocation {id_} of record {n} was set back to {state}")
+
+
+def _check_body(n: int, named: str, body: bytes | None, pruned: int | None) -> None:
+    if body is None and pruned is None:
+        raise Broken(n, f"the body of record {n} is gone, and it was not retention that took it")
+    if body is not None and canonical.digest_bytes(body) != named:
+        raise Broken(n, f"the body of record {n} was changed: it no longer has the digest in its header")
+
+
+def _check_signed(n: int, digest: str, vouched: signing.SignedHead) -> None:
+    if vouched.head.digest != digest:
+        raise Broken(n, f"record {n} is not the one whose head was signed: the chain was replaced")
 
 
 def _check_strays(connection: sqlite3.Connection, last: int) -> None:

@@ -30,7 +30,7 @@ class Release(Wire):
 
 
 class Lineage(Wire):
-    """The calls that released a content, newest first; at most 100."""
+    """The calls that released a content, newest first; at most 100, fewer where their records are large."""
 
     digest: str
     size: int

@@ -75,3 +75,44 @@ def test_damaged_files_are_named_with_their_calls(tmp_path: Path) -> None:
     assert f"record 2, call {call.name}: stdout was changed" in found.stderr
     told = json.loads(run("journal", "verify", "--deep", "--json", "--state", tmp_path).stdout)
     assert (told["ok"], told["files"], [each["n"] for each in told["damaged"]]) == (False, 6, [2])
+
+
+def test_what_no_head_vouches_for_is_said(tmp_path: Path) -> None:
+    """Who can write the journal can remove the heads in it too: then it says that nothing vouches."""
+    filled(tmp_path, 5)
+    key = tmp_path / "node.pem"
+    key.write_text(run("journal", "key", "--state", tmp_path).stdout)
+    id_ = json.loads(run("journal", "key", "--json", "--state", tmp_path).stdout)["id"]
+    found = run("journal", "verify", "--key", key, "--state", tmp_path)
+    assert found.returncode == 0
+    assert f"signed up to record 5 with the key {id_}" in found.stdout
+    assert "nothing signed" not in found.stdout
+    head = tmp_path / "head"
+    head.write_text(run("journal", "head", "--state", tmp_path).stdout)
+    behind(tmp_path, "DELETE FROM heads")
+    found = run("journal", "verify", "--key", key, "--state", tmp_path)
+    assert "nothing signed vouches for records after 0" in found.stdout
+    assert "signed up to" not in found.stdout
+    found = run("journal", "verify", "--head", head, "--state", tmp_path)  # that one is signed as well
+    assert f"signed up to record 5 with the key {id_}" in found.stdout
+    behind(
+        tmp_path,
+        "UPDATE invocations SET doc = NULL, pruned = 1 WHERE id = (SELECT id FROM records WHERE n = 2)",
+    )
+    found = run("journal", "verify", "--state", tmp_path)
+    assert (found.returncode, "1 of them were pruned" in found.stdout) == (0, True)
+
+
+def test_a_named_key_alone_is_believed(tmp_path: Path) -> None:
+    """A copy whose chain was written by another node brings that one's key, which nobody asked for."""
+    filled(tmp_path / "genuine")
+    filled(tmp_path / "copy")
+    key = tmp_path / "genuine.pem"
+    key.write_text(run("journal", "key", "--state", tmp_path / "genuine").stdout)
+    assert run("journal", "verify", "--state", tmp_path / "copy").returncode == 0
+    found = run("journal", "verify", "--state", tmp_path / "copy", "--key", key)
+    assert (found.returncode, "does not hold" in found.stderr) == (1, True)
+    other = tmp_path / "copy.pem"
+    other.write_text(run("journal", "key", "--state", tmp_path / "copy").stdout)
+    both = ("--key", key, "--key", other)
+    assert run("journal", "verify", "--state", tmp_path / "copy", *both).returncode == 0

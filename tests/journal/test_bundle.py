@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import tarfile
+import tracemalloc
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -207,3 +208,28 @@ async def test_hostile_files_are_refused(tmp_path: Path) -> None:
     assert proof.check(written(target, deep), {key}).problem
     with pytest.raises(errors.InvalidRequest):
         proof.check(tmp_path / "nonexistent")
+
+
+async def test_a_manifest_of_very_many_values_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    path, key = await made(tmp_path, 1)
+    many = b'{"calls":[' + b"[]," * (5 << 20) + b"[]]}"
+    written(tmp_path / "x", [("manifest.json", many), *members(path)[1:]])
+    tracemalloc.start()
+    try:
+        assert "more than" in str(proof.check(tmp_path / "x", {key}).problem)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+async def test_what_is_not_there_of_a_pruned_call_is_named(tmp_path: Path) -> None:
+    """Whoever takes all files of a call out makes it look pruned: the report says which ones they were."""
+    path, key = await made(tmp_path, 1, 3)
+    whole = members(path)
+    ids = json.loads(whole[0][1])["calls"]
+    rest = [(name, data) for name, data in whole if ids[0] not in name]
+    own = canonical.digest_bytes(b"1")
+    rest = [(name, data) for name, data in rest if name != f"blobs/{own[7:]}"]
+    report = proof.check(written(tmp_path / "x", rest), {key})
+    assert (report.ok, report.pruned) == (True, 1)
+    assert report.gone == [f"{what} of call {ids[0]}" for what in ("body", "stdout", f"artifact {own}")]

@@ -39,6 +39,10 @@ def test_nothing_is_found_before_there_is_an_index(tmp_path: Path) -> None:
     assert ids(SearchIndex(tmp_path / "none.sqlite3"), "x") == []
     (tmp_path / "empty.sqlite3").touch()
     assert ids(SearchIndex(tmp_path / "empty.sqlite3"), "x") == []
+    made = SearchIndex(tmp_path / "made.sqlite3")
+    made.add([])
+    assert ids(made, "x") == ids(made, "x*") == []
+    made.close()
     assert not (tmp_path / "none.sqlite3").exists()
 
 
@@ -115,6 +119,59 @@ def test_a_search_that_takes_too_long_ends(index: SearchIndex, monkeypatch: pyte
     index.add([entry(n, f"word{n} common") for n in range(1, 2000)])
     with pytest.raises(errors.InvalidRequest, match="narrow it"):
         index.find(Query("word* NOT common"))
+
+
+@pytest.mark.parametrize("distance", [1000, 1])
+def test_one_that_is_slow_at_each_row_ends_too(
+    index: SearchIndex, monkeypatch: pytest.MonkeyPatch, distance: int
+) -> None:
+    """FTS5 looks at no clock, neither in a row that fits nor while it passes over those that do not."""
+    monkeypatch.setattr(search, "SECONDS", 0.02)
+    text = "a " * (search.HEAD // 2 - 10) + "b " * 10
+    index.add([entry(n, text, stdout=text, stderr=text) for n in range(1, 2001)])
+    near = "NEAR(" + "a " * 12 + f"b, {distance})"
+    with pytest.raises(errors.InvalidRequest, match="narrow it"):
+        index.find(Query(f"{near} AND {near}", limit=500))
+
+
+def test_a_row_with_very_many_places_is_shown_all_the_same(index: SearchIndex) -> None:
+    """The time of FTS5's own snippets grows with the square of the places: this row would take a minute."""
+    text = "a " * (search.HEAD // 2)
+    index.add([entry(1, text, stdout=text, stderr=text)])
+    (hit,) = index.find(Query("a " * search.MAX_WORDS)).hits
+    assert hit.snippet == "[a] " * 23 + "[a]…"
+
+
+@pytest.mark.parametrize("text", ["a " * 33, "a " * 8 + "a*", '"' + "a-" * 40 + '"'])
+def test_too_many_words_are_refused(index: SearchIndex, text: str) -> None:
+    index.add([entry(1, "a")])
+    with pytest.raises(errors.InvalidRequest, match="at most 32 words, and 8 if"):
+        index.find(Query(text))
+
+
+def test_all_rows_are_asked_a_few_at_a_time(index: SearchIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "_ROWS", 7)
+    index.add([entry(n, f"word{n} " + ("third" if n % 3 == 0 else "")) for n in range(1, 101)])
+    thirds = list(range(99, 0, -3))
+    assert ids(index, "third", limit=500) == thirds
+    assert ids(index, "word* third", limit=500) == thirds
+    page = index.find(Query("third", limit=10))
+    assert ([hit.n for hit in page.hits], page.next) == (thirds[:10], thirds[9])
+    assert ids(index, "third", before=page.next, limit=500) == thirds[10:]
+    assert index.find(Query("third", limit=len(thirds))).next is None
+
+
+def test_snippets_show_what_was_found(index: SearchIndex) -> None:
+    long = " ".join(f"w{n}" for n in range(50))
+    index.add([entry(1, "echo", stdout=long, stderr="Straße, ÜBUNG: denied_by")])
+    for text, shown in {
+        "w30": "…w26 w27 w28 w29 [w30] w31 w32",
+        "w4*": "w0 w1 w2 w3 [w4] w5",
+        "ubung": "Straße, [ÜBUNG]: denied_by",
+        '"denied_by"': "Straße, ÜBUNG: [denied]_[by]",
+    }.items():
+        assert index.find(Query(text)).hits[0].snippet.startswith(shown), text
+    assert index.find(Query(cause="exited")).hits[0].snippet == ""
 
 
 @pytest.mark.parametrize("damage", ["garbage", "version", "flipped"])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import tracemalloc
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
 from journals import behind, record
 
 from sandboxd import errors, models
-from sandboxd.journal import Accepted, Journal, chain, outcome_header, schema, signing
+from sandboxd.journal import Accepted, Journal, chain, outcome_header, schema, signing, upkeep
+from sandboxd.journal import verify as verify_module
 from sandboxd.journal.verify import verify
 
 if TYPE_CHECKING:
@@ -148,3 +151,35 @@ def _leaf(path: Path, root: int, number: int) -> int:
     assert page[0] == 5
     pointer = int.from_bytes(page[12 + 2 * number : 14 + 2 * number], "big")
     return int.from_bytes(page[pointer : pointer + 4], "big")
+
+
+async def test_a_body_that_retention_did_not_take_is_missed(tmp_path: Path) -> None:
+    async with Journal.open(tmp_path) as journal:
+        for _ in range(3):
+            await record(journal, tmp_path)
+    behind(tmp_path, "UPDATE invocations SET doc = NULL WHERE id = (SELECT id FROM records WHERE n = 2)")
+    async with Journal.open(tmp_path) as journal:
+        report = await journal.verify()
+    assert (report.at, report.records) == (2, 1)
+    assert report.problem == "the body of record 2 is gone, and it was not retention that took it"
+
+
+async def test_large_documents_are_read_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Journal.open(tmp_path) as journal:
+        for _ in range(12):
+            await record(journal, tmp_path, argv=["x" * 1_000_000])
+        keys = {journal.key.id}
+        monkeypatch.setattr(verify_module, "_MOST", 2_000_000)
+        monkeypatch.setattr(upkeep, "MOST", 2_000_000)
+        with closing(schema.connect_reader(tmp_path / "journal.sqlite3")) as reader:
+            tracemalloc.start()
+            try:
+                assert verify(reader, keys=keys).records == 12
+                assert tracemalloc.get_traced_memory()[1] < 8_000_000
+            finally:
+                tracemalloc.stop()
+        rows = await journal.after(0, 10)
+        assert [row.n for row in rows] == [1, 2]
+        assert [row.n for row in await journal.after(11, 10)] == [12]
