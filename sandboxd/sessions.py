@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from sandboxd.api.identity import Caller
     from sandboxd.journal import Journal
+    from sandboxd.workspace.effort import Effort
     from sandboxd.workspace.handles import Handles
     from sandboxd.workspace.store import LayerStore
     from sandboxd.workspace.tables import Checkpoint, Row, Stack
@@ -81,7 +82,7 @@ class Sessions:
         self._journal = journal
         self._handles = handles
         self._lanes = lanes
-        self._work = Lanes("file operations", most=8, each=2, waiting=8)
+        self.work = Lanes("file operations", most=8, each=2, waiting=64)
         self._own = kept
         self._checkouts: dict[str, Checkout] = {}
         self._store = store
@@ -385,6 +386,10 @@ class Sessions:
         finally:
             self._turns.leave(row.id)
 
+    def left(self, caller: Caller) -> int:
+        """Bytes that the caller's sessions may still grow by together."""
+        return max(0, caller.sessions.size - self._held[caller.uid])
+
     async def _named(self, row: Row, checkpoint: str | None) -> str:
         if checkpoint is None:
             current = await self._journal.read(lambda connection: tables.find(connection, row.id, None))
@@ -394,24 +399,33 @@ class Sessions:
         return (await self._checkpoint(row, checkpoint)).id
 
     async def change(
-        self, caller: Caller, named: str, fill: Callable[[Sequence[Path | int], int], None]
+        self,
+        caller: Caller,
+        named: str,
+        fill: Callable[[Sequence[Path | int], int], None],
+        *,
+        effort: Effort,
     ) -> models.CheckpointInfo:
         """A checkpoint of a change from outside; it waits for its turn, as a call does.
 
-        ``fill`` makes a layer over others in an empty directory, in a thread. Raises NotFound, QuotaExceeded,
-        WorkspaceUnfit, HostFailed, and what ``fill`` raises; then nothing has changed.
+        ``fill`` makes a layer over others in an empty directory, in a thread, and looks at ``effort``. Raises
+        NotFound, QuotaExceeded, WorkspaceUnfit, HostFailed, QueueFull, RequestTimeout, and what ``fill``
+        raises; then nothing has changed.
         """
         hold = await self.enter(caller, named, None)
         try:
             await hold.begin()
-            made = await anyio.to_thread.run_sync(hold.make, fill)
             try:
-                await self._journal.write(hold.commit)
+                made = await self.work.run(
+                    caller.uid, lambda: effort.within(lambda: hold.make(fill)), stop=effort.stop
+                )
+                with anyio.CancelScope(shield=True):  # what is on disk is also told
+                    await self._journal.write(hold.commit)
+                    hold.committed()
             except BaseException:
                 with anyio.CancelScope(shield=True):
                     await hold.abandon()
                 raise
-            hold.committed()
         finally:
             hold.leave()
         return _checkpoint_info(made, made.id)

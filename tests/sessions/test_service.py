@@ -8,21 +8,29 @@ import signal
 import socket
 import sqlite3
 import struct
+import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
+import anyio
 import pytest
-from sessioned import by
+from daemons import needs_containers, start_daemon
+from sessioned import ask, by, sh
 
+from sandboxd import errors
 from sandboxd.api.descriptors import path_beside
+from sandboxd.lanes import Lanes
 from sandboxd.workspace import tables
+from sandboxd.workspace.effort import Effort
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from daemons import Daemon
+
+    from sandboxd.models import SessionInfo
 
 CALLER = 4243
 
@@ -129,3 +137,149 @@ def test_expiry_goes_past_what_stays(busy: int) -> None:
             seen += [id_ for _, id_ in found]
             after = found[-1]
         assert seen == [id_ for id_, _ in rows]
+
+
+def test_a_condition_on_a_file_that_nobody_can_hash_is_refused(daemon: Daemon, session: SessionInfo) -> None:
+    sh(daemon, session, "truncate -s 2T huge")
+    start = time.monotonic()
+    match = {"If-Match": f'"sha256:{"0" * 64}"'}
+    for method in ("PUT", "DELETE"):
+        refused = ask(daemon, method, f"{session.id}/files/huge", b"x" if method == "PUT" else None, match)
+        assert (refused.status, refused.json["code"]) == (413, "too_large")
+    there = ask(daemon, "PUT", f"{session.id}/files/huge", b"x", {"If-None-Match": "*"})
+    assert there.status == 412
+    assert time.monotonic() - start < 10
+
+
+def test_a_diff_digests_so_much_and_says_what_it_did_not(daemon: Daemon, session: SessionInfo) -> None:
+    sh(daemon, session, "for i in $(seq 30); do truncate -s 1G f$i; done")
+    found = ask(daemon, "GET", f"{session.id}/diff").json["changes"]
+    assert len(found) == 30
+    assert sum("digest" in one["new"] for one in found) == 2
+
+
+def test_who_asks_for_much_waits_for_himself(daemon: Daemon) -> None:
+    with by(CALLER, daemon):
+        made = daemon.client().create_session(policy="kept")
+        sh(daemon, made, "truncate -s 1G f")
+    with ExitStack() as stack, by(CALLER, daemon):
+        peers = []
+        for _ in range(72):
+            peer = stack.enter_context(socket.socket(socket.AF_UNIX))
+            peer.connect(str(daemon.socket))
+            peer.sendall(b"GET /v1/sessions/%s/files/f HTTP/1.1\r\nHost: x\r\n\r\n" % made.id.encode())
+            peers.append(peer)
+        assert b" 429 " in peers[-1].recv(4096)
+        with by(0, daemon):
+            assert answers(daemon)
+            other = daemon.client(timeout=10).create_session()
+            daemon.client(timeout=10).write_file(other.id, "f", b"x")
+            daemon.client(timeout=10).delete_session(other.id)
+    end = time.monotonic() + 15  # they have gone: nothing goes on for them
+    while daemon.client().session(made.id).in_flight:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    daemon.client().delete_session(made.id)
+
+
+def test_what_is_too_deep_to_be_named_is_counted(daemon: Daemon, session: SessionInfo) -> None:
+    code = "import os\nfor _ in range(60): os.mkdir('d' * 200); os.chdir('d' * 200); open('f', 'w')"
+    done = daemon.client().run(["python", "-c", code], policy="snakes", session=session.id)
+    assert done.outcome is not None
+    assert done.outcome.exit_code == 0, done.stderr
+    for path, key in (("files?recursive=1", "files"), ("diff", "changes")):
+        found = ask(daemon, "GET", f"{session.id}/{path}").json
+        assert (found["unnamed"], found["truncated"]) == (1, False)
+        assert 4000 < max(len(one["path"]) for one in found[key]) <= 4095
+
+
+def test_an_answer_has_a_size(daemon: Daemon, session: SessionInfo) -> None:
+    code = "for i in range(8000): open(b'\\1' * 250 + b'%05d' % i, 'w')"
+    done = daemon.client().run(["python", "-c", code], policy="snakes", session=session.id)
+    assert done.outcome is not None
+    assert done.outcome.exit_code == 0, done.stderr
+    for path in ("files?limit=10000", "diff?limit=10000"):
+        found = ask(daemon, "GET", f"{session.id}/{path}")
+        assert found.json["truncated"] is True
+        assert 4 << 20 < len(found.body) < 9 << 20
+
+
+def begun(daemon: Daemon, stack: ExitStack, path: str, size: int) -> socket.socket:
+    """A body that has been announced."""
+    peer = stack.enter_context(socket.socket(socket.AF_UNIX))
+    peer.settimeout(10)
+    peer.connect(str(daemon.socket))
+    method = "POST" if path.endswith("import") else "PUT"
+    peer.sendall(
+        f"{method} /v1/sessions/{path} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode()
+    )
+    return peer
+
+
+def fed(peer: socket.socket, size: int) -> bytes:
+    """What is answered to so much of a body."""
+    with suppress(ConnectionError):
+        peer.sendall(b"\0" * size)
+    return peer.recv(65536)
+
+
+def test_no_body_is_read_for_no_session(daemon: Daemon) -> None:
+    with ExitStack() as stack:
+        assert b" 404 " in begun(daemon, stack, "nothing/files/f", 1 << 30).recv(4096)
+        assert b" 404 " in begun(daemon, stack, "nothing/import", 1 << 30).recv(4096)
+
+
+def test_no_body_is_larger_than_what_its_sessions_may_grow(daemon: Daemon) -> None:
+    with by(4242, daemon), ExitStack() as stack:  # 8 MiB
+        made = daemon.client().create_session()
+        answer = fed(begun(daemon, stack, f"{made.id}/import", 1 << 30), 10 << 20)
+        assert b'"quota":"sessions.size"' in answer
+        daemon.client().delete_session(made.id)
+
+
+def test_bodies_have_room_and_time(tmp_path: Path) -> None:
+    needs_containers()
+    with start_daemon(tmp_path, config="http: {spool: 4MiB, body_time: 2s}\n") as one, ExitStack() as stack:
+        made = one.client().create_session()
+        answer = fed(begun(one, stack, f"{made.id}/files/f", 1 << 30), 5 << 20)
+        assert b" 429 " in answer
+        assert b"bodies of files" in answer
+        assert b" 408 " in fed(begun(one, stack, f"{made.id}/files/f", 1 << 30), 1 << 20)
+        one.client().write_file(made.id, "f", b"x" * (3 << 20))  # all of it was given back
+
+
+def test_work_is_stopped_and_what_it_made_is_undone() -> None:
+    effort, undone = Effort(), threading.Event()
+
+    def endless() -> None:
+        while True:
+            effort.step()
+
+    async def main() -> None:
+        lanes = Lanes("tests", most=2, each=1, waiting=0)
+        with anyio.move_on_after(0.1):
+            await lanes.run(1, lambda: effort.within(endless), stop=effort.stop)
+        assert not lanes.inside(1)
+        go = threading.Event()
+        with anyio.move_on_after(0.1):
+            await lanes.run(1, lambda: go.wait(10), undo=lambda _: undone.set())
+        assert lanes.inside(1) == 1  # it has its lane until it has ended
+        with pytest.raises(errors.QueueFull):
+            await lanes.run(1, go.set)
+        assert await lanes.run(2, lambda: "another's") == "another's"
+        go.set()
+        with anyio.fail_after(5):
+            await lanes.run(1, lambda: None, always=True)  # after it, in the same lane
+
+    anyio.run(main)
+    assert undone.wait(5)
+    with pytest.raises(errors.RequestTimeout, match="took more than"):
+        _late(Effort(0.01))
+
+
+def _late(effort: Effort) -> None:
+    def late() -> None:
+        time.sleep(0.05)
+        effort.step()
+
+    effort.within(late)
