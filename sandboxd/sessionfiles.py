@@ -139,6 +139,7 @@ class SessionFiles:
         ):
 
             def opened() -> tuple[models.FileInfo, Iterator[bytes]]:
+                stack.is_used = True
                 (view,) = stack.enter_context(_views(effort, one))
                 entry = _found(view, place)
                 info, chunks = _info(view, entry, digest=True), view.content(entry)
@@ -206,6 +207,7 @@ class SessionFiles:
         ):
 
             def made() -> Export:
+                stack.is_used = True
                 views = stack.enter_context(_views(effort, *stands))
                 if len(views) == 1:
                     export = export_stack(views[0], times=times)
@@ -291,14 +293,15 @@ class SessionFiles:
         )
 
     @asynccontextmanager
-    async def _held(self, caller: Caller) -> AsyncIterator[ExitStack]:
+    async def _held(self, caller: Caller) -> AsyncIterator[_Held]:
         """What is closed in a thread at the end of the block: a mount of what is lent may take its time."""
-        stack = ExitStack()
+        stack = _Held()
         try:
             yield stack
         finally:
-            with anyio.CancelScope(shield=True):
-                await self._threaded(caller, Effort(), stack.close, always=True)
+            if stack.is_used:
+                with anyio.CancelScope(shield=True):
+                    await self._threaded(caller, Effort(), stack.close, always=True)
 
     async def _streamed(
         self, caller: Caller, effort: Effort, chunks: Iterator[bytes]
@@ -351,6 +354,12 @@ class _Page(Generic[Shown]):
     def into(directory: Entry) -> bool:
         """Whether to look into it."""
         return len(directory.path) <= MAX_PATH
+
+
+class _Held(ExitStack):
+    """What a read holds; nothing until its turn has come."""
+
+    is_used = False
 
 
 class _Body:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import socket
 import sqlite3
 import struct
+import tarfile
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,6 +25,8 @@ from sandboxd.api.descriptors import path_beside
 from sandboxd.lanes import Lanes
 from sandboxd.workspace import tables
 from sandboxd.workspace.effort import Effort
+from sandboxd.workspace.layerimport import import_layer
+from sandboxd.workspace.view import View
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -162,19 +166,20 @@ def test_who_asks_for_much_waits_for_himself(daemon: Daemon) -> None:
     with by(CALLER, daemon):
         made = daemon.client().create_session(policy="kept")
         sh(daemon, made, "truncate -s 1G f")
-    with ExitStack() as stack, by(CALLER, daemon):
+    with ExitStack() as stack:
         peers = []
-        for _ in range(72):
-            peer = stack.enter_context(socket.socket(socket.AF_UNIX))
-            peer.connect(str(daemon.socket))
-            peer.sendall(b"GET /v1/sessions/%s/files/f HTTP/1.1\r\nHost: x\r\n\r\n" % made.id.encode())
-            peers.append(peer)
+        with by(CALLER, daemon):
+            for _ in range(72):
+                peer = stack.enter_context(socket.socket(socket.AF_UNIX))
+                peer.settimeout(10)
+                peer.connect(str(daemon.socket))
+                peer.sendall(b"GET /v1/sessions/%s/files/f HTTP/1.1\r\nHost: x\r\n\r\n" % made.id.encode())
+                peers.append(peer)
         assert b" 429 " in peers[-1].recv(4096)
-        with by(0, daemon):
-            assert answers(daemon)
-            other = daemon.client(timeout=10).create_session()
-            daemon.client(timeout=10).write_file(other.id, "f", b"x")
-            daemon.client(timeout=10).delete_session(other.id)
+        assert answers(daemon)
+        other = daemon.client(timeout=10).create_session()
+        daemon.client(timeout=10).write_file(other.id, "f", b"x")
+        daemon.client(timeout=10).delete_session(other.id)
     end = time.monotonic() + 15  # they have gone: nothing goes on for them
     while daemon.client().session(made.id).in_flight:
         assert time.monotonic() < end
@@ -283,3 +288,25 @@ def _late(effort: Effort) -> None:
         effort.step()
 
     effort.within(late)
+
+
+def test_an_import_stops_when_its_time_is_over(tmp_path: Path) -> None:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for number in range(3000):
+            tar.addfile(tarfile.TarInfo("d/" * 500 + f".wh.{number}"))
+    (tmp_path / "below").mkdir()
+    (tmp_path / "into").mkdir()
+    into = os.open(tmp_path / "into", os.O_RDONLY | os.O_DIRECTORY)
+    effort = Effort(0.02)
+    try:
+        with View([tmp_path / "below"], effort) as view:
+            archive.seek(0)
+
+            def bring() -> None:
+                import_layer(archive, into, view, owner=(0, 0))
+
+            with pytest.raises(errors.RequestTimeout, match="took more than"):
+                effort.within(bring)
+    finally:
+        os.close(into)
