@@ -278,6 +278,8 @@ class HttpLimits(Section):
     """The longest pause between two pieces of a body."""
     body_time: Duration = 300 * 10**6
     """For the whole of a body that is read before anything is done: all but a stream of stdin."""
+    spool: Annotated[Size, Field(ge=2**20, le=2**50)] = 8 * 2**30
+    """Bytes on disk of all bodies of files and layers for sessions, until they are in their sessions."""
     keep_alive: Duration = 60 * 10**6
     """The longest pause between two requests of a connection."""
     connections: Annotated[Count, Field(ge=1, le=65_536)] = 512

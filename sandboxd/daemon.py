@@ -37,6 +37,7 @@ from sandboxd.config import default_socket
 from sandboxd.engine.host import enter_private_mounts, instance_name
 from sandboxd.journal import Journal, signing
 from sandboxd.kernel.orphans import adopt_orphans
+from sandboxd.lanes import Lanes
 from sandboxd.maker.process import EngineProcess
 from sandboxd.network.authority import Authority
 from sandboxd.network.gateway import Gateway
@@ -156,7 +157,8 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         policies = _policies(config)
         blobs = BlobStore(config.state / "blobs")
         blobs.clean()
-        sessions, handles = await _open_sessions(config, journal, stack)
+        lanes = Lanes("directories", most=32, each=2, waiting=0)
+        sessions, handles = await _open_sessions(config, journal, lanes, stack)
         secrets = _secrets(config)
         scheduler = _scheduler(config)
         archive = Archive(
@@ -211,7 +213,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
             tasks.start_soon(task)
         sock = stack.enter_context(listening(config.socket, os.environ))
         tasks.start_soon(
-            Descriptors(handles, Identity(config.callers)).serve,
+            Descriptors(handles, Identity(config.callers), lanes).serve,
             stack.enter_context(listening_beside(sock, config.socket)),
         )
         stopping = anyio.Event()
@@ -228,12 +230,15 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         tasks.cancel_scope.cancel()
 
 
-async def _open_sessions(config: Config, journal: Journal, stack: AsyncExitStack) -> tuple[Sessions, Handles]:
+async def _open_sessions(
+    config: Config, journal: Journal, lanes: Lanes, stack: AsyncExitStack
+) -> tuple[Sessions, Handles]:
     handles = Handles()
     kept = [config.state, config.socket.path or default_socket()]
-    sessions = Sessions(journal, LayerStore(config.state / "sessions"), handles=handles, kept=kept)
+    store = LayerStore(config.state / "sessions")
+    sessions = Sessions(journal, store, handles=handles, lanes=lanes, kept=kept)
     await sessions.open()
-    stack.callback(sessions.close)
+    stack.push_async_callback(sessions.close)
     return sessions, handles
 
 

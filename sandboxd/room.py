@@ -1,4 +1,4 @@
-"""Memory that the daemon holds for its callers: bounded in all, and shared so that nobody takes it all.
+"""Memory, or disk, that the daemon holds for its callers: bounded, and shared so that nobody takes it all.
 
 A caller gets more as long as what it would hold is at most four times what would be left. So one alone
 gets up to four fifths, and however many fill up their parts, there is always some for one more.
@@ -48,8 +48,10 @@ class Held:
 class Room:
     """A number of bytes for all callers. For one event loop; nothing here blocks."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, what: str = "inputs for calls that wait or run") -> None:
+        """``what`` is held, in the words of the error."""
         self._size = size
+        self._what = what
         self._held: Counter[int] = Counter()
         self._total = 0
 
@@ -58,8 +60,7 @@ class Room:
         own, total = self._held[uid] + size, self._total + size
         if self._total and not fits(own, self._size - total):
             raise errors.QueueFull(
-                f"the daemon holds {units.format_size(self._total)} of inputs for calls that wait or run; "
-                "try again later",
+                f"the daemon holds {units.format_size(self._total)} of {self._what}; try again later",
                 retry_after=RETRY_AFTER,
                 limit=self._size,
             )

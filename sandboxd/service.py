@@ -24,6 +24,7 @@ from sandboxd.metrics import Numbers, exposition
 from sandboxd.policy import check_text, explain
 from sandboxd.pool import Fate, HandOver
 from sandboxd.replay import compared, prepared, replayable
+from sandboxd.room import Room
 from sandboxd.sessionfiles import SessionFiles
 
 if TYPE_CHECKING:
@@ -66,7 +67,12 @@ class DaemonService(Calls):
         self._policies = policies
         self._images = images
         self.config = config
-        self.files = SessionFiles(sessions, config.state / "sessions")
+        self.files = SessionFiles(
+            sessions,
+            config.state / "sessions",
+            room=Room(config.http.spool, "bodies of files for sessions"),
+            body_time=config.http.body_time,
+        )
         self._archive = archive
         archive.references.append(self.released)
         self._version = version

@@ -3,6 +3,10 @@
 Theory of operation.  What is read is a ``View`` of the layers of a checkpoint, in a thread; a session is
 not removed while somebody reads. A change waits for its turn as a call does, and is a layer and a
 checkpoint as a call's are, so that it can be rolled back, and no running call sees half of it.
+
+What a tool made may be deep, wide and large, so no answer costs what there is: each operation has its time
+and bytes (``Effort``), runs in few threads for each caller (``Lanes``), and stops when nobody waits for it.
+Bodies are counted, as long as they wait on the disk, for each caller and in all.
 """
 
 from __future__ import annotations
@@ -10,17 +14,21 @@ from __future__ import annotations
 import os
 import tempfile
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from types import GeneratorType
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import anyio
 import anyio.to_thread
+import pydantic_core
 
 from sandboxd import errors, models, units
 from sandboxd.artifacts import decode_path, encode_path
 from sandboxd.images.tarstream import ImportLimits
+from sandboxd.kernel.files import MAX_PATH
 from sandboxd.session import OWNER, lowest
 from sandboxd.workspace import edit
 from sandboxd.workspace.diff import compare
+from sandboxd.workspace.effort import Effort
 from sandboxd.workspace.layerimport import import_layer
 from sandboxd.workspace.layertar import export_diff, export_stack
 from sandboxd.workspace.textdiff import MAX_TEXT, TextDiff, text_diff
@@ -32,6 +40,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
     from sandboxd.api.identity import Caller
+    from sandboxd.room import Held, Room
     from sandboxd.sessions import Sessions, Standing
     from sandboxd.workspace.diff import Change
     from sandboxd.workspace.layertar import Export
@@ -41,20 +50,28 @@ __all__ = ["SessionFiles"]
 
 MAX_FILE = 1 << 30
 MAX_IMPORT = ImportLimits(total=4 << 30, entries=200_000)
+MAX_ANSWER = 8 << 20
+"""Bytes of one list or diff; what does not fit is left out, and the answer says so."""
 MAX_DIFFS = 4 << 20
 """Bytes of text diffs in one answer; later files have none."""
 _CHUNK = 1 << 18
 
+BEYOND = 1 << 20
+"""Bytes that a body may be larger than what is left for files: an archive has more than their content."""
+
 T = TypeVar("T")
+Shown = TypeVar("Shown", models.FileInfo, models.FileChange)
 
 
 class SessionFiles:
     """Raises NotFound for a session that is not the caller's, as do all its methods."""
 
-    def __init__(self, sessions: Sessions, scratch: Path) -> None:
-        """``scratch`` is where bodies are kept while they come."""
+    def __init__(self, sessions: Sessions, scratch: Path, *, room: Room, body_time: int) -> None:
+        """``scratch`` is where bodies are kept while they come, in ``room``, for ``body_time`` µs at most."""
         self._sessions = sessions
         self._scratch = scratch
+        self._room = room
+        self._body_time = body_time
 
     async def diff(
         self, caller: Caller, named: str, *, since: str, to: str | None, text: bool, limit: int
@@ -62,22 +79,29 @@ class SessionFiles:
         """What differs between two checkpoints; with ``text``, how."""
 
         def compared(old: Standing, new: Standing) -> models.SessionDiff:
-            with _views(old, new) as (before, after):
-                changes: list[models.FileChange] = []
+            page = _Page[models.FileChange](limit)
+            with _views(effort, old, new) as (before, after):
                 left = MAX_DIFFS if text else 0
-                for change in compare(before, after):
-                    if not change.path:
-                        continue  # the directory itself
-                    if len(changes) >= limit:
-                        return models.SessionDiff(
-                            since=old.checkpoint, to=new.checkpoint, changes=changes, truncated=True
-                        )
-                    changes.append(_change(before, after, change, left if text else None))
-                    left -= len(changes[-1].diff or "")
-                return models.SessionDiff(since=old.checkpoint, to=new.checkpoint, changes=changes)
+                for change in compare(before, after, into=page.into):
+                    if not change.path or page.is_unnamed(change.path):  # the directory itself, or too deep
+                        continue
+                    if page.is_full or not page.add(
+                        one := _change(before, after, change, left if text else None)
+                    ):
+                        page.truncated = True
+                        break
+                    left -= len(one.diff or "")
+            return models.SessionDiff(
+                since=old.checkpoint,
+                to=new.checkpoint,
+                changes=page.found,
+                truncated=page.truncated,
+                unnamed=page.unnamed,
+            )
 
+        effort = Effort()
         async with self._sessions.standing(caller, named, since, to) as (old, new):
-            return await anyio.to_thread.run_sync(compared, old, new)
+            return await self._threaded(caller, effort, lambda: compared(old, new))
 
     async def list(
         self, caller: Caller, named: str, path: str, *, checkpoint: str | None, recursive: bool, limit: int
@@ -86,36 +110,44 @@ class SessionFiles:
         place = _path(path) if path else b""
 
         def listed(one: Standing) -> models.FileList:
-            with _views(one) as (view,):
+            page = _Page[models.FileInfo](limit)
+            with _views(effort, one) as (view,):
                 entry = _found(view, place)
                 if not entry.is_directory:
                     raise errors.StateConflict(f"{path!r} is a {entry.kind}, and no directory")
-                found: list[models.FileInfo] = []
-                for each in view.walk(entry) if recursive else view.children(entry):
-                    if len(found) >= limit:
-                        return models.FileList(files=found, truncated=True)
-                    found.append(_info(view, each))
-                return models.FileList(files=found)
+                for each in view.walk(entry, into=page.into) if recursive else view.children(entry):
+                    if page.is_unnamed(each.path):
+                        continue
+                    if page.is_full or not page.add(_info(view, each)):
+                        page.truncated = True
+                        break
+            return models.FileList(files=page.found, truncated=page.truncated, unnamed=page.unnamed)
 
+        effort = Effort()
         async with self._sessions.standing(caller, named, checkpoint) as (one,):
-            return await anyio.to_thread.run_sync(listed, one)
+            return await self._threaded(caller, effort, lambda: listed(one))
 
     @asynccontextmanager
     async def read(
         self, caller: Caller, named: str, path: str, *, checkpoint: str | None
     ) -> AsyncIterator[tuple[models.FileInfo, AsyncIterator[bytes]]]:
         """A regular file: what it is, with its digest, and its bytes. Raises StateConflict."""
-        place = _path(path)
-        async with self._sessions.standing(caller, named, checkpoint) as (one,):
-            with ExitStack() as stack:
+        place, effort = _path(path), Effort()
+        async with (
+            self._sessions.standing(caller, named, checkpoint) as (one,),
+            self._held(caller) as stack,
+        ):
 
-                def opened() -> tuple[models.FileInfo, Iterator[bytes]]:
-                    (view,) = stack.enter_context(_views(one))
-                    entry = _found(view, place)
-                    return _info(view, entry, digest=True), view.content(entry)
+            def opened() -> tuple[models.FileInfo, Iterator[bytes]]:
+                stack.is_used = True
+                (view,) = stack.enter_context(_views(effort, one))
+                entry = _found(view, place)
+                info, chunks = _info(view, entry, digest=True), view.content(entry)
+                stack.callback(_close, chunks)
+                return info, chunks
 
-                info, chunks = await anyio.to_thread.run_sync(opened)
-                yield info, _threaded(chunks)
+            info, chunks = await self._threaded(caller, effort, opened)
+            yield info, self._streamed(caller, effort, chunks)
 
     async def write(
         self,
@@ -129,10 +161,10 @@ class SessionFiles:
     ) -> models.FileWritten:
         """Write a file. Raises PreconditionFailed, StateConflict, TooLarge, QuotaExceeded."""
         place = _path(path)
-        async with self._spooled(chunks, MAX_FILE) as body:
+        async with self._spooled(caller, named, chunks, MAX_FILE) as body:
 
             def fill(view: View, into: int) -> edit.Written:
-                content = iter(lambda: body.read(_CHUNK), b"")
+                content = iter(lambda: _Body(body, view.effort).read(_CHUNK), b"")
                 owner = _owner(view)
                 return edit.put(
                     view, into, place, content, owner=owner, most=MAX_FILE, mode=mode, condition=condition
@@ -168,26 +200,34 @@ class SessionFiles:
         self, caller: Caller, named: str, *, since: str | None, to: str | None, times: bool
     ) -> AsyncIterator[tuple[Export, AsyncIterator[bytes]]]:
         """A layer of a checkpoint's files, or of what makes it of an earlier one. Raises StateConflict."""
-        wanted = (to,) if since is None else (since, to)
-        async with self._sessions.standing(caller, named, *wanted) as stands:
-            with ExitStack() as stack:
+        wanted, effort = (to,) if since is None else (since, to), Effort()
+        async with (
+            self._sessions.standing(caller, named, *wanted) as stands,
+            self._held(caller) as stack,
+        ):
 
-                def made() -> Export:
-                    views = stack.enter_context(_views(*stands))
-                    if len(views) == 1:
-                        return export_stack(views[0], times=times)
-                    return export_diff(views[0], views[1], times=times)
+            def made() -> Export:
+                stack.is_used = True
+                views = stack.enter_context(_views(effort, *stands))
+                if len(views) == 1:
+                    export = export_stack(views[0], times=times)
+                else:
+                    export = export_diff(views[0], views[1], times=times)
+                stack.callback(_close, export.chunks)
+                return export
 
-                export = await anyio.to_thread.run_sync(made)
-                yield export, _threaded(export.chunks)
+            export = await self._threaded(caller, effort, made)
+            yield export, self._streamed(caller, effort, export.chunks)
 
     async def bring(self, caller: Caller, named: str, chunks: AsyncIterator[bytes]) -> models.CheckpointInfo:
         """Put a layer's tar over what the session has. Raises InvalidRequest, TooLarge, QuotaExceeded."""
-        async with self._spooled(chunks, MAX_IMPORT.total) as body:
+        async with self._spooled(caller, named, chunks, MAX_IMPORT.total) as body:
             _, made = await self._changed(
                 caller,
                 named,
-                lambda view, into: import_layer(body, into, view, owner=_owner(view), limits=MAX_IMPORT),
+                lambda view, into: import_layer(
+                    _Body(body, view.effort), into, view, owner=_owner(view), limits=MAX_IMPORT
+                ),
             )
         return made
 
@@ -197,41 +237,150 @@ class SessionFiles:
         results: list[T] = []
 
         def filled(below: Sequence[Path | Lent], into: int) -> None:
-            with View(below) as view:
+            with View(below, effort) as view:
                 results.append(fill(view, into))
 
-        made = await self._sessions.change(caller, named, filled)
+        effort = Effort()
+        made = await self._sessions.change(caller, named, filled, effort=effort)
         return results[0], made
 
     @asynccontextmanager
-    async def _spooled(self, chunks: AsyncIterator[bytes], most: int) -> AsyncIterator[BinaryIO]:
-        """A body on disk, where it takes no memory while the change waits for its turn."""
-        with tempfile.TemporaryFile(dir=self._scratch) as file:
-            size = 0
-            async for chunk in chunks:
-                size += len(chunk)
-                if size > most:
-                    raise errors.TooLarge(f"the body is over {units.format_size(most)}", limit=most)
-                try:
-                    await anyio.to_thread.run_sync(file.write, chunk)
-                except OSError as error:
-                    raise errors.HostFailed(f"the body cannot be kept: {error.strerror}") from error
-            file.seek(0)
-            yield file
+    async def _spooled(
+        self, caller: Caller, named: str, chunks: AsyncIterator[bytes], most: int
+    ) -> AsyncIterator[BinaryIO]:
+        """A body on disk, where it takes no memory while the change waits for its turn.
+
+        Nothing of it is read where the session is not the caller's. It counts in the room until it is gone.
+        """
+        async with self._sessions.standing(caller, named):
+            with self._room.held(caller.uid) as held, tempfile.TemporaryFile(dir=self._scratch) as file:
+                with anyio.move_on_after(self._body_time / 1e6) as late:
+                    await self._spool(caller, chunks, file, held, most)
+                if late.cancelled_caught:
+                    raise errors.RequestTimeout(
+                        f"the body did not arrive within {units.format_duration(self._body_time)}"
+                    )
+                file.seek(0)
+                yield file
+
+    async def _spool(
+        self, caller: Caller, chunks: AsyncIterator[bytes], file: BinaryIO, held: Held, most: int
+    ) -> None:
+        size = 0
+        async for chunk in chunks:
+            size += len(chunk)
+            if size > most:
+                raise errors.TooLarge(f"the body is over {units.format_size(most)}", limit=most)
+            if size > (left := self._sessions.left(caller)) + BEYOND:
+                raise errors.QuotaExceeded(
+                    f"the body is over the {units.format_size(left)} that are left to all your sessions",
+                    quota="sessions.size",
+                    asked=caller.sessions.size - left + size,
+                    allowed=caller.sessions.size,
+                )
+            held.grow(len(chunk))
+            try:
+                await anyio.to_thread.run_sync(file.write, chunk)
+            except OSError as error:
+                raise errors.HostFailed(f"the body cannot be kept: {error.strerror}") from error
+
+    async def _threaded(
+        self, caller: Caller, effort: Effort, work: Callable[[], T], *, always: bool = False
+    ) -> T:
+        """What it returns; it is stopped, and waited for, where nobody waits for it any more."""
+        return await self._sessions.work.run(
+            caller.uid, lambda: effort.within(work), stop=effort.stop, always=always
+        )
+
+    @asynccontextmanager
+    async def _held(self, caller: Caller) -> AsyncIterator[_Held]:
+        """What is closed in a thread at the end of the block: a mount of what is lent may take its time."""
+        stack = _Held()
+        try:
+            yield stack
+        finally:
+            if stack.is_used:
+                with anyio.CancelScope(shield=True):
+                    await self._threaded(caller, Effort(), stack.close, always=True)
+
+    async def _streamed(
+        self, caller: Caller, effort: Effort, chunks: Iterator[bytes]
+    ) -> AsyncIterator[bytes]:
+        """Chunks that are read from the disk, each in a thread, and with a time of its own."""
+
+        def chunk_of() -> bytes | None:
+            return next(chunks, None)
+
+        while (chunk := await self._threaded(caller, effort, chunk_of, always=True)) is not None:
+            yield chunk
 
 
-async def _threaded(chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
-    """Chunks that are read from the disk, each in a thread."""
-    while (chunk := await anyio.to_thread.run_sync(next, chunks, None)) is not None:
-        yield chunk
+def _close(chunks: Iterator[bytes]) -> None:
+    if isinstance(chunks, GeneratorType):
+        chunks.close()
+
+
+class _Page(Generic[Shown]):
+    """What one answer shows: at most ``limit``, in ``MAX_ANSWER`` bytes, with paths that can be asked for."""
+
+    def __init__(self, limit: int) -> None:
+        self.found: list[Shown] = []
+        self.truncated = False
+        self.unnamed = 0
+        self._limit = limit
+        self._size = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more is shown."""
+        return len(self.found) >= self._limit
+
+    def add(self, one: Shown) -> bool:
+        """Show one more, if there is room for it."""
+        self._size += len(pydantic_core.to_json(one, exclude_none=True)) + 1
+        if self._size > MAX_ANSWER:
+            return False
+        self.found.append(one)
+        return True
+
+    def is_unnamed(self, path: bytes) -> bool:
+        """Whether no request can name it, nor a program open it by its path; then it is counted alone."""
+        if len(path) <= MAX_PATH:
+            return False
+        self.unnamed += 1
+        return True
+
+    @staticmethod
+    def into(directory: Entry) -> bool:
+        """Whether to look into it."""
+        return len(directory.path) <= MAX_PATH
+
+
+class _Held(ExitStack):
+    """What a read holds; nothing until its turn has come."""
+
+    is_used = False
+
+
+class _Body:
+    """A body that is read as long as somebody waits for what becomes of it."""
+
+    def __init__(self, file: BinaryIO, effort: Effort) -> None:
+        self._file = file
+        self._effort = effort
+
+    def read(self, size: int, /) -> bytes:
+        """As a file's."""
+        self._effort.step()
+        return self._file.read(size)
 
 
 @contextmanager
-def _views(*stands: Standing) -> Iterator[list[View]]:
+def _views(effort: Effort, *stands: Standing) -> Iterator[list[View]]:
     """Views of checkpoints of one session; what its caller has lent is the same layer in all."""
     with ExitStack() as stack:
         bottom = stack.enter_context(lowest(stands[-1].checkout))
-        yield [stack.enter_context(View((*one.layers, *bottom))) for one in stands]
+        yield [stack.enter_context(View((*one.layers, *bottom), effort)) for one in stands]
 
 
 def _owner(view: View) -> tuple[int, int]:
@@ -286,7 +435,11 @@ def _change(before: View, after: View, change: Change, room: int | None) -> mode
 
 
 def _side(view: View, entry: Entry, *, digest: bool) -> models.FileInfo:
-    return _info(view, entry, digest=digest and entry.kind == "file" and entry.size <= MAX_FILE)
+    return _info(view, entry, digest=_may_digest(view, entry) if digest else False)
+
+
+def _may_digest(view: View, entry: Entry) -> bool:
+    return entry.kind == "file" and entry.size <= MAX_FILE and view.effort.may_digest(entry.size)
 
 
 def _text(before: View, after: View, change: Change, room: int) -> TextDiff | None:

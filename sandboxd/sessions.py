@@ -27,6 +27,7 @@ from uuid6 import uuid7
 
 from sandboxd import errors, models, units
 from sandboxd.init import LAUNCH
+from sandboxd.lanes import Lanes
 from sandboxd.session import LONG, OWNER, CallSession
 from sandboxd.workspace import tables
 from sandboxd.workspace.checkout import Checkout
@@ -40,8 +41,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from pathlib import Path
 
+    from anyio.abc import TaskGroup
+
     from sandboxd.api.identity import Caller
     from sandboxd.journal import Journal
+    from sandboxd.workspace.effort import Effort
     from sandboxd.workspace.handles import Handles
     from sandboxd.workspace.store import LayerStore
     from sandboxd.workspace.tables import Checkpoint, Row, Stack
@@ -51,6 +55,7 @@ __all__ = ["Sessions", "Standing"]
 
 LOOK = 1.0  # seconds between two looks for sessions whose time is over
 MOST = 500  # of a page
+LETTING_GO = 5.0  # seconds, of all that is lent, at the end of the daemon
 
 log = structlog.get_logger("sandboxd.sessions")
 
@@ -63,17 +68,29 @@ class Sessions:
     """For one event loop; ``run`` is to be a task of it. What belongs to another caller is not found."""
 
     def __init__(
-        self, journal: Journal, store: LayerStore, *, handles: Handles, kept: Sequence[Path] = ()
+        self,
+        journal: Journal,
+        store: LayerStore,
+        *,
+        handles: Handles,
+        lanes: Lanes,
+        kept: Sequence[Path] = (),
     ) -> None:
-        """``handles`` are of directories that callers have passed; none is, or has, what is ``kept``."""
+        """``handles`` are of directories that callers have passed; none is, or has, what is ``kept``.
+
+        They are looked at and let go of in ``lanes``: both may last as long as who passed them likes.
+        """
         self._journal = journal
         self._handles = handles
+        self._lanes = lanes
+        self.work = Lanes("file operations", most=8, each=2, waiting=64)
         self._own = kept
         self._checkouts: dict[str, Checkout] = {}
         self._store = store
         self._turns = Turns()
         self._held = Shares()
         self._removing: set[str] = set()
+        self._tasks: TaskGroup | None = None
         self._to_merge: deque[str] = deque()
         self._to_prune: deque[str | None] = deque()
         self._wake = anyio.Event()
@@ -95,6 +112,14 @@ class Sessions:
 
     async def run(self) -> None:
         """Look after sessions until cancelled. No fault in here ends a call."""
+        async with anyio.create_task_group() as tasks:
+            self._tasks = tasks
+            try:
+                await self._look_after()
+            finally:
+                self._tasks = None
+
+    async def _look_after(self) -> None:
         while True:
             self._wake = anyio.Event()
             try:
@@ -127,7 +152,8 @@ class Sessions:
         try:
             return await self._insert(caller, replace(row, checkout=_identity(checkout)), first)
         except BaseException:
-            self._let_go(id_)
+            with anyio.CancelScope(shield=True):
+                await self._let_go(id_)
             raise
 
     async def lend(self, caller: Caller, named: str, handle: str) -> models.SessionInfo:
@@ -139,19 +165,20 @@ class Sessions:
             return await self._info(row)
         checkout = await self._lent(row.id, handle, caller)
         if _identity(checkout) != row.checkout:
-            checkout.close()
+            await self._lanes.run(caller.uid, checkout.close, always=True)
             raise errors.StateConflict(f"session {named!r} stands on another directory than the one passed")
         self._checkouts[row.id] = checkout
         try:
             return await self._info(await self._find(caller, row.id))  # it may have gone meanwhile
         except errors.NotFound:
-            self._let_go(row.id)
+            await self._let_go(row.id)
             raise
 
     async def _lent(self, id_: str, handle: str, caller: Caller) -> Checkout:
-        with (handed := self._handles.take(handle, caller.uid)) as directory:
+        handed = self._handles.take(handle, caller.uid)
 
-            def lend() -> Checkout:
+        def lend() -> Checkout:
+            with handed as directory:
                 place = self._store.mounts / f"checkout-{id_}"
                 checkout = Checkout.of(directory, handed.owner, place=place, launcher=LAUNCH, kept=self._own)
                 try:
@@ -161,17 +188,32 @@ class Sessions:
                     raise
                 return checkout
 
-            return await anyio.to_thread.run_sync(lend)
+        return await self._lanes.run(caller.uid, lend, undo=Checkout.close, always=True)
 
-    def _let_go(self, id_: str) -> None:
+    async def _let_go(self, id_: str) -> None:
+        """Done when this returns, or, where its caller has it last, later: nobody waits for him."""
         checkout = self._checkouts.pop(id_, None)
-        if checkout is not None:
-            checkout.close()
+        if checkout is None:
+            return
+        gone = anyio.Event()
 
-    def close(self) -> None:
-        """Let go of every directory that is lent."""
-        for id_ in list(self._checkouts):
-            self._let_go(id_)
+        async def close() -> None:
+            await self._lanes.run(checkout.owner.uid, checkout.close, always=True)
+            gone.set()
+
+        if self._tasks is None:
+            await close()
+            return
+        self._tasks.start_soon(close)
+        with anyio.move_on_after(LOOK):
+            await gone.wait()
+
+    async def close(self) -> None:
+        """Let go of every directory that is lent; what does not let go in time goes with the daemon."""
+        with anyio.move_on_after(LETTING_GO, shield=True):
+            async with anyio.create_task_group() as tasks:
+                for id_ in list(self._checkouts):
+                    tasks.start_soon(self._let_go, id_)
 
     def _checkout_of(self, row: Row) -> Checkout | None:
         """Raises StateConflict where the daemon has to be given it again."""
@@ -337,7 +379,7 @@ class Sessions:
             finally:
                 self._removing.discard(row.id)
         if gone:
-            self._let_go(row.id)
+            await self._let_go(row.id)
             self._to_prune.append(row.id)
             self._wake.set()
         return gone
@@ -367,6 +409,10 @@ class Sessions:
         finally:
             self._turns.leave(row.id)
 
+    def left(self, caller: Caller) -> int:
+        """Bytes that the caller's sessions may still grow by together."""
+        return max(0, caller.sessions.size - self._held.size_of(caller.uid))
+
     async def _named(self, row: Row, checkpoint: str | None) -> str:
         if checkpoint is None:
             current = await self._journal.read(lambda connection: tables.find(connection, row.id, None))
@@ -376,24 +422,33 @@ class Sessions:
         return (await self._checkpoint(row, checkpoint)).id
 
     async def change(
-        self, caller: Caller, named: str, fill: Callable[[Sequence[Path | Lent], int], None]
+        self,
+        caller: Caller,
+        named: str,
+        fill: Callable[[Sequence[Path | Lent], int], None],
+        *,
+        effort: Effort,
     ) -> models.CheckpointInfo:
         """A checkpoint of a change from outside; it waits for its turn, as a call does.
 
-        ``fill`` makes a layer over others in an empty directory, in a thread. Raises NotFound, QuotaExceeded,
-        WorkspaceUnfit, HostFailed, and what ``fill`` raises; then nothing has changed.
+        ``fill`` makes a layer over others in an empty directory, in a thread, and looks at ``effort``. Raises
+        NotFound, QuotaExceeded, WorkspaceUnfit, HostFailed, QueueFull, RequestTimeout, and what ``fill``
+        raises; then nothing has changed.
         """
         hold = await self.enter(caller, named, None)
         try:
             await hold.begin()
-            made = await anyio.to_thread.run_sync(hold.make, fill)
             try:
-                await self._journal.write(hold.commit, undo=hold.undo())
+                made = await self.work.run(
+                    caller.uid, lambda: effort.within(lambda: hold.make(fill)), stop=effort.stop
+                )
+                with anyio.CancelScope(shield=True):  # what is on disk is also told
+                    await self._journal.write(hold.commit, undo=hold.undo())
+                    hold.committed()
             except BaseException:
                 with anyio.CancelScope(shield=True):
                     await hold.abandon()
                 raise
-            hold.committed()
         finally:
             hold.leave()
         return _checkpoint_info(made, made.id)
@@ -505,7 +560,16 @@ class Sessions:
         return "lent" if row.id in self._checkouts else "missing"
 
     async def _expire(self) -> None:
-        over = await self._journal.read(lambda connection: tables.expired(connection, _now()))
+        until, after = _now(), tables.FIRST
+        while True:
+            read = partial(tables.expired, now=until, after=after)
+            over = await self._journal.read(read)
+            if not over:
+                return
+            after = over[-1]
+            await self._remove_all([id_ for _, id_ in over])
+
+    async def _remove_all(self, over: Sequence[str]) -> None:
         for id_ in over:
             row = await self._journal.read(lambda connection, id_=id_: tables.find(connection, id_, None))  # type: ignore[misc]
             if row is None or not self._is_over(row):

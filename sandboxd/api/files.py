@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+import anyio.to_thread
 from pydantic import Field
 
 from sandboxd import models
@@ -13,12 +14,13 @@ from sandboxd.api import body
 from sandboxd.api.invocations import caller_of, json_response
 from sandboxd.api.openapi import OCTETS, Doc
 from sandboxd.api.queries import Flag, NoQuery, Parameters
-from sandboxd.api.streams import StreamResponse
-from sandboxd.errors import InvalidRequest, NotFound
+from sandboxd.api.streams import StreamResponse, until_gone
+from sandboxd.errors import InvalidRequest, NotFound, RequestTimeout
 from sandboxd.workspace.edit import Condition
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Coroutine, Sequence
+    from contextlib import AbstractAsyncContextManager
 
     from starlette.requests import Request
     from starlette.responses import Response
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from sandboxd.api.service import Service
 
 __all__ = ["Files"]
+
+T = TypeVar("T")
 
 LAYER = "application/vnd.oci.image.layer.v1.tar"
 MAX_NAME = 128
@@ -90,7 +94,7 @@ class Files:
     async def diff(self, request: Request) -> Response:
         """What differs between two checkpoints, with text diffs if asked."""
         asked = body.query(request, DiffQuery)
-        found = await self.service.files.diff(
+        work = self.service.files.diff(
             caller_of(request),
             _named(request),
             since=asked.since,
@@ -98,12 +102,12 @@ class Files:
             text=asked.text,
             limit=asked.limit,
         )
-        return json_response(found)
+        return await _wanted(request, work)
 
     async def list(self, request: Request) -> Response:
         """The files in a directory of a session, or all beneath it."""
         asked = body.query(request, FilesQuery)
-        found = await self.service.files.list(
+        work = self.service.files.list(
             caller_of(request),
             _named(request),
             asked.path,
@@ -111,20 +115,22 @@ class Files:
             recursive=asked.recursive,
             limit=asked.limit,
         )
-        return json_response(found)
+        return await _wanted(request, work)
 
     async def get(self, request: Request) -> Response:
         """The bytes of a file; its digest is the ETag."""
         asked = body.query(request, FileQuery)
         stack = AsyncExitStack()
         async with stack:
-            info, chunks = await stack.enter_async_context(
+            info, chunks = await _begun(
+                request,
+                stack,
                 self.service.files.read(
                     caller_of(request),
                     _named(request),
                     request.path_params["path"],
                     checkpoint=asked.checkpoint,
-                )
+                ),
             )
             headers = {
                 "content-length": str(info.size),
@@ -152,24 +158,26 @@ class Files:
     async def remove(self, request: Request) -> Response:
         """Remove a file or a directory, on a condition if one is given."""
         asked = body.query(request, RemoveQuery)
-        made = await self.service.files.remove(
+        work = self.service.files.remove(
             caller_of(request),
             _named(request),
             request.path_params["path"],
             condition=_condition(request),
             recursive=asked.recursive,
         )
-        return json_response(made)
+        return await _wanted(request, work)
 
     async def export(self, request: Request) -> Response:
         """A layer of the OCI image format."""
         asked = body.query(request, ExportQuery)
         stack = AsyncExitStack()
         async with stack:
-            export, chunks = await stack.enter_async_context(
+            export, chunks = await _begun(
+                request,
+                stack,
                 self.service.files.export(
                     caller_of(request), _named(request), since=asked.since, to=asked.to, times=asked.times
-                )
+                ),
             )
             headers = {"sandboxd-omitted": str(export.unfit)}
             return _HeldResponse(chunks, LAYER, headers, stack.pop_all())
@@ -218,6 +226,21 @@ class _HeldResponse(StreamResponse):
         """Send it."""
         async with self.held:
             await super().__call__(scope, receive, send)
+
+
+async def _begun(request: Request, stack: AsyncExitStack, held: AbstractAsyncContextManager[T]) -> T:
+    """Enter what a response holds; it is given up when the peer goes away."""
+    async with until_gone(request.receive):
+        return await stack.enter_async_context(held)
+    raise RequestTimeout("the peer has gone")
+
+
+async def _wanted(request: Request, work: Coroutine[Any, Any, Any]) -> Response:
+    """What it returns, as JSON; it is cancelled when the peer goes away."""
+    async with until_gone(request.receive):
+        found = await work
+        return await anyio.to_thread.run_sync(json_response, found)
+    raise RequestTimeout("the peer has gone")
 
 
 def _condition(request: Request) -> Condition:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["activated", "bind", "listening"]
 
 BACKLOG = 2048
+SO_PASSRIGHTS = 83  # asm-generic/socket.h
 FIRST_FD = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 
 
@@ -40,10 +41,12 @@ def listening(config: SocketConfig, environ: MutableMapping[str, str]) -> Iterat
     inherited = activated(environ)
     if inherited is not None:
         with inherited:
+            refuse_descriptors(inherited)
             yield inherited
         return
     path = config.path or default_socket(environ)
     with bind(path, mode=config.mode, group=config.group) as sock:
+        refuse_descriptors(sock)
         ours = path.lstat()
         try:
             yield sock
@@ -52,6 +55,16 @@ def listening(config: SocketConfig, environ: MutableMapping[str, str]) -> Iterat
                 now = path.lstat()
                 if (now.st_dev, now.st_ino) == (ours.st_dev, ours.st_ino):
                     path.unlink()
+
+
+def refuse_descriptors(sock: socket.socket) -> None:
+    """Have the kernel refuse descriptors on the connections of a socket, where it can (Linux 6.16).
+
+    HTTP has no place for one, so it would be closed by the thread that reads, which is the event loop's; and
+    whoever made it says how long that takes (``api.descriptors``).
+    """
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
 
 
 def activated(environ: MutableMapping[str, str]) -> socket.socket | None:

@@ -87,8 +87,12 @@ def pull(
     if info.checkout is None:
         raise errors.StateConflict(f"session {session!r} stands on no directory; read its files one by one")
     found = client.diff_session(info.id, limit=MOST)
-    if found.truncated:
-        raise errors.TooLarge(f"the session has more than {MOST} changes; export them as a layer", limit=MOST)
+    if found.truncated or found.unnamed:
+        raise errors.TooLarge(
+            f"the session has more than {MOST} changes, or longer paths, than one answer has; export them as "
+            "a layer",
+            limit=MOST,
+        )
     root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with _Record(info.id) as record:

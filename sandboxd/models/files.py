@@ -32,6 +32,8 @@ class FileList(Wire):
 
     files: list[FileInfo]
     truncated: bool = False
+    unnamed: int = 0
+    """Files with paths over 4,095 bytes, which are left out with all that is beneath them."""
 
 
 class FileWritten(Wire):
@@ -67,4 +69,6 @@ class SessionDiff(Wire):
     """Ids of the checkpoints."""
     changes: list[FileChange]
     truncated: bool = False
-    """There is more than was asked for."""
+    """There is more than was asked for, or fits into an answer."""
+    unnamed: int = 0
+    """What differs and has a path over 4,095 bytes, which is left out with all that is beneath it."""

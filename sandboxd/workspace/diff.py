@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from sandboxd import errors
+from sandboxd.workspace.view import check_pending
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from sandboxd.workspace.effort import Effort
     from sandboxd.workspace.view import Entry, View
 
 __all__ = ["Aspect", "Change", "compare"]
@@ -52,17 +54,21 @@ class Change:
 _Pair = tuple["Entry | None", "Entry | None"]
 
 
-def compare(old: View, new: View) -> Iterator[Change]:
+def compare(old: View, new: View, *, into: Callable[[Entry], bool] | None = None) -> Iterator[Change]:
     """What differs, a directory before what is in it, names in the order of their bytes.
 
-    Of a directory that was added or removed, all beneath is told too. Raises HostFailed, TooLarge.
+    Of a directory that was added or removed, all beneath is told too; directories that ``into``
+    says no to are not looked into. Raises HostFailed, TooLarge.
     """
     pending: list[_Pair] = [(old.root(), new.root())]
     while pending:
         before, after = pending.pop()
         if change := _change(old, before, new, after):
             yield change
-        pending.extend(_beneath(old, before, new, after))
+        one = after or before
+        if one is None or into is None or into(one):
+            pending.extend(_beneath(old, before, new, after))
+            check_pending(len(pending))
 
 
 def _beneath(old: View, before: Entry | None, new: View, after: Entry | None) -> list[_Pair]:
@@ -118,14 +124,15 @@ def _same_content(old: View, before: Entry, new: View, after: Entry) -> bool:
         return False
     with old.opened(before) as left, new.opened(after) as right:
         try:
-            return _same_bytes(left, right, before.size)
+            return _same_bytes(left, right, before.size, new.effort)
         except OSError as error:
             raise errors.HostFailed(f"a file of a session cannot be read: {error.strerror}") from error
 
 
-def _same_bytes(left: int, right: int, size: int) -> bool:
+def _same_bytes(left: int, right: int, size: int, effort: Effort) -> bool:
     at = 0
     while (at := min(_data_from(left, at, size), _data_from(right, at, size))) < size:
+        effort.step()
         chunk = os.pread(left, _CHUNK, at)
         if chunk != os.pread(right, _CHUNK, at):
             return False

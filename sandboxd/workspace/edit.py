@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ANYTHING", "Condition", "Written", "make_directory", "put", "remove"]
 
+MAX_DIGESTED = 1 << 30
 _LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
@@ -38,10 +39,13 @@ class Condition:
     absent: bool = False
 
     def check(self, view: View, path: bytes, entry: Entry | None) -> None:
-        """Raises PreconditionFailed."""
+        """Raises PreconditionFailed; TooLarge for a file over ``MAX_DIGESTED``, whose digest nobody knows."""
         if self.match is None and not (self.absent and entry is not None):
             return
-        digest = view.digest(entry) if entry is not None and entry.kind == "file" else None
+        if self.match is None and entry is not None and entry.size > MAX_DIGESTED:
+            raise errors.PreconditionFailed(f"{_shown(path)} is there, as a {entry.kind}")
+        is_file = entry is not None and entry.kind == "file"
+        digest = view.digest(entry, most=MAX_DIGESTED) if entry is not None and is_file else None
         if self.absent and entry is not None:
             raise errors.PreconditionFailed(f"{_shown(path)} is there, as a {entry.kind}", digest=digest)
         if self.match is not None and digest != self.match:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sandboxd import errors
+from sandboxd import errors, units
 from sandboxd.images.tarstream import Budget, ImportLimits, TarStream
 from sandboxd.kernel import files
 from sandboxd.workspace.layertar import OPAQUE_MARK, WHITEOUT
@@ -37,6 +37,7 @@ __all__ = ["Imported", "import_layer"]
 
 MAX_ID = 65_535
 """The highest id of a container."""
+MAX_REMEMBERED = 64 << 20
 _NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 _LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
@@ -68,6 +69,7 @@ def import_layer(
         unpacked = _Import(into, below, owner, budget)
         tar = TarStream(stream, budget)
         for entry in tar:
+            below.effort.step()
             unpacked.add(tar, entry)
         unpacked.finish()
     except errors.ImageInvalid as error:
@@ -82,6 +84,7 @@ class _Import:
         self._budget = budget
         self._below = below
         self._owner = owner
+        self._remembered = 0
         self._whiteouts: set[bytes] = set()
         self._opaque: set[bytes] = set()
         with _typed(b""):
@@ -112,7 +115,10 @@ class _Import:
         if b"" in self._opaque:
             for one in self._below.children(self._below.root()):
                 self._hide(one.path)
+        if not self._opaque - {b""}:
+            return
         for path in self._whiteouts:
+            self._below.effort.step()
             above = path
             while above:
                 above = above.rpartition(b"/")[0]
@@ -162,14 +168,27 @@ class _Import:
                 status = _status(parent, name)
                 if status is None:
                     os.mknod(name, stat.S_IFCHR, 0, dir_fd=parent)
-                    self._whiteouts.add(path)
+                    self._remember(self._whiteouts, path)
                 elif stat.S_ISDIR(status.st_mode):
                     self._make_opaque(path)
         finally:
             os.close(parent)
 
+    def _remember(self, paths: set[bytes], path: bytes) -> None:
+        """Keep a path until the end. Raises TooLarge where they are more than ``MAX_REMEMBERED`` bytes."""
+        if path in paths:
+            return
+        self._remembered += len(path)
+        if self._remembered > MAX_REMEMBERED:
+            raise errors.TooLarge(
+                "the paths of what the archive removes or replaces are longer than "
+                f"{units.format_size(MAX_REMEMBERED)} together; import it in parts",
+                limit=MAX_REMEMBERED,
+            )
+        paths.add(path)
+
     def _make_opaque(self, path: bytes) -> None:
-        self._opaque.add(path)
+        self._remember(self._opaque, path)
         with _typed(path):
             fd = open_at(self._into, path, _LISTED)
             try:

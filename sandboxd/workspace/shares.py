@@ -33,6 +33,11 @@ class Shares:
             self._size = Counter({uid: size for uid, (size, _) in held.items()})
             self._inodes = Counter({uid: inodes for uid, (_, inodes) in held.items()})
 
+    def size_of(self, uid: int) -> int:
+        """Bytes that are counted."""
+        with self._lock:
+            return self._size[uid]
+
     def take(self, uid: int, size: int, inodes: int, share: SessionShare) -> None:
         """Count what is about to be kept. Raises QuotaExceeded; then it is not counted."""
         with self._lock:

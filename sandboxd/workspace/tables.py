@@ -354,12 +354,23 @@ def count_of(connection: sqlite3.Connection, uid: int) -> int:
     return int(found.fetchone()[0])
 
 
-def expired(connection: sqlite3.Connection, now: int, limit: int = 100) -> list[str]:
-    """Ids of sessions whose time is over."""
+FIRST = (-1, "")
+"""Before the first of ``expired``."""
+
+
+def expired(
+    connection: sqlite3.Connection, *, now: int, after: tuple[int, str] = FIRST, limit: int = 100
+) -> list[tuple[int, str]]:
+    """A page of the sessions whose time is over, by when it was and their ids; ``after`` is the last seen.
+
+    Some stay, since calls run in them: whoever asks goes on past them.
+    """
     rows = connection.execute(
-        "SELECT id FROM sessions WHERE expires <= ? AND NOT gone ORDER BY expires LIMIT ?", (now, limit)
+        "SELECT expires, id FROM sessions WHERE expires <= ? AND (expires, id) > (?, ?) AND NOT gone"
+        " ORDER BY expires, id LIMIT ?",
+        (now, *after, limit),
     )
-    return [row[0] for row in rows]
+    return [(row[0], row[1]) for row in rows]
 
 
 def going(connection: sqlite3.Connection) -> list[str]:

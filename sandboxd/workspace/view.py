@@ -25,19 +25,23 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from sandboxd import errors, units
 from sandboxd.kernel import files
+from sandboxd.workspace.effort import ENDLESS
 from sandboxd.workspace.tree import join, open_at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from sandboxd.kernel.rights import Rights
+    from sandboxd.workspace.effort import Effort
 
 __all__ = ["MAX_NAMES", "OPAQUE", "Entry", "Kind", "Lent", "View", "is_opaque", "is_whiteout"]
 
 OPAQUE = "trusted.overlay.opaque"
-MAX_NAMES = 1_000_000
+MAX_NAMES = 100_000
 """Names that one directory may have over all layers; more are refused, since they are sorted in memory."""
+MAX_PENDING = 4 * MAX_NAMES
+"""Entries of a walk that wait at once, of all directories on the way; more are refused as well."""
 _CHUNK = 1 << 20
 _LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _LOOKED_AT = os.O_PATH | os.O_NOFOLLOW
@@ -137,11 +141,12 @@ class View:
 
     A layer is a path of our own, or a directory that is lent, as the lowest. The methods block on the disk,
     and raise HostFailed where that fails, NotPermitted where a directory that is lent has what its caller
-    may not read. Threads may share it.
+    may not read, and RequestTimeout where it is more than the ``effort`` that is made. Threads may share it.
     """
 
-    def __init__(self, layers: Sequence[Path | Lent]) -> None:
+    def __init__(self, layers: Sequence[Path | Lent], effort: Effort = ENDLESS) -> None:
         self.layers = tuple(layers)
+        self.effort = effort
         self._as = [one.rights.held if isinstance(one, Lent) else nullcontext for one in self.layers]
         self._roots: list[int] = []
         self._stack = ExitStack()
@@ -188,6 +193,7 @@ class View:
 
     def child(self, directory: Entry, name: bytes) -> Entry | None:
         """What a directory of this view has by a name, or None."""
+        self.effort.step()
         path = join(directory.path, name)
         found: os.stat_result | None = None
         members: list[int] = []
@@ -236,8 +242,8 @@ class View:
         shown.sort(key=lambda entry: entry.path)
         return shown
 
-    @staticmethod
     def _look(
+        self,
         fd: int,
         number: int,
         found: dict[bytes, tuple[os.stat_result, list[int]] | None],
@@ -245,6 +251,7 @@ class View:
     ) -> None:
         """Add what a directory of one layer has: a name in ``closed`` is decided by the layers above."""
         for name in names_of(fd):
+            self.effort.step()
             if name in closed:
                 continue
             try:
@@ -267,14 +274,20 @@ class View:
                     f"a directory of the session has more than {most} names", limit=MAX_NAMES
                 )
 
-    def walk(self, start: Entry | None = None) -> Iterator[Entry]:
-        """All that is beneath a directory of this view, or the root: a directory before what it has."""
+    def walk(
+        self, start: Entry | None = None, *, into: Callable[[Entry], bool] | None = None
+    ) -> Iterator[Entry]:
+        """All that is beneath a directory of this view, or the root: a directory before what it has.
+
+        Directories that ``into`` says no to are not looked into. Raises TooLarge over ``MAX_PENDING``.
+        """
         pending = list(reversed(self.children(start or self.root())))
         while pending:
             entry = pending.pop()
             yield entry
-            if entry.is_directory:
+            if entry.is_directory and (into is None or into(entry)):
                 pending.extend(reversed(self.children(entry)))
+                check_pending(len(pending))
 
     def target(self, entry: Entry) -> bytes:
         """Where a symbolic link of this view points to."""
@@ -313,6 +326,7 @@ class View:
         with self.opened(entry) as fd:
             left = entry.size
             while left:
+                self.effort.step()
                 with _mapped(entry.path):
                     chunk = os.read(fd, min(left, _CHUNK))
                 if not chunk:
@@ -338,6 +352,15 @@ class View:
                 finally:
                     os.close(fd)
         return found
+
+
+def check_pending(count: int) -> None:
+    """Raises TooLarge over ``MAX_PENDING``."""
+    if count > MAX_PENDING:
+        raise errors.TooLarge(
+            f"the session has more than {units.format_count(MAX_PENDING)} files beside each other",
+            limit=MAX_PENDING,
+        )
 
 
 def names_of(directory: int) -> list[bytes]:

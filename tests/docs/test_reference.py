@@ -97,7 +97,7 @@ def test_every_key_of_a_floor_is_documented() -> None:
 
 def test_every_key_of_the_configuration_is_documented_with_its_default() -> None:
     formats: dict[str, Callable[[int], str]] = {
-        f"http.{name}": units.format_size for name in ("headers", "body")
+        f"http.{name}": units.format_size for name in ("headers", "body", "spool")
     }
     formats |= {
         f"http.{name}": units.format_duration

@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import http.client
 import io
 import json
-import socket
 import tarfile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-from sessioned import by, sh
+from sessioned import ask, by, sh
 
 if TYPE_CHECKING:
     from daemons import Daemon
 
     from sandboxd.models import SessionInfo
-
-
-class Answer:
-    def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.status, self.headers, self.body = status, headers, body
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-def ask(
-    daemon: Daemon, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
-) -> Answer:
-    connection = http.client.HTTPConnection("localhost", timeout=30)
-    connection.sock = socket.socket(socket.AF_UNIX)
-    connection.sock.connect(str(daemon.socket))
-    try:
-        connection.request(method, f"/v1/sessions/{path}", body, headers or {})
-        answer = connection.getresponse()
-        return Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
-    finally:
-        connection.close()
 
 
 def said(daemon: Daemon, session: SessionInfo, code: str) -> str | None:

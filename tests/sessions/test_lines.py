@@ -20,14 +20,16 @@ from sandboxd import errors, failpoint, models
 from sandboxd.api.identity import Caller
 from sandboxd.config import SessionShare
 from sandboxd.journal import Journal
+from sandboxd.lanes import Lanes
 from sandboxd.session import MOST_LAYERS
 from sandboxd.sessions import Sessions
 from sandboxd.workspace import tables
 from sandboxd.workspace.checkout import Owner
+from sandboxd.workspace.effort import Effort
 from sandboxd.workspace.handles import Handed, Handles
 from sandboxd.workspace.layerimport import import_layer
 from sandboxd.workspace.store import LayerStore
-from sandboxd.workspace.view import View
+from sandboxd.workspace.view import Lent, View
 
 if TYPE_CHECKING:
     import sqlite3
@@ -48,7 +50,8 @@ async def opened(state: Path) -> AsyncIterator[Sessions]:
     """Sessions that nobody looks after yet."""
     state.mkdir(exist_ok=True)
     async with Journal.open(state) as journal:
-        made = Sessions(journal, LayerStore(state / "sessions"), handles=Handles())
+        lanes = Lanes("directories", most=32, each=2, waiting=0)
+        made = Sessions(journal, LayerStore(state / "sessions"), handles=Handles(), lanes=lanes)
         await made.open()
         yield made
 
@@ -63,7 +66,7 @@ async def looked_after(sessions: Sessions) -> AsyncIterator[None]:
 
 
 def touch(name: str = "file") -> object:
-    def fill(_: Sequence[Path | int], into: int) -> None:
+    def fill(_: Sequence[Path | Lent], into: int) -> None:
         os.close(os.open(name, os.O_WRONLY | os.O_CREAT, dir_fd=into))
 
     return fill
@@ -72,7 +75,7 @@ def touch(name: str = "file") -> object:
 async def change(
     sessions: Sessions, session: models.SessionInfo, name: str = "file", caller: Caller = CALLER
 ) -> models.CheckpointInfo:
-    return await sessions.change(caller, session.id, touch(name))  # type: ignore[arg-type]
+    return await sessions.change(caller, session.id, touch(name), effort=Effort())  # type: ignore[arg-type]
 
 
 def left(state: Path) -> set[str]:
@@ -182,13 +185,13 @@ async def test_hard_links_do_not_keep_layers_from_being_merged(tmp_path: Path) -
             tar.addfile(entry)
     body.seek(0)
 
-    def fill(below: Sequence[Path | int], into: int) -> None:
+    def fill(below: Sequence[Path | Lent], into: int) -> None:
         with View(below) as view:
             import_layer(body, into, view, owner=(1000, 1000))
 
     async with opened(tmp_path / "s") as sessions, looked_after(sessions):
         made = await sessions.create(CALLER, ASKED)
-        await sessions.change(CALLER, made.id, fill)
+        await sessions.change(CALLER, made.id, fill, effort=Effort())
         for number in range(16 * 3):
             await change(sessions, made, f"f{number}")
         with anyio.fail_after(60):
@@ -321,7 +324,7 @@ async def test_a_directory_is_not_lent_to_a_session_that_is_removed(tmp_path: Pa
             try:
                 made = await sessions.create(CALLER, models.SessionRequest(checkout=handed(sessions)))
             finally:
-                sessions.close()
+                await sessions.close()
         async with opened(tmp_path / "s") as sessions:
 
             async def lend(made: models.SessionInfo = made, sessions: Sessions = sessions) -> None:
@@ -336,4 +339,4 @@ async def test_a_directory_is_not_lent_to_a_session_that_is_removed(tmp_path: Pa
                 assert not sessions._checkouts
                 assert not list(sessions._store.mounts.iterdir())
             finally:
-                sessions.close()
+                await sessions.close()
