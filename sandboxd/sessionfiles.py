@@ -147,7 +147,7 @@ class SessionFiles:
                 return info, chunks
 
             info, chunks = await self._threaded(caller, effort, opened)
-            yield info, self._streamed(caller, effort, chunks)
+            yield info, self._streamed(caller, effort, chunks, stack)
 
     async def write(
         self,
@@ -217,7 +217,7 @@ class SessionFiles:
                 return export
 
             export = await self._threaded(caller, effort, made)
-            yield export, self._streamed(caller, effort, export.chunks)
+            yield export, self._streamed(caller, effort, export.chunks, stack)
 
     async def bring(self, caller: Caller, named: str, chunks: AsyncIterator[bytes]) -> models.CheckpointInfo:
         """Put a layer's tar over what the session has. Raises InvalidRequest, TooLarge, QuotaExceeded."""
@@ -304,12 +304,19 @@ class SessionFiles:
                     await self._threaded(caller, Effort(), stack.close, always=True)
 
     async def _streamed(
-        self, caller: Caller, effort: Effort, chunks: Iterator[bytes]
+        self, caller: Caller, effort: Effort, chunks: Iterator[bytes], held: _Held
     ) -> AsyncIterator[bytes]:
-        """Chunks that are read from the disk, each in a thread, and with a time of its own."""
+        """Chunks that are read from the disk, each in a thread, and with a time of its own.
+
+        What is held is let go of before the end is told: whoever has read it all may remove the session.
+        """
 
         def chunk_of() -> bytes | None:
-            return next(chunks, None)
+            chunk = next(chunks, None)
+            if chunk is None:
+                held.close()
+                held.is_used = False
+            return chunk
 
         while (chunk := await self._threaded(caller, effort, chunk_of, always=True)) is not None:
             yield chunk
