@@ -202,6 +202,8 @@ def show(
             header = json.loads(data)
         except ValueError:
             raise errors.JournalCorrupt(f"record {n} cannot be read: it was changed") from None
+        if doc is None and pruned is None:
+            problems.append("the body is gone, and it was not retention that took it")
         if doc is not None:
             if canonical.digest_bytes(doc) != header.get("body"):
                 problems.append("the body no longer has its digest")

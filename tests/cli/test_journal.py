@@ -116,3 +116,12 @@ def test_a_named_key_alone_is_believed(tmp_path: Path) -> None:
     other.write_text(run("journal", "key", "--state", tmp_path / "copy").stdout)
     both = ("--key", key, "--key", other)
     assert run("journal", "verify", "--state", tmp_path / "copy", *both).returncode == 0
+
+
+def test_a_body_that_is_gone_is_shown_as_damage(tmp_path: Path) -> None:
+    filled(tmp_path)
+    behind(tmp_path, "UPDATE invocations SET doc = NULL WHERE id = (SELECT id FROM records WHERE n = 2)")
+    found = run("journal", "show", "2", "--state", tmp_path)
+    assert (found.returncode, "not retention" in found.stderr) == (1, True)
+    found = run("journal", "verify", "--state", tmp_path)
+    assert (found.returncode, "the body of record 2 is gone" in found.stderr) == (1, True)

@@ -63,7 +63,9 @@ async def test_all_calls_and_pruned_ones(tmp_path: Path) -> None:
     path, key = await made(tmp_path, everything=True)
     assert proof.check(path, {key}).calls == 6
     state = tmp_path / "state"
-    behind(state, "UPDATE invocations SET doc = NULL WHERE id = (SELECT id FROM records WHERE n = 2)")
+    behind(
+        state, "UPDATE invocations SET doc = NULL, pruned = 1 WHERE id = (SELECT id FROM records WHERE n = 2)"
+    )
     with closing(schema.connect_reader(state / "journal.sqlite3")) as connection:
         found = signing.NodeKey.load(signing.place_of(None, state, {}))
         bundle.export(connection, state, found, bundle.select(connection, [], everything=True), path)

@@ -297,7 +297,7 @@ async def test_a_pruned_body_leaves_the_chain_whole(tmp_path: Path) -> None:
     async with Journal.open(tmp_path) as journal:
         invocation = await run_one(journal)
     connection = sqlite3.connect(tmp_path / "journal.sqlite3", isolation_level=None)
-    connection.execute("UPDATE invocations SET doc = NULL")
+    connection.execute("UPDATE invocations SET doc = NULL, pruned = 1")
     connection.close()
     async with Journal.open(tmp_path) as journal:
         report = await journal.verify()
