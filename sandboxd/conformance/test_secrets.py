@@ -64,7 +64,7 @@ def sha(value: bytes) -> str:
 @pytest.fixture
 def values(subject: Subject) -> Iterator[dict[str, bytes]]:
     """Secrets that are stored for a test: bytes of a file, and a text for the environment."""
-    given = {FILE: secrets.token_bytes(40) + b"\0/+", ENV: secrets.token_urlsafe(30).encode()}
+    given = {FILE: b"\1" + secrets.token_bytes(39) + b"\0/+", ENV: secrets.token_urlsafe(30).encode()}
     for name, value in given.items():
         with contextlib.suppress(errors.NotFound):
             subject.client.remove_secret(name)
