@@ -322,14 +322,13 @@ class Recovery(Runner):
         call.marked = row.started
         call.decided.set()
         more = made.holds > ticket.memory or made.limits.cpus > ticket.cpus
+        ticket.on_grant = call.granted
         if more and ticket.granted:  # its policy has changed: it waits for that much
             self._scheduler.rest(ticket)
             ticket.memory, ticket.cpus = made.holds, made.limits.cpus
-            ticket.on_grant = call.granted
             self._scheduler.enqueue(ticket)
         elif not ticket.granted:
             ticket.memory, ticket.cpus = made.holds, made.limits.cpus
-        ticket.on_grant = call.granted
         if ticket.granted:
             call.granted()
         self._flying[row.id] = call

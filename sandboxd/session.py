@@ -140,11 +140,6 @@ class CallSession:
         if layers > LONG:  # also where nothing can be kept until they are merged
             self._on_kept(self._start.head, layers)
 
-    @property
-    def has_turn(self) -> bool:
-        """Whether the call knows where its session stands."""
-        return self._start is not None
-
     def leave(self) -> None:
         """Let the next call have its turn. Safe to call twice."""
         if self._turn:

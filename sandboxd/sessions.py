@@ -128,8 +128,6 @@ class Sessions:
                     await self._prune(self._to_prune.popleft())
                 while self._to_merge:
                     await self._merge(self._to_merge.popleft())
-            except errors.SandboxdError:
-                log.exception("sessions could not be looked after")
             except Exception:
                 log.exception("sessions could not be looked after")
             with anyio.move_on_after(LOOK):

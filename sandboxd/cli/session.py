@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from cyclopts import Parameter
 
@@ -11,11 +12,14 @@ from sandboxd.cli import terminal
 from sandboxd.cli.options import REMOTE, Remote
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from sandboxd import models
 
 __all__ = ["checkpoints", "create", "delete", "discard", "fork", "list_sessions", "rollback", "show"]
 
 PAGE = 500
+P = TypeVar("P", "models.SessionList", "models.CheckpointList")
 Session = Annotated[str, Parameter(help="The session's name or id.")]
 Checkpoint = Annotated[str, Parameter(help="The checkpoint's id or digest.")]
 FlatRemote = Annotated[Remote, Parameter(name="*")]
@@ -95,14 +99,21 @@ def fork(
     _made(made, remote)
 
 
+def _pages(read: Callable[..., P]) -> Iterator[P]:
+    """Every page of a list."""
+    before: str | None = None
+    while True:
+        page = read(before=before, limit=PAGE)
+        yield page
+        if (before := page.next) is None:
+            return
+
+
 def list_sessions(*, remote: FlatRemote = REMOTE) -> None:
     """List sessions, newest first."""
-    client, found, before = remote.client(), [], None
-    while True:
-        page = client.sessions(before=before, limit=PAGE)
+    client, found = remote.client(), []
+    for page in _pages(client.sessions):
         found += page.sessions
-        if (before := page.next) is None:
-            break
     if remote.json:
         terminal.print_json({"sessions": [terminal.wire(one) for one in found]})
         return
@@ -136,12 +147,9 @@ def delete(session: Session, /, *, remote: FlatRemote = REMOTE) -> None:
 
 def checkpoints(session: Session, /, *, remote: FlatRemote = REMOTE) -> None:
     """List the checkpoints of a session, newest first."""
-    client, found, before = remote.client(), [], None
-    while True:
-        page = client.checkpoints(session, before=before, limit=PAGE)
+    client, found = remote.client(), []
+    for page in _pages(partial(client.checkpoints, session)):
         found += page.checkpoints
-        if (before := page.next) is None:
-            break
     if remote.json:
         terminal.print_json({"checkpoints": [terminal.wire(one) for one in found]})
         return

@@ -17,19 +17,19 @@ import secrets
 import stat
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from sandboxd import canonical, errors
+from sandboxd import canonical, errors, keyfile
 from sandboxd.failpoint import failpoint
 from sandboxd.journal.chain import Head, parse_head
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
+    from pathlib import Path
 
 __all__ = [
     "CREDENTIAL",
@@ -60,12 +60,7 @@ class KeyPlace:
 
 def place_of(configured: Path | None, state: Path, environ: Mapping[str, str]) -> KeyPlace:
     """Where the key is: where the configuration says, else systemd's credential, else in ``state``."""
-    if configured is not None:
-        return KeyPlace(configured, own=False)
-    directory = environ.get("CREDENTIALS_DIRECTORY")
-    if directory and (Path(directory) / CREDENTIAL).exists():
-        return KeyPlace(Path(directory) / CREDENTIAL, own=False)
-    return KeyPlace(state / OWN, own=True)
+    return KeyPlace(*keyfile.find(configured, state / OWN, environ, CREDENTIAL))
 
 
 def key_id(public: bytes) -> str:
@@ -272,22 +267,4 @@ def _make(path: Path) -> None:
     data = Ed25519PrivateKey.generate().private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            os.write(fd, data)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        failpoint("journal.key")
-        os.link(temporary, path)  # never in the place of one that came meanwhile
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    keyfile.make(path, data, written=lambda: failpoint("journal.key"))

@@ -318,12 +318,7 @@ class Spool:
                 if durable:
                     self.sync()
         finally:
-            self._closed = True
-            for output in self._outputs.values():
-                output.close()
-            for fd in {self._events, self._details} - {-1}:
-                os.close(fd)
-            self._notify()
+            self._close_files()
 
     def leave(self) -> None:
         """Let go of the files as if this daemon died: another spool goes on with them."""
@@ -331,6 +326,9 @@ class Spool:
             for stream in STREAMS:
                 if self._held is None:
                     self._seal(stream)
+        self._close_files()
+
+    def _close_files(self) -> None:
         self._closed = True
         for output in self._outputs.values():
             output.close()

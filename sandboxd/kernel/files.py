@@ -218,7 +218,7 @@ class Writer:
             # Not under _mapped as a whole: what the source of the chunks raises is its own affair.
             for chunk in chunks:
                 with self._mapped(parts):
-                    _write_all(fd, chunk)
+                    write_all(fd, chunk)
             with self._mapped(parts):
                 os.fchown(fd, self._uid, self._gid)
                 os.fchmod(fd, mode & 0o777)
@@ -342,7 +342,8 @@ class Writer:
         return errors.HostFailed(f"cannot write {shown} into the workspace: {error.strerror}")
 
 
-def _write_all(fd: int, data: bytes) -> None:
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of it. Raises OSError."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view[:_CHUNK]) :]

@@ -11,14 +11,14 @@ import re
 import secrets
 import stat
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sandboxd import errors
+from sandboxd import errors, keyfile
 from sandboxd.failpoint import failpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 __all__ = ["CREDENTIAL", "KeyPlace", "key_id", "make_key", "place_of", "read_key"]
 
@@ -45,12 +45,7 @@ class KeyPlace:
 
 def place_of(configured: Path | None, state: Path, environ: Mapping[str, str]) -> KeyPlace:
     """Where the key is: where the configuration says, else systemd's credential, else in ``state``."""
-    if configured is not None:
-        return KeyPlace(configured, own=False)
-    directory = environ.get("CREDENTIALS_DIRECTORY")
-    if directory and (Path(directory) / CREDENTIAL).exists():
-        return KeyPlace(Path(directory) / CREDENTIAL, own=False)
-    return KeyPlace(state / OWN, own=True)
+    return KeyPlace(*keyfile.find(configured, state / OWN, environ, CREDENTIAL))
 
 
 def read_key(place: KeyPlace) -> bytes:
@@ -91,25 +86,7 @@ def _make(place: KeyPlace) -> str:
 
 def make_key(place: KeyPlace) -> None:
     """Make the daemon's own key, durably, unless it is there. Raises OSError."""
-    temporary = place.path.with_name(f".{place.path.name}.{secrets.token_hex(8)}")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            os.write(fd, secrets.token_bytes(SIZE))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        failpoint("secret.key")
-        os.link(temporary, place.path)  # never in the place of one that came meanwhile
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(place.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    keyfile.make(place.path, secrets.token_bytes(SIZE), written=lambda: failpoint("secret.key"))
 
 
 def key_id(key: bytes) -> str:

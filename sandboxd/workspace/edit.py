@@ -8,7 +8,6 @@ owner's.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import stat
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from sandboxd import errors, units
 from sandboxd.kernel import files
-from sandboxd.workspace.tree import join
+from sandboxd.workspace.tree import join, shown, typed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["ANYTHING", "Condition", "Written", "make_directory", "put", "remove"]
 
 MAX_DIGESTED = 1 << 30
+FAILED = "cannot be changed"
 _LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
@@ -43,15 +43,15 @@ class Condition:
         if self.match is None and not (self.absent and entry is not None):
             return
         if self.match is None and entry is not None and entry.size > MAX_DIGESTED:
-            raise errors.PreconditionFailed(f"{_shown(path)} is there, as a {entry.kind}")
+            raise errors.PreconditionFailed(f"{shown(path)} is there, as a {entry.kind}")
         is_file = entry is not None and entry.kind == "file"
         digest = view.digest(entry, most=MAX_DIGESTED) if entry is not None and is_file else None
         if self.absent and entry is not None:
-            raise errors.PreconditionFailed(f"{_shown(path)} is there, as a {entry.kind}", digest=digest)
+            raise errors.PreconditionFailed(f"{shown(path)} is there, as a {entry.kind}", digest=digest)
         if self.match is not None and digest != self.match:
             found = "is not there" if entry is None else f"is {digest or f'a {entry.kind}'}"
             raise errors.PreconditionFailed(
-                f"{_shown(path)} should be {self.match[:80]} and {found}", digest=digest
+                f"{shown(path)} should be {self.match[:80]} and {found}", digest=digest
             )
 
 
@@ -88,21 +88,21 @@ def put(
     entry = view.find(path)
     condition.check(view, path, entry)
     if entry is not None and entry.kind != "file":
-        raise errors.StateConflict(f"{_shown(path)} is a {entry.kind}; remove it first")
+        raise errors.StateConflict(f"{shown(path)} is a {entry.kind}; remove it first")
     digest, size = hashlib.sha256(), 0
     with _parent(view, into, parts, owner) as parent:
-        with _typed(path):
+        with typed(path, FAILED):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             fd = files.openat2(parent, parts[-1], flags, 0o600)
         try:
             for chunk in chunks:
                 size += len(chunk)
                 if size > most:
-                    raise errors.TooLarge(f"{_shown(path)} is over {units.format_size(most)}", limit=most)
+                    raise errors.TooLarge(f"{shown(path)} is over {units.format_size(most)}", limit=most)
                 digest.update(chunk)
-                with _typed(path):
-                    _write_all(fd, chunk)
-            with _typed(path):
+                with typed(path, FAILED):
+                    files.write_all(fd, chunk)
+            with typed(path, FAILED):
                 os.fchown(fd, *((entry.uid, entry.gid) if entry is not None else owner))
                 os.fchmod(fd, _mode(entry, mode))
         finally:
@@ -115,8 +115,8 @@ def make_directory(view: View, into: int, path: bytes, *, owner: tuple[int, int]
     parts = files.split_path(path)
     entry = view.find(path)
     if entry is not None:
-        raise errors.StateConflict(f"{_shown(path)} is there already, as a {entry.kind}")
-    with _parent(view, into, parts, owner) as parent, _typed(path):
+        raise errors.StateConflict(f"{shown(path)} is there already, as a {entry.kind}")
+    with _parent(view, into, parts, owner) as parent, typed(path, FAILED):
         os.close(_made(parent, parts[-1], owner, mode & 0o777))
 
 
@@ -131,11 +131,11 @@ def remove(
     entry = view.find(path)
     condition.check(view, path, entry)
     if entry is None:
-        raise errors.NotFound(f"the session has no {_shown(path)}")
+        raise errors.NotFound(f"the session has no {shown(path)}")
     if entry.is_directory and not recursive and view.children(entry):
-        raise errors.StateConflict(f"{_shown(path)} is a directory with files in it; remove it recursively")
+        raise errors.StateConflict(f"{shown(path)} is a directory with files in it; remove it recursively")
     # All directories on the way are there, so none is made that would need an owner.
-    with _parent(view, into, parts, (0, 0)) as parent, _typed(path):
+    with _parent(view, into, parts, (0, 0)) as parent, typed(path, FAILED):
         os.mknod(parts[-1], stat.S_IFCHR, 0, dir_fd=parent)
 
 
@@ -149,7 +149,7 @@ def _mode(entry: Entry | None, asked: int | None) -> int:
 def _parent(view: View, into: int, parts: list[bytes], owner: tuple[int, int]) -> Iterator[int]:
     """The directory of the new layer that the last part goes into."""
     found: Entry | None = view.root()
-    with _typed(b""):
+    with typed(b"", FAILED):
         here = files.openat2(into, b".", _LISTED)
     try:
         path = b""
@@ -158,11 +158,11 @@ def _parent(view: View, into: int, parts: list[bytes], owner: tuple[int, int]) -
                 path = join(path, name)
                 found = view.child(found, name) if found is not None else None
             if found is not None and not found.is_directory:
-                raise errors.StateConflict(f"{_shown(path)} is a {found.kind}, and no directory")
+                raise errors.StateConflict(f"{shown(path)} is a {found.kind}, and no directory")
             known = found if found is not None and found.members else None
             ids = (known.uid, known.gid) if known is not None else owner
             mode = known.mode if known is not None else 0o755
-            with _typed(path):
+            with typed(path, FAILED):
                 if name:
                     deeper = _made(here, name, ids, mode)
                     os.close(here)
@@ -185,23 +185,3 @@ def _made(parent: int, name: bytes, ids: tuple[int, int], mode: int) -> int:
         os.close(fd)
         raise
     return fd
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def _shown(path: bytes) -> str:
-    return ascii(os.fsdecode(path[:200]))
-
-
-@contextmanager
-def _typed(path: bytes) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise errors.HostFailed("no space left for a session's files in the state directory") from error
-        raise errors.HostFailed(f"{_shown(path)} cannot be changed: {error.strerror}") from error

@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,11 +22,11 @@ from sandboxd import errors, units
 from sandboxd.images.tarstream import Budget, ImportLimits, TarStream
 from sandboxd.kernel import files
 from sandboxd.workspace.layertar import OPAQUE_MARK, WHITEOUT
-from sandboxd.workspace.tree import join, open_at, remove_tree
+from sandboxd.workspace.tree import join, open_at, remove_tree, shown, typed
 from sandboxd.workspace.view import OPAQUE, is_whiteout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from sandboxd.images.tarstream import ByteStream, Entry
     from sandboxd.workspace.view import Entry as FileEntry
@@ -39,6 +38,7 @@ MAX_ID = 65_535
 """The highest id of a container."""
 MAX_REMEMBERED = 64 << 20
 _NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+FAILED = "cannot be made"
 _LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
@@ -87,7 +87,7 @@ class _Import:
         self._remembered = 0
         self._whiteouts: set[bytes] = set()
         self._opaque: set[bytes] = set()
-        with _typed(b""):
+        with typed(b"", FAILED):
             self._describe(into, below.root() if below.layers else None)
 
     def add(self, tar: TarStream, entry: Entry) -> None:
@@ -97,15 +97,15 @@ class _Import:
             return  # the root is ours
         parts = files.split_path(path)
         if any(part.startswith(WHITEOUT) for part in parts[:-1]):
-            raise errors.InvalidRequest(f"{_shown(path)} is in a directory named as a whiteout")
+            raise errors.InvalidRequest(f"{shown(path)} is in a directory named as a whiteout")
         if parts[-1].startswith(WHITEOUT):
             self._mark(b"/".join(parts[:-1]), parts[-1])
             return
         if max(entry.uid, entry.gid) > MAX_ID:
-            raise errors.InvalidRequest(f"{_shown(path)} has an id over {MAX_ID}, the last of a container")
+            raise errors.InvalidRequest(f"{shown(path)} has an id over {MAX_ID}, the last of a container")
         parent = self._directory(b"/".join(parts[:-1]))
         try:
-            with _typed(path):
+            with typed(path, FAILED):
                 self._place(tar, entry, parent, parts[-1], path)
         finally:
             os.close(parent)
@@ -128,7 +128,7 @@ class _Import:
 
     def _drop_whiteout(self, path: bytes) -> None:
         above, _, name = path.rpartition(b"/")
-        with _typed(path):
+        with typed(path, FAILED):
             try:
                 parent = open_at(self._into, above, _LISTED)
             except OSError as error:
@@ -154,7 +154,7 @@ class _Import:
             return  # aufs's own books
         hidden = name[len(WHITEOUT) :]
         if hidden in {b"", b".", b".."}:
-            raise errors.InvalidRequest(f"{_shown(join(above, name))} is no whiteout")
+            raise errors.InvalidRequest(f"{shown(join(above, name))} is no whiteout")
         self._hide(join(above, hidden))
 
     def _hide(self, path: bytes) -> None:
@@ -164,7 +164,7 @@ class _Import:
         above, _, name = path.rpartition(b"/")
         parent = self._directory(above)
         try:
-            with _typed(path):
+            with typed(path, FAILED):
                 status = _status(parent, name)
                 if status is None:
                     os.mknod(name, stat.S_IFCHR, 0, dir_fd=parent)
@@ -189,7 +189,7 @@ class _Import:
 
     def _make_opaque(self, path: bytes) -> None:
         self._remember(self._opaque, path)
-        with _typed(path):
+        with typed(path, FAILED):
             fd = open_at(self._into, path, _LISTED)
             try:
                 os.setxattr(fd, OPAQUE, b"y")
@@ -202,14 +202,14 @@ class _Import:
             return open_at(self._into, path, _LISTED)
         except OSError as error:
             if error.errno not in _NOT_THERE:
-                raise errors.HostFailed(f"{_shown(path)} cannot be made: {error.strerror}") from error
+                raise errors.HostFailed(f"{shown(path)} cannot be made: {error.strerror}") from error
         here, at = open_at(self._into, b"", _LISTED), b""
         found: FileEntry | None = self._below.root()
         try:
             for name in path.split(b"/"):
                 at = join(at, name)
                 found = None if found is None or at in self._opaque else self._below.child(found, name)
-                with _typed(at):
+                with typed(at, FAILED):
                     self._step_into(here, name, at, found)
                     deeper = files.openat2(here, name, _LISTED)
                 os.close(here)
@@ -226,7 +226,7 @@ class _Import:
         if status is None:
             if found is not None and not found.is_directory:
                 raise errors.InvalidRequest(
-                    f"{_shown(path)} would have to be a directory, and is a {found.kind} in the session"
+                    f"{shown(path)} would have to be a directory, and is a {found.kind} in the session"
                 )
             self._new_directory(parent, name, found)
         elif is_whiteout(status):
@@ -235,7 +235,7 @@ class _Import:
             self._make_opaque(path)
         elif not stat.S_ISDIR(status.st_mode):
             raise errors.InvalidRequest(
-                f"{_shown(path)} would have to be a directory, and is a {files.kind_of(status.st_mode)} "
+                f"{shown(path)} would have to be a directory, and is a {files.kind_of(status.st_mode)} "
                 "in the archive"
             )
 
@@ -265,7 +265,7 @@ class _Import:
             "hardlink": lambda: self._link(entry, parent, name, path),
         }
         if entry.type not in make:
-            raise errors.InvalidRequest(f"{_shown(path)} is a device, which no session holds")
+            raise errors.InvalidRequest(f"{shown(path)} is a device, which no session holds")
         if status is not None and entry.type != "hardlink":
             remove_tree(parent, name)
         make[entry.type]()
@@ -290,21 +290,19 @@ class _Import:
         aim = b"/".join(part for part in entry.target.split(b"/") if part not in {b"", b"."})
         files.split_path(aim)
         if aim == path:
-            raise errors.InvalidRequest(f"{_shown(path)} is a hard link to itself")
+            raise errors.InvalidRequest(f"{shown(path)} is a hard link to itself")
         try:
             source = open_at(self._into, aim, os.O_PATH | os.O_NOFOLLOW)
         except OSError as error:
             if error.errno not in _NOT_THERE:
                 raise
             raise errors.InvalidRequest(
-                f"{_shown(path)} is a hard link to {_shown(aim)}, which the archive does not have"
+                f"{shown(path)} is a hard link to {shown(aim)}, which the archive does not have"
             ) from error
         try:
             found = os.fstat(source)
             if stat.S_ISDIR(found.st_mode) or is_whiteout(found):
-                raise errors.InvalidRequest(
-                    f"{_shown(path)} is a hard link to {_shown(aim)}, which is no file"
-                )
+                raise errors.InvalidRequest(f"{shown(path)} is a hard link to {shown(aim)}, which is no file")
             remove_tree(parent, name)
             above, _, last = aim.rpartition(b"/")
             directory = open_at(self._into, above, _LISTED)
@@ -336,7 +334,7 @@ def _file(tar: TarStream, entry: Entry, parent: int, name: bytes) -> None:
 
 def _symlink(entry: Entry, parent: int, name: bytes) -> None:
     if not entry.target or len(entry.target) > files.MAX_PATH or b"\0" in entry.target:
-        raise errors.InvalidRequest(f"{_shown(name)} is a symbolic link to nothing that can be named")
+        raise errors.InvalidRequest(f"{shown(name)} is a symbolic link to nothing that can be named")
     os.symlink(entry.target, name, dir_fd=parent)
     os.chown(name, entry.uid, entry.gid, dir_fd=parent, follow_symlinks=False)
 
@@ -352,17 +350,3 @@ def _status(directory: int, name: bytes) -> os.stat_result | None:
         return os.stat(name, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
         return None
-
-
-def _shown(path: bytes) -> str:
-    return ascii(os.fsdecode(path[:200]))
-
-
-@contextmanager
-def _typed(path: bytes) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise errors.HostFailed("no space left for a session's files in the state directory") from error
-        raise errors.HostFailed(f"{_shown(path)} cannot be made: {error.strerror}") from error

@@ -7,12 +7,19 @@ by piece, each piece beneath the directory of the one before and through no link
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+from sandboxd import errors
 from sandboxd.kernel import files
 
-__all__ = ["join", "open_at", "remove_tree"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["join", "open_at", "remove_tree", "shown", "typed"]
 
 _PIECE = 3000
 """Bytes of a path that are opened at once; PATH_MAX is 4,096."""
@@ -22,6 +29,22 @@ _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 def join(parent: bytes, name: bytes) -> bytes:
     """The path of a name in a directory; the root's path is empty."""
     return parent + b"/" + name if parent else name
+
+
+def shown(path: bytes) -> str:
+    """A path that a tool chose, in a message."""
+    return ascii(os.fsdecode(path[:200]))
+
+
+@contextmanager
+def typed(path: bytes, failed: str) -> Iterator[None]:
+    """OSError as HostFailed, which says that the path ``failed``, such as "cannot be made"."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise errors.HostFailed("no space left for a session's files in the state directory") from error
+        raise errors.HostFailed(f"{shown(path)} {failed}: {error.strerror}") from error
 
 
 def open_at(root: int, path: bytes, flags: int, mode: int = 0) -> int:
