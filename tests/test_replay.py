@@ -36,7 +36,7 @@ def test_the_same_call_gives_the_same(daemon: Daemon) -> None:
     call = client.run(
         ["sh", "-c", 'cat > copy; cat in >> copy; echo "$WORD"; echo err >&2; exit 3'],
         policy="files", stdin=b"\x00typed", inputs={"in": b"input" * 100_000}, env={"WORD": "said"},
-        key="once",
+        key="replayed",
     )  # fmt: skip
     assert call.outcome is not None
     assert call.outcome.exit_code == 3

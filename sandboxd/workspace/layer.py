@@ -30,11 +30,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sandboxd import errors
+from sandboxd.workspace.tree import DIRECTORY, step
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 __all__ = [
+    "DIRECTORY",
     "IDS",
     "OPAQUE",
     "Figures",
@@ -46,8 +48,6 @@ __all__ = [
     "is_whiteout",
     "link_size",
     "measure",
-    "remove_tree",
-    "step",
     "take",
     "whole_blocks",
 ]
@@ -61,7 +61,6 @@ INLINE = 60  # bytes of a symbolic link that ext4 keeps in the inode; others kee
 ROW = 16  # bytes of a directory's entry beside its name, rounded up
 ZEROS = bytes(BLOCK)
 CHUNK = 256 * BLOCK
-DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 ACL_VERSION, ACL_USER, ACL_GROUP = 2, 0x02, 0x08  # linux/posix_acl_xattr.h, linux/posix_acl.h
 UNFIT = {
@@ -468,38 +467,3 @@ def is_same(one: int, other: int, base: int) -> bool:
         == (theirs.st_mode, theirs.st_uid, theirs.st_gid)
         and attributes(one, base) == attributes(other, 0)
     )
-
-
-def remove_tree(parent: int, name: str) -> None:
-    """Remove a directory and all in it, whatever its depth, if it is there. Raises OSError."""
-    try:
-        at = os.open(name, DIRECTORY, dir_fd=parent)
-    except FileNotFoundError:
-        return
-    way: list[tuple[str, list[str]]] = [(name, os.listdir(at))]
-    try:
-        while True:
-            current, left = way[-1]
-            if left:
-                one = left.pop()
-                try:
-                    os.unlink(one, dir_fd=at)
-                except IsADirectoryError:
-                    at = step(at, one)
-                    way.append((one, os.listdir(at)))
-                continue
-            way.pop()
-            if not way:
-                break
-            at = step(at, "..")
-            os.rmdir(current, dir_fd=at)
-    finally:
-        os.close(at)
-    os.rmdir(name, dir_fd=parent)
-
-
-def step(at: int, name: str) -> int:
-    """Go from a directory to one in it, or above it; closes ``at``. Raises OSError, ``at`` open."""
-    moved = os.open(name, DIRECTORY, dir_fd=at)
-    os.close(at)
-    return moved

@@ -35,9 +35,9 @@ from sandboxd.workspace.layer import (
     is_opaque,
     is_whiteout,
     link_size,
-    step,
     whole_blocks,
 )
+from sandboxd.workspace.tree import step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -19,6 +19,7 @@ from uuid6 import uuid7
 from sandboxd import errors
 from sandboxd.failpoint import failpoint
 from sandboxd.workspace import layer
+from sandboxd.workspace.tree import remove_tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -77,7 +78,7 @@ class LayerStore:
         try:
             directory = os.open(parent, layer.DIRECTORY)
             try:
-                layer.remove_tree(directory, name)
+                remove_tree(directory, name)
             finally:
                 os.close(directory)
         except OSError as error:

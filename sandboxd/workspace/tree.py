@@ -5,11 +5,12 @@ by piece, each piece beneath the directory of the one before and through no link
 (``kernel.files.openat2``).
 """
 
+# ruff: noqa: PTH208  -- directories are descriptors here
+
 from __future__ import annotations
 
 import errno
 import os
-import stat
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,11 @@ from sandboxd.kernel import files
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["join", "open_at", "remove_tree", "shown", "typed"]
+__all__ = ["DIRECTORY", "join", "open_at", "remove_tree", "shown", "step", "typed"]
 
 _PIECE = 3000
 """Bytes of a path that are opened at once; PATH_MAX is 4,096."""
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
@@ -70,47 +72,43 @@ def open_at(root: int, path: bytes, flags: int, mode: int = 0) -> int:
         os.close(here)
 
 
-def remove_tree(parent: int, name: bytes) -> None:
+def remove_tree(parent: int, name: str | bytes) -> None:
     """Remove a file or a directory with all in it, if it is there; nobody else may be at work in it.
 
-    Directories are first moved up beside the topmost, so that depth needs neither descriptors nor a stack.
-    Raises OSError.
+    Goes down and up again with one descriptor, whatever the depth. Raises OSError.
     """
     try:
-        found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        os.unlink(name, dir_fd=parent)
     except FileNotFoundError:
         return
-    if not stat.S_ISDIR(found.st_mode):
-        os.unlink(name, dir_fd=parent)
+    except IsADirectoryError:
+        at = os.open(name, DIRECTORY, dir_fd=parent)
+    else:
         return
-    top = files.openat2(parent, name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    way: list[tuple[str | bytes, list[str]]] = [(name, os.listdir(at))]
     try:
-        pending = _empty(top, top, 0)
-        count = len(pending)
-        while pending:
-            one = pending.pop()
-            here = files.openat2(top, one, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                moved = _empty(here, top, count)
-            finally:
-                os.close(here)
-            count += len(moved)
-            pending += moved
-            os.rmdir(one, dir_fd=top)
+        while True:
+            current, left = way[-1]
+            if left:
+                one = left.pop()
+                try:
+                    os.unlink(one, dir_fd=at)
+                except IsADirectoryError:
+                    at = step(at, one)
+                    way.append((one, os.listdir(at)))
+                continue
+            way.pop()
+            if not way:
+                break
+            at = step(at, "..")
+            os.rmdir(current, dir_fd=at)
     finally:
-        os.close(top)
+        os.close(at)
     os.rmdir(name, dir_fd=parent)
 
 
-def _empty(directory: int, top: int, count: int) -> list[bytes]:
-    """Unlink the files of a directory and move its directories to ``top``; returns their names there."""
-    moved: list[bytes] = []
-    for text in os.listdir(directory):
-        name = os.fsencode(text)
-        if stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
-            there = b".sandboxd-removed-%d" % (count + len(moved))
-            os.rename(name, there, src_dir_fd=directory, dst_dir_fd=top)
-            moved.append(there)
-        else:
-            os.unlink(name, dir_fd=directory)
+def step(at: int, name: str) -> int:
+    """Go from a directory to one in it, or above it; closes ``at``. Raises OSError, ``at`` open."""
+    moved = os.open(name, DIRECTORY, dir_fd=at)
+    os.close(at)
     return moved

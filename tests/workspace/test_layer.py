@@ -18,6 +18,7 @@ from sandboxd import errors
 from sandboxd.kernel import mounts
 from sandboxd.workspace import layer
 from sandboxd.workspace.store import LayerStore
+from sandboxd.workspace.tree import remove_tree, step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -272,7 +273,7 @@ def test_a_tree_that_no_path_reaches_is_kept_and_removed(store: LayerStore, uppe
         for number in range(depth):
             name = f"directory-{number:010}"
             os.mkdir(name, dir_fd=fd)
-            fd = layer.step(fd, name)
+            fd = step(fd, name)
             os.chown(fd, BASE, BASE)
         leaf = os.open("leaf", os.O_WRONLY | os.O_CREAT, dir_fd=fd)
         os.write(leaf, b"deep")
@@ -290,7 +291,7 @@ def test_a_tree_that_no_path_reaches_is_kept_and_removed(store: LayerStore, uppe
     with opened(upper.parent) as parent:  # for pytest, whose own way of removing it has no end
         for one in upper.iterdir():
             with opened(upper) as inside:
-                layer.remove_tree(inside, one.name)
+                remove_tree(inside, one.name)
         assert parent
 
 

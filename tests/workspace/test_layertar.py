@@ -22,6 +22,7 @@ from sandboxd import errors
 from sandboxd.images.tarstream import ImportLimits
 from sandboxd.workspace.layerimport import Imported, import_layer
 from sandboxd.workspace.layertar import Export, export_diff, export_stack
+from sandboxd.workspace.tree import remove_tree
 from sandboxd.workspace.view import View
 
 if TYPE_CHECKING:
@@ -318,6 +319,9 @@ def test_damage_and_bounds(tmp_path: Path) -> None:
     deep = made(member("/".join("d" * 2000)))
     with pytest.raises(errors.TooLarge):
         bring(deep, tmp_path / "deep", limits=ImportLimits(entries=1000))
+    parent = os.open(tmp_path, os.O_RDONLY)
+    remove_tree(parent, b"deep")  # for pytest, whose own way of removing it has an end
+    os.close(parent)
 
 
 def test_zeros_become_holes(tmp_path: Path) -> None:

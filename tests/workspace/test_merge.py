@@ -17,6 +17,7 @@ from sandboxd.kernel import mounts
 from sandboxd.workspace import layer
 from sandboxd.workspace.merge import merge
 from sandboxd.workspace.store import LayerStore
+from sandboxd.workspace.tree import step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -198,7 +199,7 @@ def test_a_deep_tree_and_few_descriptors(line: Line) -> None:
             name = f"directory-{number:010}"
             if name not in os.listdir(fd):
                 os.mkdir(name, dir_fd=fd)
-            fd = layer.step(fd, name)
+            fd = step(fd, name)
         leaf = os.open(f"leaf{len(line.layers)}", os.O_WRONLY | os.O_CREAT, dir_fd=fd)
         os.close(leaf)
         os.close(fd)
@@ -210,7 +211,7 @@ def test_a_deep_tree_and_few_descriptors(line: Line) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
     fd = os.open(one, layer.DIRECTORY)
     for number in range(300):
-        fd = layer.step(fd, f"directory-{number:010}")
+        fd = step(fd, f"directory-{number:010}")
     assert sorted(os.listdir(fd)) == ["leaf0", "leaf1", "leaf2"]
     os.close(fd)
 
