@@ -196,6 +196,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "DROP INDEX records_kept",
         "CREATE INDEX records_kept ON records (at, n, bytes) WHERE bytes > 0",
     ),
+    (
+        # What small layers are made of whose files are not on disk yet, as ``workspace.unwritten`` says.
+        "CREATE TABLE packs (layer TEXT PRIMARY KEY NOT NULL, pack BLOB NOT NULL) STRICT",
+    ),
 )
 
 KEPT_BACKUPS = 2
