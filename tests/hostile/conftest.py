@@ -63,6 +63,14 @@ def settled(daemon: Daemon) -> Daemon:
     """The daemon after its first call: what it opens once and keeps is open."""
     assert daemon.run("true").outcome is not None
     until(lambda: daemon.client(timeout=5).health().running == 0, "the first call's turn is over")
+
+    def rests() -> bool:
+        """What takes the place of what the call had is made, and has all that it will have."""
+        first = descriptors_of(daemon.processes)
+        time.sleep(0.3)
+        return descriptors_of(daemon.processes) == first
+
+    until(rests, "the daemon has made ready for the next call")
     return daemon
 
 
