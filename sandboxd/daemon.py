@@ -146,6 +146,7 @@ def _configure_logs() -> None:
 
 async def _serve(config: Config, engine: EngineProcess) -> None:
     anyio.to_thread.current_default_thread_limiter().total_tokens = WORKER_THREADS
+    gc.disable()  # what is made until the daemon is ready stays
     async with AsyncExitStack() as stack:
         place = signing.place_of(config.journal.key, config.state, os.environ)
         journal = await stack.enter_async_context(Journal.open(config.state, place))
@@ -222,7 +223,8 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         await started.wait()
         waiting.close()
         gc.collect()
-        gc.freeze()  # code, policies and schemas stay: no collection has to look at them again
+        gc.freeze()  # no collection has to look at it again
+        gc.enable()
         _say_ready(config, engine)
         await _until_stopped(service)
         systemd.notify("STOPPING=1")
