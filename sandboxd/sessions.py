@@ -303,6 +303,10 @@ class Sessions:
         """One session, by its id or name. Raises NotFound."""
         return await self._info(await self._find(caller, named))
 
+    async def id_of(self, caller: Caller, named: str) -> str:
+        """The id of one, by that or its name. Raises NotFound."""
+        return (await self._find(caller, named)).id
+
     async def list(self, caller: Caller, *, before: str | None, limit: int) -> models.SessionList:
         """A page of the caller's sessions, or of everybody's for an operator; newest first."""
         uid, most = None if caller.sees_all else caller.uid, min(limit, MOST)

@@ -63,6 +63,8 @@ class Entrances:
         self.gateway = gateway
         self.open: Counter[int] = Counter()
         """Connections by the uid of the container's caller."""
+        self.sessions: dict[str, Entrance | None] = {}
+        """Of each session in whose container something runs now, by its id; None: no port is exposed."""
         self._last = 0
 
     def next_number(self) -> int:

@@ -23,7 +23,7 @@ KINDS = {"dns": "name", "http": "request", "https": "request"}
 
 
 class CallNetwork:
-    """Of the call ``id`` of the caller ``uid``; its events go to ``spool``."""
+    """Of the call ``id`` of the caller ``uid``; its events go to ``spool``. ``session``: its session's id."""
 
     def __init__(
         self,
@@ -34,6 +34,7 @@ class CallNetwork:
         spool: Spool,
         *,
         secrets: CallSecrets,
+        session: str | None = None,
     ) -> None:
         self._gateway = gateway
         self._entrances = entrances
@@ -41,6 +42,7 @@ class CallNetwork:
         self._uid = uid
         self._spool = spool
         self._secrets = secrets
+        self._session = session
         self._served = self._ending = False
         self._given: set[tuple[str, int]] = set()
         """Names and versions of the secrets that requests may have been given."""
@@ -56,6 +58,8 @@ class CallNetwork:
         """
         if slot.shape.expose:
             self.entrance = self._entrances.enter(self._id, self._uid, slot, self._on_event)
+        if self._session is not None:
+            self._entrances.sessions[self._session] = self.entrance
         if slot.doors is not None:
             given = self._secrets.proxied
             self._given = {(name, version) for name, (version, _) in given.items()}
@@ -68,6 +72,8 @@ class CallNetwork:
 
     async def begin_end(self) -> None:
         """Cut what is left; ``end`` waits for that, and something else can be done first."""
+        if self._session is not None:
+            self._entrances.sessions.pop(self._session, None)
         if self.entrance is not None:
             await self.entrance.begin_end()
         if self._served and not self._ending:
