@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import ipaddress
-import math
 import select
 import socket
 import time
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from sandboxd.egress import hello, upstream
+from sandboxd.egress.greeting import first_said, second_said
 from sandboxd.egress.injection import inject
 from sandboxd.egress.messages import MAX_FAULT
 from sandboxd.egress.names import Names
@@ -26,7 +26,7 @@ from sandboxd.egress.questions import Questions
 from sandboxd.egress.refused import read_refused
 from sandboxd.egress.relay import Cut, Pump, cut, resets
 from sandboxd.egress.site import Site
-from sandboxd.egress.streams import Broken, Counted, Left, Plain, while_there
+from sandboxd.egress.streams import Counted, Left, Plain, while_there
 from sandboxd.egress.told import Connection, Told
 from sandboxd.reach import STANDINS, STANDINS6, Decision
 
@@ -43,10 +43,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Container"]
 
-HELLO_SECONDS = 10.0
 SILENT_SECONDS = 30.0  # that a program may be where HTTP alone is spoken
 MAX_OPEN = 4096  # connections at once
-FIRST_READ = 4096
 MAX_FAULTS = 3
 TOO_LATE = "the call ended before anything was connected to"
 
@@ -315,10 +313,10 @@ class Container:
 
         async def there() -> None:
             try:
-                first, rest, found = await self._first(client, connection)
+                first, rest, found = await first_said(client, connection.name)
                 await out.send(first)
                 if found is not None:
-                    await out.send(await self._second(client, found, rest))
+                    await out.send(await second_said(client, found, rest))
             except hello.HelloMalformed as error:
                 refusal.append(str(error))
                 with suppress(OSError):
@@ -349,7 +347,7 @@ class Container:
         """Serve a connection whose rules look into HTTP."""
         verdict, why, counted = "failed", TOO_LATE, None
         try:
-            first, rest, found = await self._first(client, connection, silent=SILENT_SECONDS)
+            first, rest, found = await first_said(client, connection.name, silent=SILENT_SECONDS)
             first += rest
             counted = Counted(client, first, self._budget)
             site = Site(
@@ -391,70 +389,6 @@ class Container:
 
     def _on_exchange(self, connection: Connection, exchange: Exchange, verdict: str, why: str) -> None:
         self._told.emit(verdict, _of(connection, exchange), why)
-
-    async def _first(
-        self, client: socket.socket, connection: Connection, silent: float = math.inf
-    ) -> tuple[bytes, bytes, hello.Hello | None]:
-        """What the client says first: of TLS, its ClientHello, which has to name whom it should; the rest.
-
-        ``silent``: for how many seconds it may say nothing. Raises HelloMalformed, Broken.
-        """
-        data, reader = b"", hello.HelloReader()
-        begun = anyio.current_time()
-        with anyio.move_on_after(HELLO_SECONDS) as scope:
-            while True:
-                try:
-                    read = client.recv(FIRST_READ)
-                except BlockingIOError:
-                    if not data:
-                        scope.deadline = begun + silent
-                    await anyio.wait_readable(client)
-                    continue
-                if not data:
-                    scope.deadline = anyio.current_time() + HELLO_SECONDS
-                data += read
-                tls = hello.is_tls(data) if data else False
-                if connection.name is None or not read or tls is False:
-                    return data, b"", None
-                if tls and (found := reader.feed(read)) is not None:
-                    self._check_hello(found, connection.name)
-                    return data[: len(data) - len(reader.rest)], reader.rest, found
-        if not data:
-            why = f"the program said nothing for {silent:.0f} seconds, where HTTP is spoken"
-            raise Broken(why)
-        raise hello.HelloMalformed("the ClientHello did not come")
-
-    async def _second(self, client: socket.socket, first: hello.Hello, data: bytes) -> bytes:
-        """What the client says next, until no second ClientHello can follow: that has to name the same.
-
-        ``data``: what it has said already.
-        """
-        reader = hello.SecondReader()
-        last, found = reader.feed(data)
-        while not last:
-            await anyio.wait_readable(client)
-            with suppress(BlockingIOError):
-                read = client.recv(FIRST_READ)
-                data += read
-                if not read:
-                    break
-                last, found = reader.feed(read)
-        if found is not None and found.server_name != first.server_name:
-            raise hello.HelloMalformed(
-                f"a second ClientHello names {found.server_name or 'no server'}, "
-                f"and the connection is to {first.server_name}"
-            )
-        return data
-
-    def _check_hello(self, found: hello.Hello, name: str) -> None:
-        if found.server_name == name:
-            return
-        if found.encrypted:
-            raise hello.HelloMalformed(
-                f"the ClientHello is encrypted for {found.server_name}; {name} is to be asked for in the open"
-            )
-        said = "no server" if found.server_name is None else found.server_name
-        raise hello.HelloMalformed(f"the ClientHello names {said}, and the connection is to {name}")
 
 
 def _of(connection: Connection, exchange: Exchange) -> Connection:

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sandboxd.engine.base import Slot
-    from sandboxd.network.gateway import Gateway, Server
+    from sandboxd.network.gateway import Gateway
+    from sandboxd.network.process import Server
 
 __all__ = ["Entrance", "Entrances", "Passage", "not_exposed"]
 
