@@ -179,7 +179,7 @@ class Runner(Ledger):
             call.caller.uid,
             call.spool,
             secrets=call.secrets,
-            session=None if call.session is None else call.session.row.id,
+            session=call.session,
         )
         async with Attempt(
             call.plan,

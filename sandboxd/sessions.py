@@ -29,7 +29,7 @@ from sandboxd import errors, models, units
 from sandboxd.init import LAUNCH
 from sandboxd.lanes import Lanes
 from sandboxd.session import LONG, OWNER, CallSession
-from sandboxd.workspace import tables
+from sandboxd.workspace import allowance, tables
 from sandboxd.workspace.checkout import Checkout
 from sandboxd.workspace.layer import Figures
 from sandboxd.workspace.merge import merge
@@ -108,6 +108,7 @@ class Sessions:
         if removed:
             log.warning("files of calls without an outcome were removed", layers=removed)
         self._held.start(held)
+        await self._journal.write(allowance.charge)
         self._to_prune += [*going, None]
 
     async def run(self) -> None:
@@ -238,8 +239,7 @@ class Sessions:
         if asked.checkpoint is not None:
             start = (await self._checkpoint(source, asked.checkpoint)).id
         row = self._row(caller, asked, id_=str(uuid7()), at=start, now=_now())
-        if asked.policy is None:
-            row = replace(row, policy=source.policy)
+        row = replace(row, policy=asked.policy or source.policy, network=allowance.begun_with(source.network))
         return await self._insert(caller, row, None)
 
     def _row(self, caller: Caller, asked: models.SessionRequest, *, id_: str, at: str, now: int) -> Row:
@@ -553,6 +553,7 @@ class Sessions:
             layers=len(stack.layers),
             checkout=self._lending(row),
             calls=row.calls,
+            network=models.SessionNetwork(**allowance.used_of(row.network)),
             in_flight=self._turns.inside(row.id),
         )
 

@@ -196,6 +196,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "DROP INDEX records_kept",
         "CREATE INDEX records_kept ON records (at, n, bytes) WHERE bytes > 0",
     ),
+    # what its calls used of the network, and what is held for one, as ``workspace.allowance`` has it
+    ("ALTER TABLE sessions ADD COLUMN network TEXT",),
 )
 
 KEPT_BACKUPS = 2

@@ -34,7 +34,7 @@ from sandboxd.network.questions import Questions, nobody
 from sandboxd.network.served import Secrets, Served, told_secrets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from anyio.abc import TaskGroup
 
@@ -91,10 +91,12 @@ class Gateway:
         on_event: Callable[[NetworkEvent], None],
         secrets: Secrets = MappingProxyType({}),
         *,
+        left: Mapping[str, int] = MappingProxyType({}),
         decide: Decide = nobody,
     ) -> None:
         """Have a slot served, for the call ``id`` of the caller ``uid``. Raises HostFailed.
 
+        ``left``: what its session has left of the budget of all its calls, by the names of that.
         ``secrets``: what its requests may be given on their way out, by name: version and value.
         ``decide``: who answers what its rules leave open.
         """
@@ -105,7 +107,16 @@ class Gateway:
         worker = await self._worker_for(uid, looks=rules.look_inside)
         questions = Questions(id, decide, self._tasks)
         served = Served(
-            id, uid, doors, slot.shape.digest, rules, on_event, worker, dict(secrets), questions=questions
+            id,
+            uid,
+            doors,
+            slot.shape.digest,
+            rules,
+            on_event,
+            worker,
+            dict(secrets),
+            questions=questions,
+            left=left,
         )
         await self._hand_over(served)
         self._served[id] = served
@@ -166,6 +177,7 @@ class Gateway:
         finally:
             served.worker.containers.pop(served.id, None)
         if scope.cancelled_caught:
+            served.lose()
             log.error("a network process does not answer", pid=served.worker.process.pid)
             served.worker.process.kill()  # nobody else is to wait for it; what it did is not known
             if not served.quiet:
@@ -206,7 +218,9 @@ class Gateway:
                 await worker.send(encode("names", {"id": served.id, "names": known}))
             if served.secrets:
                 await worker.send(encode("secrets", told_secrets(served, served.secrets)))
-            await worker.send(encode("serve", Serve(served.id, served.shape)), served.doors.descriptors)
+            await worker.send(
+                encode("serve", Serve(served.id, served.shape, served.left)), served.doors.descriptors
+            )
         except BaseException as error:
             worker.containers.pop(served.id, None)
             if isinstance(error, OSError):
@@ -319,9 +333,10 @@ class Gateway:
             served.crashes += 1
             served.questions.close()
             served.events = 0
+            served.lose()
             served.on_event(_failed("the process that served the connections ended, and they with it"))
             # what was used of a budget is not known any more
-            if served.ending or served.crashes > MAX_CRASHES or served.rules.budget:
+            if served.ending or served.crashes > MAX_CRASHES or served.counts:
                 served.give_up()
         for served in left:
             if served.ended.is_set():
