@@ -262,6 +262,21 @@ class Calls(Recovery):
             raise errors.CallNotStarted(f"call {id!r} does not run yet; it is {call.invocation.state}")
         return call.network.entrance
 
+    async def session_entrance(self, caller: Caller, named: str) -> Entrance:
+        """The way to the servers in the container of a session: that of what runs in it now.
+
+        Raises NotFound, SessionIdle, PortNotExposed.
+        """
+        session = await self.sessions.id_of(caller, named)
+        if session not in self._entrances.sessions:
+            raise errors.SessionIdle(
+                f"no call runs in session {named!r} now; its ports are there while one does", session=session
+            )
+        entrance = self._entrances.sessions[session]
+        if entrance is None:
+            raise not_exposed(())
+        return entrance
+
     async def write_stdin(
         self, caller: Caller, id: str, *, offset: int, chunks: AsyncIterator[bytes], eof: bool
     ) -> int:

@@ -179,6 +179,7 @@ class Runner(Ledger):
             call.caller.uid,
             call.spool,
             secrets=call.secrets,
+            session=call.session,
         )
         async with Attempt(
             call.plan,

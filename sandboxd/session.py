@@ -14,14 +14,14 @@ from uuid6 import uuid7
 from sandboxd import errors
 from sandboxd.engine.stacked import attach_stack
 from sandboxd.failpoint import failpoint
-from sandboxd.models import Cause
-from sandboxd.workspace import layer, tables
+from sandboxd.models import Cause, NetworkUse
+from sandboxd.workspace import allowance, layer, tables
 from sandboxd.workspace.shares import refuse
 from sandboxd.workspace.view import Lent
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from pathlib import Path
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sandboxd.engine.base import Slot
     from sandboxd.journal import Journal
     from sandboxd.models import Outcome
+    from sandboxd.workspace.allowance import Hold
     from sandboxd.workspace.checkout import Checkout
     from sandboxd.workspace.shares import Shares
     from sandboxd.workspace.store import LayerStore
@@ -121,6 +122,11 @@ class CallSession:
         self._start: _Start | None = None
         self._made: Checkpoint | None = None
         self._pack: bytes | None = None
+        self._network: dict[str, int] = {}
+        """What the call's attempts used of the network."""
+        self._hold: Hold | None = None
+        self._counting = False
+        """An attempt may use of what is held, and has not said how much."""
         self._turn = False
         self._inside = True
 
@@ -153,6 +159,34 @@ class CallSession:
         if self._inside:
             self._inside = False
             self._turns.leave(self.row.id)
+
+    async def hold_network(self, limits: Mapping[str, int]) -> dict[str, int]:
+        """Hold on disk what an attempt may use of the session's budget; returns what that has left, by name.
+
+        ``limits`` are those of ``network.budget``. Without one of sessions among them, nothing is written.
+        Raises HostFailed, JournalCorrupt.
+        """
+        if not any(name.startswith("session.") for name in limits):
+            return {}
+        self._hold = await self._journal.write(
+            lambda connection: allowance.hold(connection, self.row.id, self.call, limits, self._network)
+        )
+        self._counting = True
+        return self._hold.left
+
+    def used_network(self, use: NetworkUse) -> None:
+        """Count what an attempt used, for the outcome; all that was held where that is not known."""
+        used = {
+            "bytes": use.bytes_in + use.bytes_out,
+            "bytes_in": use.bytes_in,
+            "bytes_out": use.bytes_out,
+            "connections": use.connections,
+            "requests": use.requests,
+        }
+        self._counting = False
+        most = {} if use.whole or self._hold is None else self._hold.most
+        for name, count in used.items():
+            self._network[name] = self._network.get(name, 0) + max(count, most.get(name, 0))
 
     @property
     def before(self) -> str | None:
@@ -280,6 +314,10 @@ class CallSession:
         if start is None:
             return
         tables.touch(connection, start.row, at=time.time_ns() // 1000, called=bool(self.call))
+        if self._counting:  # nobody has said what it used
+            self.used_network(NetworkUse(whole=False))
+        if self._hold is not None or any(self._network.values()):
+            allowance.settle(connection, start.row.id, self.call, self._network)
         if self._made is None:
             return
         failpoint("session.commit")

@@ -29,7 +29,7 @@ from sandboxd import errors, models, units
 from sandboxd.init import LAUNCH
 from sandboxd.lanes import Lanes
 from sandboxd.session import LONG, OWNER, CallSession
-from sandboxd.workspace import tables
+from sandboxd.workspace import allowance, tables
 from sandboxd.workspace.checkout import Checkout
 from sandboxd.workspace.layer import Figures
 from sandboxd.workspace.merge import merge
@@ -111,6 +111,7 @@ class Sessions:
             log.warning("files of calls without an outcome were removed", layers=removed)
         await self._unwritten.restore()
         self._held.start(held)
+        await self._journal.write(allowance.charge)
         self._to_prune += [*going, None]
 
     async def run(self) -> None:
@@ -242,8 +243,7 @@ class Sessions:
         if asked.checkpoint is not None:
             start = (await self._checkpoint(source, asked.checkpoint)).id
         row = self._row(caller, asked, id_=str(uuid7()), at=start, now=_now())
-        if asked.policy is None:
-            row = replace(row, policy=source.policy)
+        row = replace(row, policy=asked.policy or source.policy, network=allowance.begun_with(source.network))
         return await self._insert(caller, row, None)
 
     def _row(self, caller: Caller, asked: models.SessionRequest, *, id_: str, at: str, now: int) -> Row:
@@ -306,6 +306,10 @@ class Sessions:
     async def get(self, caller: Caller, named: str) -> models.SessionInfo:
         """One session, by its id or name. Raises NotFound."""
         return await self._info(await self._find(caller, named))
+
+    async def id_of(self, caller: Caller, named: str) -> str:
+        """The id of one, by that or its name. Raises NotFound."""
+        return (await self._find(caller, named)).id
 
     async def list(self, caller: Caller, *, before: str | None, limit: int) -> models.SessionList:
         """A page of the caller's sessions, or of everybody's for an operator; newest first."""
@@ -556,6 +560,7 @@ class Sessions:
             layers=len(stack.layers),
             checkout=self._lending(row),
             calls=row.calls,
+            network=models.SessionNetwork(**allowance.used_of(row.network)),
             in_flight=self._turns.inside(row.id),
         )
 

@@ -88,7 +88,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, place: Path, kind: str, *messages: 
     said.write_text("\n".join(messages))
     program.write_text(PRETENDER.format(python=sys.executable, said=str(said), kind=kind))
     program.chmod(0o700)
-    monkeypatch.setattr("sandboxd.network.gateway.sys.executable", str(program))
+    monkeypatch.setattr("sandboxd.network.process.sys.executable", str(program))
 
 
 class Served:

@@ -215,6 +215,10 @@ class Service(Protocol):
         """The way to the servers of a running call. Raises CallNotStarted, CallEnded, PortNotExposed."""
         ...
 
+    async def session_entrance(self, caller: Caller, named: str) -> Entrance:
+        """The way to the servers of what runs in a session. Raises NotFound, SessionIdle, PortNotExposed."""
+        ...
+
     async def artifact(
         self,
         caller: Caller,

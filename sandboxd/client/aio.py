@@ -304,8 +304,19 @@ class AsyncClient:
 
     async def connect(self, id: str, port: int) -> SocketStream:  # noqa: A002
         """A stream to a server inside a running call's container (see ``Client.connect``), to be closed."""
+        return await self._switch(calls.connect(id, port))
+
+    async def session_ports(self, session: str) -> Sequence[int]:
+        """The same of the container of what runs in a session now. Raises NotFound, SessionIdle."""
+        return await self._do(calls.session_ports(session))
+
+    async def connect_session(self, session: str, port: int) -> SocketStream:
+        """The same as ``connect`` for what runs in a session now. Raises SessionIdle where nothing does."""
+        return await self._switch(calls.connect_session(session, port))
+
+    async def _switch(self, exchange: wire.Exchange) -> SocketStream:
         return await async_transport.switch(
-            self._paths, calls.connect(id, port), connect_timeout=self._connect_timeout, timeout=self._timeout
+            self._paths, exchange, connect_timeout=self._connect_timeout, timeout=self._timeout
         )
 
     async def artifacts(self, id: str) -> Sequence[models.Artifact]:  # noqa: A002

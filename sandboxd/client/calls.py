@@ -288,7 +288,15 @@ def cancel(id: str) -> Call[models.Invocation]:  # noqa: A002
 
 def ports(id: str) -> Call[list[int]]:  # noqa: A002
     """The ports inside that can be reached."""
+    return _ports(wire.invocation_target(id, "ports"))
 
+
+def session_ports(session: str) -> Call[list[int]]:
+    """The same of what runs in a session."""
+    return _ports(wire.target("sessions", session, "ports"))
+
+
+def _ports(target: str) -> Call[list[int]]:
     def decode(body: bytes) -> list[int]:
         document = wire.parse_json(body)
         found = document.get("ports") if isinstance(document, dict) else None
@@ -296,13 +304,21 @@ def ports(id: str) -> Call[list[int]]:  # noqa: A002
             raise wire.protocol_error("an answer that lists no ports")
         return found
 
-    return Call(wire.Exchange("GET", wire.invocation_target(id, "ports")), decode)
+    return Call(wire.Exchange("GET", target), decode)
 
 
 def connect(id: str, port: int) -> wire.Exchange:  # noqa: A002
     """A connection to a port inside."""
-    headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
-    return wire.Exchange("GET", wire.invocation_target(id, "ports", str(port)), headers=headers)
+    return _tunnel(wire.invocation_target(id, "ports", str(port)))
+
+
+def connect_session(session: str, port: int) -> wire.Exchange:
+    """The same of what runs in a session."""
+    return _tunnel(wire.target("sessions", session, "ports", str(port)))
+
+
+def _tunnel(target: str) -> wire.Exchange:
+    return wire.Exchange("GET", target, headers={"Connection": "Upgrade", "Upgrade": "tcp"})
 
 
 def artifact(id: str, path: str) -> wire.Exchange:  # noqa: A002

@@ -335,8 +335,19 @@ class Client:
         Raises NotFound, CallNotStarted, CallEnded, PortNotExposed, and PortNotAnswering while nobody
         listens there. It blocks without a timeout, and ends with the call.
         """
+        return self._switch(calls.connect(id, port))
+
+    def session_ports(self, session: str) -> Sequence[int]:
+        """The same of the container of what runs in a session now. Raises NotFound, SessionIdle."""
+        return self._do(calls.session_ports(session))
+
+    def connect_session(self, session: str, port: int) -> sockets.socket:
+        """The same as ``connect`` for what runs in a session now. Raises SessionIdle where nothing does."""
+        return self._switch(calls.connect_session(session, port))
+
+    def _switch(self, exchange: wire.Exchange) -> sockets.socket:
         return transport.switch(
-            self._paths, calls.connect(id, port), connect_timeout=self._connect_timeout, timeout=self._timeout
+            self._paths, exchange, connect_timeout=self._connect_timeout, timeout=self._timeout
         )
 
     def artifacts(self, id: str) -> Sequence[models.Artifact]:  # noqa: A002

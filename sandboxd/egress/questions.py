@@ -37,9 +37,19 @@ class Questions:
         self._say = say
         self._waiting: dict[int, _Waiting] = {}
         self._last = 0
+        self._closed = ""
+
+    def close(self, why: str) -> None:
+        """Nobody is asked any more: the answer is no, also to those that wait."""
+        self._closed = why
+        for number in list(self._waiting):
+            self._say("withdraw", number=number)
+            self.answer(number, allowed=False, why=why)
 
     async def ask(self, about: Connection, decision: Decision) -> Decision:
         """What somebody says of what ``decision`` leaves open. Cancelled, it is withdrawn."""
+        if self._closed:
+            return replace(decision, allowed=False, asks=False, why=self._closed)
         if len(self._waiting) >= MAX_OPEN:
             return replace(decision, allowed=False, asks=False, why=TOO_MANY)
         self._last += 1

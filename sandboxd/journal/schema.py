@@ -200,6 +200,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # What small layers are made of whose files are not on disk yet, as ``workspace.unwritten`` says.
         "CREATE TABLE packs (layer TEXT PRIMARY KEY NOT NULL, pack BLOB NOT NULL) STRICT",
     ),
+    # what its calls used of the network, and what is held for one, as ``workspace.allowance`` has it
+    ("ALTER TABLE sessions ADD COLUMN network TEXT",),
 )
 
 KEPT_BACKUPS = 2

@@ -20,7 +20,7 @@ from sandboxd.models.invocation import (
     Withheld,
 )
 from sandboxd.models.lineage import Lineage, Release
-from sandboxd.models.network import NetworkEvent, NetworkRefusal, NetworkUse
+from sandboxd.models.network import NetworkEvent, NetworkRefusal, NetworkUse, SessionNetwork
 from sandboxd.models.operating import (
     Health,
     ImageInfo,
@@ -105,6 +105,7 @@ __all__ = [
     "SessionInfo",
     "SessionLend",
     "SessionList",
+    "SessionNetwork",
     "SessionQuota",
     "SessionRequest",
     "SessionRollback",

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from sandboxd.models.network import SessionNetwork
 from sandboxd.models.request import MAX_LABELS
 from sandboxd.models.wire import Count, Duration, Size, Text, Wire
 
@@ -135,6 +136,7 @@ class SessionInfo(Wire):
     """Of a session on its caller's directory: whether the daemon has that, or has to be given it again."""
     calls: int
     """Calls that ended in it."""
+    network: SessionNetwork = Field(default_factory=SessionNetwork)
     in_flight: int = 0
 
 

@@ -201,9 +201,13 @@ def _of_http(network: Network, places: Places) -> Iterator[PolicyProblem]:
         if rule.cidr is not None:
             said = "HTTP is looked into by the name of its host: write host, or leave out what is of HTTP"
             yield places.problem(path, IMPOSSIBLE, said)
-    if network.budget is not None and network.budget.requests is not None and not inside:
-        said = "requests are counted only where a rule looks into HTTP, as with methods or paths; none does"
-        yield places.problem("network.budget.requests", IMPOSSIBLE, said)
+    limits = {} if network.budget is None else network.budget.limits()
+    for name in ("requests", "session.requests"):
+        if name in limits and not inside:
+            said = (
+                "requests are counted only where a rule looks into HTTP, as with methods or paths; none does"
+            )
+            yield places.problem(f"network.budget.{name}", IMPOSSIBLE, said)
 
 
 def _repeated(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:

@@ -22,6 +22,7 @@ from sandboxd.policy.trust import TRUSTED, looks_inside, trust_env
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from sandboxd.httprule import HttpRule
     from sandboxd.policy.resolved import Policy
     from sandboxd.reach import Allow, Deny
 
@@ -249,13 +250,22 @@ def _network(policy: Policy) -> Iterator[dict[str, Any]]:
         for number, rule in enumerate(listed):
             ports = ", ".join(map(str, rule.ports)) or "all ports"
             path = f"network.{kind}.{number}"
-            inside = "" if rule.http is None else f", {rule.http.said}"
+            inside = "" if rule.http is None else f", {rule.http.said}{_injected(rule.http)}"
             yield _line(path, f"{rule.target} {ports}{inside}", policy.origin(path))
     if looks_inside(policy.spec):
         trusted = f"the daemon's authority, at {TRUSTED} and on the image's bundle"
         yield _line("network.trust", trusted, policy.origin("network"), OF_HTTP)
     for name, value in rules.budget:
         yield _line(f"network.budget.{name}", str(value), policy.origin(f"network.budget.{name}"))
+
+
+def _injected(rule: HttpRule) -> str:
+    """What is put into the requests that a rule allows."""
+    inject = rule.inject
+    if inject is None:
+        return ""
+    what = "a signature of AWS" if inject.secret_key else f"the header {inject.header}"
+    return f", with {what}{', also without TLS' if inject.plain else ''}"
 
 
 def _always(policy: Policy) -> dict[str, str]:

@@ -60,6 +60,7 @@ __all__ = ["Attempt", "Payload", "Result"]
 
 GRACE = 30_000_000  # microseconds after the wall limit until PID 1 ends by itself
 CPU_POLL_MIN = 0.01  # seconds
+RELEASE = 0.1  # seconds without output, after which the first bytes of what may be a secret go out
 SOON = 2.0  # seconds that PID 1 gets to end what the command left behind, before it is ended with it
 
 
@@ -121,6 +122,7 @@ class Attempt:
         self._secrets = secrets
         self._session = session
         self._filters: dict[Literal["stdout", "stderr"], Stream] = {}
+        self._releases: dict[Literal["stdout", "stderr"], asyncio.TimerHandle] = {}
         self._blobs = blobs
         self._deadline = deadline
         self._accepted = accepted
@@ -291,6 +293,8 @@ class Attempt:
                 await self._pool.kill(slot)
         for pipe in pipes.values():
             await pipe.finished()
+        for timer in self._releases.values():
+            timer.cancel()
         for stream, waiting in self._filters.items():
             self._store(stream, waiting.finish())
         if self._fault is not None:
@@ -360,8 +364,22 @@ class Attempt:
                 self._store(stream, data)
             else:
                 self._store(stream, searched.feed(data))
+                self._release_soon(stream, searched)
 
         return sink
+
+    def _release_soon(self, stream: Literal["stdout", "stderr"], searched: Stream) -> None:
+        """Let go of what may be no more than the end of a prompt, once nothing has come for a while."""
+        if (before := self._releases.pop(stream, None)) is not None:
+            before.cancel()
+        if not searched.waits:
+            return
+
+        def release() -> None:
+            if released := searched.release():
+                self._store(stream, released)
+
+        self._releases[stream] = asyncio.get_running_loop().call_later(RELEASE, release)
 
     def _store(self, stream: Literal["stdout", "stderr"], data: memoryview | bytes) -> None:
         if self._fault is not None:

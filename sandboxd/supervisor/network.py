@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sandboxd.network.entrance import Entrance, Entrances
     from sandboxd.network.gateway import Gateway
     from sandboxd.reach import NetworkRules
+    from sandboxd.session import CallSession
     from sandboxd.supervisor.secrets import CallSecrets
 
 __all__ = ["CallNetwork"]
@@ -23,7 +24,10 @@ KINDS = {"dns": "name", "http": "request", "https": "request"}
 
 
 class CallNetwork:
-    """Of the call ``id`` of the caller ``uid``; its events go to ``spool``."""
+    """Of the call ``id`` of the caller ``uid``; its events go to ``spool``.
+
+    ``session``: where the call has its turn.
+    """
 
     def __init__(
         self,
@@ -34,6 +38,7 @@ class CallNetwork:
         spool: Spool,
         *,
         secrets: CallSecrets,
+        session: CallSession | None = None,
     ) -> None:
         self._gateway = gateway
         self._entrances = entrances
@@ -41,6 +46,7 @@ class CallNetwork:
         self._uid = uid
         self._spool = spool
         self._secrets = secrets
+        self._session = session
         self._served = self._ending = False
         self._given: set[tuple[str, int]] = set()
         """Names and versions of the secrets that requests may have been given."""
@@ -56,11 +62,19 @@ class CallNetwork:
         """
         if slot.shape.expose:
             self.entrance = self._entrances.enter(self._id, self._uid, slot, self._on_event)
+        if self._session is not None:
+            self._entrances.sessions[self._session.row.id] = self.entrance
         if slot.doors is not None:
             given = self._secrets.proxied
             self._given = {(name, version) for name, (version, _) in given.items()}
             self._secrets.on_rotated(self._on_rotated)
-            await self._gateway.serve(self._id, self._uid, slot, self._on_event, given)
+            left = await self._left(slot)
+            try:
+                await self._gateway.serve(self._id, self._uid, slot, self._on_event, given, left=left)
+            except errors.HostFailed:
+                if self._session is not None:
+                    self._session.used_network(NetworkUse())
+                raise
             self._served = True
             now = self._secrets.proxied  # what changed while it was handed over
             if stale := {name: now.get(name) for name in given if now.get(name) != given[name]}:
@@ -68,6 +82,8 @@ class CallNetwork:
 
     async def begin_end(self) -> None:
         """Cut what is left; ``end`` waits for that, and something else can be done first."""
+        if self._session is not None:
+            self._entrances.sessions.pop(self._session.row.id, None)
         if self.entrance is not None:
             await self.entrance.begin_end()
         if self._served and not self._ending:
@@ -82,7 +98,17 @@ class CallNetwork:
         if not self._served:
             return NetworkUse()
         self._served = False
-        return await self._gateway.end(self._id)
+        use = await self._gateway.end(self._id)
+        if self._session is not None:
+            self._session.used_network(use)
+        return use
+
+    async def _left(self, slot: Slot) -> dict[str, int]:
+        """What the budget of all calls of its session has left, which is held for it from now on."""
+        rules = slot.shape.network
+        if self._session is None or rules is None:
+            return {}
+        return await self._session.hold_network(dict(rules.budget))
 
     def _on_rotated(self, name: str, version: int | None, value: bytes) -> None:
         if version is not None:

@@ -76,6 +76,8 @@ class Row:
     calls: int = 0
     checkout: str | None = None
     """Device and inode of its caller's directory, of a session that stands on one."""
+    network: str | None = None
+    """What its calls used of the network, as ``allowance`` has it."""
 
     @property
     def expires(self) -> int | None:

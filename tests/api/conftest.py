@@ -366,6 +366,9 @@ class MemoryService:
     async def entrance(self, caller: Caller, id: str) -> Entrance:
         raise errors.CallNotStarted("it does not run yet")
 
+    async def session_entrance(self, caller: Caller, named: str) -> Entrance:
+        raise errors.SessionIdle("nothing runs")
+
     def slots(self, caller: Caller) -> Sequence[models.SlotInfo]:
         if not caller.sees_all:
             raise errors.NotPermitted("only operators")

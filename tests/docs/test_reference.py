@@ -134,7 +134,7 @@ def test_the_page_of_system_calls_is_what_the_filters_are_made_of() -> None:
 
 
 def test_every_route_is_documented() -> None:
-    service: Any = type("Service", (), {"config": Config(), "entrance": None})()
+    service: Any = type("Service", (), {"config": Config(), "entrance": None, "session_entrance": None})()
     routes: Any = [
         route
         for route in build(service).app.routes

@@ -16,7 +16,8 @@ from sandboxd.journal.spool import Spool
 from sandboxd.models import NetworkUse
 from sandboxd.network.authority import Authority
 from sandboxd.network.entrance import Entrances
-from sandboxd.network.gateway import MAX_EVENTS, Gateway
+from sandboxd.network.gateway import Gateway
+from sandboxd.network.served import MAX_EVENTS
 from sandboxd.reach import Allow, NetworkRules
 from sandboxd.secrets import SecretStore, place_of
 from sandboxd.supervisor.network import CallNetwork
