@@ -426,16 +426,22 @@ class Sessions:
         fill: Callable[[Sequence[Path | Lent], int], None],
         *,
         effort: Effort,
+        match: str | None = None,
     ) -> models.CheckpointInfo:
         """A checkpoint of a change from outside; it waits for its turn, as a call does.
 
-        ``fill`` makes a layer over others in an empty directory, in a thread, and looks at ``effort``. Raises
-        NotFound, QuotaExceeded, WorkspaceUnfit, HostFailed, QueueFull, RequestTimeout, and what ``fill``
-        raises; then nothing has changed.
+        ``fill`` makes a layer over others in an empty directory, in a thread, and looks at ``effort``.
+        ``match`` is the digest of the checkpoint that it is made for. Raises NotFound, PreconditionFailed,
+        QuotaExceeded, WorkspaceUnfit, HostFailed, QueueFull, RequestTimeout, and what ``fill`` raises; then
+        nothing has changed.
         """
         hold = await self.enter(caller, named, None)
         try:
             await hold.begin()
+            if match is not None and hold.before != match:
+                raise errors.PreconditionFailed(
+                    f"session {named!r} does not stand on that checkpoint any more", digest=hold.before
+                )
             try:
                 made = await self.work.run(
                     caller.uid, lambda: effort.within(lambda: hold.make(fill)), stop=effort.stop

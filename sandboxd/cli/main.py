@@ -88,6 +88,12 @@ GROUPS = {
             "diff": "checkout:diff",
             "pull": "checkout:pull",
             "lend": "checkout:lend",
+            "files": "sessionfiles:files",
+            "get": "sessionfiles:get",
+            "put": "sessionfiles:put",
+            "unlink": "sessionfiles:unlink",
+            "export": "sessionfiles:export",
+            "import": "sessionfiles:bring",
         },
     ),
     "journal": (
