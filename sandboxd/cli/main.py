@@ -87,6 +87,7 @@ GROUPS = {
             "discard": "session:discard",
             "diff": "checkout:diff",
             "pull": "checkout:pull",
+            "push": "checkout:push",
             "lend": "checkout:lend",
             "files": "sessionfiles:files",
             "get": "sessionfiles:get",
