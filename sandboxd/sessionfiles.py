@@ -104,24 +104,50 @@ class SessionFiles:
             return await self._threaded(caller, effort, lambda: compared(old, new))
 
     async def list(
-        self, caller: Caller, named: str, path: str, *, checkpoint: str | None, recursive: bool, limit: int
+        self,
+        caller: Caller,
+        named: str,
+        path: str,
+        *,
+        checkpoint: str | None,
+        recursive: bool,
+        digest: bool = False,
+        after: str | None = None,
+        limit: int,
     ) -> models.FileList:
-        """What a directory has, or all beneath it; the path of the root is empty. Raises StateConflict."""
+        """What a directory has, or all beneath it, behind the path ``after``; the path of the root is empty.
+
+        With ``digest`` a page ends where no more may be digested. Raises StateConflict.
+        """
         place = _path(path) if path else b""
+        passed = _order(_path(after)) if after is not None else []
+
+        def into(directory: Entry) -> bool:
+            """Whether anything in it can be behind ``after``."""
+            parts = _order(directory.path)
+            return page.into(directory) and (parts > passed or parts == passed[: len(parts)])
 
         def listed(one: Standing) -> models.FileList:
-            page = _Page[models.FileInfo](limit)
             with _views(effort, one) as (view,):
                 entry = _found(view, place)
                 if not entry.is_directory:
                     raise errors.StateConflict(f"{path!r} is a {entry.kind}, and no directory")
-                for each in view.walk(entry, into=page.into) if recursive else view.children(entry):
-                    if page.is_unnamed(each.path):
+                for each in view.walk(entry, into=into) if recursive else view.children(entry):
+                    if _order(each.path) <= passed or page.is_unnamed(each.path):
                         continue
-                    if page.is_full or not page.add(_info(view, each)):
+                    asked = digest and _is_digested(each)
+                    late = asked and bool(page.found) and not view.effort.may_digest(each.size)
+                    if late or page.is_full or not page.add(_info(view, each, digest=asked)):
                         page.truncated = True
                         break
-            return models.FileList(files=page.found, truncated=page.truncated, unnamed=page.unnamed)
+            return models.FileList(
+                files=page.found,
+                truncated=page.truncated,
+                next=page.found[-1].path if page.truncated and page.found else None,
+                unnamed=page.unnamed,
+            )
+
+        page = _Page[models.FileInfo](limit)
 
         effort = Effort()
         async with self._sessions.standing(caller, named, checkpoint) as (one,):
@@ -219,20 +245,33 @@ class SessionFiles:
             export = await self._threaded(caller, effort, made)
             yield export, self._streamed(caller, effort, export.chunks, stack)
 
-    async def bring(self, caller: Caller, named: str, chunks: AsyncIterator[bytes]) -> models.CheckpointInfo:
-        """Put a layer's tar over what the session has. Raises InvalidRequest, TooLarge, QuotaExceeded."""
+    async def bring(
+        self,
+        caller: Caller,
+        named: str,
+        chunks: AsyncIterator[bytes],
+        *,
+        match: str | None = None,
+        own: bool = False,
+    ) -> models.CheckpointInfo:
+        """Put a layer's tar over what the session has, if it stands on the checkpoint of a digest.
+
+        ``own``: what comes is the owner's of the session's files, whatever the archive says. Raises
+        InvalidRequest, PreconditionFailed, TooLarge, QuotaExceeded.
+        """
         async with self._spooled(caller, named, chunks, MAX_IMPORT.total) as body:
             _, made = await self._changed(
                 caller,
                 named,
                 lambda view, into: import_layer(
-                    _Body(body, view.effort), into, view, owner=_owner(view), limits=MAX_IMPORT
+                    _Body(body, view.effort), into, view, owner=_owner(view), own=own, limits=MAX_IMPORT
                 ),
+                match=match,
             )
         return made
 
     async def _changed(
-        self, caller: Caller, named: str, fill: Callable[[View, int], T]
+        self, caller: Caller, named: str, fill: Callable[[View, int], T], *, match: str | None = None
     ) -> tuple[T, models.CheckpointInfo]:
         results: list[T] = []
 
@@ -241,7 +280,7 @@ class SessionFiles:
                 results.append(fill(view, into))
 
         effort = Effort()
-        made = await self._sessions.change(caller, named, filled, effort=effort)
+        made = await self._sessions.change(caller, named, filled, effort=effort, match=match)
         return results[0], made
 
     @asynccontextmanager
@@ -445,8 +484,17 @@ def _side(view: View, entry: Entry, *, digest: bool) -> models.FileInfo:
     return _info(view, entry, digest=_may_digest(view, entry) if digest else False)
 
 
+def _is_digested(entry: Entry) -> bool:
+    return entry.kind == "file" and entry.size <= MAX_FILE
+
+
 def _may_digest(view: View, entry: Entry) -> bool:
-    return entry.kind == "file" and entry.size <= MAX_FILE and view.effort.may_digest(entry.size)
+    return _is_digested(entry) and view.effort.may_digest(entry.size)
+
+
+def _order(path: bytes) -> list[bytes]:
+    """What paths are sorted by where a directory comes before what it has."""
+    return path.split(b"/")
 
 
 def _text(before: View, after: View, change: Change, room: int) -> TextDiff | None:

@@ -93,7 +93,8 @@ class Sessions:
         self._unwritten = Unwritten(journal, store)
         self._removing: set[str] = set()
         self._tasks: TaskGroup | None = None
-        self._to_merge: deque[str] = deque()
+        self._to_merge: deque[tuple[str, bool]] = deque()
+        """Checkpoints, and whether their line stands on a directory."""
         self._to_prune: deque[str | None] = deque()
         self._wake = anyio.Event()
 
@@ -132,7 +133,8 @@ class Sessions:
                 while self._to_prune:
                     await self._prune(self._to_prune.popleft())
                 while self._to_merge:
-                    await self._merge(self._to_merge.popleft())
+                    checkpoint, lent = self._to_merge.popleft()
+                    await self._merge(checkpoint, lent=lent)
             except Exception:
                 log.exception("sessions could not be looked after")
             with anyio.move_on_after(LOOK):
@@ -232,19 +234,45 @@ class Sessions:
     async def fork(self, caller: Caller, named: str, asked: models.SessionFork) -> models.SessionInfo:
         """A new session that begins with a checkpoint of another of the caller's.
 
-        Raises NotFound, SessionExists, QuotaExceeded, NotPermitted.
+        One of a session on a directory stands on it too. Raises NotFound, SessionExists, QuotaExceeded,
+        NotPermitted, StateConflict for a directory that somebody else lends.
         """
         source = await self._find(caller, named)
-        if source.checkout is not None:
-            raise errors.StateConflict(
-                f"session {named!r} stands on a directory of its caller's, which changes; it cannot be forked"
-            )
         start = source.head
         if asked.checkpoint is not None:
             start = (await self._checkpoint(source, asked.checkpoint)).id
         row = self._row(caller, asked, id_=str(uuid7()), at=start, now=_now())
         row = replace(row, policy=asked.policy or source.policy, network=allowance.begun_with(source.network))
-        return await self._insert(caller, row, None)
+        if source.checkout is None:
+            return await self._insert(caller, row, None)
+        if source.uid != caller.uid:
+            raise errors.StateConflict(
+                f"session {named!r} stands on a directory that its caller lends, which nobody else can fork; "
+                "export its files, and import them into a session of yours",
+                session=source.id,
+            )
+        if asked.checkout is not None:
+            raise errors.InvalidRequest(
+                "a fork stands on the directory of the session that it is made of; leave it out",
+                field="checkout",
+            )
+        await self._lend_too(source, row.id)
+        try:
+            return await self._insert(caller, replace(row, checkout=source.checkout), None)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._let_go(row.id)
+            raise
+
+    async def _lend_too(self, source: Row, id_: str) -> None:
+        """Let another session stand on the directory of one; where the daemon has not got it, on none yet."""
+        checkout = self._checkouts.get(source.id)
+        if checkout is None:
+            return
+        place = self._store.mounts / f"checkout-{id_}"
+        self._checkouts[id_] = await self._lanes.run(
+            source.uid, lambda: checkout.again(place), undo=Checkout.close, always=True
+        )
 
     def _row(self, caller: Caller, asked: models.SessionRequest, *, id_: str, at: str, now: int) -> Row:
         if asked.policy is not None and not caller.may_use(asked.policy):
@@ -396,7 +424,7 @@ class Sessions:
     async def standing(
         self, caller: Caller, named: str, *checkpoints: str | None
     ) -> AsyncIterator[tuple[Standing, ...]]:
-        """What checkpoints are made of: ids, digests, ``origin``, or None for where the session stands.
+        """What checkpoints are made of: ids, digests, ``origin``, ``root``, or None for where it stands.
 
         The session is not removed meanwhile. Raises NotFound.
         """
@@ -427,6 +455,9 @@ class Sessions:
             return row.head if current is None else current.head
         if checkpoint == "origin":
             return row.origin
+        if checkpoint == "root":
+            first = await self._journal.read(lambda connection: tables.first_of(connection, row.origin))
+            return row.origin if first is None else first.id
         return (await self._checkpoint(row, checkpoint)).id
 
     async def change(
@@ -436,16 +467,22 @@ class Sessions:
         fill: Callable[[Sequence[Path | Lent], int], None],
         *,
         effort: Effort,
+        match: str | None = None,
     ) -> models.CheckpointInfo:
         """A checkpoint of a change from outside; it waits for its turn, as a call does.
 
-        ``fill`` makes a layer over others in an empty directory, in a thread, and looks at ``effort``. Raises
-        NotFound, QuotaExceeded, WorkspaceUnfit, HostFailed, QueueFull, RequestTimeout, and what ``fill``
-        raises; then nothing has changed.
+        ``fill`` makes a layer over others in an empty directory, in a thread, and looks at ``effort``.
+        ``match`` is the digest of the checkpoint that it is made for. Raises NotFound, PreconditionFailed,
+        QuotaExceeded, WorkspaceUnfit, HostFailed, QueueFull, RequestTimeout, and what ``fill`` raises; then
+        nothing has changed.
         """
         hold = await self.enter(caller, named, None)
         try:
             await hold.begin()
+            if match is not None and hold.before != match:
+                raise errors.PreconditionFailed(
+                    f"session {named!r} does not stand on that checkpoint any more", digest=hold.before
+                )
             try:
                 made = await self.work.run(
                     caller.uid, lambda: effort.within(lambda: hold.make(fill)), stop=effort.stop
@@ -487,7 +524,7 @@ class Sessions:
             turns=self._turns,
             held=self._held,
             unwritten=self._unwritten,
-            kept=self._kept,
+            kept=partial(self._kept, lent=row.checkout is not None),
             checkout=checkout,
         )
 
@@ -499,11 +536,11 @@ class Sessions:
         """The call has entered it, or never will."""
         self._turns.leave(id_)
 
-    def _kept(self, checkpoint: Checkpoint, layers: int) -> None:
+    def _kept(self, checkpoint: Checkpoint, layers: int, *, lent: bool) -> None:
         """A call was kept: where there are enough layers, they are made into one."""
         wanted = checkpoint.depth % tables.FAN == 0 or layers > LONG
-        if wanted and checkpoint.id not in self._to_merge:
-            self._to_merge.append(checkpoint.id)
+        if wanted and (checkpoint.id, lent) not in self._to_merge:
+            self._to_merge.append((checkpoint.id, lent))
             self._wake.set()
 
     def _paths(self, names: tuple[str, ...]) -> Iterator[Path]:
@@ -536,10 +573,11 @@ class Sessions:
         return _Alone(self._turns, row)
 
     async def _info(self, row: Row) -> models.SessionInfo:
-        def read(connection: sqlite3.Connection) -> tuple[Checkpoint | None, Stack]:
-            return tables.checkpoint(connection, row.head), tables.stack_of(connection, row.head)
+        def read(connection: sqlite3.Connection) -> tuple[Checkpoint | None, Stack, Checkpoint | None]:
+            head, stack = tables.checkpoint(connection, row.head), tables.stack_of(connection, row.head)
+            return head, stack, tables.first_of(connection, row.origin) if row.checkout else None
 
-        head, stack = await self._journal.read(read)
+        head, stack, first = await self._journal.read(read)
         if head is None:
             raise errors.NotFound(f"no session {row.id!r} of yours")
         return models.SessionInfo(
@@ -559,6 +597,7 @@ class Sessions:
             inodes=stack.inodes,
             layers=len(stack.layers),
             checkout=self._lending(row),
+            lent=None if first is None else first.created,
             calls=row.calls,
             network=models.SessionNetwork(**allowance.used_of(row.network)),
             in_flight=self._turns.inside(row.id),
@@ -604,20 +643,9 @@ class Sessions:
         if session is not None and steps > 1:  # what is nobody's may have been left between them
             await self._prune(None)
 
-    async def _is_lent(self, checkpoint: str) -> bool:
-        """Whether the session of a checkpoint stands on a directory of its caller's."""
-
-        def read(connection: sqlite3.Connection) -> Row | None:
-            found = tables.checkpoint(connection, checkpoint)
-            return None if found is None else tables.find(connection, found.session or "", None)
-
-        row = await self._journal.read(read)
-        return row is not None and row.checkout is not None
-
-    async def _merge(self, checkpoint: str) -> None:
+    async def _merge(self, checkpoint: str, *, lent: bool) -> None:
         """Make layers below a checkpoint into fewer; what goes wrong is tried again with a later call."""
         wanted = await self._journal.read(lambda connection: tables.due(connection, checkpoint))
-        lent = await self._is_lent(checkpoint)
         for end, span, below in wanted:
             try:
                 await self._merge_one(end, span, below, lent=lent)

@@ -75,9 +75,18 @@ class FileService(Protocol):
         ...
 
     async def list(
-        self, caller: Caller, named: str, path: str, *, checkpoint: str | None, recursive: bool, limit: int
+        self,
+        caller: Caller,
+        named: str,
+        path: str,
+        *,
+        checkpoint: str | None,
+        recursive: bool,
+        digest: bool,
+        after: str | None,
+        limit: int,
     ) -> models.FileList:
-        """What a directory has. Raises StateConflict for what is none."""
+        """What a directory has, from a path on. Raises StateConflict for what is none."""
         ...
 
     def read(
@@ -115,8 +124,13 @@ class FileService(Protocol):
         """A layer's tar. Raises StateConflict for a name that no layer can have."""
         ...
 
-    async def bring(self, caller: Caller, named: str, chunks: AsyncIterator[bytes]) -> models.CheckpointInfo:
-        """Put a layer's tar over a session's files. Raises InvalidRequest, TooLarge, QuotaExceeded."""
+    async def bring(
+        self, caller: Caller, named: str, chunks: AsyncIterator[bytes], *, match: str | None, own: bool
+    ) -> models.CheckpointInfo:
+        """Put a layer's tar over a session's files, if it stands on the checkpoint of the digest ``match``.
+
+        Raises InvalidRequest, PreconditionFailed, TooLarge, QuotaExceeded.
+        """
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import Parameter
 
@@ -47,9 +47,22 @@ def create(
         str | None,
         Parameter(name="--from", help="A directory of yours that it stands on, lent and not copied."),
     ] = None,
+    upload: Annotated[
+        bool,
+        Parameter(negative="", help="Copy what is in --from instead, but for what git ignores there."),
+    ] = False,
+    git: Annotated[bool, Parameter(negative="", help="With --upload: also .git.")] = False,
     remote: FlatRemote = REMOTE,
 ) -> None:
     """Make a session: calls in it find the files that the calls before left."""
+    if (upload and from_ is None) or (git and not upload):
+        raise errors.InvalidRequest("--upload is of --from DIR, and --git of --upload", field="upload")
+    if upload:
+        _uploaded(
+            remote, from_ or "", git=git, name=name, policy=policy, labels=_labels(label), ttl=ttl, idle=idle,
+            size=size, inodes=inodes,
+        )  # fmt: skip
+        return
     try:
         made = remote.client().create_session(
             name,
@@ -66,6 +79,16 @@ def create(
             f"--from {from_!r} cannot be opened: {error.strerror}", field="from"
         ) from error
     _made(made, remote)
+
+
+def _uploaded(remote: Remote, directory: str, *, git: bool, **fields: Any) -> None:
+    """Make a session of what a directory has; it goes again where that cannot be sent."""
+    from sandboxd.cli.checkout import pushed, told  # noqa: PLC0415 - only with --upload
+
+    client = remote.client()
+    with pushed(client, directory, git=git, **fields) as (made, found):
+        told(found, terminal.complain)
+    _made(client.session(made.id), remote)
 
 
 def fork(
@@ -140,7 +163,12 @@ def show(session: Session, /, *, remote: FlatRemote = REMOTE) -> None:
 
 def delete(session: Session, /, *, remote: FlatRemote = REMOTE) -> None:
     """Remove a session and its files; what forks of it stand on stays."""
-    remote.client().delete_session(session)
+    from sandboxd.client.agreement import forget  # noqa: PLC0415 - only for this command
+
+    client = remote.client()
+    id_ = client.session(session).id
+    client.delete_session(id_)
+    forget(id_)
     if remote.json:
         terminal.print_json({"removed": session})
 

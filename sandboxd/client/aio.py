@@ -34,6 +34,11 @@ class AsyncStream(Generic[T]):
         self._answer = answer
         self._items = items
 
+    @property
+    def omitted(self) -> int:
+        """Files that the daemon says are not in it."""
+        return self._answer.omitted
+
     def feed(self, items: AsyncGenerator[T, None]) -> None:
         """Say where the items come from."""
         self._items = items
@@ -464,10 +469,19 @@ class AsyncClient:
         *,
         checkpoint: str | None = None,
         recursive: bool = False,
+        digest: bool = False,
+        after: str | None = None,
         limit: int = 1000,
     ) -> models.FileList:
-        """What a directory of a session has, or all beneath it."""
-        return await self._do(files.listing(session, path, checkpoint, recursive=recursive, limit=limit))
+        """What a directory of a session has, or all beneath it, with digests if asked.
+
+        ``after`` is the ``next`` of the page before.
+        """
+        return await self._do(
+            files.listing(
+                session, path, checkpoint, recursive=recursive, digest=digest, after=after, limit=limit
+            )
+        )
 
     async def read_file(
         self, session: str, path: str, *, checkpoint: str | None = None
@@ -479,7 +493,7 @@ class AsyncClient:
         self,
         session: str,
         path: str,
-        data: bytes,
+        data: bytes | AsyncIterable[bytes],
         *,
         mode: int | None = None,
         match: str | None = None,
@@ -489,13 +503,45 @@ class AsyncClient:
 
         Raises PreconditionFailed, StateConflict, QuotaExceeded.
         """
-        return await self._do(files.put(session, path, data, mode=mode, match=match, new=new))
+        whole, chunks = (data, None) if isinstance(data, bytes) else (None, data)
+        call = files.put(session, path, whole, mode=mode, match=match, new=new)
+        return await self._do(call, chunks)
+
+    async def make_directory(self, session: str, path: str) -> models.FileWritten:
+        """Make a directory of a session, and those above it. Raises StateConflict where something is."""
+        return await self._do(files.make_directory(session, path))
 
     async def remove_file(
         self, session: str, path: str, *, recursive: bool = False, match: str | None = None
     ) -> models.FileWritten:
         """Remove a file or directory of a session. Raises NotFound, PreconditionFailed, StateConflict."""
         return await self._do(files.remove(session, path, recursive=recursive, match=match))
+
+    async def export_session(
+        self, session: str, *, since: str | None = None, to: str | None = None, times: bool = False
+    ) -> AsyncStream[bytes]:
+        """The files of a session, or what makes them of a checkpoint's, as the tar of an OCI image layer.
+
+        ``omitted`` of what comes back is how many sockets and devices were left out. Raises StateConflict.
+        """
+        return await self._raw(files.export(session, since, to, times=times))
+
+    async def import_session(
+        self,
+        session: str,
+        data: bytes | AsyncIterable[bytes],
+        *,
+        match: str | None = None,
+        own: bool = False,
+    ) -> models.CheckpointInfo:
+        """Put a layer's tar over the files of a session, all of it or nothing.
+
+        ``match`` is the digest of the checkpoint that the session has to stand on; with ``own`` all that
+        comes is the session's owner's, whatever the tar says. Raises InvalidRequest, PreconditionFailed,
+        TooLarge, QuotaExceeded.
+        """
+        chunks = _single(data) if isinstance(data, bytes) else data
+        return await self._do(files.bring(session, match=match, own=own), chunks)
 
     async def fork_session(
         self,

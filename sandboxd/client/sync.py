@@ -49,6 +49,11 @@ class Stream(Generic[T]):
             answer.set_timeout(self._limit)
 
     @property
+    def omitted(self) -> int:
+        """Files that the daemon says are not in it."""
+        return self._answer.omitted
+
+    @property
     def limit(self) -> float | None:
         """Seconds that the next item may take."""
         return self._limit
@@ -483,10 +488,19 @@ class Client:
         *,
         checkpoint: str | None = None,
         recursive: bool = False,
+        digest: bool = False,
+        after: str | None = None,
         limit: int = 1000,
     ) -> models.FileList:
-        """What a directory of a session has, or all beneath it."""
-        return self._do(files.listing(session, path, checkpoint, recursive=recursive, limit=limit))
+        """What a directory of a session has, or all beneath it, with digests if asked.
+
+        ``after`` is the ``next`` of the page before.
+        """
+        return self._do(
+            files.listing(
+                session, path, checkpoint, recursive=recursive, digest=digest, after=after, limit=limit
+            )
+        )
 
     def read_file(self, session: str, path: str, *, checkpoint: str | None = None) -> Stream[bytes]:
         """The bytes of a file of a session, in chunks. Raises NotFound, StateConflict."""
@@ -497,7 +511,7 @@ class Client:
         self,
         session: str,
         path: str,
-        data: bytes,
+        data: bytes | Iterable[bytes],
         *,
         mode: int | None = None,
         match: str | None = None,
@@ -507,13 +521,45 @@ class Client:
 
         Raises PreconditionFailed, StateConflict, QuotaExceeded.
         """
-        return self._do(files.put(session, path, data, mode=mode, match=match, new=new))
+        whole, chunks = (data, None) if isinstance(data, bytes) else (None, data)
+        call = files.put(session, path, whole, mode=mode, match=match, new=new)
+        return self._do(call, chunks)
+
+    def make_directory(self, session: str, path: str) -> models.FileWritten:
+        """Make a directory of a session, and those above it. Raises StateConflict where something is."""
+        return self._do(files.make_directory(session, path))
 
     def remove_file(
         self, session: str, path: str, *, recursive: bool = False, match: str | None = None
     ) -> models.FileWritten:
         """Remove a file or directory of a session. Raises NotFound, PreconditionFailed, StateConflict."""
         return self._do(files.remove(session, path, recursive=recursive, match=match))
+
+    def export_session(
+        self, session: str, *, since: str | None = None, to: str | None = None, times: bool = False
+    ) -> Stream[bytes]:
+        """The files of a session, or what makes them of a checkpoint's, as the tar of an OCI image layer.
+
+        ``omitted`` of what comes back is how many sockets and devices were left out. Raises StateConflict.
+        """
+        return self._raw(files.export(session, since, to, times=times))
+
+    def import_session(
+        self,
+        session: str,
+        data: bytes | Iterable[bytes],
+        *,
+        match: str | None = None,
+        own: bool = False,
+    ) -> models.CheckpointInfo:
+        """Put a layer's tar over the files of a session, all of it or nothing.
+
+        ``match`` is the digest of the checkpoint that the session has to stand on; with ``own`` all that
+        comes is the session's owner's, whatever the tar says. Raises InvalidRequest, PreconditionFailed,
+        TooLarge, QuotaExceeded.
+        """
+        chunks = (data,) if isinstance(data, bytes) else data
+        return self._do(files.bring(session, match=match, own=own), chunks)
 
     def fork_session(
         self,

@@ -134,6 +134,8 @@ class SessionInfo(Wire):
     layers: int
     checkout: Literal["lent", "missing"] | None = None
     """Of a session on its caller's directory: whether the daemon has that, or has to be given it again."""
+    lent: int | None = None
+    """Since when such a session, or the one that it was forked from, stands on it."""
     calls: int
     """Calls that ended in it."""
     network: SessionNetwork = Field(default_factory=SessionNetwork)

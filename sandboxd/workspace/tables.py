@@ -30,6 +30,7 @@ __all__ = [
     "due",
     "expired",
     "find",
+    "first_of",
     "going",
     "held",
     "insert_checkpoint",
@@ -299,6 +300,17 @@ def within(connection: sqlite3.Connection, row: Row, named: str) -> Checkpoint |
             return current
         current = checkpoint(connection, current.parent)
     return None
+
+
+def first_of(connection: sqlite3.Connection, id_: str) -> Checkpoint | None:
+    """The first checkpoint of the line that one is in, whichever session it was made in."""
+    row = connection.execute(
+        "WITH RECURSIVE line(id, parent) AS (SELECT id, parent FROM checkpoints WHERE id = ?"
+        " UNION ALL SELECT c.id, c.parent FROM checkpoints AS c JOIN line ON c.id = line.parent)"
+        " SELECT id FROM line WHERE parent IS NULL",
+        (id_,),
+    ).fetchone()
+    return checkpoint(connection, row[0]) if row else None
 
 
 def stack_of(connection: sqlite3.Connection, id_: str, *, floor: int = -1) -> Stack:

@@ -149,7 +149,9 @@ class NoFiles:
         raise errors.NotFound(named)
         yield
 
-    async def bring(self, caller: Caller, named: str, chunks: AsyncIterator[bytes]) -> models.CheckpointInfo:
+    async def bring(
+        self, caller: Caller, named: str, chunks: AsyncIterator[bytes], **_: object
+    ) -> models.CheckpointInfo:
         async for _chunk in chunks:
             pass
         raise errors.NotFound(named)
