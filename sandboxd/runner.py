@@ -21,9 +21,9 @@ from sandboxd import errors
 from sandboxd.callbacks import Callbacks
 from sandboxd.journal.behind import Behind
 from sandboxd.ledger import Ledger, finish, streams_of
-from sandboxd.models import Cause, Event, FailedAttempt, State
+from sandboxd.models import Cause, Event, State
 from sandboxd.network.entrance import Entrances
-from sandboxd.outcomes import cancelled, header, ours, too_late
+from sandboxd.outcomes import cancelled, followed, header, ours, too_late
 from sandboxd.supervisor.attempt import Attempt, Result
 from sandboxd.supervisor.network import CallNetwork
 from sandboxd.supervisor.streams import Stdin
@@ -222,31 +222,11 @@ class Runner(Ledger):
         return again
 
     def _tell_again(self, call: Call, result: Result, again: Again) -> None:
-        """Record an attempt that another follows: its output stays, and the next one's begins after it."""
+        """Record an attempt that another follows."""
         invocation, limits = call.invocation, again.plan.limits
-        ended = now()
-        started = invocation.times.started
-        sizes = {"stdout": call.spool.size("stdout"), "stderr": call.spool.size("stderr")}
-        failed = FailedAttempt(
-            number=invocation.attempts,
-            started=started,
-            ended=ended,
-            cause=result.outcome.cause,
-            message=result.outcome.message,
-            error=result.outcome.error,
-            plan=call.plan.digest,
-            **sizes,
-            pause=again.pause,
-            raised=again.raised,
-            denials=result.denials,
-            limits_reached=result.limits_reached,
-        )
-        invocation.retried = [*invocation.retried, failed]
-        invocation.state, invocation.times.started = State.QUEUED, None
-        invocation.plan = again.plan.digest
         call.spool.allow({"stdout": limits.stdout, "stderr": limits.stderr})
-        call.spool.add(Event(seq=0, at=ended, type="retry", retry=failed))
-        self._journal.follow(invocation)
+        failed = followed(invocation, call.spool, result, again, ended=now())
+        self._journal.follow(invocation, memory=again.plan.holds)
         log.info("tried again", id=invocation.id, cause=failed.cause, number=failed.number)
 
     def _put_away(self, call: Call) -> None:

@@ -193,9 +193,10 @@ class Journal:
             await self._writer.synced()  # it may have been written a moment ago
         return found
 
-    def follow(self, invocation: models.Invocation) -> None:
+    def follow(self, invocation: models.Invocation, *, memory: int | None = None) -> None:
         """Keep the state of a call that has not ended; waits for nothing and is not durable.
 
+        ``memory`` is what a call that rests will hold in its next attempt, if that is not as before.
         If the daemon dies at once the call is still there, as an earlier state of it.
         """
         row = self._row(invocation)
@@ -208,7 +209,10 @@ class Journal:
                 row,
             )
             if resting:
-                transaction.connection.execute("UPDATE queue SET resting = 1 WHERE id = ?", (invocation.id,))
+                transaction.connection.execute(
+                    "UPDATE queue SET resting = 1, memory = coalesce(?, memory) WHERE id = ?",
+                    (memory, invocation.id),
+                )
 
         self._writer.post(operation)
 
