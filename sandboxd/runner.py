@@ -18,7 +18,6 @@ import anyio.to_thread
 import structlog
 
 from sandboxd import errors
-from sandboxd.callbacks import Callbacks
 from sandboxd.journal.behind import Behind
 from sandboxd.ledger import Ledger, finish, streams_of
 from sandboxd.models import Cause, Event, State
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
     from sandboxd.blobs import BlobStore
     from sandboxd.call import Call
+    from sandboxd.callbacks import Callbacks
     from sandboxd.journal import Journal
     from sandboxd.journal.spool import Spool
     from sandboxd.models import Content, Invocation, Outcome
@@ -68,6 +68,7 @@ class Runner(Ledger):
         scheduler: Scheduler,
         blobs: BlobStore,
         tasks: TaskGroup,
+        callbacks: Callbacks,
     ) -> None:
         super().__init__(spools=spools, journal=journal, blobs=blobs)
         self._pool = pool
@@ -77,7 +78,7 @@ class Runner(Ledger):
         self._tasks = tasks
         self._behind = Behind(journal, spools)
         self.ended: Counter[Cause] = Counter()
-        self.callbacks = Callbacks(journal)
+        self.callbacks = callbacks
 
     async def _run(self, call: Call) -> None:
         try:

@@ -196,6 +196,15 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "DROP INDEX records_kept",
         "CREATE INDEX records_kept ON records (at, n, bytes) WHERE bytes > 0",
     ),
+    (
+        # program: a name of the configuration's, and unix is empty then. done: when it was told, or given up
+        # where there is a problem; what is done stays for as long as the body of its call.
+        "ALTER TABLE callbacks ADD COLUMN program TEXT",
+        "ALTER TABLE callbacks ADD COLUMN tries INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE callbacks ADD COLUMN done INTEGER",
+        "ALTER TABLE callbacks ADD COLUMN problem TEXT",
+        "CREATE INDEX callbacks_owed ON callbacks (id) WHERE done IS NULL",
+    ),
 )
 
 KEPT_BACKUPS = 2
