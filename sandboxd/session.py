@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sandboxd.workspace.store import LayerStore
     from sandboxd.workspace.tables import Checkpoint, Row, Stack
     from sandboxd.workspace.turns import Turns
+    from sandboxd.workspace.unwritten import Unwritten
 
 __all__ = ["LONG", "MOST_LAYERS", "OWNER", "CallSession", "Commit", "lowest"]
 
@@ -100,6 +101,7 @@ class CallSession:
         store: LayerStore,
         turns: Turns,
         held: Shares,
+        unwritten: Unwritten,
         kept: Callable[[Checkpoint, int], None],
         checkout: Checkout | None = None,
     ) -> None:
@@ -110,6 +112,7 @@ class CallSession:
         self._store = store
         self._turns = turns
         self._held = held
+        self._unwritten = unwritten
         self._on_kept = kept
         self._checkout = checkout
         self.call = ""
@@ -117,6 +120,7 @@ class CallSession:
         self.policy: Commit = "never"
         self._start: _Start | None = None
         self._made: Checkpoint | None = None
+        self._pack: bytes | None = None
         self._turn = False
         self._inside = True
 
@@ -136,6 +140,7 @@ class CallSession:
         self._start = await self._journal.read(read)
         if self._start is None:
             raise errors.HostFailed(f"session {self.row.id} is gone")
+        await self._unwritten.settle(self._start.stack.layers)
         layers = len(self._start.stack.layers)
         if layers > LONG:  # also where nothing can be kept until they are merged
             self._on_kept(self._start.head, layers)
@@ -182,7 +187,7 @@ class CallSession:
         return _keeps(self.policy, outcome)
 
     def keep(self, slot: Slot) -> None:
-        """Write what the call changed to disk, where nothing refers to it yet. Blocks.
+        """Keep what the call changed, where nothing refers to it yet: packed, or on disk. Blocks.
 
         Raises QuotaExceeded, WorkspaceUnfit, HostFailed; then nothing of it is left.
         """
@@ -192,7 +197,12 @@ class CallSession:
         if self._is_unchanged(upper, slot.id_base):
             return
         self._check_depth(self._start)
-        self._kept(*self._store.take(upper, slot.id_base))
+        packed = self._store.pack(upper, slot.id_base)
+        if packed is None:
+            self._kept(*self._store.take(upper, slot.id_base))
+        else:
+            name, self._pack, figures = packed
+            self._kept(name, figures)
 
     def _kept(self, name: str, figures: layer.Figures) -> Checkpoint:
         assert self._start is not None  # noqa: S101
@@ -274,6 +284,8 @@ class CallSession:
             return
         failpoint("session.commit")
         tables.insert_checkpoint(connection, self._made)
+        if self._pack is not None and self._made.layer is not None:
+            tables.insert_pack(connection, self._made.layer, self._pack)
         if not tables.move(connection, start.row.id, since=start.head.id, to=self._made.id):
             raise errors.StateConflict(f"session {start.row.id} was changed while a call ran in it")
 
@@ -281,6 +293,8 @@ class CallSession:
         """The transaction is on disk."""
         failpoint("session.committed")
         if self._made is not None and self._start is not None:
+            if self._pack is not None and self._made.layer is not None:
+                self._unwritten.add(self._made.layer, self._pack)
             self._on_kept(self._made, len(self._start.stack.layers) + 1)
 
     def undo(self) -> Callable[[sqlite3.Connection], None]:
@@ -299,7 +313,7 @@ class CallSession:
 
     async def abandon(self) -> None:
         """The outcome could not be written with what was kept: it goes, unless it was written after all."""
-        made, self._made = self._made, None
+        made, self._made, self._pack = self._made, None, None
         if made is None or made.layer is None:
             return
         try:

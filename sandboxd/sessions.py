@@ -35,6 +35,7 @@ from sandboxd.workspace.layer import Figures
 from sandboxd.workspace.merge import merge
 from sandboxd.workspace.shares import Shares
 from sandboxd.workspace.turns import Turns
+from sandboxd.workspace.unwritten import Unwritten
 
 if TYPE_CHECKING:
     import sqlite3
@@ -89,6 +90,7 @@ class Sessions:
         self._store = store
         self._turns = Turns()
         self._held = Shares()
+        self._unwritten = Unwritten(journal, store)
         self._removing: set[str] = set()
         self._tasks: TaskGroup | None = None
         self._to_merge: deque[str] = deque()
@@ -107,6 +109,7 @@ class Sessions:
         removed = await anyio.to_thread.run_sync(self._store.clean, referenced)
         if removed:
             log.warning("files of calls without an outcome were removed", layers=removed)
+        await self._unwritten.restore()
         self._held.start(held)
         self._to_prune += [*going, None]
 
@@ -114,6 +117,7 @@ class Sessions:
         """Look after sessions until cancelled. No fault in here ends a call."""
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
+            tasks.start_soon(self._unwritten.run)
             try:
                 await self._look_after()
             finally:
@@ -400,6 +404,8 @@ class Sessions:
             stacks = await self._journal.read(
                 lambda connection: [tables.stack_of(connection, one) for one in ids]
             )
+            for stack in stacks:
+                await self._unwritten.settle(stack.layers)
             yield tuple(
                 Standing(id_, tuple(self._paths(stack.layers)), checkout)
                 for id_, stack in zip(ids, stacks, strict=True)
@@ -476,6 +482,7 @@ class Sessions:
             store=self._store,
             turns=self._turns,
             held=self._held,
+            unwritten=self._unwritten,
             kept=self._kept,
             checkout=checkout,
         )
@@ -585,6 +592,7 @@ class Sessions:
             found = await self._journal.write(lambda connection: tables.prune(connection, session))
             for freed in found.freed:
                 self._held.give(*freed)
+            await self._unwritten.forget(found.layers)
             for name in found.layers:
                 await anyio.to_thread.run_sync(self._store.remove, name)
             complete, steps = found.complete, steps + 1
@@ -619,6 +627,7 @@ class Sessions:
         upper, lower = await self._journal.read(read)
         if len(upper.layers) < 2:
             return
+        await self._unwritten.settle((*upper.layers, *lower.layers))
 
         def fill(into: int, scratch: int) -> Figures:
             paths = tuple(self._paths(upper.layers))

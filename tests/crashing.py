@@ -349,6 +349,7 @@ class Crashing:
     def _check_layers(self) -> None:
         """Each session has what its calls did that are recorded as ended by themselves, and nothing else."""
         layers = self.state / "sessions" / "layers"
+        until(self._all_written, "every layer is on disk as files", 10)
         connection = schema.connect_reader(self.state / "journal.sqlite3")
         try:
             sessions = connection.execute("SELECT id, head FROM sessions").fetchall()
@@ -394,6 +395,13 @@ class Crashing:
             return {one.name for one in layers.iterdir()} == known | {"empty"}
 
         until(referenced, "no layer is there that nothing refers to")
+
+    def _all_written(self) -> bool:
+        connection = schema.connect_reader(self.state / "journal.sqlite3")
+        try:
+            return not tables.packs(connection, after="", limit=1)
+        finally:
+            connection.close()
 
     def _check_sessions(self, client: Client, rows: list[tuple[str, str]]) -> None:
         """What a session's files hold is what the records of its calls say, in their order."""

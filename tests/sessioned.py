@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from daemons import needs_containers, start_daemon
+from daemons import needs_containers, start_daemon, until
 
 from sandboxd import errors
+from sandboxd.journal import schema
+from sandboxd.workspace import tables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,13 +100,22 @@ def said(found: Invocation) -> str:
 
 
 def layers(daemon: Daemon) -> set[str]:
-    """The layers on disk."""
+    """The layers on disk, once each that there is is there."""
     who = os.geteuid()
     os.seteuid(0)  # nobody else may look
     try:
+        until(lambda: not _packs(daemon), "every layer is on disk as files")
         return {one.name for one in (daemon.state / "sessions" / "layers").iterdir()} - {"empty"}
     finally:
         os.seteuid(who)
+
+
+def _packs(daemon: Daemon) -> list[tuple[str, bytes]]:
+    connection = schema.connect_reader(daemon.state / "journal.sqlite3")
+    try:
+        return tables.packs(connection, after="", limit=1)
+    finally:
+        connection.close()
 
 
 class Answer:

@@ -197,6 +197,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX records_kept ON records (at, n, bytes) WHERE bytes > 0",
     ),
     (
+        # What small layers are made of whose files are not on disk yet, as ``workspace.unwritten`` says.
+        "CREATE TABLE packs (layer TEXT PRIMARY KEY NOT NULL, pack BLOB NOT NULL) STRICT",
+    ),
+    (
         # program: a name of the configuration's, and unix is empty then. done: when it was told, or given up
         # where there is a problem; what is done stays for as long as the body of its call.
         "ALTER TABLE callbacks ADD COLUMN program TEXT",

@@ -1,10 +1,11 @@
 """One layer of a workspace: what a call changed, in the format of overlayfs, and its digest.
 
 Theory of operation.  A call writes to the upper layer of an overlay, a tmpfs. When it commits, all its
-processes are dead, and ``take`` copies that tree to disk: with the container's own ids, sparse, and with
-nothing that a tool could have written for overlayfs to believe. Names, links and sizes are the tool's, so
-nothing is opened by a path: the walk steps from directory to directory by single names that are no links,
-and back by ``..``, with two descriptors whatever the depth.
+processes are dead, and ``take`` walks through that tree and gives what is in it to a sink: with the
+container's own ids, without holes, and with nothing that a tool could have written for overlayfs to believe.
+A sink is a directory on disk (``layerfiles``) or a few bytes (``layerpack``). Names, links and sizes are the
+tool's, so nothing is opened by a path: the walk steps from directory to directory by single names that are no
+links, and back by ``..``, with one descriptor whatever the depth.
 
 A whiteout is a character device 0:0, an opaque directory has ``trusted.overlay.opaque``: only overlayfs and
 the host's root can make either (overlayfs refuses to make such a device; ``trusted.*`` needs CAP_SYS_ADMIN
@@ -25,9 +26,9 @@ import hashlib
 import os
 import stat
 import struct
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from sandboxd import errors
 from sandboxd.workspace.tree import DIRECTORY, step
@@ -39,7 +40,10 @@ __all__ = [
     "DIRECTORY",
     "IDS",
     "OPAQUE",
+    "Attributes",
     "Figures",
+    "Owner",
+    "Sink",
     "directory_size",
     "dress",
     "extents",
@@ -47,6 +51,7 @@ __all__ = [
     "is_same",
     "is_whiteout",
     "link_size",
+    "mapped",
     "measure",
     "take",
     "whole_blocks",
@@ -72,6 +77,9 @@ UNFIT = {
     errno.EOPNOTSUPP: "it has extended attributes or kinds of files that the state directory's file system "
     "cannot hold",
 }
+
+Attributes: TypeAlias = "list[tuple[str, bytes]]"
+"""Extended attributes by their names, sorted."""
 
 
 @dataclass(frozen=True)
@@ -106,24 +114,70 @@ def is_whiteout(status: os.stat_result) -> bool:
     return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
 
 
-def take(upper: int, into: int, base: int, *, scratch: int) -> Figures:
-    """Copy an upper layer into an empty directory, all by descriptors; nobody else may be at work in either.
+class Owner(NamedTuple):
+    """Mode, ids within the container, and time of change in nanoseconds."""
 
-    ``base`` is the host id of the container's root, ``scratch`` an empty directory beside ``into``, which is
-    empty again afterwards. Not synced. Raises WorkspaceUnfit for what no layer can hold, HostFailed.
+    mode: int
+    uid: int
+    gid: int
+    mtime: int
+
+
+class Sink(Protocol):
+    """Where a walk puts what it meets: each entry in the directory that was entered last.
+
+    What has an owner is given back as it was kept.
     """
-    with _mapped(into):
-        return _Walk(upper, into, base, scratch).run()
+
+    def enter(self, name: str) -> None:
+        """Make a directory and go into it; not said of the first."""
+
+    def leave(self, owner: Owner, attributes: Attributes, *, opaque: bool) -> Owner:
+        """The directory is complete; go back to the one above, if there is one."""
+
+    def whiteout(self, name: str) -> None:
+        """There is none of this name."""
+
+    def symlink(self, name: str, aim: str, owner: Owner) -> Owner:
+        """A symbolic link."""
+
+    def node(self, name: str, kind: int, owner: Owner) -> Owner:
+        """A FIFO or socket, by its bits of the mode."""
+
+    def begin(self, name: str) -> None:
+        """A file, whose runs and end follow."""
+
+    def run(self, data: bytes, offset: int) -> None:
+        """Bytes of the file, after all that were before."""
+
+    def end(self, size: int, attributes: Attributes, owner: Owner) -> Owner:
+        """The file is complete; what no run gave is a hole."""
+
+    def first(self, name: str, number: int) -> None:
+        """The entry just made has other names."""
+
+    def again(self, name: str, number: int) -> None:
+        """Another name of that entry."""
+
+
+def take(upper: int, sink: Sink, base: int) -> Figures:
+    """Give what an upper layer (a descriptor) holds to ``sink``; nobody else may be at work in it.
+
+    ``base`` is the host id of the container's root. Raises WorkspaceUnfit for what no layer can hold,
+    HostFailed, OSError.
+    """
+    return _Walk(upper, sink, base).run()
 
 
 def measure(layer: int) -> Figures:
-    """The same of a layer as it stands. Raises HostFailed, WorkspaceUnfit."""
-    with _mapped(layer):
-        return _Walk(layer, None, 0, None).run()
+    """The figures of a layer as it stands. Raises HostFailed, WorkspaceUnfit."""
+    with mapped(layer):
+        return _Walk(layer, None, 0).run()
 
 
 @contextmanager
-def _mapped(into: int) -> Iterator[None]:
+def mapped(into: int) -> Iterator[None]:
+    """OSError of a file system as WorkspaceUnfit or HostFailed; ``into`` is a descriptor there."""
     try:
         yield
     except OSError as error:
@@ -150,26 +204,21 @@ class _Frame:
 
 
 class _Walk:
-    """One walk through a tree, in the order of names; ``target`` None: nothing is copied."""
+    """One walk through a tree, in the order of names; ``sink`` None: it is only measured."""
 
-    def __init__(self, source: int, target: int | None, base: int, scratch: int | None) -> None:
+    def __init__(self, source: int, sink: Sink | None, base: int) -> None:
         self._root = source
-        self._target_root = target
+        self._sink = sink
         self._base = base
-        self._scratch = scratch
-        self._source = self._target = -1
-        self._links: dict[int, tuple[int, str]] = {}
+        self._source = -1
+        self._links: dict[int, int] = {}
         self._size = 0
         self._inodes = 0
         self._met = 0
 
     def run(self) -> Figures:
-        with ExitStack() as stack:
-            stack.callback(self._close)
-            self._source = os.open(".", DIRECTORY, dir_fd=self._root)
-            if self._target_root is not None:
-                self._target = os.open(".", DIRECTORY, dir_fd=self._target_root)
-                stack.callback(self._clear_scratch)
+        self._source = os.open(".", DIRECTORY, dir_fd=self._root)
+        try:
             frames = [self._frame("")]
             while True:
                 frame = frames[-1]
@@ -183,22 +232,9 @@ class _Walk:
                 if not frames:
                     return Figures(f"sha256:{hashlib.sha256(entry).hexdigest()}", self._size, self._inodes)
                 frames[-1].digest.update(entry)
-                self._move("..")
-
-    def _close(self) -> None:
-        for fd in (self._source, self._target):
-            if fd >= 0:
-                os.close(fd)
-
-    def _clear_scratch(self) -> None:
-        for _, name in self._links.values():
-            if name:
-                os.unlink(name, dir_fd=self._scratch)
-
-    def _move(self, name: str) -> None:
-        self._source = step(self._source, name)
-        if self._target >= 0:
-            self._target = step(self._target, name)
+                self._source = step(self._source, "..")
+        finally:
+            os.close(self._source)
 
     def _frame(self, name: str) -> _Frame:
         names = sorted(os.listdir(self._source), key=_bytes, reverse=True)
@@ -211,94 +247,70 @@ class _Walk:
         self._inodes += 1
         self._met += 1
         if stat.S_ISDIR(status.st_mode):
-            if self._target >= 0:
-                os.mkdir(name, 0o700, dir_fd=self._target)
-            self._move(name)
+            if self._sink is not None:
+                self._sink.enter(name)
+            self._source = step(self._source, name)
             return self._frame(name)
         frame.digest.update(self._leaf(name, status))
         return None
 
     def _leaf(self, name: str, status: os.stat_result) -> bytes:
         if is_whiteout(status):
-            if self._target >= 0:
-                os.mknod(name, stat.S_IFCHR, os.makedev(0, 0), dir_fd=self._target)
+            if self._sink is not None:
+                self._sink.whiteout(name)
             return _framed(b"whiteout", _bytes(name))
         # also where its other names are elsewhere, as in a layer that this one was merged into
         shared = status.st_nlink > 1
-        first, known = self._links.get(status.st_ino, (0, "")) if shared else (0, "")
-        if first:
+        if shared and (first := self._links.get(status.st_ino)):
             self._inodes -= 1
-            if self._target >= 0:
-                os.link(known, name, src_dir_fd=self._scratch, dst_dir_fd=self._target)
+            if self._sink is not None:
+                self._sink.again(name, first)
             return _framed(b"link", _bytes(name), _number(first))
         kind, detail, attributes, kept = self._content(name, status)
         if shared:
-            at = str(self._met) if self._target >= 0 else ""
-            if at:
-                fds = {"src_dir_fd": self._target, "dst_dir_fd": self._scratch}
-                os.link(name, at, follow_symlinks=False, **fds)
-            self._links[status.st_ino] = self._met, at
-        return _framed(kind, _bytes(name), self._owner(kept), detail, attributes)
+            self._links[status.st_ino] = self._met
+            if self._sink is not None:
+                self._sink.first(name, self._met)
+        return _framed(kind, _bytes(name), _owned(kept), detail, attributes)
 
-    def _content(self, name: str, status: os.stat_result) -> tuple[bytes, bytes, bytes, os.stat_result]:
-        """Kind, digest or target, extended attributes, and the status as it is kept."""
-        mode = status.st_mode
+    def _content(self, name: str, status: os.stat_result) -> tuple[bytes, bytes, bytes, Owner]:
+        """Kind, digest or target, extended attributes, and the owner as it is kept."""
+        mode, owner = status.st_mode, self._owner(status)
         if stat.S_ISREG(mode):
             return self._file(name, status)
         if stat.S_ISLNK(mode):
             aim = os.readlink(name, dir_fd=self._source)
             self._size += link_size(len(_bytes(aim)))
-            if self._target >= 0:
-                os.symlink(aim, name, dir_fd=self._target)
-            return b"symlink", _bytes(aim), b"", self._settled(name, status)
+            kept = owner if self._sink is None else self._sink.symlink(name, aim, owner)
+            return b"symlink", _bytes(aim), b"", kept
         kinds = {stat.S_IFIFO: b"fifo", stat.S_IFSOCK: b"socket"}
         if (kind := kinds.get(stat.S_IFMT(mode))) is None:
             raise errors.WorkspaceUnfit(f"the files cannot be kept: {name!a} is a device")
-        if self._target >= 0:
-            os.mknod(name, stat.S_IFMT(mode) | 0o600, dir_fd=self._target)
-        return kind, b"", b"", self._settled(name, status)
+        kept = owner if self._sink is None else self._sink.node(name, stat.S_IFMT(mode), owner)
+        return kind, b"", b"", kept
 
-    def _settled(self, name: str, status: os.stat_result) -> os.stat_result:
-        """Give what was made its owner, mode and time; returns what became of it."""
-        if self._target < 0:
-            return status
-        os.chown(name, *self._ids(status), dir_fd=self._target, follow_symlinks=False)
-        if not stat.S_ISLNK(status.st_mode):
-            os.chmod(name, stat.S_IMODE(status.st_mode), dir_fd=self._target)
-        times = (status.st_mtime_ns, status.st_mtime_ns)
-        os.utime(name, ns=times, dir_fd=self._target, follow_symlinks=False)
-        return os.stat(name, dir_fd=self._target, follow_symlinks=False)
-
-    def _file(self, name: str, status: os.stat_result) -> tuple[bytes, bytes, bytes, os.stat_result]:
-        with ExitStack() as stack:
-            source = os.open(name, FILE, dir_fd=self._source)
-            stack.callback(os.close, source)
+    def _file(self, name: str, status: os.stat_result) -> tuple[bytes, bytes, bytes, Owner]:
+        source = os.open(name, FILE, dir_fd=self._source)
+        try:
             found = os.fstat(source)
             if not stat.S_ISREG(found.st_mode) or found.st_ino != status.st_ino:
                 raise errors.HostFailed("a session's files changed while they were kept")
-            target = -1
-            if self._target >= 0:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-                target = os.open(name, flags, 0o600, dir_fd=self._target)
-                stack.callback(os.close, target)
-            digest = self._data(source, target, found.st_size)
-            attributes = self._attributes(source, target)
-            return b"file", digest, attributes, self._settled_file(target, found)
+            if self._sink is not None:
+                self._sink.begin(name)
+            digest = self._data(source, found.st_size)
+            attributes, kept = self._attributes(source), self._owner(found)
+            if self._sink is not None:
+                kept = self._sink.end(found.st_size, attributes, kept)
+            return b"file", digest, _flat(attributes), kept
+        finally:
+            os.close(source)
 
-    def _settled_file(self, target: int, status: os.stat_result) -> os.stat_result:
-        if target < 0:
-            return status
-        os.fchown(target, *self._ids(status))
-        os.fchmod(target, stat.S_IMODE(status.st_mode))  # after chown(2), which takes setuid away
-        os.utime(target, ns=(status.st_mtime_ns, status.st_mtime_ns))
-        return os.fstat(target)
-
-    def _data(self, source: int, target: int, size: int) -> bytes:
-        """Copy what is no hole, block by block; returns the digest of it."""
+    def _data(self, source: int, size: int) -> bytes:
+        """Give on what is no hole, block by block; returns the digest of it."""
         digest, runs, end = hashlib.sha256(), bytearray(), -1
         for begin, until in extents(source, size):
             at = begin
-            if target < 0:  # zeros that are there take room, and are not copied
+            if self._sink is None:  # zeros that are there take room, and are not kept
                 self._size += whole_blocks(until - at)
             while at < until:
                 data = os.pread(source, min(CHUNK, until - at), at)
@@ -306,21 +318,19 @@ class _Walk:
                     break
                 for offset, run in _nonzero(data):
                     where = at + offset
-                    if target >= 0:
-                        _write_at(target, run, where)
+                    if self._sink is not None:
+                        self._sink.run(run, where)
                         self._size += whole_blocks(len(run))
                     if where != end:
                         runs += struct.pack(">q", where)
                     end = where + len(run)
                     digest.update(run)
                 at += len(data)
-        if target >= 0:
-            os.ftruncate(target, size)
         digest.update(struct.pack(">qq", size, len(runs)) + runs)
         return digest.digest()
 
-    def _attributes(self, source: int, target: int) -> bytes:
-        """Copy the extended attributes that are kept; returns them framed."""
+    def _attributes(self, source: int) -> Attributes:
+        """The extended attributes that are kept."""
         kept = []
         for name in sorted(os.listxattr(source)):
             if name.startswith("user.") and not name.startswith("user.overlay."):
@@ -329,38 +339,35 @@ class _Walk:
                 value = _moved(os.getxattr(source, name), self._base)
             else:
                 continue
-            kept += [os.fsencode(name), value]
-            if target >= 0:
-                os.setxattr(target, name, value)
-        self._size += whole_blocks(sum(ROW + len(one) for one in kept))
-        return _framed(*kept)
+            kept.append((name, value))
+        self._size += whole_blocks(sum(2 * ROW + len(_bytes(name)) + len(value) for name, value in kept))
+        return kept
 
     def _end_directory(self, frame: _Frame) -> bytes:
-        source, target = self._source, self._target
-        opaque = is_opaque(source)
-        if opaque and target >= 0:
-            os.setxattr(target, OPAQUE, b"y")
-        attributes = self._attributes(source, target)
-        kept = self._settled_file(target, frame.status)
+        opaque = is_opaque(self._source)
+        attributes, kept = self._attributes(self._source), self._owner(frame.status)
+        if self._sink is not None:
+            kept = self._sink.leave(kept, attributes, opaque=opaque)
         kind = b"opaque" if opaque else b"directory"
-        return _framed(kind, _bytes(frame.name), self._owner(kept), frame.digest.digest(), attributes)
+        return _framed(kind, _bytes(frame.name), _owned(kept), frame.digest.digest(), _flat(attributes))
 
-    def _ids(self, status: os.stat_result) -> tuple[int, int]:
-        ids = status.st_uid - self._base, status.st_gid - self._base
-        if self._base and not all(0 <= one < IDS for one in ids):
+    def _owner(self, status: os.stat_result) -> Owner:
+        uid, gid = status.st_uid - self._base, status.st_gid - self._base
+        if self._base and not (0 <= uid < IDS and 0 <= gid < IDS):
             raise errors.HostFailed("a session's files belong to somebody outside of the container")
-        return ids
+        return Owner(stat.S_IMODE(status.st_mode), uid, gid, status.st_mtime_ns)
 
-    def _owner(self, status: os.stat_result) -> bytes:
-        """Mode, owner and time of what is kept, whose ids are the container's."""
-        uid, gid = (
-            (status.st_uid, status.st_gid) if self._target >= 0 or not self._base else self._ids(status)
-        )
-        owner = struct.pack(">III", stat.S_IMODE(status.st_mode), uid, gid)
-        if -(1 << 63) <= status.st_mtime_ns < 1 << 63:
-            return owner + _number(status.st_mtime_ns)
-        # before 1677 or after 2262
-        return owner + struct.pack(">qI", *divmod(status.st_mtime_ns, 10**9))
+
+def _owned(owner: Owner) -> bytes:
+    owned = struct.pack(">III", owner.mode, owner.uid, owner.gid)
+    if -(1 << 63) <= owner.mtime < 1 << 63:
+        return owned + _number(owner.mtime)
+    # before 1677 or after 2262
+    return owned + struct.pack(">qI", *divmod(owner.mtime, 10**9))
+
+
+def _flat(attributes: Attributes) -> bytes:
+    return _framed(*(part for name, value in attributes for part in (_bytes(name), value)))
 
 
 def _bytes(name: str) -> bytes:
@@ -416,13 +423,6 @@ def _nonzero(data: bytes) -> Iterator[tuple[int, bytes]]:
             begun = at
     if begun is not None:
         yield begun, data[begun:]
-
-
-def _write_at(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def _moved(acl: bytes, base: int) -> bytes:

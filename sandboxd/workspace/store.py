@@ -1,7 +1,8 @@
 """The layers on disk: a directory each, by a name that nothing else says anything about.
 
 Theory of operation.  A layer is written whole and synced before anything refers to it, and is not changed
-afterwards; what refers to it is in the journal's database. So a layer that nothing refers to is one whose
+afterwards; what refers to it is in the journal's database. (A small one is in that database itself until it
+is written and synced: ``unwritten``.) So a layer that nothing refers to is one whose
 transaction never was, or whose references are gone: it is removed. ``layers`` is root's alone: its files have
 the container's ids, which on the host are somebody else's.
 """
@@ -19,6 +20,8 @@ from uuid6 import uuid7
 from sandboxd import errors
 from sandboxd.failpoint import failpoint
 from sandboxd.workspace import layer
+from sandboxd.workspace.layerfiles import LayerFiles
+from sandboxd.workspace.layerpack import pack, unpack
 from sandboxd.workspace.tree import remove_tree
 
 if TYPE_CHECKING:
@@ -91,9 +94,20 @@ class LayerStore:
         """
 
         def fill(into: int, scratch: int) -> Figures:
-            return layer.take(upper, into, base, scratch=scratch)
+            with layer.mapped(into), LayerFiles(into, scratch) as files:
+                return layer.take(upper, files, base)
 
         return self.add(fill)
+
+    @staticmethod
+    def pack(upper: int, base: int) -> tuple[str, bytes, Figures] | None:
+        """A name for an upper layer (a descriptor) that is small, its pack, and what it holds; else None.
+
+        Raises WorkspaceUnfit, HostFailed.
+        """
+        with layer.mapped(upper):
+            found = pack(upper, base)
+        return None if found is None else (uuid7().hex, *found)
 
     def add(self, fill: Callable[[int, int], Figures]) -> tuple[str, Figures]:
         """A layer that ``fill`` makes of an empty directory, with another to work in; synced.
@@ -106,9 +120,7 @@ class LayerStore:
                 failpoint("layer.write")
                 figures = fill(into, scratch)
                 failpoint("layer.sync")
-                if _libc.syncfs(into) < 0:
-                    code = ctypes.get_errno()
-                    raise OSError(code, os.strerror(code))
+                _sync(into)
         except BaseException as error:
             self.remove(name)
             if isinstance(error, OSError):
@@ -119,6 +131,35 @@ class LayerStore:
         failpoint("layer.synced")
         return name, figures
 
+    def write(self, name: str, data: bytes) -> None:
+        """Make a layer of a pack, in the place of what there is of it; not synced.
+
+        Raises HostFailed, WorkspaceUnfit; then nothing of it is left.
+        """
+        try:
+            self.remove(name)
+            with self._made(self.layers, name) as into:
+                failpoint("layer.unpack")
+                with layer.mapped(into), LayerFiles(into, -1) as files:
+                    unpack(data, files)
+        except BaseException as error:
+            self.remove(name)
+            if isinstance(error, OSError):
+                raise errors.HostFailed(f"a session's files cannot be kept: {error.strerror}") from error
+            raise
+
+    def sync(self) -> None:
+        """Bring every layer to disk. Raises HostFailed."""
+        try:
+            fd = os.open(self.layers, layer.DIRECTORY)
+            try:
+                failpoint("layer.settle")
+                _sync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise errors.HostFailed(f"a session's files cannot be synced: {error.strerror}") from error
+
     @contextmanager
     def _made(self, parent: Path, name: str) -> Iterator[int]:
         path = parent / name
@@ -128,3 +169,9 @@ class LayerStore:
             yield fd
         finally:
             os.close(fd)
+
+
+def _sync(directory: int) -> None:
+    if _libc.syncfs(directory) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))

@@ -15,6 +15,7 @@ from sandboxd import canonical
 
 if TYPE_CHECKING:
     import sqlite3
+    from collections.abc import Iterable
 
 __all__ = [
     "FAN",
@@ -33,14 +34,17 @@ __all__ = [
     "held",
     "insert_checkpoint",
     "insert_merge",
+    "insert_pack",
     "insert_session",
     "list_sessions",
     "make_checkpoint",
     "mark_gone",
     "move",
+    "packs",
     "prune",
     "referenced",
     "remove_checkpoint",
+    "remove_packs",
     "remove_session",
     "stack_of",
     "touch",
@@ -190,6 +194,24 @@ def insert_merge(connection: sqlite3.Connection, one: Merge) -> bool:
             values,
         ).rowcount
     )
+
+
+def insert_pack(connection: sqlite3.Connection, layer: str, pack: bytes) -> None:
+    """Add what a layer is to be made of."""
+    connection.execute("INSERT INTO packs (layer, pack) VALUES (?, ?)", (layer, pack))
+
+
+def packs(connection: sqlite3.Connection, *, after: str, limit: int) -> list[tuple[str, bytes]]:
+    """A page of the layers that may not be on disk as files, and what they are made of."""
+    found = connection.execute(
+        "SELECT layer, pack FROM packs WHERE layer > ? ORDER BY layer LIMIT ?", (after, limit)
+    )
+    return [(layer, pack) for layer, pack in found]
+
+
+def remove_packs(connection: sqlite3.Connection, layers: Iterable[str]) -> None:
+    """The files of these layers are on disk, or nothing refers to them."""
+    connection.executemany("DELETE FROM packs WHERE layer = ?", [(layer,) for layer in layers])
 
 
 def find(connection: sqlite3.Connection, named: str, uid: int | None) -> Row | None:
@@ -435,6 +457,8 @@ def prune(connection: sqlite3.Connection, session: str | None, *, limit: int = 2
         ]
         remove_checkpoint(connection, one.id)
         count += 1
+        if one.layer is not None:
+            remove_packs(connection, [one.layer])
         if one.parent is not None and _is_free(connection, one.parent, session):
             queue.append(one.parent)
     if queue or len(leaves) == limit:

@@ -24,7 +24,9 @@ SOME = 4 if CRASHES < 100 else 10_000  # places to die at
 SOON = 20.0  # seconds in which what is done all the time is done
 FIRST = ("journal.key", "journal.migrate")
 """Where only the first daemon of a state directory is."""
-AT_START = {"journal.opened", "recovery.again", "recovery.close", "spool.recover", "spool.restore"}
+AT_START = {
+    "journal.opened", "layer.restore", "recovery.again", "recovery.close", "spool.recover", "spool.restore",
+}  # fmt: skip
 """Where a daemon is only when it starts, or does what the one before it left undone."""
 OLDER = {"journal.backup"}
 """Where a daemon is that finds the state of an older version: the last test."""

@@ -63,6 +63,14 @@ def settled(daemon: Daemon) -> Daemon:
     """The daemon after its first call: what it opens once and keeps is open."""
     assert daemon.run("true").outcome is not None
     until(lambda: daemon.client(timeout=5).health().running == 0, "the first call's turn is over")
+
+    def rests() -> bool:
+        """What takes the place of what the call had is made, and has all that it will have."""
+        first = descriptors_of(daemon.processes)
+        time.sleep(0.3)
+        return descriptors_of(daemon.processes) == first
+
+    until(rests, "the daemon has made ready for the next call")
     return daemon
 
 
@@ -76,15 +84,16 @@ def host_unharmed(settled: Daemon) -> Iterator[None]:
     pooled, berths = len(pooled_slots(daemon)), len(berths_of(daemon))
     open_before, held = descriptors_of(daemon.processes), Held.by(daemon.processes, waiting_in(daemon))
 
-    def descriptors_are_closed() -> bool:
-        """Not one more, of any kind: what a slot had is closed when its turn is over, or soon after.
+    def more_descriptors() -> str:
+        """What is open beyond what may be, of any kind: what a slot had is closed when its turn is over.
 
         Only what waits for a call has some, and how many wait, and of which policy, may change at any time.
         """
         now = len(pooled_slots(daemon))
-        more = WAITING_DESCRIPTORS * max(0, now - pooled) + OVERLAY_DESCRIPTORS * now
-        more += BERTH_DESCRIPTORS * max(0, len(berths_of(daemon)) - berths)
-        return (descriptors_of(daemon.processes) - open_before).total() <= more
+        allowed = WAITING_DESCRIPTORS * max(0, now - pooled) + OVERLAY_DESCRIPTORS * now
+        allowed += BERTH_DESCRIPTORS * max(0, len(berths_of(daemon)) - berths)
+        more = descriptors_of(daemon.processes) - open_before
+        return "" if more.total() <= allowed else f"{dict(more)}, of which {allowed} may be"
 
     yield
     assert Host.look() == before
@@ -99,7 +108,11 @@ def host_unharmed(settled: Daemon) -> Iterator[None]:
     assert answer.stdout is not None
     assert (answer.stdout.text, answer.denials, answer.limits_reached) == ("42\n", [], [])
     assert time.monotonic() - began < 5 * PATIENCE
-    until(descriptors_are_closed, "the daemon closes its descriptors")
+    try:
+        until(lambda: not more_descriptors(), "the daemon closes its descriptors")
+    except AssertionError as error:
+        error.add_note(more_descriptors())
+        raise
     check_held(daemon, held)
     assert process.memory_info().rss < resident + MAX_GROWTH
     used, at = sum(process.cpu_times()[:2]), time.monotonic()

@@ -6,6 +6,7 @@ import os
 import signal
 import sqlite3
 import stat
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -306,6 +307,42 @@ def test_a_disk_that_is_full_keeps_the_session_as_it_was(
         assert found.checkpoint_after == good.checkpoint_after
         assert layers(daemon) == before
         assert said(sh(daemon, made, "cat f; ls; echo y > g")) == "x\nf\n"  # and it goes on
+        daemon.stop()
+    finally:
+        mounts.detach(state / "sessions")
+
+
+def test_what_was_recorded_and_has_no_room_as_files_comes_when_there_is(
+    daemon_factory: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    """A small change is in the journal first; on another file system there may be none left for its files."""
+    state = tmp_path / "state"
+    (state / "sessions").mkdir(parents=True)
+    mount = mounts.new_mount("tmpfs", {"size": "1m", "mode": "0700"})
+    mounts.attach(mount, state / "sessions")
+    os.close(mount)
+    try:
+        daemon = daemon_factory(state=state)
+        give_policies(daemon)
+        client = daemon.client()
+        made = client.create_session()
+        ballast = state / "sessions" / "ballast"
+        with ballast.open("wb", buffering=0) as file, suppress(OSError):
+            while file.write(bytes(65_536)):
+                pass
+        assert said(sh(daemon, made, "head -c 50000 /dev/zero | tr '\\0' x > f; echo done")) == "done\n"
+        found = sh(daemon, made, "wc -c < f")
+        assert found.outcome is not None
+        assert found.outcome.error is not None
+        assert "no space left for a session's files" in found.outcome.message
+        with pytest.raises(errors.HostFailed, match="no space left for a session's files"):
+            client.session_files(made.id)
+        daemon.process.kill()
+        daemon.process.wait()
+        daemon = daemon_factory(name="two", state=state)  # which starts all the same
+        give_policies(daemon)
+        ballast.unlink()
+        assert said(sh(daemon, made, "wc -c < f")) == "50000\n"
         daemon.stop()
     finally:
         mounts.detach(state / "sessions")
