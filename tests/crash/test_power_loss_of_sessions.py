@@ -15,7 +15,6 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, get_args
 
-import anyio
 import pytest
 from disks import mounted
 from faultfs import SYNC
@@ -23,7 +22,7 @@ from powerloss import How, Replay
 from sessioncalls import CALLER, Served, serving
 
 from sandboxd import models
-from sandboxd.workspace import store
+from sandboxd.workspace import store, unwritten
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -173,10 +172,10 @@ async def test_sessions_start_from_whatever_the_power_left(
     seed = time.time_ns()
     with mounted(tmp_path / "fs") as disk:
         monkeypatch.setattr(store, "_libc", Syncing(disk))
+        monkeypatch.setattr(unwritten, "PAUSE", 0.01)  # what is in the journal becomes files all the time
         async with serving(disk.at / "state", tmp_path / "uppers") as served:
             load = Load(served, seed)
             await asyncio.gather(*(load.session(number) for number in range(2)))
-            await anyio.sleep(1.2)  # what is in the journal becomes files, and is synced
             await load.call(load.told.made[0][1], "last", linked=False)
             await served.check()
     monkeypatch.undo()
