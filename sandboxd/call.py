@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sandboxd import plan
     from sandboxd.api.identity import Caller
     from sandboxd.journal.spool import Spool
-    from sandboxd.models import Invocation, Request
+    from sandboxd.models import Callback, Invocation, Request
     from sandboxd.retries import Retries
     from sandboxd.room import Held
     from sandboxd.scheduler import Ticket
@@ -54,8 +54,8 @@ class Call:
     tied: bool
     """Whether its caller waits, and its going away ends the call."""
     session: CallSession | None = None
-    told: str | None = None
-    """A socket to which its end is told."""
+    told: Callback | None = None
+    """To whom its end is told."""
     cancelled: bool = False
     shelved: bool = False
     """Whether it was left in the queue for a later daemon; it has ended here without an outcome."""

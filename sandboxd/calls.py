@@ -83,12 +83,8 @@ class Calls(Recovery):
                 return await self.get(caller, existing.id)
             if existing is not None:
                 raise await self._journal.conflict(existing, asked)
-        if request.callback is not None and not caller.callback:
-            raise errors.NotPermitted(
-                "a callback is not yours to ask for; an operator grants it by `callback: true` of your entry "
-                "in the configuration's `callers`",
-                field="callback",
-            )
+        if request.callback is not None:
+            self.callbacks.check(caller, request.callback)
         if self.draining:
             raise errors.Draining("the daemon finishes what runs and takes nothing new")
         self._accepting += 1
@@ -191,7 +187,7 @@ class Calls(Recovery):
         if session is not None:
             call.join(session)
         ticket.on_grant = call.granted
-        call.told = None if request.callback is None else request.callback.unix
+        call.told = request.callback
         return call
 
     async def _accept(self, caller: Caller, call: Call, asked: Asked) -> Invocation:
@@ -235,7 +231,9 @@ class Calls(Recovery):
         self._flying[invocation.id] = call
         if told is not None:
             self.callbacks.owe(
-                Owed(invocation.id, caller.uid, caller.gid, tuple(sorted(caller.groups)), told)
+                Owed(
+                    invocation.id, caller.uid, caller.gid, tuple(sorted(caller.groups)), told.unix, told.exec
+                )
             )
         call.decided.set()
         if self.draining and not call.tied and not ticket.granted:

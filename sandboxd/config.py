@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_PATH",
     "Budget",
+    "CallbackProgram",
     "CallerRule",
     "Config",
     "DockerConfig",
@@ -56,6 +57,7 @@ SYSTEM_SOCKET = Path("/run/sandboxd/sandboxd.sock")
 MAX_ID = 2**32 - 2  # (uid_t)-1 means "no id", chown(2)
 MAX_SOCKET_PATH = 107  # sun_path without its NUL, unix(7)
 _GLOB = re.compile(r"[A-Z0-9_*?]{1,128}")
+_PROGRAM = re.compile(r"[a-z0-9*?][a-z0-9_*?-]{0,63}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}\$?")
 
 
@@ -242,6 +244,8 @@ class CallerRule(Section):
 
     callback: Annotated[bool, Field(strict=True)] = False
     """Whether the daemon starts a process of theirs to tell a socket of theirs that a call has ended."""
+    callbacks: Annotated[tuple[str, ...], Field(max_length=100)] = ()
+    """Names and globs of the programs of ``Config.callbacks`` that may be told of the ends of their calls."""
 
     @property
     def granted(self) -> tuple[str, ...]:
@@ -256,6 +260,16 @@ class CallerRule(Section):
         for name in value or ():
             if not _GLOB.fullmatch(name):
                 raise ValueError(f"{name[:80]!r} is not a secret's name or a glob of one, such as GITHUB_*")
+        return value
+
+    @field_validator("callbacks", mode="after")
+    @classmethod
+    def _programs(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not _PROGRAM.fullmatch(name):
+                raise ValueError(
+                    f"{name[:80]!r} is not the name of a program of `callbacks`, or a glob of one"
+                )
         return value
 
     @field_validator("policies", mode="after")
@@ -365,6 +379,45 @@ class Retention(Section):
     """Of bodies, output and artifacts together; the oldest calls go first."""
 
 
+def _argument(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("must not contain a NUL character")
+    return value
+
+
+class CallbackProgram(Section):
+    """A program of the operator's that is told of the ends of calls which name it."""
+
+    argv: Annotated[
+        tuple[Annotated[str, Field(max_length=4096), AfterValidator(_argument)], ...],
+        Field(min_length=1, max_length=64),
+    ]
+    """The command; no caller adds to it."""
+    user: Account
+    """Who it runs as, by name; never one of uid 0."""
+    group: Account | None = None
+    """Its one group; None: the user's own."""
+    timeout: Annotated[Duration, Field(le=600 * 10**6)] = 30 * 10**6
+    """It, and all that it started, is killed after that."""
+    memory: Annotated[Size, Field(ge=4 * 2**20)] = 128 * 2**20
+    pids: Annotated[Count, Field(ge=1, le=4096)] = 32
+    cpus: Annotated[int, BeforeValidator(_cpus), Field(ge=10)] = 1000
+    """Thousandths of a CPU that it may use."""
+
+    @field_validator("argv", mode="after")
+    @classmethod
+    def _program(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        _path(value[0])
+        return value
+
+    @field_validator("user", mode="after")
+    @classmethod
+    def _unprivileged(cls, value: str) -> str:
+        if value == "root":
+            raise ValueError("a program of `callbacks` does not run as root; give it a user of its own")
+        return value
+
+
 def _default_callers() -> tuple[CallerRule, ...]:
     return (
         CallerRule(match=Match(uid=0), role="operator"),
@@ -403,6 +456,11 @@ class Config(Section):
     journal: JournalConfig = JournalConfig()
     pressure: Pressure = Pressure()
     retention: Retention = Retention()
+    callbacks: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")], CallbackProgram],
+        Field(max_length=100),
+    ] = Field(default_factory=dict)
+    """Programs that calls may have started at their end, by name."""
 
     @model_validator(mode="after")
     def _apart(self) -> Self:

@@ -33,6 +33,7 @@ from sandboxd.api.identity import Identity, Peer
 from sandboxd.api.listener import listening
 from sandboxd.archive import Archive
 from sandboxd.blobs import BlobStore
+from sandboxd.callbacks import Callbacks
 from sandboxd.config import default_socket
 from sandboxd.engine.host import enter_private_mounts, instance_name
 from sandboxd.journal import Journal, signing
@@ -194,6 +195,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
             scheduler=scheduler,
             blobs=blobs,
             tasks=tasks,
+            callbacks=Callbacks(journal, config.callbacks, engine),
             inputs=Room(config.budget.inputs),
             secrets=secrets,
             sessions=sessions,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sandboxd.api.identity import Caller
     from sandboxd.blobs import BlobStore
     from sandboxd.journal import Journal
-    from sandboxd.models import Artifact, Cause, Content, Invocation
+    from sandboxd.models import Artifact, CallbackState, Cause, Content, Invocation
     from sandboxd.scheduler import Ticket
 
 __all__ = ["Ledger", "finish", "recovered", "retried_events", "streams_of"]
@@ -196,6 +196,17 @@ class Ledger:
         if item.id in self._dormant:
             return item.model_copy(update={"state": State.QUEUED})
         return item
+
+    async def callback(self, caller: Caller, id: str) -> CallbackState:
+        """What became of a call's callback. Raises NotFound, also where it has none."""
+        found = await self._find(caller, id)
+        shown = found.invocation if isinstance(found, Call) else found
+        state = await self._journal.callback(shown.id)
+        if state is None:
+            raise errors.NotFound(
+                f"call {id!r} has no callback, or retention has removed what was known of it"
+            )
+        return state
 
     async def readable(self, caller: Caller, id: str) -> None:
         """Raise NotFound, or Pruned where its output and events were removed."""

@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from sandboxd import units
 from sandboxd.journal import records
-from sandboxd.models import Cause, Failure, LimitReached, Outcome
+from sandboxd.models import Cause, Event, FailedAttempt, Failure, LimitReached, Outcome, State
 from sandboxd.supervisor.attempt import Result
 
 if TYPE_CHECKING:
     from sandboxd import plan
+    from sandboxd.journal.spool import Spool
     from sandboxd.models import Invocation
+    from sandboxd.retries import Again
     from sandboxd.supervisor.ending import Deadline
 
-__all__ = ["cancelled", "cancelled_with_its_caller", "header", "ours", "too_late"]
+__all__ = ["cancelled", "cancelled_with_its_caller", "followed", "header", "ours", "too_late"]
 
 
 def header(done: Invocation, made: plan.Plan) -> dict[str, Any]:
@@ -48,3 +50,33 @@ def too_late(deadline: Deadline | None) -> Result:
         Outcome(cause=Cause.WALL_TIME, message=message, evidence={"deadline": asked}),
         limits_reached=[LimitReached(limit="deadline", value=asked, ended=True)],
     )
+
+
+def followed(
+    invocation: Invocation, spool: Spool, result: Result, again: Again, *, ended: int
+) -> FailedAttempt:
+    """Note in a call, and in its events, the attempt that ended so and that another follows.
+
+    Its output stays, and the next one's begins after it. Raises HostFailed.
+    """
+    outcome = result.outcome
+    failed = FailedAttempt(
+        number=invocation.attempts,
+        started=invocation.times.started,
+        ended=ended,
+        cause=outcome.cause,
+        message=outcome.message,
+        error=outcome.error,
+        plan=invocation.plan,
+        stdout=spool.size("stdout"),
+        stderr=spool.size("stderr"),
+        pause=again.pause,
+        raised=again.raised,
+        denials=result.denials,
+        limits_reached=result.limits_reached,
+    )
+    invocation.retried = [*invocation.retried, failed]
+    invocation.state, invocation.times.started = State.QUEUED, None
+    invocation.plan = again.plan.digest
+    spool.add(Event(seq=0, at=ended, type="retry", retry=failed))
+    return failed

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +30,14 @@ from sandboxd.failpoint import failpoint
 from sandboxd.journal import records
 from sandboxd.journal.spool import Spool, Stream
 from sandboxd.ledger import finish, recovered, retried_events, streams_of
-from sandboxd.models import Cause, DigestRef, Event, FailedAttempt, Failure, Outcome, State
-from sandboxd.outcomes import cancelled_with_its_caller, ours
+from sandboxd.models import Cause, DigestRef, Event, Failure, Outcome, State
+from sandboxd.outcomes import cancelled_with_its_caller, followed, ours
 from sandboxd.planner import Planner
 from sandboxd.retries import Retries
 from sandboxd.room import Held
 from sandboxd.runner import Runner, now
 from sandboxd.scheduler import Ticket
+from sandboxd.supervisor.attempt import Result
 from sandboxd.supervisor.ending import Deadline
 from sandboxd.supervisor.secrets import CallSecrets
 
@@ -181,29 +183,18 @@ class Recovery(Runner):
             return False
         if len(invocation.retried) >= row.started:
             return False  # it says so itself; this cannot be
-        again = Retries(policy.spec.retry).after(outcome, made, invocation.retried, handed_over=True)
+        retries = Retries(policy.spec.retry)
+        made = retries.resumed(made, invocation.retried)
+        again = retries.after(outcome, made, invocation.retried, handed_over=True)
         if again is None or (row.deadline is not None and now() + again.pause >= row.deadline):
             return False
+        again = replace(again, pause=0)  # the daemon's start was one
         spool = await anyio.to_thread.run_sync(self._spool_of, invocation, made)
-        failed = FailedAttempt(
-            number=row.started,
-            started=invocation.times.started,
-            ended=now(),
-            cause=outcome.cause,
-            message=outcome.message,
-            error=outcome.error,
-            plan=invocation.plan,
-            stdout=spool.size("stdout"),
-            stderr=spool.size("stderr"),
-        )
-        spool.add(Event(seq=0, at=failed.ended, type="retry", retry=failed))
-        spool.leave()
-        invocation.retried = [*invocation.retried, failed]
         invocation.attempts = row.started
-        invocation.state = State.QUEUED
-        invocation.times.started = None
+        followed(invocation, spool, Result(outcome), again, ended=now())
+        spool.leave()
         failpoint("recovery.again")
-        self._journal.follow(invocation)
+        self._journal.follow(invocation, memory=again.plan.holds)
         return True
 
     def _spool_of(self, invocation: Invocation, made: Plan) -> Spool:
@@ -289,6 +280,8 @@ class Recovery(Runner):
     ) -> None:
         await self._planner.know_image(caller, request)
         policy, made = await off_the_loop(request, self._planner.plan_for, caller, request)
+        retries = Retries(policy.spec.retry)
+        made = retries.resumed(made, invocation.retried)
         payload = await off_the_loop(request, payload_of, request)
         spool = await anyio.to_thread.run_sync(self._spool_of, invocation, made)
         shape = made.shape
@@ -314,7 +307,7 @@ class Recovery(Runner):
             held,
             CallSecrets(self._secrets, shape),
             ticket,
-            Retries(policy.spec.retry),
+            retries,
             tied=False,
         )
         if session is not None:

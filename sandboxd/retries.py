@@ -63,12 +63,30 @@ class Retries:
             raised = found
         if sum(each.cause is outcome.cause for each in before) >= times:
             return None
-        following = plan
-        if raised:
-            up: dict[str, Any] = {**raised}
-            raised_shape = replace(shape, limits=replace(shape.limits, **up))
-            following = replace(plan, shape=raised_shape, limits=replace(plan.limits, **up))
-        return Again(following, rule.pause(len(before)), raised)
+        return Again(_with(plan, raised), rule.pause(len(before)), raised)
+
+    def resumed(self, plan: Plan, before: Sequence[FailedAttempt]) -> Plan:
+        """The plan of the next attempt after those ``before`` it, which an earlier daemon ran.
+
+        What they were raised to holds as far as the policy that is in force now still raises to it.
+        """
+        for each in before:
+            own = None if self.rule is None else self.rule.of(each.cause.value)
+            allowed = None if own is None else _raised(own.raise_, plan)
+            if allowed:
+                held = {name: min(each.raised.get(name, 0), value) for name, value in allowed.items()}
+                above = {name: value for name, value in held.items() if value > getattr(plan.limits, name)}
+                plan = _with(plan, above)
+        return plan
+
+
+def _with(plan: Plan, raised: dict[str, int]) -> Plan:
+    """The plan with other limits."""
+    if not raised:
+        return plan
+    up: dict[str, Any] = {**raised}
+    shape = replace(plan.shape, limits=replace(plan.shape.limits, **up))
+    return replace(plan, shape=shape, limits=replace(plan.limits, **up))
 
 
 def _raised(asked: Raise, plan: Plan) -> dict[str, int] | None:

@@ -18,12 +18,11 @@ import anyio.to_thread
 import structlog
 
 from sandboxd import errors
-from sandboxd.callbacks import Callbacks
 from sandboxd.journal.behind import Behind
 from sandboxd.ledger import Ledger, finish, streams_of
-from sandboxd.models import Cause, Event, FailedAttempt, State
+from sandboxd.models import Cause, Event, State
 from sandboxd.network.entrance import Entrances
-from sandboxd.outcomes import cancelled, header, ours, too_late
+from sandboxd.outcomes import cancelled, followed, header, ours, too_late
 from sandboxd.supervisor.attempt import Attempt, Result
 from sandboxd.supervisor.network import CallNetwork
 from sandboxd.supervisor.streams import Stdin
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
     from sandboxd.blobs import BlobStore
     from sandboxd.call import Call
+    from sandboxd.callbacks import Callbacks
     from sandboxd.journal import Journal
     from sandboxd.journal.spool import Spool
     from sandboxd.models import Content, Invocation, Outcome
@@ -68,6 +68,7 @@ class Runner(Ledger):
         scheduler: Scheduler,
         blobs: BlobStore,
         tasks: TaskGroup,
+        callbacks: Callbacks,
     ) -> None:
         super().__init__(spools=spools, journal=journal, blobs=blobs)
         self._pool = pool
@@ -77,7 +78,7 @@ class Runner(Ledger):
         self._tasks = tasks
         self._behind = Behind(journal, spools)
         self.ended: Counter[Cause] = Counter()
-        self.callbacks = Callbacks(journal)
+        self.callbacks = callbacks
 
     async def _run(self, call: Call) -> None:
         try:
@@ -223,31 +224,11 @@ class Runner(Ledger):
         return again
 
     def _tell_again(self, call: Call, result: Result, again: Again) -> None:
-        """Record an attempt that another follows: its output stays, and the next one's begins after it."""
+        """Record an attempt that another follows."""
         invocation, limits = call.invocation, again.plan.limits
-        ended = now()
-        started = invocation.times.started
-        sizes = {"stdout": call.spool.size("stdout"), "stderr": call.spool.size("stderr")}
-        failed = FailedAttempt(
-            number=invocation.attempts,
-            started=started,
-            ended=ended,
-            cause=result.outcome.cause,
-            message=result.outcome.message,
-            error=result.outcome.error,
-            plan=call.plan.digest,
-            **sizes,
-            pause=again.pause,
-            raised=again.raised,
-            denials=result.denials,
-            limits_reached=result.limits_reached,
-        )
-        invocation.retried = [*invocation.retried, failed]
-        invocation.state, invocation.times.started = State.QUEUED, None
-        invocation.plan = again.plan.digest
         call.spool.allow({"stdout": limits.stdout, "stderr": limits.stderr})
-        call.spool.add(Event(seq=0, at=ended, type="retry", retry=failed))
-        self._journal.follow(invocation)
+        failed = followed(invocation, call.spool, result, again, ended=now())
+        self._journal.follow(invocation, memory=again.plan.holds)
         log.info("tried again", id=invocation.id, cause=failed.cause, number=failed.number)
 
     def _put_away(self, call: Call) -> None:

@@ -4,7 +4,8 @@ Run as ``faultfs.py DIRECTORY MOUNTPOINT CONTROL``; ``disks.py`` is the other en
 list that is read again whenever it changes: ``{"on": [operation…], "path": regex, "do": errno or "short",
 "after": N, "times": N}`` lets an operation fail, or a write be short, from the Nth match on and so many
 times. ``grow`` is a write beyond the end of its file. All that changes the directory goes, with its bytes and
-its time on the monotonic clock, to ``CONTROL/record`` as pickled tuples.
+its time on the monotonic clock, to ``CONTROL/record`` as pickled tuples. The kernel tells no FUSE file system
+of syncfs(2): who calls that sets the attribute ``SYNC`` of the root first, which stands for it here.
 
 Nothing but the map of SQLite's shared memory is cached by the kernel, so each read and each write comes here.
 """
@@ -16,6 +17,7 @@ import json
 import os
 import pickle
 import re
+import stat
 import sys
 import threading
 import time
@@ -26,6 +28,7 @@ from typing import Any
 import mfusepy
 
 SHARED_MEMORY = "-shm"
+SYNC = "user.faultfs.sync"
 
 
 class Rules:
@@ -103,7 +106,10 @@ class FaultFS(mfusepy.Operations):  # type: ignore[misc]
 
     def readdir(self, path: str, fh: int) -> Any:
         self._judge(path, "readdir")
-        return [".", "..", *os.listdir(self._at(path))]
+        names = [".", "..", *os.listdir(self._at(path))]
+        found = {name: os.lstat(f"{self._at(path)}/{name}") for name in names}
+        # a name without an inode is shown to nobody
+        return [(name, {"st_ino": one.st_ino, "st_mode": one.st_mode}, 0) for name, one in found.items()]
 
     def statfs(self, path: str) -> dict[str, int]:
         found = os.statvfs(self._at(path))
@@ -120,12 +126,39 @@ class FaultFS(mfusepy.Operations):  # type: ignore[misc]
         return 0
 
     def chown(self, path: str, uid: int, gid: int) -> int:
-        os.lchown(self._at(path), uid, gid)
+        with self._lock:
+            os.lchown(self._at(path), uid, gid)
+            self._note("chown", path, uid, gid)
         return 0
 
     def utimens(self, path: str, times: tuple[int, int] | None = None) -> int:
-        now = time.time_ns()
-        os.utime(self._at(path), ns=times or (now, now), follow_symlinks=False)
+        with self._lock:
+            accessed, changed = times or (time.time_ns(), time.time_ns())
+            os.utime(self._at(path), ns=(accessed, changed), follow_symlinks=False)
+            self._note("utime", path, changed)
+        return 0
+
+    def getxattr(self, path: str, name: str, position: int = 0) -> bytes:
+        return os.getxattr(self._at(path), name, follow_symlinks=False)
+
+    def listxattr(self, path: str) -> list[str]:
+        return os.listxattr(self._at(path), follow_symlinks=False)
+
+    def setxattr(self, path: str, name: str, value: bytes, options: int, position: int = 0) -> int:
+        with self._lock:
+            if name == SYNC:
+                self._judge(path, "syncfs")
+                self._note("syncfs")
+                return 0
+            self._judge(path, "setxattr")
+            os.setxattr(self._at(path), name, value, options, follow_symlinks=False)
+            self._note("setxattr", path, name, value)
+        return 0
+
+    def removexattr(self, path: str, name: str) -> int:
+        with self._lock:
+            os.removexattr(self._at(path), name, follow_symlinks=False)
+            self._note("setxattr", path, name, None)
         return 0
 
     def open(self, path: str, fi: Any) -> int:
@@ -196,7 +229,7 @@ class FaultFS(mfusepy.Operations):  # type: ignore[misc]
         with self._lock:
             self._judge(path, "mkdir")
             os.mkdir(self._at(path), mode)
-            self._note("mkdir", path)
+            self._note("mkdir", path, mode & 0o7777)
         return 0
 
     def rmdir(self, path: str) -> int:
@@ -232,6 +265,14 @@ class FaultFS(mfusepy.Operations):  # type: ignore[misc]
         with self._lock:
             self._judge(target, "symlink")
             os.symlink(source, self._at(target))
+            self._note("node", target, stat.S_IFLNK | 0o777, source)
+        return 0
+
+    def mknod(self, path: str, mode: int, dev: int) -> int:
+        with self._lock:
+            self._judge(path, "create")
+            os.mknod(self._at(path), mode, dev)
+            self._note("node", path, mode, "")
         return 0
 
 
@@ -246,5 +287,7 @@ if __name__ == "__main__":
         allow_other=True,
         fsname="faultfs",
         hard_remove=True,
+        attr_timeout=0,
+        entry_timeout=0,
         use_ino=True,
     )

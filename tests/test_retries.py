@@ -213,3 +213,65 @@ def test_interrupted_calls_are_tried_again_by_the_next_daemon_if_their_policy_sa
     if safe:
         client.cancel(ids[1])
     assert client.start(long, policy="patient", key="patient", **fields).id == ids[0]  # type: ignore[arg-type]
+
+
+EATS_AND_STAYS = f"cat in; {EATER}; sleep 1000"
+
+
+def raising(daemon: Daemon, *, backoff: str = "50ms..50ms", most: str = "256MiB") -> str:
+    text = MEMORY.replace("50ms..50ms", backoff).replace("256MiB", most)
+    return policy(daemon, "raising", text.replace("retry: {", "retry: {failed: 2, "))
+
+
+def limit_in_force(found: Invocation) -> int:
+    assert found.receipt is not None
+    [memory] = [each for each in found.receipt.controls if each.name == "memory"]
+    return int(memory.in_force)
+
+
+@pytest.mark.parametrize("when", ["running", "waiting"])
+def test_what_was_raised_stays_raised_when_the_daemon_is_killed(
+    daemon_factory: Callable[..., Daemon], when: str
+) -> None:
+    """While the attempt with more memory runs, and while it is waited for."""
+    first = daemon_factory()
+    name = raising(first, backoff="50ms..50ms" if when == "running" else "20s..20s")
+    client = first.client()
+    id_ = client.start(["sh", "-c", EATS_AND_STAYS], policy=name, inputs={"in": "in\n"}).id
+    once = "in\n104857600\n"
+    if when == "running":
+        until(partial(written, client, id_, 3 + len(once)), "it has what it needs")
+    else:
+        until(lambda: client.get(id_).retried, "it waits for another attempt")
+    first.stop(signal.SIGKILL)
+    second = daemon_factory(state=first.state, name="second", config=f"policies: [{first.policies}]\n")
+    client = second.client()
+    attempts = 3 if when == "running" else 2
+    began(client, id_, attempts)
+    until(partial(written, client, id_, 3 + (attempts - 1) * len(once)), "it has what it needs again")
+    found = client.cancel(id_)
+    assert [each.cause for each in found.retried] == ["memory", "failed"][: attempts - 1]
+    assert found.retried[0].raised == {"memory": 256 * 2**20}
+    assert limit_in_force(found) == 256 * 2**20
+    assert {each.plan for each in found.retried[1:]} <= {found.plan}
+    assert found.retried[0].plan != found.plan
+
+
+@pytest.mark.parametrize(("most", "expected"), [("128MiB", 128), ("64MiB", 64)])
+def test_what_was_raised_holds_as_far_as_the_policy_of_now_raises_to_it(
+    daemon_factory: Callable[..., Daemon], most: str, expected: int
+) -> None:
+    first = daemon_factory()
+    name = raising(first, backoff="20s..20s")
+    client = first.client()
+    id_ = client.start(["sh", "-c", EATER], policy=name).id
+    until(lambda: client.get(id_).retried, "it waits for another attempt")
+    first.stop(signal.SIGKILL)
+    text = (first.policies / "raising.yaml").read_text()
+    if expected == 64:
+        text = text.replace("memory: {times: 1, raise: {memory: 256MiB}}, ", "")
+    (first.policies / "raising.yaml").write_text(text.replace("256MiB", most))
+    second = daemon_factory(state=first.state, name="second", config=f"policies: [{first.policies}]\n")
+    found = second.client().wait(id_, timeout=20)
+    assert found.attempts == 2
+    assert limit_in_force(found) == expected * 2**20

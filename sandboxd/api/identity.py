@@ -73,10 +73,16 @@ class Caller:
     sessions: SessionShare = field(default_factory=SessionShare)
     callback: bool = False
     """Whether the daemon tells a socket of the caller's that a call has ended."""
+    callbacks: tuple[str, ...] = ()
+    """Names and globs of the programs that it starts then."""
 
     def may_have(self, secret: str) -> bool:
         """Whether a policy may give this secret to the caller's calls."""
         return any(fnmatchcase(secret, pattern) for pattern in self.secrets)
+
+    def may_start(self, program: str) -> bool:
+        """Whether the caller's calls may have this program of the configuration's told of their end."""
+        return any(fnmatchcase(program, pattern) for pattern in self.callbacks)
 
     def may_use(self, policy: str) -> bool:
         """Whether the configuration grants this policy to the caller."""
@@ -139,6 +145,7 @@ class Identity:
                     secrets=rule.granted,
                     sessions=rule.sessions,
                     callback=rule.callback,
+                    callbacks=rule.callbacks,
                 )
         return Caller(peer.uid, peer.gid, peer.groups, "none")
 

@@ -221,6 +221,11 @@ class Invocations:
         await body.read(request, self.small)
         return json_response(await self.service.cancel(caller_of(request), id_of(request)))
 
+    async def callback(self, request: Request) -> Response:
+        """What became of the callback of a call."""
+        body.query(request, queries.NoQuery)
+        return json_response(await self.service.callback(caller_of(request), id_of(request)))
+
     async def artifacts(self, request: Request) -> Response:
         """The files that were released from the call, and those that were not."""
         body.query(request, queries.NoQuery)
@@ -275,6 +280,8 @@ class Invocations:
             ("POST", one + "/signal", self.signal,
              Doc("Send a signal", body=queries.SignalBody, status=204)),
             ("POST", one + "/cancel", self.cancel, Doc("End a call", answer=models.Invocation)),
+            ("GET", one + "/callback", self.callback,
+             Doc("What became of a call's callback", answer=models.CallbackState)),
             ("GET", one + "/artifacts", self.artifacts, Doc("The files of a call", answer=listing)),
             ("GET", one + "/artifacts/{path:artifact}", self.artifact, Doc("One file", raw_answer=True)),
         ]  # fmt: skip

@@ -221,6 +221,10 @@ class Service(Protocol):
         """Send a signal to the tool. Raises StateConflict if it does not run."""
         ...
 
+    async def callback(self, caller: Caller, id: str) -> models.CallbackState:  # noqa: A002
+        """What became of a call's callback. Raises NotFound, also where it has none."""
+        ...
+
     async def cancel(self, caller: Caller, id: str) -> models.Invocation:  # noqa: A002
         """End a call; the invocation as it then stands, unchanged if it had ended."""
         ...

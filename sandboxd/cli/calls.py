@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated
@@ -142,6 +143,8 @@ def inspect(call_id: Id, *, remote: AlsoRemote = REMOTE) -> None:
     if remote.json:
         terminal.print_json(document)
         return
+    with contextlib.suppress(errors.NotFound):
+        document["callback"] = terminal.wire(client.callback(call.id))
     from sandboxd.cli.policy import dump  # noqa: PLC0415 - YAML is only for people
 
     for warning in call.receipt.warnings if call.receipt is not None else ():

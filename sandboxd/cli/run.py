@@ -183,6 +183,8 @@ def request(options: argparse.Namespace) -> tuple[bytes, list[str]]:
         value = getattr(options, name)
         if value is not None:
             document[name] = value
+    if options.callback is not None:
+        document["callback"] = {"unix" if options.callback.startswith("/") else "exec": options.callback}
     limits = {"wall": options.timeout, "memory": options.memory}
     document["limits"] = {name: value for name, value in limits.items() if value is not None}
     document |= {"env": dict(options.env), "labels": dict(options.label)}

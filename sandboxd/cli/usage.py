@@ -141,6 +141,11 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--key", metavar="K", help="idempotency key: the same key and request give the same outcome, run once"
     )
+    add(
+        "--callback",
+        metavar="C",
+        help="whom to tell of its end: a program of the configuration by name, or a socket by its path",
+    )
     add("--label", metavar="K=V", type=_pair, action="append", default=[],
         help="a label to find the call by; may be repeated")  # fmt: skip
     add(

@@ -197,6 +197,10 @@ class AsyncClient:
         """One invocation. Raises NotFound."""
         return await self._do(calls.get(id))
 
+    async def callback(self, id: str) -> models.CallbackState:  # noqa: A002
+        """What became of a call's callback. Raises NotFound, also where it has none."""
+        return await self._do(calls.callback(id))
+
     async def list(
         self,
         *,

@@ -232,6 +232,11 @@ def get(id: str) -> Call[models.Invocation]:  # noqa: A002 - the field's name, h
     return Call(wire.Exchange("GET", wire.invocation_target(id)), _one(models.Invocation))
 
 
+def callback(id: str) -> Call[models.CallbackState]:  # noqa: A002
+    """What became of a call's callback."""
+    return Call(wire.Exchange("GET", wire.invocation_target(id, "callback")), _one(models.CallbackState))
+
+
 def page(
     *,
     policy: str | None,

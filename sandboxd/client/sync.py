@@ -210,6 +210,10 @@ class Client:
         """One invocation. Raises NotFound."""
         return self._do(calls.get(id))
 
+    def callback(self, id: str) -> models.CallbackState:  # noqa: A002
+        """What became of a call's callback. Raises NotFound, also where it has none."""
+        return self._do(calls.callback(id))
+
     def list(
         self,
         *,

@@ -37,8 +37,8 @@ class Accepted:
     request: Asked | None = None
     open: Open | None = None
     """What a later daemon has to know to run it."""
-    callback: str | None = None
-    """A socket that is told of its end."""
+    callback: models.Callback | None = None
+    """Who is told of its end."""
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,17 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sandboxd import canonical, errors
-from sandboxd.models import Bytes, Request
+from sandboxd.models import Bytes, CallbackState, Request
 
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Iterator, Mapping
 
     from sandboxd.blobs import BlobStore
+    from sandboxd.models import Callback
 
 __all__ = [
     "INLINE",
@@ -33,6 +34,7 @@ __all__ = [
     "Asked",
     "Open",
     "Owed",
+    "callback_of",
     "describe",
     "differences",
     "open_calls",
@@ -79,13 +81,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Owed:
-    """Who has to be told of a call's end, and at which socket."""
+    """Who has to be told of a call's end: a socket of the caller's, or a program of the configuration's."""
 
     id: str
     uid: int
     gid: int
     groups: tuple[int, ...]
-    unix: str
+    unix: str | None = None
+    program: str | None = None
+    tries: int = 0
     ended: bool = False
 
 
@@ -148,8 +152,8 @@ def describe(request: Request) -> Asked:
     return Asked(canonical.canonical(asked), inline, large)
 
 
-def write(connection: sqlite3.Connection, asked: Asked, call: Open, callback: str | None = None) -> None:
-    """Add the rows of a request to a transaction; ``callback`` is a socket."""
+def write(connection: sqlite3.Connection, asked: Asked, call: Open, callback: Callback | None = None) -> None:
+    """Add the rows of a request to a transaction."""
     packed = b"".join(
         _HEAD.pack(bytes.fromhex(digest.removeprefix("sha256:")), len(data)) + data
         for digest, data in asked.inline.items()
@@ -164,8 +168,8 @@ def write(connection: sqlite3.Connection, asked: Asked, call: Open, callback: st
     )
     if callback is not None:
         connection.execute(
-            "INSERT INTO callbacks (id, uid, gid, groups, unix) VALUES (?, ?, ?, ?, ?)",
-            (call.id, call.uid, call.gid, call.groups, callback),
+            "INSERT INTO callbacks (id, uid, gid, groups, unix, program) VALUES (?, ?, ?, ?, ?, ?)",
+            (call.id, call.uid, call.gid, call.groups, callback.unix or "", callback.exec),
         )
     if asked.large:
         connection.executemany(
@@ -183,13 +187,25 @@ def open_calls(connection: sqlite3.Connection) -> list[Open]:
 def owed(connection: sqlite3.Connection) -> list[Owed]:
     """Who has to be told of an end, whether it has come or not."""
     rows = connection.execute(
-        "SELECT c.id, c.uid, c.gid, c.groups, c.unix, i.state = 'ended' FROM callbacks c"
-        " JOIN invocations i ON i.id = c.id ORDER BY c.id"
+        "SELECT c.id, c.uid, c.gid, c.groups, c.unix, c.program, c.tries, i.state = 'ended'"
+        " FROM callbacks c JOIN invocations i ON i.id = c.id WHERE c.done IS NULL ORDER BY c.id"
     )
     return [
-        Owed(id_, uid, gid, tuple(json.loads(groups)), unix, bool(ended))
-        for id_, uid, gid, groups, unix, ended in rows
+        Owed(id_, uid, gid, tuple(json.loads(groups)), unix or None, program, tries, bool(ended))
+        for id_, uid, gid, groups, unix, program, tries, ended in rows
     ]
+
+
+def callback_of(connection: sqlite3.Connection, id_: str) -> CallbackState | None:
+    """What became of a call's callback, if it has one."""
+    row = connection.execute(
+        "SELECT unix, program, tries, done, problem FROM callbacks WHERE id = ?", (id_,)
+    ).fetchone()
+    if row is None:
+        return None
+    unix, program, tries, done, problem = row
+    state: Literal["owed", "told", "given_up"] = "owed" if done is None else "given_up" if problem else "told"
+    return CallbackState(unix=unix or None, exec=program, state=state, tries=tries, at=done, problem=problem)
 
 
 def read(connection: sqlite3.Connection, id_: str) -> tuple[bytes, bytes, str | None] | None:

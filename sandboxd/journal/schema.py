@@ -202,6 +202,15 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     # what its calls used of the network, and what is held for one, as ``workspace.allowance`` has it
     ("ALTER TABLE sessions ADD COLUMN network TEXT",),
+    (
+        # program: a name of the configuration's, and unix is empty then. done: when it was told, or given up
+        # where there is a problem; what is done stays for as long as the body of its call.
+        "ALTER TABLE callbacks ADD COLUMN program TEXT",
+        "ALTER TABLE callbacks ADD COLUMN tries INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE callbacks ADD COLUMN done INTEGER",
+        "ALTER TABLE callbacks ADD COLUMN problem TEXT",
+        "CREATE INDEX callbacks_owed ON callbacks (id) WHERE done IS NULL",
+    ),
 )
 
 KEPT_BACKUPS = 2

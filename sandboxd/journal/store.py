@@ -193,9 +193,10 @@ class Journal:
             await self._writer.synced()  # it may have been written a moment ago
         return found
 
-    def follow(self, invocation: models.Invocation) -> None:
+    def follow(self, invocation: models.Invocation, *, memory: int | None = None) -> None:
         """Keep the state of a call that has not ended; waits for nothing and is not durable.
 
+        ``memory`` is what a call that rests will hold in its next attempt, if that is not as before.
         If the daemon dies at once the call is still there, as an earlier state of it.
         """
         row = self._row(invocation)
@@ -208,7 +209,10 @@ class Journal:
                 row,
             )
             if resting:
-                transaction.connection.execute("UPDATE queue SET resting = 1 WHERE id = ?", (invocation.id,))
+                transaction.connection.execute(
+                    "UPDATE queue SET resting = 1, memory = coalesce(?, memory) WHERE id = ?",
+                    (memory, invocation.id),
+                )
 
         self._writer.post(operation)
 
@@ -330,12 +334,22 @@ class Journal:
         """Who has to be told of a call's end, in any state of it."""
         return await self._read(requests.owed)
 
-    async def told(self, id_: str) -> None:
-        """Whoever had to be told of a call's end was, or will not be."""
+    async def tried(self, id_: str, tries: int, *, done: int | None, problem: str | None) -> None:
+        """Who had to be told of a call's end was, in so many tries, or has a problem; not durable.
+
+        ``done``: when nothing more is tried.
+        """
+        row = (tries, done, problem, id_)
         await self._writer.run(
-            lambda transaction: transaction.connection.execute("DELETE FROM callbacks WHERE id = ?", (id_,)),
+            lambda transaction: transaction.connection.execute(
+                "UPDATE callbacks SET tries = ?, done = ?, problem = ? WHERE id = ?", row
+            ),
             durable=False,
         )
+
+    async def callback(self, id_: str) -> models.CallbackState | None:
+        """What became of the callback of a call, if it has one."""
+        return await self._read(lambda connection: requests.callback_of(connection, id_))
 
     async def refused(self, refusal: records.Refusal) -> None:
         """Keep a refusal. The newest ``KEPT_REFUSALS`` are kept; not durable against power loss."""

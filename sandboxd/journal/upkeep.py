@@ -135,6 +135,7 @@ def prune(connection: sqlite3.Connection, calls: Iterable[tuple[int, str]], at: 
             continue
         for table in ("artifacts", "request_blobs", "requests"):
             connection.execute(f"DELETE FROM {table} WHERE id = ?", (id_,))  # noqa: S608  # constants
+        connection.execute("DELETE FROM callbacks WHERE id = ? AND done IS NOT NULL", (id_,))
         connection.executemany(
             "DELETE FROM labels WHERE name = ? AND value = ? AND id = ?",
             [(name, value, id_) for name, value in _labels(row[0] if row else None).items()],

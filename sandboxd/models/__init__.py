@@ -5,7 +5,7 @@ Bytes are never assumed to be text: see ``Content``.
 """
 
 from sandboxd.models.batch import Batch, BatchResult
-from sandboxd.models.callback import Callback
+from sandboxd.models.callback import Callback, CallbackState
 from sandboxd.models.files import FileChange, FileInfo, FileList, FileWritten, SessionDiff
 from sandboxd.models.invocation import (
     Artifact,
@@ -56,6 +56,7 @@ __all__ = [
     "BatchResult",
     "Bytes",
     "Callback",
+    "CallbackState",
     "CallerInfo",
     "Cause",
     "CheckpointInfo",

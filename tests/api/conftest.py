@@ -326,6 +326,10 @@ class MemoryService:
     async def signal(self, caller: Caller, id: str, signal: int) -> None:
         self.call(caller, id).signals.append(signal)
 
+    async def callback(self, caller: Caller, id: str) -> models.CallbackState:
+        self.call(caller, id)
+        return models.CallbackState(exec="tell", state="told", tries=1, at=1)
+
     async def cancel(self, caller: Caller, id: str) -> models.Invocation:
         call = self.call(caller, id)
         if not call.ended.is_set():

@@ -46,7 +46,8 @@ def leaves(model: type[BaseModel], stop: set[str], prefix: str = "") -> Iterator
         inner = next(iter(_models(field.annotation)), None)
         many = "tuple[" in str(field.annotation)
         if inner is not None and path not in stop:
-            yield from leaves(inner, stop, f"{path}[]." if many else f"{path}.")
+            named = "dict[" in str(field.annotation)
+            yield from leaves(inner, stop, path + ("[]." if many else ".NAME." if named else "."))
         else:
             yield path, field.get_default(call_default_factory=True)
 
@@ -107,6 +108,11 @@ def test_every_key_of_the_configuration_is_documented_with_its_default() -> None
     formats |= {
         "callers[].sessions.size": units.format_size,
         "callers[].sessions.inodes": units.format_count,
+    }
+    formats |= {
+        "callbacks.NAME.timeout": units.format_duration,
+        "callbacks.NAME.memory": units.format_size,
+        "callbacks.NAME.cpus": units.format_cpus,
     }
     formats |= {"docker.timeout": units.format_duration}
     formats |= {"network.memory": units.format_size, "network.cpus": units.format_cpus}
