@@ -177,7 +177,7 @@ class Cgroup:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """No process runs within the block. Entering blocks for some ms; raises HostFailed where it cannot be."""
+        """No process runs within the block. Entering blocks for some ms, and raises HostFailed."""
         try:
             self._files.freeze()
             yield

@@ -236,7 +236,7 @@ def write(path: str, value: str) -> None:
 def freeze(path: str, frozen: str, thawed: str, *, said: str | None = None) -> None:
     """Freeze a cgroup by writing ``frozen`` to a file, and wait until every process has stopped.
 
-    ``said`` is the file that says so by ``frozen 1``, where it is another. Raises HostFailed; then it is thawed.
+    ``said`` is the file that says so by ``frozen 1``, where it is another. Raises HostFailed, thawed.
     """
     until = time.monotonic() + FREEZE_SECONDS
     try:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import anyio
 import pytest
-from daemons import needs_containers, until
-from parked import SETUP, UID, Parked, parked, seconds_to_die
+from daemons import needs_containers
+from parked import SETUP, UID, Parked, heard, parked, seconds_to_die
 
 from sandboxd import errors
-from sandboxd.init.protocol import ExecFailed, Exited, Started
+from sandboxd.init.protocol import ExecFailed, Exited
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,12 +110,15 @@ def test_a_command_that_cannot_be_executed_leaves_room_for_another() -> None:
     with parked(KEPT) as slot:
         said = anyio.run(slot.reports, [b"/no/such"])
         assert isinstance(said[0], ExecFailed)
-        until(lambda: _parks(slot), "another is parked")
+        anyio.run(_until_reaped, slot)
+        with next_one(slot):
+            assert ran(slot, "echo on") == (0, "on\n")
 
 
-def _parks(slot: Parked) -> bool:
-    with next_one(slot):
-        return ran(slot, "echo on") == (0, "on\n")
+async def _until_reaped(slot: Parked) -> None:
+    with anyio.fail_after(10), heard(slot.control) as reports:
+        while not isinstance(await reports.get(), Exited):
+            continue
 
 
 def test_a_parked_process_that_is_killed_is_reported_and_another_can_be_parked() -> None:
@@ -124,7 +127,12 @@ def test_a_parked_process_that_is_killed_is_reported_and_another_can_be_parked()
         with next_one(slot) as pid:
             os.kill(pid, signal.SIGKILL)
             said = anyio.run(slot.reports, [b"true"])
-            assert not any(isinstance(one, Started) for one in said)
+        if not isinstance(said[-1], Exited):
+            anyio.run(_until_reaped, slot)
+        else:  # it had the command when it was killed
+            assert said[-1].status == signal.SIGKILL
+        with next_one(slot):
+            assert ran(slot, "echo on") == (0, "on\n")
 
 
 def test_a_second_setup_while_a_command_may_still_run_ends_the_container() -> None:

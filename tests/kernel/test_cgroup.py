@@ -394,7 +394,8 @@ def test_a_part_ends_what_joined_it_and_what_that_forked_and_nothing_else(cgroup
 
 
 def test_a_part_that_forks_as_fast_as_it_can_ends_too(cgroup: Cgroup) -> None:
-    code = "import os, time\ntime.sleep(1)\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
+    code = "import os, time\ntime.sleep(1)\n"
+    code += "while True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
     with inside(cgroup, code) as process:
         part = cgroup.part("bomb")
         part.join(process.pid)
