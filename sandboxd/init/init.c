@@ -471,7 +471,8 @@ static void untaken(void)
 {
     int32_t number = EPIPE;
     send_frame(CONTROL, EXEC_FAILED, pair.exec_id, &number, sizeof number, NULL, 0);
-    close_pair();
+    if (pair.fd >= 0)
+        close_pair();
 }
 
 /* Writes what the pair takes now of a command that it did not take whole. */
@@ -677,6 +678,11 @@ int main(int argc, char **argv)
         } else if ((head.type == EXEC || head.type == EXEC_WARM || head.type == WARM) && pair.fd >= 0 &&
                    pair.awaited == NOTHING) {
             pass_on(&head, fds, count);
+        } else if (head.type == EXEC && keep && tool == 0) { /* what an earlier command left has killed it */
+            for (size_t i = 0; i < count; i++)
+                close(fds[i]);
+            pair.exec_id = head.exec_id;
+            untaken();
         } else if (head.type == SIGNAL && (tool > 0 || keep) && head.length == sizeof(int32_t)) {
             int32_t number;
             memcpy(&number, payload, sizeof number);

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 from daemons import needs_containers
-from parked import SETUP, UID, Parked, heard, parked, seconds_to_die
+from parked import LONG, SETUP, UID, Parked, heard, parked, seconds_to_die
 
 from sandboxd import errors
 from sandboxd.init.protocol import ExecFailed, Exited
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from sandboxd.init.protocol import Report
 
 KEPT = replace(SETUP, keep=True)
 CAPABILITIES = (1 << 5) | (1 << 6) | (1 << 7)  # KILL, SETGID, SETUID
@@ -108,17 +110,19 @@ def test_a_signal_after_the_end_of_a_command_goes_nowhere() -> None:
 
 def test_a_command_that_cannot_be_executed_leaves_room_for_another() -> None:
     with parked(KEPT) as slot:
-        said = anyio.run(slot.reports, [b"/no/such"])
+        said = anyio.run(until_reaped, slot, [b"/no/such"])
         assert isinstance(said[0], ExecFailed)
-        anyio.run(_until_reaped, slot)
         with next_one(slot):
             assert ran(slot, "echo on") == (0, "on\n")
 
 
-async def _until_reaped(slot: Parked) -> None:
-    with anyio.fail_after(10), heard(slot.control) as reports:
-        while not isinstance(await reports.get(), Exited):
-            continue
+async def until_reaped(slot: Parked, argv: list[bytes]) -> list[Report]:
+    said: list[Report] = []
+    with open(os.devnull, "r+b") as null, anyio.fail_after(10), heard(slot.control) as reports:  # noqa: ASYNC230, PTH123
+        await slot.control.execute(argv, [], b"/", LONG, [null.fileno()] * 3)
+        while not said or not isinstance(said[-1], Exited):
+            said.append(await reports.get())
+    return said
 
 
 def test_a_parked_process_that_is_killed_is_reported_and_another_can_be_parked() -> None:
@@ -126,10 +130,8 @@ def test_a_parked_process_that_is_killed_is_reported_and_another_can_be_parked()
         ran(slot, "true")
         with next_one(slot) as pid:
             os.kill(pid, signal.SIGKILL)
-            said = anyio.run(slot.reports, [b"true"])
-        if not isinstance(said[-1], Exited):
-            anyio.run(_until_reaped, slot)
-        else:  # it had the command when it was killed
+            said = anyio.run(until_reaped, slot, [b"true"])
+            assert isinstance(said[-1], Exited)
             assert said[-1].status == signal.SIGKILL
         with next_one(slot):
             assert ran(slot, "echo on") == (0, "on\n")
