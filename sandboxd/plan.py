@@ -307,6 +307,13 @@ def make_plan(policy: Policy, shape: Shape, request: Request) -> Plan:
             raise InvalidRequest(
                 f"env: {name} is a secret that the policy puts there; leave it out", field=f"env.{name}"
             )
+    if shape.kept:
+        for name in ("memory", "cpus", "pids"):
+            if getattr(request.limits, name) is not None:
+                raise InvalidRequest(
+                    f"limits.{name} is the container's, which the calls of a session share; leave it out",
+                    field=f"limits.{name}",
+                )
     inputs = _inputs(request.inputs, shape.limits)
     return Plan(
         shape=shape,

@@ -181,6 +181,8 @@ class Recovery(Runner):
             return False
         if len(invocation.retried) >= row.started:
             return False  # it says so itself; this cannot be
+        if made.shape.kept:  # what it began with went with the container
+            return False
         again = Retries(policy.spec.retry).after(outcome, made, invocation.retried, handed_over=True)
         if again is None or (row.deadline is not None and now() + again.pause >= row.deadline):
             return False

@@ -196,6 +196,17 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "DROP INDEX records_kept",
         "CREATE INDEX records_kept ON records (at, n, bytes) WHERE bytes > 0",
     ),
+    (
+        # containers that sessions keep over their calls; ``lost`` is when one was found to be gone
+        """CREATE TABLE containers (
+            session TEXT PRIMARY KEY NOT NULL,
+            since TEXT NOT NULL,
+            calls INTEGER NOT NULL,
+            policy TEXT NOT NULL,
+            lost INTEGER,
+            why TEXT
+        ) STRICT, WITHOUT ROWID""",
+    ),
 )
 
 KEPT_BACKUPS = 2

@@ -195,8 +195,9 @@ class FilesV1:
 
     def _freezer_of(self) -> str:
         if self._freezer is None:
-            raise errors.HostFailed(
-                "no freezer hierarchy is mounted; a container cannot be stopped for a while"
+            raise errors.ControlNotEnforced(
+                "no freezer hierarchy is mounted, without which no container can be kept over several calls",
+                control="isolation",
             )
         return self._freezer
 

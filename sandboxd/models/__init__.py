@@ -6,6 +6,7 @@ Bytes are never assumed to be text: see ``Content``.
 
 from sandboxd.models.batch import Batch, BatchResult
 from sandboxd.models.callback import Callback
+from sandboxd.models.container import ContainerLost, ContainerUse, SessionContainer, SessionEnd
 from sandboxd.models.files import FileChange, FileInfo, FileList, FileWritten, SessionDiff
 from sandboxd.models.invocation import (
     Artifact,
@@ -60,6 +61,8 @@ __all__ = [
     "Cause",
     "CheckpointInfo",
     "CheckpointList",
+    "ContainerLost",
+    "ContainerUse",
     "Content",
     "Control",
     "Count",
@@ -100,7 +103,9 @@ __all__ = [
     "SearchResults",
     "SecretInfo",
     "SecretUse",
+    "SessionContainer",
     "SessionDiff",
+    "SessionEnd",
     "SessionFork",
     "SessionInfo",
     "SessionLend",
