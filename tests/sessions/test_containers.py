@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from daemons import needs_containers, slots_of, start_daemon, until
+from daemons import needs_containers, slots_of, until
+from living import live, living
 from sessioned import said, sh
 
 from sandboxd import errors
@@ -15,53 +16,14 @@ if TYPE_CHECKING:
 
     from daemons import Daemon
 
-    from sandboxd.models import Invocation, SessionInfo
-
-CONFIG = """
-budget: {memory: 2GiB, slots: 12}
-callers:
-  - {match: {uid: 0}, role: operator}
-  - {match: {uid: 4242}, role: agent, policies: [live], sessions: {containers: 1}}
-"""
-POLICIES = {
-    "live": (
-        "version: 1\nname: live\nextends: default\nisolation: session\n"
-        "limits: {wall: 10s, memory: 64MiB, workspace: {size: 16MiB, inodes: 4k},"
-        " tmp: {size: 8MiB, inodes: 1k}}\n"
-        'artifacts: [{path: "out/*", max_size: 1MiB}]\n'
-    ),
-    "other": "version: 1\nname: other\nextends: live\nlimits: {wall: 9s}\n",
-    "plain": "version: 1\nname: plain\nextends: default\n",
-    "nothing": "version: 1\nname: nothing\nextends: live\ncommit: never\n",
-}
+    from sandboxd.models import SessionInfo
 
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     needs_containers()
-    with start_daemon(tmp_path_factory.mktemp("live"), config=CONFIG) as one:
-        give(one)
+    with living(tmp_path_factory.mktemp("live")) as one:
         yield one
-
-
-def give(daemon: Daemon) -> None:
-    for name, text in POLICIES.items():
-        (daemon.policies / f"{name}.yaml").write_text(text)
-    until(lambda: set(POLICIES) <= {one.name for one in daemon.client().policies()}, "policies are in force")
-
-
-@pytest.fixture
-def session(daemon: Daemon) -> Iterator[SessionInfo]:
-    made = daemon.client().create_session()
-    yield made
-    try:
-        daemon.client().delete_session(made.id)
-    except errors.NotFound:
-        return
-
-
-def live(daemon: Daemon, session: SessionInfo | str, code: str, **fields: object) -> Invocation:
-    return sh(daemon, session, code, policy="live", **fields)
 
 
 def test_what_runs_in_the_background_is_there_for_the_next_call(daemon: Daemon, session: SessionInfo) -> None:
