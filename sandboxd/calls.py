@@ -122,6 +122,14 @@ class Calls(Recovery):
             await self._planner.know_image(caller, request)
         plan_for = partial(self._planner.plan_for, **(again or Again())._asdict())
         policy, made = await off_the_loop(request, plan_for, caller, request)
+        if session is not None:
+            session.check(made.shape)
+        elif made.shape.kept:
+            raise errors.InvalidRequest(
+                f"policy {made.shape.policy!r} keeps one container over the calls of a session "
+                "(`isolation: session`), and the request names none: add `session`",
+                field="session",
+            )
         self._scheduler.check_room(caller.uid, caller.queued)
         payload = await off_the_loop(request, payload_of, request)
         held = Held(self._inputs, caller.uid)

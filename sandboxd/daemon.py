@@ -289,6 +289,7 @@ async def _until_stopped(service: DaemonService) -> None:
                 await service.all_ended()
             service.cancel_all()
             await service.all_ended()
+            await service.sessions.end_all()
             waiting.cancel_scope.cancel()
 
 

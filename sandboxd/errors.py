@@ -13,6 +13,7 @@ SandboxdError
 │   │   ├── SessionExists          session_exists           409
 │   │   ├── SessionBusy            session_busy             409
 │   │   ├── SessionIdle            session_idle             409
+│   │   ├── ContainerLive          container_live           409
 │   │   ├── CallNotStarted         call_not_started         409
 │   │   └── CallEnded              call_ended               409
 │   ├── ImageInUse                 image_in_use             409
@@ -55,6 +56,7 @@ __all__ = [
     "CallEnded",
     "CallNotStarted",
     "ConfigInvalid",
+    "ContainerLive",
     "ControlNotEnforced",
     "ControlNotSupported",
     "Draining",
@@ -200,6 +202,15 @@ class SessionIdle(StateConflict):
     """Raised when something is asked of the container of a session in which no call runs."""
 
     code = "session_idle"
+
+
+class ContainerLive(StateConflict):
+    """Raised when something is asked of a session that does not go with the container that it keeps.
+
+    ``details``: the ``session``, and ``since``, the call that the container was made for.
+    """
+
+    code = "container_live"
 
 
 class ImageInUse(Refused):

@@ -6,6 +6,9 @@ then one transaction of the journal writes the outcome, the checkpoint and the s
 is no change in a session without its record, and no record of a change that is not there. Fork and rollback
 only move pointers. What nothing refers to any more is removed in the background, and at start.
 
+A session may keep a container over its calls (``keeping``). Then what they change is in that alone; a
+checkpoint of it, and its end, wait for their turn as a call does, and nothing else may change the session.
+
 One task makes layers into one where they have become many, removes sessions whose time is over, and clears
 away.
 """
@@ -27,9 +30,10 @@ from uuid6 import uuid7
 
 from sandboxd import errors, models, units
 from sandboxd.init import LAUNCH
+from sandboxd.keeping import Keeping
 from sandboxd.lanes import Lanes
 from sandboxd.session import LONG, OWNER, CallSession
-from sandboxd.workspace import allowance, tables
+from sandboxd.workspace import allowance, containers, tables
 from sandboxd.workspace.checkout import Checkout
 from sandboxd.workspace.layer import Figures
 from sandboxd.workspace.merge import merge
@@ -45,7 +49,9 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
     from sandboxd.api.identity import Caller
+    from sandboxd.config import SessionShare
     from sandboxd.journal import Journal
+    from sandboxd.keeping import Live
     from sandboxd.workspace.effort import Effort
     from sandboxd.workspace.handles import Handles
     from sandboxd.workspace.store import LayerStore
@@ -56,6 +62,7 @@ __all__ = ["Sessions", "Standing"]
 
 LOOK = 1.0  # seconds between two looks for sessions whose time is over
 MOST = 500  # of a page
+LAST_CHECKPOINT = 60.0  # seconds, of one container, at the end of the daemon
 LETTING_GO = 5.0  # seconds, of all that is lent, at the end of the daemon
 
 log = structlog.get_logger("sandboxd.sessions")
@@ -63,6 +70,10 @@ log = structlog.get_logger("sandboxd.sessions")
 
 def _now() -> int:
     return time.time_ns() // 1000
+
+
+def _nothing(_: sqlite3.Connection) -> None:
+    """Nothing comes about beside it."""
 
 
 class Sessions:
@@ -91,6 +102,7 @@ class Sessions:
         self._turns = Turns()
         self._held = Shares()
         self._unwritten = Unwritten(journal, store)
+        self.keeping = Keeping()
         self._removing: set[str] = set()
         self._tasks: TaskGroup | None = None
         self._to_merge: deque[tuple[str, bool]] = deque()
@@ -111,6 +123,13 @@ class Sessions:
         if removed:
             log.warning("files of calls without an outcome were removed", layers=removed)
         await self._unwritten.restore()
+        lost = await self._journal.write(
+            lambda connection: containers.lose_all(
+                connection, _now(), "the daemon ended, and with it the container"
+            )
+        )
+        if lost:
+            log.warning("containers that sessions kept are lost", count=lost)
         self._held.start(held)
         await self._journal.write(allowance.charge)
         self._to_prune += [*going, None]
@@ -130,6 +149,7 @@ class Sessions:
             self._wake = anyio.Event()
             try:
                 await self._expire()
+                await self._look_at_containers()
                 while self._to_prune:
                     await self._prune(self._to_prune.popleft())
                 while self._to_merge:
@@ -214,7 +234,15 @@ class Sessions:
             await gone.wait()
 
     async def close(self) -> None:
-        """Let go of every directory that is lent; what does not let go in time goes with the daemon."""
+        """Let go of every directory that is lent; what does not let go in time goes with the daemon.
+
+        So do containers that are there still: who they were of is told so by the next daemon.
+        """
+        for live in self.keeping:
+            try:
+                await self.keeping.end(live, "the daemon ended")
+            except errors.SandboxdError:
+                log.exception("a container of a session was not cleared away", session=live.session)
         with anyio.move_on_after(LETTING_GO, shield=True):
             async with anyio.create_task_group() as tasks:
                 for id_ in list(self._checkouts):
@@ -375,6 +403,7 @@ class Sessions:
         row = await self._find(caller, named)
         wanted = await self._checkpoint(row, checkpoint)
         with self._alone(row):
+            self.keeping.refuse(row.id, named)
 
             def move(connection: sqlite3.Connection) -> bool:
                 if tables.checkpoint(connection, wanted.id) is None:
@@ -407,16 +436,158 @@ class Sessions:
         with self._alone(row):
             self._removing.add(row.id)
             try:
-                gone = await self._journal.write(
-                    lambda connection: tables.mark_gone(connection, row.id, over=over)
-                )
+                gone = await self._journal.write(partial(_go, row=row, over=over))
             finally:
                 self._removing.discard(row.id)
         if gone:
+            if (live := self.keeping.of(row.id)) is not None:
+                await self.keeping.end(live, "its session was removed")
             await self._let_go(row.id)
             self._to_prune.append(row.id)
             self._wake.set()
         return gone
+
+    # The container that it keeps.
+
+    async def checkpoint(self, caller: Caller, named: str) -> models.CheckpointInfo:
+        """A checkpoint of the files in the container that a session keeps; it waits for its turn.
+
+        Where nothing has changed, the one that there is. Raises NotFound, StateConflict where it keeps none,
+        QuotaExceeded, WorkspaceUnfit, HostFailed; then nothing has changed.
+        """
+        row = await self._find(caller, named)
+        hold = self._hold_of(row, caller.sessions, None)
+        try:
+            await hold.begin()
+            live = self._live(row, named)
+            if live.commit == "never":
+                raise errors.StateConflict(
+                    f"policy {live.shape.policy!r} keeps no files: it says `commit: never`", session=row.id
+                )
+            at = await self._take(hold, live)
+        finally:
+            hold.leave()
+        found = await self._journal.read(lambda connection: tables.checkpoint(connection, at))
+        if found is None:
+            raise errors.NotFound(f"the checkpoint of session {named!r} was removed")
+        return _checkpoint_info(found, at)
+
+    async def end(self, caller: Caller, named: str, *, discard: bool) -> models.SessionInfo:
+        """End the container that a session keeps, after a checkpoint of its files, unless they are discarded.
+
+        Where one was lost, that is acknowledged. Raises NotFound, SessionBusy, StateConflict where it keeps
+        none, and what ``checkpoint`` does; then the container is there as before.
+        """
+        row = await self._find(caller, named)
+        with self._alone(row):
+            if self.keeping.of(row.id) is None and await self._has_lost(row.id):
+                await self._journal.write(lambda connection: containers.forget(connection, row.id))
+            else:
+                await self._end(self._live(row, named), discard=discard, why="its session ended it")
+        return await self.get(caller, row.id)
+
+    async def end_all(self) -> None:
+        """End all that are kept, at the end of the daemon. What cannot be checkpointed is lost."""
+        for live in self.keeping:
+            with anyio.move_on_after(LAST_CHECKPOINT):
+                try:
+                    await self._end(live, discard=False, why="the daemon was stopped")
+                except errors.SandboxdError:
+                    log.exception("a container's files were not kept", session=live.session)
+
+    def _live(self, row: Row, named: str) -> Live:
+        live = self.keeping.of(row.id)
+        if live is None:
+            raise errors.StateConflict(
+                f"session {named!r} keeps no container; a call in it under a policy with "
+                "`isolation: session` makes one",
+                session=row.id,
+            )
+        return live
+
+    async def _has_lost(self, session: str) -> bool:
+        return await self._journal.read(lambda connection: containers.find(connection, session)) is not None
+
+    async def _take(
+        self, hold: CallSession, live: Live, also: Callable[[sqlite3.Connection], None] = _nothing
+    ) -> str:
+        """Checkpoint a container, in its session's turn; returns where the session stands then."""
+
+        def write(connection: sqlite3.Connection) -> None:
+            hold.commit(connection)
+            also(connection)
+
+        try:
+            at = await anyio.to_thread.run_sync(hold.keep_of, live)
+            with anyio.CancelScope(shield=True):  # what is on disk is also told
+                await self._journal.write(write, undo=hold.undo())
+                hold.committed()
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await hold.abandon()
+            raise
+        return at
+
+    async def _end(self, live: Live, *, discard: bool, why: str) -> None:
+        """End a container in its session's turn; what it raises leaves it as it was."""
+        row = await self._journal.read(lambda connection: tables.find(connection, live.session, None))
+        if row is None:
+            await self.keeping.end(live, why)
+            return
+        hold = self._hold_of(row, live.share, None)
+        try:
+            await hold.begin()
+            if self.keeping.of(row.id) is not live:
+                return
+            if discard or live.commit == "never":
+                await self._journal.write(lambda connection: containers.forget(connection, row.id))
+            else:
+                await self._take(hold, live, lambda connection: containers.forget(connection, row.id))
+            with anyio.CancelScope(shield=True):
+                await self.keeping.end(live, why)
+        finally:
+            hold.leave()
+
+    async def _look_at_containers(self) -> None:
+        """End those that are idle for too long, and note those that have ended themselves."""
+        for live in self.keeping:
+            if self._turns.inside(live.session):
+                continue
+            try:
+                if not live.kept.alive:
+                    await self._lose(live, "it ended while no call was in it")
+                elif live.idle:
+                    await self._end(live, discard=False, why="it was not used for so long")
+            except (errors.QuotaExceeded, errors.WorkspaceUnfit) as error:
+                await self._lose(
+                    live, f"it was not used for so long, and its files could not be kept: {error}"
+                )
+
+    async def _lose(self, live: Live, why: str) -> None:
+        lost = live.entry.lost(_now(), why)
+        self._turns.enter(live.session)
+        try:
+            await self._turns.take(live.session)
+            try:
+                if self.keeping.of(live.session) is live:
+                    await self._journal.write(
+                        lambda connection: containers.lose(connection, live.session, lost)
+                    )
+                    await self.keeping.end(live, why)
+            finally:
+                self._turns.give(live.session)
+        finally:
+            self._turns.leave(live.session)
+
+    async def _container_of(self, row: Row) -> models.SessionContainer | None:
+        if (live := self.keeping.of(row.id)) is not None:
+            return live.info()
+        lost = await self._journal.read(lambda connection: containers.find(connection, row.id))
+        if lost is None:
+            return None
+        return models.SessionContainer(
+            state="lost", since=lost.since, policy=lost.policy, calls=lost.calls, lost=lost
+        )
 
     # What its files are read and changed for.
 
@@ -483,6 +654,7 @@ class Sessions:
                 raise errors.PreconditionFailed(
                     f"session {named!r} does not stand on that checkpoint any more", digest=hold.before
                 )
+            hold.check(None)
             try:
                 made = await self.work.run(
                     caller.uid, lambda: effort.within(lambda: hold.make(fill)), stop=effort.stop
@@ -514,17 +686,20 @@ class Sessions:
             )
         if row.id in self._removing:
             raise errors.NotFound(f"no session {named!r} of yours")
-        checkout = self._checkout_of(row)
+        return self._hold_of(row, caller.sessions, self._checkout_of(row))
+
+    def _hold_of(self, row: Row, share: SessionShare, checkout: Checkout | None) -> CallSession:
         self._turns.enter(row.id)
         return CallSession(
             row,
-            caller.sessions,
+            share,
             journal=self._journal,
             store=self._store,
             turns=self._turns,
             held=self._held,
             unwritten=self._unwritten,
             kept=partial(self._kept, lent=row.checkout is not None),
+            keeping=self.keeping,
             checkout=checkout,
         )
 
@@ -598,6 +773,7 @@ class Sessions:
             layers=len(stack.layers),
             checkout=self._lending(row),
             lent=None if first is None else first.created,
+            container=await self._container_of(row),
             calls=row.calls,
             network=models.SessionNetwork(**allowance.used_of(row.network)),
             in_flight=self._turns.inside(row.id),
@@ -680,6 +856,13 @@ class Standing:
     checkpoint: str
     layers: tuple[Path, ...]
     checkout: Checkout | None
+
+
+def _go(connection: sqlite3.Connection, *, row: Row, over: int | None) -> bool:
+    gone = tables.mark_gone(connection, row.id, over=over)
+    if gone:
+        containers.forget(connection, row.id)
+    return gone
 
 
 def _identity(checkout: Checkout) -> str:

@@ -56,6 +56,14 @@ class SessionService(Protocol):
         """Give it the directory that it stands on again. Raises StateConflict."""
         ...
 
+    async def checkpoint(self, caller: Caller, named: str) -> models.CheckpointInfo:
+        """A checkpoint of the container that a session keeps."""
+        ...
+
+    async def end(self, caller: Caller, named: str, *, discard: bool) -> models.SessionInfo:
+        """End the container that a session keeps."""
+        ...
+
     async def rollback(self, caller: Caller, named: str, checkpoint: str) -> models.SessionInfo:
         """Move it to a checkpoint."""
         ...

@@ -85,6 +85,21 @@ class Sessions:
             asked = await body.decode(request, models.SessionLend, self.bounds, held)
         return json_response(await self.service.sessions.lend(caller, named_of(request), asked.checkout))
 
+    async def checkpoint(self, request: Request) -> Response:
+        """Make a checkpoint of the files in the container that the session keeps; it waits for its turn."""
+        body.query(request, queries.NoQuery)
+        await body.read(request, self.bounds)
+        return json_response(await self.service.sessions.checkpoint(caller_of(request), named_of(request)))
+
+    async def end(self, request: Request) -> Response:
+        """End the container that the session keeps, after a checkpoint of its files, or discarding them."""
+        body.query(request, queries.NoQuery)
+        caller = caller_of(request)
+        with self.bodies.held(caller.uid) as held:
+            asked = await body.decode(request, models.SessionEnd, self.bounds, held)
+        found = await self.service.sessions.end(caller, named_of(request), discard=asked.discard)
+        return json_response(found)
+
     async def rollback(self, request: Request) -> Response:
         """Let the session stand on another of its checkpoints; the later ones stay, to go forward again."""
         body.query(request, queries.NoQuery)
@@ -113,6 +128,10 @@ class Sessions:
             ("DELETE", one, self.delete, Doc("Remove a session", status=204)),
             ("GET", one + "/checkpoints", self.checkpoints,
              Doc("The checkpoints of a session", query=page, answer=models.CheckpointList)),
+            ("POST", one + "/checkpoint", self.checkpoint,
+             Doc("Checkpoint the container that a session keeps", answer=models.CheckpointInfo)),
+            ("POST", one + "/end", self.end,
+             Doc("End the container that a session keeps", body=models.SessionEnd, answer=info)),
             ("POST", one + "/fork", self.fork,
              Doc("Fork a session", body=models.SessionFork, answer=info, status=201)),
             ("POST", one + "/rollback", self.rollback,

@@ -83,6 +83,8 @@ GROUPS = {
             "rm": "session:delete",
             "checkpoints": "session:checkpoints",
             "fork": "session:fork",
+            "checkpoint": "container:checkpoint",
+            "end": "container:end",
             "rollback": "session:rollback",
             "discard": "session:discard",
             "diff": "checkout:diff",

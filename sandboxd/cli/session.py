@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from sandboxd import models
 
-__all__ = ["checkpoints", "create", "delete", "discard", "fork", "list_sessions", "rollback", "show"]
+__all__ = ["checkpoints", "create", "delete", "discard", "fork", "list_sessions", "rollback", "show", "told"]
 
 PAGE = 500
 P = TypeVar("P", "models.SessionList", "models.CheckpointList")
@@ -158,7 +158,7 @@ def list_sessions(*, remote: FlatRemote = REMOTE) -> None:
 
 def show(session: Session, /, *, remote: FlatRemote = REMOTE) -> None:
     """Show one session."""
-    _told(remote.client().session(session), remote)
+    told(remote.client().session(session), remote)
 
 
 def delete(session: Session, /, *, remote: FlatRemote = REMOTE) -> None:
@@ -199,12 +199,12 @@ def checkpoints(session: Session, /, *, remote: FlatRemote = REMOTE) -> None:
 
 def rollback(session: Session, checkpoint: Checkpoint, /, *, remote: FlatRemote = REMOTE) -> None:
     """Let a session stand on another of its checkpoints."""
-    _told(remote.client().rollback_session(session, checkpoint), remote)
+    told(remote.client().rollback_session(session, checkpoint), remote)
 
 
 def discard(session: Session, /, *, remote: FlatRemote = REMOTE) -> None:
     """Forget the checkpoints that a session does not stand on, as a rollback left them."""
-    _told(remote.client().discard_session(session), remote)
+    told(remote.client().discard_session(session), remote)
 
 
 def _labels(given: tuple[str, ...]) -> dict[str, str]:
@@ -221,7 +221,8 @@ def _made(info: models.SessionInfo, remote: Remote) -> None:
         terminal.print_text(info.name or info.id)
 
 
-def _told(info: models.SessionInfo, remote: Remote) -> None:
+def told(info: models.SessionInfo, remote: Remote) -> None:
+    """Print a session as it stands."""
     if remote.json:
         terminal.print_json(terminal.wire(info))
         return
@@ -233,6 +234,10 @@ def _told(info: models.SessionInfo, remote: Remote) -> None:
         f"calls       {info.calls}" + (f", {info.in_flight} in flight" if info.in_flight else ""),
         f"made        {terminal.age(info.created)} ago, used {terminal.age(info.used)} ago",
     ]
+    if (kept := info.container) is not None and kept.lost is not None:
+        lines.append(f"container   lost, with what its {kept.calls} calls had changed: {kept.lost.why}")
+    elif kept is not None:
+        lines.append(f"container   of policy {kept.policy}, {kept.calls} calls since {kept.since}")
     terminal.print_text("\n".join(lines))
 
 

@@ -599,6 +599,21 @@ class AsyncClient:
         """Let a session stand on one of its checkpoints, by id or digest. Raises NotFound, SessionBusy."""
         return await self._do(calls.rollback_session(named, checkpoint))
 
+    async def checkpoint_session(self, named: str) -> models.CheckpointInfo:
+        """Make a checkpoint of the files in the container that a session keeps (``isolation: session``).
+
+        Waits for the calls before. Where nothing has changed, the one that there is. Raises NotFound,
+        StateConflict where it keeps none, QuotaExceeded, WorkspaceUnfit.
+        """
+        return await self._do(calls.checkpoint_session(named))
+
+    async def end_session(self, named: str, *, discard: bool = False) -> models.SessionInfo:
+        """End the container that a session keeps, after a checkpoint of its files, unless ``discard``.
+
+        Raises NotFound, SessionBusy, StateConflict where it keeps none, QuotaExceeded, WorkspaceUnfit.
+        """
+        return await self._do(calls.end_session(named, discard=discard))
+
     async def discard_session(self, named: str) -> models.SessionInfo:
         """Forget the checkpoints that a session does not stand on. Raises NotFound, SessionBusy."""
         return await self._do(calls.discard_session(named))

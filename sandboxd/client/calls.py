@@ -466,6 +466,19 @@ def rollback_session(named: str, checkpoint: str) -> Call[models.SessionInfo]:
     )
 
 
+def checkpoint_session(named: str) -> Call[models.CheckpointInfo]:
+    """Make a checkpoint of one's container."""
+    return Call(
+        wire.Exchange("POST", wire.target("sessions", named, "checkpoint"), b""), _one(models.CheckpointInfo)
+    )
+
+
+def end_session(named: str, *, discard: bool) -> Call[models.SessionInfo]:
+    """End one's container."""
+    body = _body(_valid(models.SessionEnd, {"discard": discard}))
+    return Call(wire.Exchange("POST", wire.target("sessions", named, "end"), body), _one(models.SessionInfo))
+
+
 def discard_session(named: str) -> Call[models.SessionInfo]:
     """Forget what one does not stand on."""
     return Call(

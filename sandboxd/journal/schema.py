@@ -211,6 +211,17 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE callbacks ADD COLUMN problem TEXT",
         "CREATE INDEX callbacks_owed ON callbacks (id) WHERE done IS NULL",
     ),
+    (
+        # containers that sessions keep over their calls; ``lost`` is when one was found to be gone
+        """CREATE TABLE containers (
+            session TEXT PRIMARY KEY NOT NULL,
+            since TEXT NOT NULL,
+            calls INTEGER NOT NULL,
+            policy TEXT NOT NULL,
+            lost INTEGER,
+            why TEXT
+        ) STRICT, WITHOUT ROWID""",
+    ),
 )
 
 KEPT_BACKUPS = 2

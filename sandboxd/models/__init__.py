@@ -6,6 +6,7 @@ Bytes are never assumed to be text: see ``Content``.
 
 from sandboxd.models.batch import Batch, BatchResult
 from sandboxd.models.callback import Callback, CallbackState
+from sandboxd.models.container import ContainerLost, ContainerUse, SessionContainer, SessionEnd
 from sandboxd.models.files import FileChange, FileInfo, FileList, FileWritten, SessionDiff
 from sandboxd.models.invocation import (
     Artifact,
@@ -61,6 +62,8 @@ __all__ = [
     "Cause",
     "CheckpointInfo",
     "CheckpointList",
+    "ContainerLost",
+    "ContainerUse",
     "Content",
     "Control",
     "Count",
@@ -101,7 +104,9 @@ __all__ = [
     "SearchResults",
     "SecretInfo",
     "SecretUse",
+    "SessionContainer",
     "SessionDiff",
+    "SessionEnd",
     "SessionFork",
     "SessionInfo",
     "SessionLend",

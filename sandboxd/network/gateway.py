@@ -133,12 +133,17 @@ class Gateway:
         with suppress(OSError):  # who dies is followed by one that is told all
             await served.worker.send(encode("secrets", told_secrets(served, secrets)))
 
-    async def begin_end(self, id: str) -> None:  # noqa: A002
-        """Cut what is left of the call's connections; ``end`` waits for that."""
+    async def begin_end(self, id: str, *, inhabited: bool = False) -> None:  # noqa: A002
+        """Cut what is left of the call's connections; ``end`` waits for that.
+
+        ``inhabited``: somebody lives in the container still, and is refused everything until it is served.
+        """
         served = self._served[id]
+        if inhabited:
+            served.doors.rest()
         served.ending = True
         served.questions.close()
-        served.quiet = self._nothing_happened(served)
+        served.quiet = not inhabited and self._nothing_happened(served)
         with suppress(OSError):
             await served.worker.send(encode("end", {"id": id}))
 

@@ -80,6 +80,12 @@ class Doors:
             with _borrowed(fd) as waiting:
                 _empty(waiting)
 
+    def rest(self) -> None:
+        """Refuse connections from now on, until ``begin``. Raises OSError."""
+        for fd in (self.tcp, self.tcp6, self.dns_tcp):
+            with _borrowed(fd) as listener:
+                listener.shutdown(socket.SHUT_RD)  # it listens no more, and stays bound
+
     @property
     def descriptors(self) -> tuple[int, ...]:
         """All of them, in the order of the fields."""

@@ -46,7 +46,7 @@ def check(spec: PolicyFile, places: Places, *, host_network: bool) -> dict[str, 
         "network": [*_network(spec, places, host=host_network)],
         "secrets": [*_secrets(spec, places)],
         "syscalls": [*_contradicted(spec, places), *syscalls],
-        "others": [*_repeated(spec, places), *_retry(spec, places), *_unsupported(spec, places)],
+        "others": [*_repeated(spec, places), *_retry(spec, places), *_shared(spec, places)],
     }
 
 
@@ -268,13 +268,17 @@ RAISES: dict[str, Callable[[int], str]] = {
 """Limits that a retry may raise, and how a person reads them."""
 
 
-def _unsupported(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
-    declared = {
-        "isolation": (spec.isolation == "session", "isolation: session is"),
-    }
-    for path, (asked, what) in declared.items():
-        if asked:
-            yield places.problem(path, UNSUPPORTED, f"{what} not enforced by this release")
+def _shared(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
+    """What a call cannot have for itself in a container that others were in before."""
+    if spec.isolation != "session":
+        return
+    for number, secret in enumerate(spec.secrets):
+        if secret.as_ != "proxy":
+            said = (
+                f"`as: {secret.as_}` gives it to the container, and with `isolation: session` what earlier "
+                "calls left running would have it too; use `as: proxy`"
+            )
+            yield places.problem(f"secrets.{number}.as", IMPOSSIBLE, said)
 
 
 @lru_cache(maxsize=4096)

@@ -47,7 +47,7 @@ class CallNetwork:
         self._spool = spool
         self._secrets = secrets
         self._session = session
-        self._served = self._ending = False
+        self._served = self._ending = self._inhabited = False
         self._given: set[tuple[str, int]] = set()
         """Names and versions of the secrets that requests may have been given."""
         self.entrance: Entrance | None = None
@@ -60,6 +60,7 @@ class CallNetwork:
 
         Raises HostFailed, EngineFailed.
         """
+        self._inhabited = slot.shape.kept
         if slot.shape.expose:
             self.entrance = self._entrances.enter(self._id, self._uid, slot, self._on_event)
         if self._session is not None:
@@ -88,7 +89,7 @@ class CallNetwork:
             await self.entrance.begin_end()
         if self._served and not self._ending:
             self._ending = True
-            await self._gateway.begin_end(self._id)
+            await self._gateway.begin_end(self._id, inhabited=self._inhabited)
 
     async def end(self) -> NetworkUse:
         """Cut what is left; the sum. Safe to call twice."""

@@ -109,6 +109,15 @@ class MemorySessions:
             raise errors.NotFound("there is no such checkpoint")
         return found
 
+    async def checkpoint(self, caller: Caller, named: str) -> models.CheckpointInfo:
+        return self.find(caller, named).head
+
+    async def end(self, caller: Caller, named: str, *, discard: bool) -> models.SessionInfo:
+        found = self.find(caller, named)
+        if not discard:
+            raise errors.StateConflict("it keeps no container")
+        return found
+
     async def discard(self, caller: Caller, named: str) -> models.SessionInfo:
         return self.find(caller, named)
 
