@@ -57,6 +57,7 @@ DOCUMENTED: set[type[BaseModel]] = {
     models.SessionList, models.CheckpointInfo, models.CheckpointList, models.SessionDiff,
     models.SessionLend, models.FileChange, models.FileInfo, models.FileList, models.FileWritten,
     models.SearchResults, models.Pruning, models.Lineage, models.Replay, queries.ReplayBody,
+    models.ReplayEvent, queries.SessionReplayBody,
     queries.SignalBody, queries.CheckBody, queries.PruneBody,
 }  # fmt: skip
 
