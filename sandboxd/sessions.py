@@ -616,6 +616,17 @@ class Sessions:
         finally:
             self._turns.leave(row.id)
 
+    async def keeps(self, session: str, checkpoint: str | None) -> bool:
+        """Whether a session has a checkpoint, by its digest."""
+        if checkpoint is None:
+            return False
+
+        def read(connection: sqlite3.Connection) -> bool:
+            row = tables.find(connection, session, None)
+            return row is not None and tables.within(connection, row, checkpoint) is not None
+
+        return await self._journal.read(read)
+
     def left(self, caller: Caller) -> int:
         """Bytes that the caller's sessions may still grow by together."""
         return max(0, caller.sessions.size - self._held.size_of(caller.uid))

@@ -30,7 +30,7 @@ from sandboxd.api.ports import Ports
 from sandboxd.api.protocol import CALLER, ServerConfig
 from sandboxd.api.records import Records
 from sandboxd.api.secrets import Secrets
-from sandboxd.api.sessions import Sessions, named_of
+from sandboxd.api.sessions import Sessions, session_of
 from sandboxd.errors import InvalidRequest, NotFound, NotIdentified, SandboxdError, TooLarge
 from sandboxd.room import Room
 
@@ -57,6 +57,7 @@ DOCUMENTED: set[type[BaseModel]] = {
     models.SessionList, models.CheckpointInfo, models.CheckpointList, models.SessionDiff,
     models.SessionLend, models.FileChange, models.FileInfo, models.FileList, models.FileWritten,
     models.SearchResults, models.Pruning, models.Lineage, models.Replay, queries.ReplayBody,
+    models.ReplayEvent, queries.SessionReplayBody,
     queries.SignalBody, queries.CheckBody, queries.PruneBody,
 }  # fmt: skip
 
@@ -94,7 +95,7 @@ def build(service: Service) -> Edge:
         *Invocations(service, bodies).routes(),
         *Batches(service, bodies).routes(),
         *Ports("/v1/invocations/{id}", id_of, service.entrance).routes(),
-        *Ports("/v1/sessions/{session}", named_of, service.session_entrance).routes(),
+        *Ports("/v1/sessions/{session}", session_of, service.session_entrance).routes(),
         *Catalogue(service, bodies).routes(),
         *Secrets(service, bodies).routes(),
         *Sessions(service, bodies).routes(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from sandboxd import errors, models
@@ -314,6 +314,12 @@ class Service(Protocol):
 
     async def replay(self, caller: Caller, id: str, policy: str | None) -> models.Replay:  # noqa: A002
         """Run a recorded call again, under another policy if one is named, and say what differs."""
+        ...
+
+    async def replay_session(
+        self, caller: Caller, named: str, policy: str | None, *, keep: bool
+    ) -> AsyncGenerator[models.ReplayEvent]:
+        """Run the calls of a session again, in a fresh one, and say of each what differs as it ends."""
         ...
 
     async def lineage(self, caller: Caller, digest: str) -> models.Lineage:

@@ -646,6 +646,17 @@ class AsyncClient:
         """Run an ended call again and compare; under the policy of its record, or another one."""
         return await self._do(calls.replay(id, policy))
 
+    async def replay_session(
+        self, session: str, *, policy: str | None = None, keep: bool = False
+    ) -> AsyncStream[models.ReplayEvent]:
+        """Run the calls of a session again in a fresh one, and compare each as it ends.
+
+        The last event has ``ended``. With ``keep`` the fresh session stays. Raises NotFound, StateConflict,
+        Pruned.
+        """
+        answer = await self._open(calls.replay_session(session, policy, keep=keep))
+        return AsyncStream(answer, _replayed(answer))
+
     async def prune(self, *, age: int | None = None, size: int | None = None) -> models.Pruning:
         """Remove bodies, output and artifacts older than ``age`` (µs) or beyond ``size`` bytes, now."""
         return await self._do(calls.prune(age, size))
@@ -662,6 +673,11 @@ async def _single(data: bytes) -> AsyncIterator[bytes]:
 async def _results(answer: async_transport.AsyncAnswer) -> AsyncGenerator[models.BatchResult, None]:
     async for line in answer.lines():
         yield calls.batch_result(line)
+
+
+async def _replayed(answer: async_transport.AsyncAnswer) -> AsyncGenerator[models.ReplayEvent, None]:
+    async for line in answer.lines():
+        yield calls.replay_event(line)
 
 
 async def _decoded(

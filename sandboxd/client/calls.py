@@ -519,6 +519,18 @@ def replay(id: str, policy: str | None) -> Call[models.Replay]:  # noqa: A002
     )
 
 
+def replay_session(session: str, policy: str | None, *, keep: bool) -> wire.Exchange:
+    """Run the calls of a session again."""
+    body = json.dumps(
+        ({} if policy is None else {"policy": policy}) | ({"keep": True} if keep else {})
+    ).encode()
+    return wire.Exchange("POST", wire.target("sessions", session, "replay"), body, waits=True)
+
+
+replay_event: Callable[[bytes], models.ReplayEvent] = _one(models.ReplayEvent)
+"""Decodes one line of the answer to that."""
+
+
 def prune(age: int | None, size: int | None) -> Call[models.Pruning]:
     """Remove the oldest bodies and files now."""
     body = json.dumps({k: v for k, v in (("age", age), ("size", size)) if v is not None}).encode()

@@ -61,14 +61,14 @@ class Tree:
     left: dict[str, str] = field(default_factory=dict)
     ignored: int = 0
     rules: ignore.Ignore = field(default_factory=ignore.Ignore)
+    ruled_out: set[bytes] = field(default_factory=set)
+    """Directories that are ignored, but for what git tracks in them."""
 
     def is_ignored(self, path: bytes, *, is_directory: bool) -> bool:
         """Whether git would ignore a path, or one above it."""
         parts = path.split(b"/")
-        return any(
-            self.rules.has(parts[:depth], is_directory=is_directory or depth < len(parts))
-            for depth in range(1, len(parts) + 1)
-        )
+        within = any(self.rules.ruled_out(parts[:depth], is_directory=True) for depth in range(1, len(parts)))
+        return self.rules.has(parts, is_directory=is_directory, within=within)
 
 
 def scan(root: int, directory: str | os.PathLike[str], *, git: bool) -> Tree:
@@ -132,9 +132,13 @@ def _take(parent: int, name: bytes, path: bytes, tree: Tree) -> bool:
     """Take one file; whether it is a directory to be looked into. Raises OSError, TooLarge."""
     status = os.stat(name, dir_fd=parent, follow_symlinks=False)
     is_directory = stat.S_ISDIR(status.st_mode)
-    if tree.rules.has(path.split(b"/"), is_directory=is_directory):
+    parts = path.split(b"/")
+    within = b"/".join(parts[:-1]) in tree.ruled_out
+    if tree.rules.has(parts, is_directory=is_directory, within=within):
         tree.ignored += 1
         return False
+    if is_directory and (within or tree.rules.ruled_out(parts, is_directory=True)):
+        tree.ruled_out.add(path)
     text = encode_path(path)
     if (why := _unfit(path, status)) is not None:
         tree.left[text] = why

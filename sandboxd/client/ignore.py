@@ -2,9 +2,9 @@
 
 Theory of operation (gitignore(5); ``dir.c`` and ``wildmatch.c`` of git).  A path is asked about from the top
 down, each directory before what is in it, and nothing in an ignored directory is asked about. The file of
-rules nearest to it decides, and in it the last rule that matches; ``info/exclude`` is asked last. Names are
-bytes. What git's configuration names (``core.excludesFile``), and that a file is in its index, counts for
-nothing here.
+rules nearest to it decides, and in it the last rule that matches; ``info/exclude`` is asked last. What is
+tracked is not ignored (``gitindex``). Names are bytes. What git's configuration names
+(``core.excludesFile``) counts for nothing here.
 
 The rules may be a tool's, and so may be the names, so matching takes no longer than both are long: a glob is
 cut at its stars into pieces of fixed length, and each but the last is taken where it is found first. (The
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from sandboxd import errors
+from sandboxd.client.gitindex import tracked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -252,6 +253,9 @@ class Ignore:
         self._above: list[tuple[tuple[bytes, ...], tuple[Rule, ...]]] = []
         """Rules from above, the nearest first, each with the names that lead from them to the directory."""
         self._within: dict[tuple[bytes, ...], tuple[Rule, ...]] = {}
+        self._tracked: set[bytes] = set()
+        self._on_the_way: set[bytes] = set()
+        """Directories that what is tracked is in."""
 
     @classmethod
     def above(cls, directory: Path) -> Self:
@@ -268,18 +272,37 @@ class Ignore:
                 names = (os.fsencode(place.relative_to(one).parts[0]), *names)
                 found.append((names, rules_of(read(one / os.fsdecode(NAME)))))
             if os.path.lexists(one / ".git"):
-                found.append((names, rules_of(read(_common(one / ".git") / "info" / "exclude"))))
+                own, common = _repository(one / ".git")
+                found.append((names, rules_of(read(common / "info" / "exclude"))))
                 ignore._above = [each for each in found if each[1]]
+                ignore._track(tracked(own), b"".join(name + b"/" for name in names))
                 break
         return ignore
+
+    def _track(self, paths: Iterable[bytes], above: bytes) -> None:
+        self._tracked = {path[len(above) :] for path in paths if path.startswith(above)}
+        for path in self._tracked:
+            while (path := path.rpartition(b"/")[0]) and path not in self._on_the_way:
+                self._on_the_way.add(path)
 
     def add(self, directory: Sequence[bytes], text: bytes) -> None:
         """Take the rules of a directory, whose path are its names."""
         if rules := rules_of(text):
             self._within[tuple(directory)] = rules
 
-    def has(self, path: Sequence[bytes], *, is_directory: bool) -> bool:
-        """Whether a path is ignored, of which no directory is."""
+    def has(self, path: Sequence[bytes], *, is_directory: bool, within: bool = False) -> bool:
+        """Whether a path is ignored, by the rules or, ``within``, since a directory that it is in is.
+
+        What git tracks is not, and nor is a directory that has any of it.
+        """
+        path = tuple(path)
+        name = b"/".join(path)
+        if name in self._tracked or (is_directory and name in self._on_the_way):
+            return False
+        return within or self.ruled_out(path, is_directory=is_directory)
+
+    def ruled_out(self, path: Sequence[bytes], *, is_directory: bool) -> bool:
+        """Whether the rules say so of a path, of which they say it of no directory."""
         path = tuple(path)
         for depth in range(len(path) - 1, -1, -1):
             for rule in self._within.get(path[:depth], ()):
@@ -316,13 +339,11 @@ def read_fd(fd: int, name: str) -> bytes:
     return data
 
 
-def _common(git: Path) -> Path:
-    """Where a repository has what its work trees share (gitrepository-layout(5))."""
-    if git.is_dir():
-        return git
-    text = read(git)
+def _repository(git: Path) -> tuple[Path, Path]:
+    """Where a work tree's own things are, and what all of its repository share (gitrepository-layout(5))."""
+    text = b"" if git.is_dir() else read(git)
     if not text.startswith(b"gitdir: "):
-        return git
+        return git, git
     place = git.parent / os.fsdecode(text[8:].strip())
     shared = read(place / "commondir").strip()
-    return place / os.fsdecode(shared) if shared else place
+    return place, place / os.fsdecode(shared) if shared else place

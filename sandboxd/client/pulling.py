@@ -17,17 +17,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import secrets
 import stat
-import unicodedata
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sandboxd import errors, models, units
 from sandboxd.artifacts import decode_path
 from sandboxd.client.agreement import Agreement, content_of, link_mark, mark, mark_there
+from sandboxd.client.place import beside, content_at, is_git, own_umask, status_of, write_sparse
 from sandboxd.client.pushing import Refusal, files_there
 from sandboxd.kernel import files
 
@@ -43,8 +41,6 @@ MOST = 10_000
 """Changes that one pull brings."""
 MOST_BYTES = 4 << 30
 """Bytes of files that one pull reads, if its caller does not say; holes count."""
-_BLOCK = 4096
-_CHUNK = 1 << 20
 _PARENT = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
@@ -157,7 +153,7 @@ class _Pull:
         self._force = force
         self._most = most
         self._left = most
-        self._umask = _umask()
+        self._umask = own_umask()
         self._result = Pulled()
 
     def run(self, changes: list[models.FileChange]) -> Pulled:
@@ -188,13 +184,13 @@ class _Pull:
             parts = files.split_path(path)
         except (ValueError, errors.InvalidRequest) as error:
             raise _Refused("the daemon told a path that no file here can have") from error
-        if any(_is_git(part) for part in parts) and not self._git:
+        if any(is_git(part) for part in parts) and not self._git:
             raise _Refused("it is in .git; ask for it with --git")
         return path
 
     def _apply(self, change: models.FileChange, path: bytes) -> bool:
         with self._parent(path) as (parent, name):
-            here = _status(parent, name)
+            here = status_of(parent, name)
             if change.new is None:
                 return self._remove(change, parent, name, here)
             match change.new.kind:
@@ -211,11 +207,11 @@ class _Pull:
         """Note what both sides have now."""
         new = change.new
         with self._parent(path) as (parent, name):
-            here = _status(parent, name)
+            here = status_of(parent, name)
             if here is None or new is None:
                 self._agreement.drop(change.path)
                 return
-            content = new.digest or _content(parent, name, here) or ""
+            content = new.digest or content_at(parent, name, here) or ""
             kind = "symlink" if stat.S_ISLNK(here.st_mode) else new.kind
             self._agreement.agree(
                 change.path, mark(kind, content, here.st_mode), mark(kind, content, new.mode)
@@ -242,7 +238,7 @@ class _Pull:
         if self._info.lent is not None and here.st_ctime_ns // 1000 < self._info.lent:
             return True
         known = content_of(self._agreement.here(change.path))
-        return known is not None and known == _content(parent, name, here)
+        return known is not None and known == content_at(parent, name, here)
 
     def _check(
         self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result | None
@@ -268,7 +264,7 @@ class _Pull:
         if here is not None and stat.S_ISREG(here.st_mode):
             # No digest is told of a file that differs from what is here in its mode or owner alone.
             alike = change.old is not None and not {"kind", "content"} & set(change.aspects)
-            same = alike if new.digest is None else new.digest == _content(parent, name, here)
+            same = alike if new.digest is None else new.digest == content_at(parent, name, here)
             if same and stat.S_IMODE(here.st_mode) == mode:
                 return False
         self._check(change, parent, name, here)
@@ -276,7 +272,7 @@ class _Pull:
             raise _Refused("a directory is here")
         if new.size is not None and new.size > self._left:
             raise self._too_much()
-        with _beside(parent) as temporary:
+        with beside(parent) as temporary:
             fd = files.openat2(parent, temporary, _NEW, 0o600)
             try:
                 digest = self._copy(change.path, fd)
@@ -298,7 +294,7 @@ class _Pull:
                     raise self._too_much()
                 self._left -= len(chunk)
                 digest.update(chunk)
-                _write_sparse(fd, chunk, size)
+                write_sparse(fd, chunk, size)
                 size += len(chunk)
         os.ftruncate(fd, size)
         return f"sha256:{digest.hexdigest()}"
@@ -325,22 +321,22 @@ class _Pull:
         # Behind a name, ".." goes up from where that name leads, and it may be a link.
         if not target or target.startswith(b"/") or up > change.path.count("/") or b".." in parts[up:]:
             raise _Refused("it is a link that leads out of the directory, or may by way of another")
-        if any(_is_git(part) for part in parts) and not self._git:
+        if any(is_git(part) for part in parts) and not self._git:
             raise _Refused("it is a link into .git; ask for it with --git")
         digest = link_mark(target)
-        if here is not None and stat.S_ISLNK(here.st_mode) and _content(parent, name, here) == digest:
+        if here is not None and stat.S_ISLNK(here.st_mode) and content_at(parent, name, here) == digest:
             return False
         self._check(change, parent, name, here)
         if here is not None and stat.S_ISDIR(here.st_mode):
             raise _Refused("a directory is here")
-        with _beside(parent) as temporary:
+        with beside(parent) as temporary:
             os.symlink(target, temporary, dir_fd=parent)
             self._replace(parent, temporary, name, here)
         return True
 
     @staticmethod
     def _replace(parent: int, temporary: bytes, name: bytes, here: os.stat_result | None) -> None:
-        now = _status(parent, name)
+        now = status_of(parent, name)
         if (now and (now.st_ino, now.st_ctime_ns)) != (here and (here.st_ino, here.st_ctime_ns)):
             raise _Refused("it was changed here just now")
         os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
@@ -383,67 +379,3 @@ class _Pull:
             raise _Refused("it was changed here since the session was made, and removed in it")
         os.unlink(name, dir_fd=parent)
         return True
-
-
-@contextmanager
-def _beside(parent: int) -> Iterator[bytes]:
-    """A name for what is renamed into place; what is left of it is removed."""
-    name = b".sandboxd-pull-%s" % secrets.token_hex(8).encode()
-    try:
-        yield name
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=parent)
-
-
-def _write_sparse(fd: int, data: bytes, offset: int) -> None:
-    """Write what is not all zeros at its place in a new file, whose end the caller sets."""
-    view = memoryview(data)
-    zeros = bytes(_BLOCK)
-    at = 0
-    while at < len(view):
-        until = min(len(view), at + _BLOCK - (offset + at) % _BLOCK)
-        if view[at:until] == zeros[: until - at]:
-            at = until
-            continue
-        while until < len(view) and view[until : until + _BLOCK] != zeros[: len(view) - until]:
-            until = min(len(view), until + _BLOCK)
-        while at < until:
-            at += os.pwrite(fd, view[at:until], offset + at)
-
-
-def _umask() -> int:
-    """This process' own, which umask(2) tells only by changing it for all threads."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("Umask:"):
-            return int(line.split()[1], 8)
-    return 0o022
-
-
-def _is_git(part: bytes) -> bool:
-    """Whether a name is ``.git`` to git, or to a file system that folds case or has names of 8 and 3."""
-    text = "".join(one for one in part.decode("utf-8", "ignore") if unicodedata.category(one) != "Cf")
-    return text.casefold().partition(":")[0].rstrip(". ") in {".git", "git~1"}
-
-
-def _status(parent: int, name: bytes) -> os.stat_result | None:
-    try:
-        return os.stat(name, dir_fd=parent, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-
-
-def _content(parent: int, name: bytes, here: os.stat_result) -> str | None:
-    """The digest of what is here, or of where a link points; None for what has none."""
-    if stat.S_ISLNK(here.st_mode):
-        return link_mark(os.readlink(name, dir_fd=parent))
-    if not stat.S_ISREG(here.st_mode):
-        return None
-    digest = hashlib.sha256()
-    fd, _ = files.open_regular(parent, name)
-    try:
-        while chunk := os.read(fd, _CHUNK):
-            digest.update(chunk)
-    finally:
-        os.close(fd)
-    return f"sha256:{digest.hexdigest()}"

@@ -664,6 +664,17 @@ class Client:
         """Run an ended call again and compare; under the policy of its record, or another one."""
         return self._do(calls.replay(id, policy))
 
+    def replay_session(
+        self, session: str, *, policy: str | None = None, keep: bool = False
+    ) -> Stream[models.ReplayEvent]:
+        """Run the calls of a session again in a fresh one, and compare each as it ends.
+
+        The last event has ``ended``. With ``keep`` the fresh session stays. Raises NotFound, StateConflict,
+        Pruned.
+        """
+        answer = self._open(calls.replay_session(session, policy, keep=keep))
+        return Stream(answer, map(calls.replay_event, answer.lines()))
+
     def prune(self, *, age: int | None = None, size: int | None = None) -> models.Pruning:
         """Remove bodies, output and artifacts older than ``age`` (µs) or beyond ``size`` bytes, now."""
         return self._do(calls.prune(age, size))

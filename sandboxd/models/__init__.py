@@ -34,7 +34,7 @@ from sandboxd.models.operating import (
 )
 from sandboxd.models.outcome import Cause, Denial, Failure, LimitReached, Outcome, Usage, signal_name
 from sandboxd.models.receipt import Control, Receipt
-from sandboxd.models.replay import Difference, Replay
+from sandboxd.models.replay import Difference, Replay, ReplayedCall, ReplayEvent, SessionReplay
 from sandboxd.models.request import Input, Narrowing, Request
 from sandboxd.models.retry import FailedAttempt
 from sandboxd.models.search import Hit, Pruning, SearchResults
@@ -100,6 +100,8 @@ __all__ = [
     "Receipt",
     "Release",
     "Replay",
+    "ReplayEvent",
+    "ReplayedCall",
     "Request",
     "SearchResults",
     "SecretInfo",
@@ -113,6 +115,7 @@ __all__ = [
     "SessionList",
     "SessionNetwork",
     "SessionQuota",
+    "SessionReplay",
     "SessionRequest",
     "SessionRollback",
     "Size",

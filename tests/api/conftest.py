@@ -23,7 +23,7 @@ from sandboxd.api import app, listener
 from sandboxd.config import CallerRule, Config, HttpLimits, Match
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 
     from sandboxd.api.identity import Caller
     from sandboxd.journal.search import Query
@@ -401,6 +401,16 @@ class MemoryService:
 
     async def replay(self, caller: Caller, id: str, policy: str | None) -> models.Replay:
         return models.Replay(recorded=id, replayed=self.call(caller, id).invocation)
+
+    async def replay_session(
+        self, caller: Caller, named: str, policy: str | None, *, keep: bool
+    ) -> AsyncGenerator[models.ReplayEvent]:
+        found = self._sessions.find(caller, named)
+
+        async def events() -> AsyncGenerator[models.ReplayEvent]:
+            yield models.ReplayEvent(ended=models.SessionReplay(recorded=found.id))
+
+        return events()
 
     async def lineage(self, caller: Caller, digest: str) -> models.Lineage:
         raise errors.NotFound("no call of yours released that")

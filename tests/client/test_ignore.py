@@ -164,6 +164,27 @@ def test_rules_and_names_at_random(tmp_path: Path, seed: int) -> None:
     compared(tmp_path)
 
 
+@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize("kind", ["sha1", "sha256"])
+def test_what_git_tracks_is_not_ignored(tmp_path: Path, version: int, kind: str) -> None:
+    git(tmp_path, "init", "-q", f"--object-format={kind}")
+    git(tmp_path, "config", "index.version", str(version))
+    names = ["a.o", "out/kept", "out/deep/er/kept", "src/a.c", "src/out/x", "é", "out/deep-not/y", "zz" * 100]
+    make(tmp_path, {".gitignore": "*.o\nout\n", **dict.fromkeys(names, "")})
+    make(tmp_path, dict.fromkeys(("b.o", "out/not", "out/deep/not", "out/deep/er/not", "src/out/y"), ""))
+    git(tmp_path, "add", "-f", *names[:6], names[7])
+    git(tmp_path, "add", "-N", "-f", "src/a.c", "b.o")  # an entry with more flags, of version 3
+    found = compared(tmp_path)
+    assert {b"a.o", b"b.o", b"out/kept", b"out/deep/er/kept", b"src/out/x"} <= found
+    assert not {b"out/not", b"out/deep/not", b"out/deep/er/not", b"src/out/y", b"out/deep-not"} & found
+    assert compared(tmp_path, tmp_path / "src") == {b"a.c", b"out", b"out/x"}
+    assert "not" in scanned(tmp_path / "out").files  # who names a directory wants what is in it
+    index = (tmp_path / ".git" / "index").read_bytes()
+    for damaged in (b"", b"DIRC", index[:60], b"DIRC" + b"\xff" * 100, index[:12] + bytes(62) + b"x" * 500):
+        (tmp_path / ".git" / "index").write_bytes(damaged)
+        assert "src/a.c" in scanned(tmp_path).files
+
+
 def test_rules_of_the_repository_that_a_directory_is_in(tmp_path: Path) -> None:
     git(tmp_path, "init", "-q")
     make(
