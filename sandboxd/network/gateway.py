@@ -125,13 +125,20 @@ class Gateway:
         async with served.handing:
             if served.worker is not None or served.ended.is_set():
                 return
-            try:
-                served.worker = await self._worker_for(served.uid, looks=served.rules.look_inside)
-                await self._hand_over(served, served.worker)
-            except errors.HostFailed:
-                log.exception("a container's connections are not served", id=served.id)
-                served.on_event(_failed("no process could be made that serves the connections"))
-                served.give_up()
+            for left in reversed(range(MAX_CRASHES)):
+                try:
+                    worker = await self._worker_for(served.uid, looks=served.rules.look_inside)
+                    served.worker = worker
+                    await self._hand_over(served, worker)
+                except errors.HostFailed:
+                    if served.worker is not None and served.worker is not worker:
+                        return  # whoever saw it end has found another
+                    if not left:
+                        log.exception("a container's connections are not served", id=served.id)
+                        served.on_event(_failed("no process could be had that serves the connections"))
+                        served.give_up()
+                else:
+                    return
 
     def renew(self, id: str, secrets: Secrets) -> None:  # noqa: A002
         """Secrets have new values; requests have them from now on. Of a call that ended: nothing."""
