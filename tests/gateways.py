@@ -20,7 +20,7 @@ from sandboxd.network.chain import write_chain
 from sandboxd.network.gateway import Gateway
 from sandboxd.network.namespace import open_doors
 from sandboxd.network.questions import nobody
-from sandboxd.reach import Reach
+from sandboxd.reach import DNS_PORT, Reach
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -80,6 +80,12 @@ def served(rules: NetworkRules) -> Iterator[tuple[int, Any]]:
             doors.close()
     finally:
         os.close(namespace)
+
+
+def knock(namespace: int, said: bytes = b"?") -> None:
+    """Ask the resolver of a namespace something, so that somebody has to serve it."""
+    with in_network_namespace(namespace, lambda: socket.socket(type=socket.SOCK_DGRAM)) as sock:
+        sock.sendto(said, ("127.0.0.53", DNS_PORT))
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, place: Path, kind: str, *messages: str) -> None:

@@ -213,8 +213,8 @@ def test_a_secret_that_is_written_slowly_shows_its_first_bytes_at_most(how: str,
     assert count == 1
     assert encoded.startswith(shown)
     assert len(shown) <= min(3, len(encoded) // 4 - 1)
-    again, _ = slowly({"TOKEN": secret}, [bytes([byte]) for byte in encoded] * 50)
-    assert again == (shown + MARK) * 50  # the same bytes each time, and never the next ones
+    again, _ = slowly({"TOKEN": secret}, [bytes([byte]) for byte in encoded] * 3)
+    assert again == (shown + MARK) * 3  # the same bytes each time, and never the next ones
 
 
 @pytest.mark.parametrize("pause", range(1, 40))

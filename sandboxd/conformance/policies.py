@@ -102,6 +102,7 @@ network:
   budget: {requests: 3}
 """,
     "network-budget": "extends: conformance-network\nnetwork: {budget: {connections: 2}}\n",
+    "network-session": "extends: conformance-network\nnetwork: {budget: {session: {connections: 3}}}\n",
     "network-outside": """
 extends: conformance-python
 network: {allow: [{host: "*.conformance.test", ports: [$port]}]}

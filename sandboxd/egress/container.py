@@ -27,7 +27,7 @@ from sandboxd.egress.refusals import Refusals
 from sandboxd.egress.relay import Cut, cut, resets
 from sandboxd.egress.site import Site
 from sandboxd.egress.streams import Counted, Left, Plain, while_there
-from sandboxd.egress.through import Through
+from sandboxd.egress.through import GRACE, Through
 from sandboxd.egress.told import Connection, Told
 from sandboxd.reach import Decision
 
@@ -45,8 +45,14 @@ if TYPE_CHECKING:
 __all__ = ["Container"]
 
 SILENT_SECONDS = 30.0  # that a program may be where HTTP alone is spoken
-GRACE = 1.0  # seconds that what programs have said may take to arrive when their call has ended
+KINDS = (
+    (socket.AF_INET, socket.SOCK_STREAM), (socket.AF_INET6, socket.SOCK_STREAM),
+    (socket.AF_INET6, socket.SOCK_DGRAM), (socket.AF_INET6, socket.SOCK_STREAM),
+    (socket.AF_NETLINK, socket.SOCK_RAW),
+)  # fmt: skip
+"""Of the sockets that it is given."""
 MAX_OPEN = 4096  # connections at once
+LOOK_AGAIN = 0.005  # seconds between two looks whether what waited was taken
 TELL_SECONDS = 0.25  # after which the daemon knows what was used
 MAX_FAULTS = 3
 TOO_LATE = "the call ended before anything was connected to"
@@ -80,7 +86,7 @@ class Container:
         self.secrets: dict[str, Secret] = {}
         """What requests may be given on their way out; what is written here, the next request has."""
         self._say = say
-        self._sockets = [socket.socket(fileno=fd) for fd in fds]
+        self._sockets = [socket.socket(*kind, 0, fd) for kind, fd in zip(KINDS, fds, strict=True)]
         *_, log = self._sockets
         self._names = Names(
             self._reach,
@@ -95,31 +101,14 @@ class Container:
         self._faults = 0
         self._open = 0
         self._scope = anyio.CancelScope()
-        self._awake = False
-        self._ending = False
+        self._ending = self._closed = False
         self._relays: set[Through] = set()
-        self._tasks: TaskGroup
-        self._first_sign: select.epoll
         self._telling: asyncio.TimerHandle | None = None
         budget.on_use = self._tell_soon
 
     def begin(self, tasks: TaskGroup) -> None:
-        """Serve it from now on; most calls never connect, and cost no more than this."""
-        self._tasks = tasks
-        self._first_sign = select.epoll()
-        for sock in self._sockets:
-            self._first_sign.register(sock, select.EPOLLIN)
-        asyncio.get_running_loop().add_reader(self._first_sign, self._wake, tasks)
-
-    def _wake(self, tasks: TaskGroup) -> None:
-        self._sleep_no_more()
-        self._awake = True
-        self._say("awake")  # before anything is taken: where it was not said, nothing has happened
+        """Serve it from now on."""
         tasks.start_soon(self._serve)
-
-    def _sleep_no_more(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._first_sign)
-        self._first_sign.close()
 
     async def _serve(self) -> None:
         try:
@@ -142,12 +131,6 @@ class Container:
 
         Nobody lives in the container any more: what they wrote is all that can come.
         """
-        if not self._awake and self._first_sign.poll(0):
-            self._wake(self._tasks)
-        if not self._awake:
-            self._sleep_no_more()
-            self._close()
-            return
         self._ending = True
         self.questions.close(TOO_LATE)
         for relay in self._relays:
@@ -156,13 +139,15 @@ class Container:
         self._end_if_idle()
 
     def _end_if_idle(self) -> None:
-        """End when every connection is over, also those that nobody has taken yet."""
-        if not self._ending or self._open:
+        """End when every connection is over, and nothing waits that nobody has taken yet."""
+        if not self._ending or self._open or self._closed:
             return
         waiting = select.poll()
-        for listener in self._sockets[:2]:
-            waiting.register(listener, select.POLLIN)
-        if not waiting.poll(0):
+        for sock in self._sockets[:-1]:
+            waiting.register(sock, select.POLLIN)
+        if waiting.poll(0):
+            asyncio.get_running_loop().call_later(LOOK_AGAIN, self._end_if_idle)
+        else:
             self._scope.cancel()
 
     def _tell_of_waiting(self) -> None:
@@ -178,6 +163,7 @@ class Container:
                         self._told.emit("failed", Connection(name, str(address), port), TOO_LATE)
 
     def _close(self) -> None:
+        self._closed = True
         for sock in self._sockets:
             sock.close()
         if self._telling is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import socket
 import struct
 from contextlib import suppress
@@ -14,7 +15,7 @@ import anyio
 if TYPE_CHECKING:
     from sandboxd.egress.budget import Budget
 
-__all__ = ["Cut", "Pump", "cut", "deliver", "resets"]
+__all__ = ["Cut", "Pump", "cut", "deliver", "hung_up", "resets"]
 
 CHUNK = 1 << 20
 COPIED = 1 << 16  # bytes of one read that goes without a pipe
@@ -43,6 +44,13 @@ def cut(sock: socket.socket) -> None:
     """Close so that the other end sees a reset."""
     resets(sock, reset=True)
     sock.close()
+
+
+def hung_up(sock: socket.socket) -> bool:
+    """Whether the other end has closed its socket, and not only said that it sends no more (poll(2))."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0))
 
 
 def arrived(sock: socket.socket) -> bool:

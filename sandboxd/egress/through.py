@@ -9,15 +9,16 @@ import anyio
 
 from sandboxd.egress import hello
 from sandboxd.egress.greeting import first_said, second_said
-from sandboxd.egress.relay import Cut, Pump, deliver, resets
+from sandboxd.egress.relay import Cut, Pump, deliver, hung_up, resets
 
 if TYPE_CHECKING:
     import socket
 
     from sandboxd.egress.budget import Budget
 
-__all__ = ["Through"]
+__all__ = ["GRACE", "Through"]
 
+GRACE = 1.0  # seconds that what was said may take to arrive, where nobody is left to say more
 ENDED = "the call ended before the connection did"
 
 
@@ -36,6 +37,7 @@ class Through:
         self._refusal: str | None = None
         self._said = False
         """The program has said that nothing more comes."""
+        self._gone: OSError | None = None
         self._leaving = False
         self._scope = anyio.CancelScope()
         self.verdict, self.why = "allowed", ENDED
@@ -57,10 +59,10 @@ class Through:
             with self._scope:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(self._there)
-                    tasks.start_soon(self._back.run)
-            if self._leaving and self._refusal is None:
-                await deliver(self._server)
-            self.why = ""
+                    tasks.start_soon(self._answers)
+            if self._refusal is None and (self._leaving or self._gone is not None):
+                await self._deliver()
+            self.why = "" if self._gone is None else f"the connection was reset: {self._gone}"
         except* Cut as group:
             limit = str(group.exceptions[0])
             self._budget.reached.add(limit)
@@ -68,12 +70,25 @@ class Through:
         except* OSError as group:
             if self._refusal is None:
                 self.why = f"the connection was reset: {group.exceptions[0]}"
+                await self._deliver()  # what a program said before it gave up is said
         finally:
             if self._refusal is not None:
                 self.verdict, self.why = "denied", self._refusal
         if not self.why or self._refusal is not None:  # all was said, or the alert
             resets(self._client, reset=False)
         resets(self._server, reset=bool(self.why))
+
+    async def _answers(self) -> None:
+        try:
+            await self._back.run()
+        except OSError as error:
+            if not hung_up(self._client):
+                raise
+            self._gone = error  # a program that is gone has said something, which still goes on
+
+    async def _deliver(self) -> None:
+        with suppress(OSError), anyio.move_on_after(GRACE):
+            await deliver(self._server)
 
     async def _there(self) -> None:
         try:

@@ -1,9 +1,10 @@
 """The daemon's side of the network: which process serves which container, and what it reports.
 
 Theory of operation.  A container's sockets (``namespace.Doors``) are handed to a process of
-``sandboxd.egress`` when a call gets the container, and taken back when the call has ended. A process serves
-the containers of one caller. It is started when first needed, and until it is up, connections wait in the
-backlog of their sockets. When it dies, its connections die with it; the containers go to another, with the
+``sandboxd.egress`` when anybody in the container wants something of them, and taken back when the call has
+ended: most calls never do, and cost no process anything. Until then connections wait in the backlog of their
+sockets. A process serves the containers of one caller, and is there before the first of its calls with a
+network begins. When it dies, its connections die with it; the containers go to another, with the
 names that they were told.
 """
 
@@ -49,7 +50,6 @@ __all__ = ["Gateway"]
 CONTAINERS = 32  # that one process serves before another is started beside it
 END_SECONDS = 5.0  # that a process has for its last word on a container
 IDLE_SECONDS = 300.0  # that a process without a container is kept
-MAX_HEARD = 1000  # messages of a process that are heard for the sake of one container's end
 AT_ONCE = 16  # messages of a process, before others have their turn
 MAX_FAULTS = 100  # of a process
 NAMES_AT_ONCE = 1000
@@ -104,7 +104,7 @@ class Gateway:
         assert rules is not None  # noqa: S101
         assert doors is not None  # noqa: S101
         doors.begin()
-        worker = await self._worker_for(uid, looks=rules.look_inside)
+        await self._worker_for(uid, looks=rules.look_inside)  # there is one, or nothing runs
         questions = Questions(id, decide, self._tasks)
         served = Served(
             id,
@@ -113,13 +113,32 @@ class Gateway:
             slot.shape.digest,
             rules,
             on_event,
-            worker,
             dict(secrets),
             questions=questions,
-            left=left,
+            left=dict(left),
         )
-        await self._hand_over(served)
         self._served[id] = served
+        served.watch(lambda: self._tasks.start_soon(self._begin, served))
+
+    async def _begin(self, served: Served) -> None:
+        """Hand a container over, once anybody in there wants something. Safe to call twice."""
+        async with served.handing:
+            if served.worker is not None or served.ended.is_set():
+                return
+            for left in reversed(range(MAX_CRASHES)):
+                try:
+                    worker = await self._worker_for(served.uid, looks=served.rules.look_inside)
+                    served.worker = worker
+                    await self._hand_over(served, worker)
+                except errors.HostFailed:
+                    if served.worker is not None and served.worker is not worker:
+                        return  # whoever saw it end has found another
+                    if not left:
+                        log.exception("a container's connections are not served", id=served.id)
+                        served.on_event(_failed("no process could be had that serves the connections"))
+                        served.give_up()
+                else:
+                    return
 
     def renew(self, id: str, secrets: Secrets) -> None:  # noqa: A002
         """Secrets have new values; requests have them from now on. Of a call that ended: nothing."""
@@ -128,65 +147,49 @@ class Gateway:
             self._tasks.start_soon(self._renew, served, secrets)
 
     async def _renew(self, served: Served, secrets: Secrets) -> None:
-        if served.ending:
-            return  # it would keep what it has no container for
-        with suppress(OSError):  # who dies is followed by one that is told all
-            await served.worker.send(encode("secrets", told_secrets(served, secrets)))
+        async with served.handing:  # or what is handed over could come after this, and be older
+            if served.ending or served.worker is None:
+                return  # it would keep what it has no container for; or it is told all when it gets that
+            with suppress(OSError):  # who dies is followed by one that is told all
+                await served.worker.send(encode("secrets", told_secrets(served, secrets)))
 
     async def begin_end(self, id: str, *, inhabited: bool = False) -> None:  # noqa: A002
-        """Cut what is left of the call's connections; ``end`` waits for that.
+        """End what is left of the call's connections; ``end`` waits for that.
 
         ``inhabited``: somebody lives in the container still, and is refused everything until it is served.
         """
         served = self._served[id]
+        served.unwatch()
+        if served.worker is None and not served.awake and not served.doors.knocked():
+            served.ended.set()  # nobody has wanted anything
+        else:
+            await self._begin(served)
         if inhabited:
             served.doors.rest()
         served.ending = True
         served.questions.close()
-        served.quiet = not inhabited and self._nothing_happened(served)
-        with suppress(OSError):
-            await served.worker.send(encode("end", {"id": id}))
+        if served.worker is not None:
+            with suppress(OSError):
+                await served.worker.send(encode("end", {"id": id}))
 
     async def end(self, id: str) -> NetworkUse:  # noqa: A002
         """What the call used, and what it was refused, after ``begin_end``."""
         served = self._served.pop(id)
-        if served.quiet:
-            self._tasks.start_soon(self._finish, served)
-        else:
-            await self._finish(served)
+        if served.worker is not None:
+            await self._finish(served, served.worker)
         return served.use
 
-    def _nothing_happened(self, served: Served) -> bool:
-        """Whether there is nothing that its process could still tell, now that nobody lives in the container.
-
-        It says that it is awake before it takes anything: so what is neither said nor waiting has not been.
-        """
-        if served.ended.is_set() or served.doors.knocked():
-            return False
-        for _ in range(MAX_HEARD):
-            try:
-                message = served.worker.sock.recv(MAX_MESSAGE)
-            except BlockingIOError:
-                return not served.awake
-            except OSError:
-                return False
-            if not message or not self._understood(served.worker, message):
-                served.worker.kill()
-                return False
-        return False
-
-    async def _finish(self, served: Served) -> None:
+    async def _finish(self, served: Served, worker: Worker) -> None:
         try:
             with anyio.move_on_after(END_SECONDS) as scope:
                 await served.ended.wait()
         finally:
-            served.worker.containers.pop(served.id, None)
+            (served.worker or worker).containers.pop(served.id, None)
         if scope.cancelled_caught:
             served.lose()
-            log.error("a network process does not answer", pid=served.worker.process.pid)
-            served.worker.process.kill()  # nobody else is to wait for it; what it did is not known
-            if not served.quiet:
-                served.on_event(_failed("the process that served the connections did not answer in the end"))
+            log.error("a network process does not answer", pid=worker.process.pid)
+            worker.process.kill()  # nobody else is to wait for it; what it did is not known
+            served.on_event(_failed("the process that served the connections did not answer in the end"))
 
     async def enter(
         self,
@@ -211,8 +214,7 @@ class Gateway:
                 raise
         return worker
 
-    async def _hand_over(self, served: Served) -> None:
-        worker = served.worker
+    async def _hand_over(self, served: Served, worker: Worker) -> None:
         worker.containers[served.id] = served
         try:
             if served.shape not in worker.rules:
@@ -238,7 +240,8 @@ class Gateway:
             least = min(fitting, key=lambda worker: len(worker.containers))
             if len(least.containers) >= CONTAINERS and len(workers) < (os.cpu_count() or 1):
                 break
-            await least.ready.wait()
+            if not least.ready.is_set():
+                await least.ready.wait()
             if least in workers:  # it may have ended meanwhile
                 return least
         if not self._uids:
@@ -332,9 +335,6 @@ class Gateway:
         if left:
             log.error("a network process ended", pid=worker.process.pid, status=worker.process.returncode)
         for served in left:
-            if served.quiet:
-                served.ended.set()
-                continue
             served.crashes += 1
             served.questions.close()
             served.events = 0
@@ -352,7 +352,7 @@ class Gateway:
                     served.give_up()
                     continue
                 served.worker = worker
-                await self._hand_over(served)
+                await self._hand_over(served, worker)
             except errors.HostFailed:
                 log.exception("a container's connections are not served any more", id=served.id)
                 served.give_up()

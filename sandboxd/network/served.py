@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import ipaddress
+import select
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,9 +46,11 @@ class Served:
     shape: str
     rules: NetworkRules
     on_event: Callable[[NetworkEvent], None]
-    worker: Worker
     secrets: Secrets
     questions: Questions
+    worker: Worker | None = None
+    """Its process, once it has one."""
+    _watched: select.epoll | None = None
     left: Mapping[str, int] = field(default_factory=dict)
     """Of its session's budget, by the names of that."""
     names: dict[str, str] = field(default_factory=dict)
@@ -55,8 +59,8 @@ class Served:
     ending: bool = False
     awake: bool = False
     """Whether anybody in the container has connected to anything, asked for it, or was refused it."""
-    quiet: bool = False
-    """It has ended and was never awake: nobody waits for its process's last word."""
+    handing: anyio.Lock = field(default_factory=anyio.Lock)
+    """Held while its process is given it, or told something of it that takes the place of that."""
     ended: anyio.Event = field(default_factory=anyio.Event)
     use: NetworkUse = field(default_factory=NetworkUse)
     """In sum, by processes that are gone or have said their last word."""
@@ -75,15 +79,12 @@ class Served:
         """Its rules, by which each connection is checked again that its process asks for."""
         return Reach(self.rules)
 
-    def hear(self, kind: str, content: dict[str, Any]) -> None:  # noqa: C901  (a line for each kind)
+    def hear(self, kind: str, content: dict[str, Any]) -> None:
         """What its process says of it. Raises ValueError and the like for what it may not say."""
         if self.ended.is_set():
             raise ValueError("it speaks of what has ended")
-        if self.quiet and kind != "ended":
-            return  # of a call that is over
+        assert self.worker is not None  # noqa: S101  (who speaks of it)
         match kind:
-            case "awake":
-                self.awake = True
             case "event" if self.events < MAX_EVENTS:
                 event = NetworkEvent.model_validate(content)
                 self.events += 1
@@ -106,6 +107,26 @@ class Served:
                 self.ended.set()
             case _:
                 raise ValueError(f"unknown, or too often: {kind[:32]!r}")
+
+    def watch(self, knocked: Callable[[], object]) -> None:
+        """Call ``knocked`` once, when anything waits at one of the doors."""
+        self._watched = watched = select.epoll()
+        for fd in self.doors.descriptors:
+            watched.register(fd, select.EPOLLIN)
+
+        def knock() -> None:
+            self.unwatch()
+            self.awake = True
+            knocked()
+
+        asyncio.get_running_loop().add_reader(watched, knock)
+
+    def unwatch(self) -> None:
+        """Look no more. Safe to call twice."""
+        if self._watched is not None:
+            asyncio.get_running_loop().remove_reader(self._watched)
+            self._watched.close()
+            self._watched = None
 
     def _note(self, event: NetworkEvent) -> None:
         """Keep what an event says of a refusal, should its process not live to say the sum of them."""
@@ -140,6 +161,7 @@ class Served:
 
     def give_up(self) -> None:
         """Nobody serves it any more: what connects now is refused at once, and does not wait."""
+        self.unwatch()
         self.doors.close()
         self.questions.close()
         self.ended.set()

@@ -356,8 +356,7 @@ class Attempt:
                 await pipe.finished()
             else:
                 self._kept.drain(pipe.leave())
-        for timer in self._releases.values():
-            timer.cancel()
+        self._release_no_more()
         for stream, waiting in self._filters.items():
             self._store(stream, waiting.finish())
         if self._fault is not None:
@@ -371,6 +370,7 @@ class Attempt:
         if self._secrets.redactor is None:
             return receipt
         self._filters = {"stdout": self._secrets.redactor.stream(), "stderr": self._secrets.redactor.stream()}
+        self._stack.callback(self._release_no_more)
         if more := self._secrets.put(slot):
             receipt = receipt.model_copy(update={"controls": [*receipt.controls, *more]})
             self._result.receipt = receipt
@@ -443,6 +443,10 @@ class Attempt:
                 self._store(stream, released)
 
         self._releases[stream] = asyncio.get_running_loop().call_later(RELEASE, release)
+
+    def _release_no_more(self) -> None:
+        for timer in self._releases.values():
+            timer.cancel()
 
     def _store(self, stream: Literal["stdout", "stderr"], data: memoryview | bytes) -> None:
         if self._fault is not None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from sandboxd import errors
 from sandboxd.models import Denial, Event, LimitReached, NetworkUse
+from sandboxd.network.questions import nobody
 
 if TYPE_CHECKING:
     from sandboxd.engine.base import Slot
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from sandboxd.models import NetworkEvent
     from sandboxd.network.entrance import Entrance, Entrances
     from sandboxd.network.gateway import Gateway
+    from sandboxd.network.questions import Answer, Decide, Question
     from sandboxd.reach import NetworkRules
     from sandboxd.session import CallSession
     from sandboxd.supervisor.secrets import CallSecrets
@@ -26,7 +28,8 @@ KINDS = {"dns": "name", "http": "request", "https": "request"}
 class CallNetwork:
     """Of the call ``id`` of the caller ``uid``; its events go to ``spool``.
 
-    ``session``: where the call has its turn.
+    ``session``: where the call has its turn. ``decide``: who answers what the rules leave open, without
+    secrets in what is asked.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class CallNetwork:
         *,
         secrets: CallSecrets,
         session: CallSession | None = None,
+        decide: Decide = nobody,
     ) -> None:
         self._gateway = gateway
         self._entrances = entrances
@@ -47,6 +51,7 @@ class CallNetwork:
         self._spool = spool
         self._secrets = secrets
         self._session = session
+        self._asked = decide
         self._served = self._ending = self._inhabited = False
         self._given: set[tuple[str, int]] = set()
         """Names and versions of the secrets that requests may have been given."""
@@ -71,7 +76,9 @@ class CallNetwork:
             self._secrets.on_rotated(self._on_rotated)
             left = await self._left(slot)
             try:
-                await self._gateway.serve(self._id, self._uid, slot, self._on_event, given, left=left)
+                await self._gateway.serve(
+                    self._id, self._uid, slot, self._on_event, given, left=left, decide=self._decide
+                )
             except errors.HostFailed:
                 if self._session is not None:
                     self._session.used_network(NetworkUse())
@@ -110,6 +117,9 @@ class CallNetwork:
         if self._session is None or rules is None:
             return {}
         return await self._session.hold_network(dict(rules.budget))
+
+    async def _decide(self, question: Question) -> Answer:
+        return await self._asked(self._secrets.question(question))
 
     def _on_rotated(self, name: str, version: int | None, value: bytes) -> None:
         if version is not None:

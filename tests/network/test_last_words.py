@@ -23,19 +23,21 @@ name: last
 extends: python
 warm: !remove
 limits: {wall: 20s}
-network: {allow: [{host: echo.example.test, ports: [5140, 5141, 5142]}]}
+network: {allow: [{host: echo.example.test, ports: [5140, 5141, 5142, 5143]}]}
 """
 heard: list[bytes] = []
 
 
 class Slow(socketserver.BaseRequestHandler):
-    """Reads late, and says what nobody reads."""
+    """Reads late."""
+
+    greeting = b""
 
     def handle(self) -> None:
         """One connection."""
         data = b""
         try:
-            self.request.sendall(b"welcome" * 1000)
+            self.request.sendall(self.greeting)
             time.sleep(0.2)
             while read := self.request.recv(65536):
                 data += read
@@ -43,6 +45,12 @@ class Slow(socketserver.BaseRequestHandler):
         except OSError as error:
             data += f" {type(error).__name__}".encode()
         heard.append(data)
+
+
+class Polite(Slow):
+    """Says something first."""
+
+    greeting = b"welcome" * 1000
 
 
 class Deaf(socketserver.BaseRequestHandler):
@@ -66,7 +74,7 @@ class Silent(socketserver.BaseRequestHandler):
 @pytest.fixture(scope="module")
 def last(networked: Daemon, world: World) -> Daemon:
     """The daemon with the policy, in a world with those servers."""
-    for port, handler in ((5140, Slow), (5141, Deaf), (5142, Silent)):
+    for port, handler in ((5140, Slow), (5141, Deaf), (5142, Silent), (5143, Polite)):
         world.serve(WWW, port, handler)
     add_policy(networked, "last", POLICY)
     return networked
@@ -101,6 +109,23 @@ def test_what_was_written_arrives(last: Daemon, size: int, end: str) -> None:
     assert (event.verdict, event.bytes_out) == ("allowed", size)
 
 
+@pytest.mark.parametrize("read", ["", "while got < 7000: got += len(s.recv(65536))"])
+def test_also_where_the_server_speaks_first(last: Daemon, read: str) -> None:
+    """Who ends without reading what came resets the connection, as it would without us in between."""
+    heard.clear()
+    code = f"""
+s = socket.create_connection(('echo.example.test', 5143))
+got = 0
+{read}
+s.sendall(b'x' * 1000)
+time.sleep(0.1)
+os._exit(0)
+"""
+    run(last, code)
+    until(lambda: heard, "the server has heard")
+    assert heard == [b"x" * 1000 + (b" END" if read else b" ConnectionResetError")]
+
+
 def test_of_many_connections_all_arrive(last: Daemon) -> None:
     heard.clear()
     code = """
@@ -112,7 +137,7 @@ os._exit(0)
 """
     call, _ = run(last, code)
     until(lambda: len(heard) == 100, "all were heard")
-    assert sorted(heard) == sorted(b"%d END" % number for number in range(100))
+    assert sorted(heard) == sorted(b"%d END" % each for each in range(100))
     assert call.usage is not None
     assert call.usage.connections == 100
 
