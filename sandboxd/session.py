@@ -121,6 +121,7 @@ class CallSession:
         self._start: _Start | None = None
         self._made: Checkpoint | None = None
         self._pack: bytes | None = None
+        self._counted = False
         self._turn = False
         self._inside = True
 
@@ -210,6 +211,7 @@ class CallSession:
         try:
             self._check_quota(start, figures)
             self._held.take(start.row.uid, figures.size, figures.inodes + 1, self._share)
+            self._counted = True
         except BaseException:
             self._store.remove(name)
             raise
@@ -308,8 +310,15 @@ class CallSession:
             if start is not None and made is not None:
                 tables.move(connection, start.row.id, since=made.id, to=start.head.id)
                 tables.remove_checkpoint(connection, made.id)
+                self._give_back(made)
 
         return take_back
+
+    def _give_back(self, made: Checkpoint) -> None:
+        """Its caller has the room again, if that was not done."""
+        if self._counted:
+            self._counted = False
+            self._held.give(made.uid, made.size, made.inodes + 1)
 
     async def abandon(self) -> None:
         """The outcome could not be written with what was kept: it goes, unless it was written after all."""
@@ -321,5 +330,5 @@ class CallSession:
         except errors.SandboxdError:
             return  # it is removed at the next start, if nothing refers to it
         if found is None:
-            self._held.give(made.uid, made.size, made.inodes + 1)
+            self._give_back(made)
             await anyio.to_thread.run_sync(self._store.remove, made.layer)
