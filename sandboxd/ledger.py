@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sandboxd.models import Artifact, CallbackState, Cause, Content, Invocation
     from sandboxd.scheduler import Ticket
 
-__all__ = ["Ledger", "finish", "recovered", "retried_events", "streams_of"]
+__all__ = ["UNRECORDED", "Ledger", "finish", "recovered", "retried_events", "streams_of"]
 
 UNRECORDED = "there is no room to record how; ask for it again when there is"
 LIST_LIMIT = 500

@@ -19,8 +19,8 @@ import structlog
 
 from sandboxd import errors
 from sandboxd.journal.behind import Behind
-from sandboxd.ledger import Ledger, finish, streams_of
-from sandboxd.models import Cause, Event, State
+from sandboxd.ledger import UNRECORDED, Ledger, finish, streams_of
+from sandboxd.models import Cause, Event, Failure, State
 from sandboxd.network.entrance import Entrances
 from sandboxd.outcomes import cancelled, followed, header, ours, too_late
 from sandboxd.supervisor.attempt import Attempt, Result, denied
@@ -299,6 +299,9 @@ class Runner(Ledger):
         if await self._record(call, done, output):
             self._finish(call, done, output)
         else:
+            message = f"the call has ended, but {UNRECORDED}"
+            error = Failure(code=errors.HostFailed.code, message=message)
+            call.spool.announce(Event(seq=0, at=now(), type="unrecorded", error=error))
             call.answered.set()
             self._tasks.start_soon(self._record_later, call, done, output)
 
@@ -331,6 +334,7 @@ class Runner(Ledger):
         while not recorded:
             await anyio.sleep(RECORD_AGAIN)
             recorded = await self._record(call, done, output)
+        call.spool.announce(None)
         self._finish(call, done, output)
 
     def _finish(self, call: Call, done: Invocation, output: bytes | None) -> None:

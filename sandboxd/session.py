@@ -130,6 +130,7 @@ class CallSession:
         self._since: Checkpoint | None = None
         self._made: Checkpoint | None = None
         self._pack: bytes | None = None
+        self._counted = False
         self._network: dict[str, int] = {}
         """What the call's attempts used of the network."""
         self._hold: Hold | None = None
@@ -299,7 +300,7 @@ class CallSession:
         made = self._made
         if made is not None and made.digest == now.head.digest and made.layer is not None:
             self._made = self._pack = None  # nothing has changed since the last
-            self._held.give(made.uid, made.size, made.inodes + 1)
+            self._give_back(made)
             self._store.remove(made.layer)
             self._start = now
         return self._start.head.id if self._made is None else self._made.id
@@ -310,6 +311,7 @@ class CallSession:
         try:
             self._check_quota(start, figures)
             self._held.take(start.row.uid, figures.size, figures.inodes + 1, self._share)
+            self._counted = True
         except BaseException:
             self._store.remove(name)
             raise
@@ -416,6 +418,7 @@ class CallSession:
             tables.move(connection, start.row.id, since=(made or start.head).id, to=since.id)
             if made is not None:
                 tables.remove_checkpoint(connection, made.id)
+                self._give_back(made)
 
         return take_back
 
@@ -423,6 +426,12 @@ class CallSession:
         """The call failed by a fault of ours: the container that it was in is of no more use."""
         if self.seat is not None:
             await self.seat.end(why)
+
+    def _give_back(self, made: Checkpoint) -> None:
+        """Its caller has the room again, if that was not done."""
+        if self._counted:
+            self._counted = False
+            self._held.give(made.uid, made.size, made.inodes + 1)
 
     async def abandon(self) -> None:
         """The outcome could not be written with what was kept: it goes, unless it was written after all."""
@@ -434,5 +443,5 @@ class CallSession:
         except errors.SandboxdError:
             return  # it is removed at the next start, if nothing refers to it
         if found is None:
-            self._held.give(made.uid, made.size, made.inodes + 1)
+            self._give_back(made)
             await anyio.to_thread.run_sync(self._store.remove, made.layer)

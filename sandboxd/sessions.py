@@ -411,7 +411,11 @@ class Sessions:
                 tables.touch(connection, row, at=_now())
                 return tables.move(connection, row.id, since=row.head, to=wanted.id)
 
-            if not await self._journal.write(move):
+            def undo(connection: sqlite3.Connection) -> None:
+                tables.touch(connection, row, at=row.used)
+                tables.move(connection, row.id, since=wanted.id, to=row.head)
+
+            if not await self._journal.write(move, undo=undo):
                 raise errors.SessionBusy(f"session {named!r} was changed meanwhile; ask again")
         return await self.get(caller, row.id)
 
@@ -436,7 +440,10 @@ class Sessions:
         with self._alone(row):
             self._removing.add(row.id)
             try:
-                gone = await self._journal.write(partial(_go, row=row, over=over))
+                gone = await self._journal.write(
+                    lambda connection: tables.mark_gone(connection, row.id, over=over),
+                    undo=lambda connection: tables.mark_there(connection, row.id),
+                )
             finally:
                 self._removing.discard(row.id)
         if gone:
@@ -820,7 +827,7 @@ class Sessions:
         """Forget what nothing stands on, in steps; then its layers go."""
         complete, steps = False, 0
         while not complete:
-            found = await self._journal.write(lambda connection: tables.prune(connection, session))
+            found = await self._forgotten(session)
             for freed in found.freed:
                 self._held.give(*freed)
             await self._unwritten.forget(found.layers)
@@ -829,6 +836,19 @@ class Sessions:
             complete, steps = found.complete, steps + 1
         if session is not None and steps > 1:  # what is nobody's may have been left between them
             await self._prune(None)
+
+    async def _forgotten(self, session: str | None) -> tables.Pruned:
+        """One step of that. Raises HostFailed; then it was not made, or is taken back."""
+        steps: list[tables.Pruned] = []
+
+        def prune(connection: sqlite3.Connection) -> tables.Pruned:
+            steps.append(tables.prune(connection, session))
+            return steps[0]
+
+        def undo(connection: sqlite3.Connection) -> None:
+            steps[0].take_back(connection)
+
+        return await self._journal.write(prune, undo=undo)
 
     async def _merge(self, checkpoint: str, *, lent: bool) -> None:
         """Make layers below a checkpoint into fewer; what goes wrong is tried again with a later call."""
@@ -856,8 +876,15 @@ class Sessions:
 
         name, figures = await anyio.to_thread.run_sync(self._store.add, fill)
         made = tables.Merge(end.id, span, below, name, figures.size, figures.inodes)
-        if not await self._journal.write(lambda connection: tables.insert_merge(connection, made)):
-            await anyio.to_thread.run_sync(self._store.remove, name)
+        written = False
+        try:
+            written = await self._journal.write(lambda connection: tables.insert_merge(connection, made))
+        except errors.HostFailed:  # it may be there all the same
+            written = name in await self._journal.read(tables.referenced)
+            raise
+        finally:
+            if not written:
+                await anyio.to_thread.run_sync(self._store.remove, name)
 
 
 @dataclass(frozen=True)
@@ -867,13 +894,6 @@ class Standing:
     checkpoint: str
     layers: tuple[Path, ...]
     checkout: Checkout | None
-
-
-def _go(connection: sqlite3.Connection, *, row: Row, over: int | None) -> bool:
-    gone = tables.mark_gone(connection, row.id, over=over)
-    if gone:
-        containers.forget(connection, row.id)
-    return gone
 
 
 def _identity(checkout: Checkout) -> str:

@@ -27,7 +27,7 @@ from daemons import PATIENCE, Daemon, slots_of, start_daemon, until
 
 from sandboxd import canonical, errors, models
 from sandboxd.failpoint import VARIABLE
-from sandboxd.journal import schema, verify
+from sandboxd.journal import schema, signing, verify
 from sandboxd.workspace import layer, tables
 from sandboxd.workspace.view import View
 
@@ -280,7 +280,8 @@ class Crashing:
         answers = self.answers(before)  # before the journal: meanwhile callers go on
         connection = schema.connect_reader(self.state / "journal.sqlite3")
         try:
-            report = verify.verify(connection)
+            keys = {signing.key_id(key) for key in signing.known(self.state)}
+            report = verify.verify(connection, keys=keys)
             rows = dict(connection.execute("SELECT key, id FROM invocations WHERE key IS NOT NULL"))
         finally:
             connection.close()

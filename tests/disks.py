@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import pickle
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,9 @@ from daemons import until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["GROWING", "Disk", "mounted"]
+__all__ = ["GROWING", "Disk", "Syncing", "mounted"]
+
+SYNC = "user.faultfs.sync"  # as ``faultfs`` has it
 
 GROWING = ["grow", "create", "mkdir", "link", "symlink"]
 """What a full disk refuses."""
@@ -57,6 +61,22 @@ class Disk:
                     found.append(pickle.load(file))
                 except EOFError:
                     return found
+
+
+@dataclass
+class Syncing:
+    """The C library for who calls syncfs(2): the kernel would not tell the file system of it."""
+
+    disk: Disk
+    libc: ctypes.CDLL = field(default_factory=lambda: ctypes.CDLL(None, use_errno=True))
+
+    def syncfs(self, fd: int) -> int:
+        try:
+            os.setxattr(self.disk.at, SYNC, b"")
+        except OSError as error:
+            ctypes.set_errno(error.errno or 0)
+            return -1
+        return int(self.libc.syncfs(fd))
 
 
 @contextmanager

@@ -212,6 +212,13 @@ def test_a_full_disk_is_told_and_survived(
             daemon.run("sh", "-c", "head -c 64M /dev/zero", policy="loud")
         id_ = full.value.details["id"]
         assert daemon.client().get(id_).outcome is None  # nobody is told what is not on disk
+        with daemon.client().events(id_, follow=False) as events:
+            *before, notice = events
+        assert (notice.type, notice.seq) == ("unrecorded", before[-1].seq)
+        assert notice.error is not None
+        assert notice.error.code == "host"
+        following = daemon.client().events(id_, after=before[-1].seq)
+        assert next(following).type == "unrecorded"
         with pytest.raises(errors.HostFailed):  # nothing is accepted that could not be kept
             [daemon.run("true") for _ in range(50)]
         (disk / "calls" / id_ / "stdout").write_bytes(b"")
@@ -224,6 +231,10 @@ def test_a_full_disk_is_told_and_survived(
         assert outcome is not None
         assert outcome.error is not None
         assert (outcome.cause, outcome.error.code) == ("failed", "host")
+        with following:  # it was told, and then the end, with the numbers that are kept
+            told = list(following)
+        assert [event.type for event in told] == ["ended"]
+        assert told[0].seq == before[-1].seq + 1
         assert daemon.process.poll() is None
         daemon.stop()
 

@@ -285,7 +285,7 @@ def _public(opened: Records) -> bytes:
 
 
 def _known(opened: Records, named: tuple[Path, ...]) -> set[str]:
-    """The ids of the keys whose heads are believed: those that were named alone, else this node's.
+    """The ids of the keys whose heads are believed: those that were named alone, else all of this node's.
 
     What lies beside the journal is as trustworthy as the journal.
     """
@@ -293,6 +293,7 @@ def _known(opened: Records, named: tuple[Path, ...]) -> set[str]:
 
     if named:
         return {signing.key_id(signing.read_public(path)) for path in named}
+    found = {signing.key_id(key) for key in signing.known(opened.state)}
     with suppress(errors.NotFound):  # an older state, or a copy of one without its key
-        return {signing.key_id(_public(opened))}
-    return set()
+        found.add(signing.key_id(_public(opened)))
+    return found

@@ -124,6 +124,8 @@ class Call:
                 self._accepted(str(event["id"]))
             if event.get("type") == "output" and not self.json:
                 self._output(event)
+            elif event.get("type") == "unrecorded":
+                say("the call has ended, but the daemon has no room to record how; waiting")
             elif event.get("type") == "ended" and isinstance(event.get("invocation"), dict):
                 return dict(event["invocation"])
             self._after = int(event.get("seq", self._after))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import json
 import os
@@ -46,6 +47,8 @@ __all__ = [
 CREDENTIAL = "sandboxd-journal-key"
 """The name of systemd's credential (``LoadCredential=``), systemd.exec(5)."""
 OWN, PUBLIC = "journal.key", "journal.pub"
+MOST = 32  # public keys that are kept
+_END = b"-----END PUBLIC KEY-----\n"
 _MAX = 4096  # bytes of a file of a key, or of a signed head
 _FIELDS = {"v", "type", "n", "digest", "at", "key", "public", "signature"}
 
@@ -104,14 +107,16 @@ class NodeKey:
     def publish(self, state: Path) -> None:
         """Leave the public key in the state directory, for commands that cannot read the key itself.
 
-        Raises HostFailed.
+        Those that were there before follow it: what they signed holds. Raises HostFailed.
         """
         path = state / PUBLIC
         try:
-            if path.exists() and path.read_bytes() == self.pem():
+            before = known(state)
+            if before[:1] == [self.public]:
                 return
             temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-            temporary.write_bytes(self.pem())
+            all_of_them = [self.public, *(key for key in before if key != self.public)]
+            temporary.write_bytes(b"".join(map(pem, all_of_them[:MOST])))
             temporary.replace(path)
         except OSError as error:
             raise errors.HostFailed(
@@ -224,6 +229,20 @@ def read_public(path: Path) -> bytes:
         raise errors.InvalidRequest(f"{path} cannot be read: {error.strerror}", field="key") from None
     except ValueError as error:
         raise errors.InvalidRequest(f"{path}: {error}", field="key") from None
+
+
+def known(state: Path) -> list[bytes]:
+    """The public keys that this state was signed with, the newest first. Raises OSError."""
+    path = state / PUBLIC
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        parts = file.read(_MAX).split(_END)[:-1]
+    found = []
+    for part in parts:
+        with contextlib.suppress(ValueError):  # it is damaged, and the others are not
+            found.append(load_public(part + _END))
+    return found
 
 
 def load_public(data: bytes) -> bytes:

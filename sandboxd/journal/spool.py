@@ -82,6 +82,7 @@ class Spool:
         self._held: list[models.Event] | None = None
         self._closed = True
         self._wake: anyio.Event | None = None
+        self._notice: models.Event | None = None
 
     @classmethod
     def create(cls, directory: Path, caps: Mapping[Stream, int]) -> Self:
@@ -399,7 +400,7 @@ class Spool:
         Several readers may follow, each at its own pace. Output comes with its data, at most 64 KiB in
         an event. Raises NotFound when the call is pruned meanwhile.
         """
-        seq = max(0, after)
+        seq, noticed = max(0, after), False
         while True:
             if seq < self._count:
                 for event in await self._batch(seq):
@@ -410,6 +411,10 @@ class Spool:
                 continue
             later = self._seal_due()
             if seq < self._count:
+                continue
+            if self._notice is not None and not noticed:
+                noticed = True
+                yield self._notice.model_copy(update={"seq": seq})
                 continue
             if self._closed or not wait:
                 return
@@ -447,6 +452,11 @@ class Spool:
         if not self._closed and self._count - seq <= _NEAR:
             return self._index.events(seq, self._count)
         return await anyio.to_thread.run_sync(self._index.events, seq, self._count)
+
+    def announce(self, notice: models.Event | None) -> None:
+        """Tell every reader, once he has all events, what is so for now and is none itself; None: no more."""
+        self._notice = notice
+        self._notify()
 
     async def _changed(self) -> None:
         self._wake = self._wake or anyio.Event()

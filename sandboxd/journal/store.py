@@ -379,6 +379,7 @@ class Journal:
     async def verify(self, head: str | None = None, *, deep: bool = False) -> verify.VerifyReport:
         """Check the whole chain, and that an exported head is in it. Raises InvalidRequest for no head."""
         keys = {self.key.id}
+        keys |= {signing.key_id(key) for key in await asyncio.to_thread(signing.known, self._directory)}
         place = self._directory if deep else None
         return await self._read(lambda connection: verify.verify(connection, head, keys=keys, deep=place))
 

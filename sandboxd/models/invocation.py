@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 
 from sandboxd.models.container import ContainerUse
 from sandboxd.models.network import NetworkEvent
-from sandboxd.models.outcome import Denial, LimitReached, Outcome, Usage
+from sandboxd.models.outcome import Denial, Failure, LimitReached, Outcome, Usage
 from sandboxd.models.receipt import Receipt
 from sandboxd.models.retry import FailedAttempt
 from sandboxd.models.wire import Bytes, Content, Wire
@@ -142,7 +142,10 @@ class Event(Wire):
 
     seq: int
     at: int
-    type: Literal["accepted", "started", "output", "network", "denied", "limit", "retry", "ended"]
+    type: Literal[
+        "accepted", "started", "output", "network", "denied", "limit", "retry", "unrecorded", "ended"
+    ]
+    """``unrecorded`` has the number of the event before it, and is not kept: who reads later is not told."""
     id: str | None = None
     stream: Literal["stdout", "stderr"] | None = None
     offset: int | None = None
@@ -152,5 +155,7 @@ class Event(Wire):
     limit: LimitReached | None = None
     retry: FailedAttempt | None = None
     """On ``retry``: the attempt that ended, and that is followed by another."""
+    error: Failure | None = None
+    """On ``unrecorded``: why the outcome is not told yet. It is as soon as it is on disk."""
     invocation: Invocation | None = None
     """On ``ended``: the invocation as ``GET`` would give it."""

@@ -40,6 +40,7 @@ __all__ = [
     "list_sessions",
     "make_checkpoint",
     "mark_gone",
+    "mark_there",
     "move",
     "packs",
     "prune",
@@ -139,6 +140,14 @@ class Pruned:
     freed: list[tuple[int, int, int]]
     """Uid, bytes and entries, each as ``held`` counts them."""
     complete: bool
+    removed: list[tuple[str, tuple[object, ...]]]
+    """Rows that are gone, each with its table."""
+
+    def take_back(self, connection: sqlite3.Connection) -> None:
+        """Let all of it be there again."""
+        for table, row in self.removed:
+            marks = ", ".join("?" * len(row))
+            connection.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", row)  # noqa: S608  (constants)
 
 
 _SESSION = ", ".join(one.name for one in fields(Row))
@@ -424,6 +433,11 @@ def mark_gone(connection: sqlite3.Connection, session: str, *, over: int | None 
     )
 
 
+def mark_there(connection: sqlite3.Connection, session: str) -> None:
+    """Take that back."""
+    connection.execute("UPDATE sessions SET gone = 0 WHERE id = ?", (session,))
+
+
 def remove_checkpoint(connection: sqlite3.Connection, id_: str) -> None:
     """Forget a checkpoint, and its merges."""
     connection.execute("DELETE FROM merges WHERE checkpoint = ?", (id_,))
@@ -431,7 +445,8 @@ def remove_checkpoint(connection: sqlite3.Connection, id_: str) -> None:
 
 
 def remove_session(connection: sqlite3.Connection, id_: str) -> None:
-    """Forget a session, and none of its checkpoints."""
+    """Forget a session and its container, and none of its checkpoints."""
+    connection.execute("DELETE FROM containers WHERE session = ?", (id_,))
     connection.execute("DELETE FROM sessions WHERE id = ?", (id_,))
 
 
@@ -444,6 +459,7 @@ def prune(connection: sqlite3.Connection, session: str | None, *, limit: int = 2
     """
     layers: list[str] = []
     freed: list[tuple[int, int, int]] = []
+    removed: list[tuple[str, tuple[object, ...]]] = []
     count = 0
     ended = connection.execute(
         "SELECT head, origin FROM sessions WHERE id = ? AND gone", (session,)
@@ -469,6 +485,7 @@ def prune(connection: sqlite3.Connection, session: str | None, *, limit: int = 2
         layers += [
             row[0] for row in connection.execute("SELECT layer FROM merges WHERE checkpoint = ?", (one.id,))
         ]
+        removed += _rows_of(connection, one)
         remove_checkpoint(connection, one.id)
         count += 1
         if one.layer is not None:
@@ -476,11 +493,28 @@ def prune(connection: sqlite3.Connection, session: str | None, *, limit: int = 2
         if one.parent is not None and _is_free(connection, one.parent, session):
             queue.append(one.parent)
     if queue or len(leaves) == limit:
-        return Pruned(layers, freed, complete=False)
+        return Pruned(layers, freed, removed=removed, complete=False)
     if ended and session is not None:
+        # as they are, for take_back
+        for table, column in (("checkpoints", "session"), ("sessions", "id"), ("containers", "session")):
+            rows = connection.execute(f"SELECT * FROM {table} WHERE {column} = ?", (session,))  # noqa: S608
+            removed += [(table, tuple(row)) for row in rows]
         connection.execute("UPDATE checkpoints SET session = NULL WHERE session = ?", (session,))
         remove_session(connection, session)
-    return Pruned(layers, freed, complete=True)
+    return Pruned(layers, freed, removed=removed, complete=True)
+
+
+def _rows_of(connection: sqlite3.Connection, one: Checkpoint) -> list[tuple[str, tuple[object, ...]]]:
+    """A checkpoint, its merges and its pack, as rows of their tables."""
+    found: list[tuple[str, tuple[object, ...]]] = []
+    for table, column, value in (
+        ("checkpoints", "id", one.id),
+        ("merges", "checkpoint", one.id),
+        ("packs", "layer", one.layer),
+    ):
+        rows = connection.execute(f"SELECT * FROM {table} WHERE {column} = ?", (value,))  # noqa: S608
+        found += [(table, tuple(row)) for row in rows]
+    return found
 
 
 def _is_free(connection: sqlite3.Connection, id_: str, session: str | None) -> bool:

@@ -11,7 +11,7 @@ from daemons import needs_containers, start_daemon, until
 from disks import GROWING, mounted
 
 from sandboxd import errors
-from sandboxd.journal import schema, verify
+from sandboxd.journal import schema, signing, verify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,7 +54,8 @@ def works_again(daemon: Daemon, key: str) -> None:
 def whole(daemon: Daemon) -> None:
     connection = schema.connect_reader(daemon.state / "journal.sqlite3")
     try:
-        report = verify.verify(connection)
+        keys = {signing.key_id(key) for key in signing.known(daemon.state)}
+        report = verify.verify(connection, keys=keys)
     finally:
         connection.close()
     assert report.ok, report.problem

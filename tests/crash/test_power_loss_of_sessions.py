@@ -7,7 +7,6 @@ moments the power goes, chosen by chance; 0: at every one.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import random
 import shutil
@@ -16,8 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, get_args
 
 import pytest
-from disks import mounted
-from faultfs import SYNC
+from disks import Syncing, mounted
 from powerloss import How, Replay
 from sessioncalls import CALLER, Served, serving
 
@@ -26,8 +24,6 @@ from sandboxd.workspace import store, unwritten
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from disks import Disk
 
     from sandboxd.workspace import tables
 
@@ -38,22 +34,6 @@ HOWS: tuple[How, ...] = get_args(How)
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-@dataclass
-class Syncing:
-    """The C library for who calls syncfs(2): the kernel would not tell the file system of it."""
-
-    disk: Disk
-    libc: ctypes.CDLL = field(default_factory=lambda: ctypes.CDLL(None, use_errno=True))
-
-    def syncfs(self, fd: int) -> int:
-        try:
-            os.setxattr(self.disk.at, SYNC, b"")
-        except OSError as error:
-            ctypes.set_errno(error.errno or 0)
-            return -1
-        return int(self.libc.syncfs(fd))
 
 
 @dataclass

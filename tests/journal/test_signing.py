@@ -108,3 +108,19 @@ async def test_heads_are_signed_at_stop_and_now_and_then(
     async with Journal.open(tmp_path) as journal:
         report = await journal.verify()
         assert (report.ok, report.signed) == (True, 3)
+
+
+async def test_what_an_earlier_key_signed_holds_after_a_change_of_keys(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    for number in range(3):
+        if number:
+            (state / signing.OWN).rename(tmp_path / f"old-{number}")
+        async with Journal.open(state) as journal:
+            await record(journal, state)
+    async with Journal.open(state) as journal:
+        assert ((report := await journal.verify()).ok, report.signed) == (True, 3)
+    assert len(signing.known(state)) == 3
+    (state / signing.PUBLIC).write_bytes(b"garbage\n" + (state / signing.PUBLIC).read_bytes()[200:])
+    async with Journal.open(state) as journal:
+        assert signing.known(state)[0] == journal.key.public  # and it is mended with what is left of it
+        assert not (await journal.verify()).ok  # a key that nobody knows any more
