@@ -91,6 +91,8 @@ class _Served:
     ending: bool = False
     awake: bool = False
     """Whether anybody in the container has connected to anything, asked for it, or was refused it."""
+    inhabited: bool = False
+    """Whether somebody lives in the container when it has ended."""
     quiet: bool = False
     """It has ended and was never awake: nobody waits for its process's last word."""
     ended: anyio.Event = field(default_factory=anyio.Event)
@@ -276,8 +278,7 @@ class Gateway:
         ``inhabited``: somebody lives in the container still, and is refused everything until it is served.
         """
         served = self._served[id]
-        if inhabited:
-            served.doors.rest()
+        served.inhabited = inhabited
         served.ending = True
         served.questions.close()
         served.quiet = not inhabited and self._nothing_happened(served)
@@ -291,6 +292,8 @@ class Gateway:
             self._tasks.start_soon(self._finish, served)
         else:
             await self._finish(served)
+        if served.inhabited:  # when its process waits at them no more
+            served.doors.rest()
         return served.use
 
     def _nothing_happened(self, served: _Served) -> bool:

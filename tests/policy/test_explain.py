@@ -129,6 +129,7 @@ def test_what_follows_another_value_has_the_line_of_that(folder: Any) -> None:
 
 
 ELSEWHERE = {
+    "isolation": "isolation",
     "seccomp": "syscalls.base",
     "user": "process.user",
     "group": "process.group",
@@ -189,3 +190,12 @@ def test_what_every_container_has_is_what_the_engine_gives_it() -> None:
         assert {name: value for name, value in given.items() if name not in own} == fixed.RLIMITS
     assert fixed.OOM_SCORE_ADJ == oci.OOM_SCORE_ADJ
     assert {path.removeprefix("/dev/") for path in DEVICES} == mounted.DEVICES.keys()
+
+
+def test_a_container_that_is_kept_is_said_to_be(folder: Any) -> None:
+    folder.write("shared", "isolation: session\n")
+    found = rows(folder.load().get("shared"))
+    assert found["isolation"]["value"] == "session"
+    assert "keeps SETUID, SETGID and KILL" in found["isolation.init"]["value"]
+    assert "earlier calls of the session" in found["isolation.cgroup"]["value"]
+    assert "keeps" not in rows(SHIPPED.get("strict"))["isolation.init"]["value"]
