@@ -272,6 +272,10 @@ def _run_on_directory(call: Call, options: argparse.Namespace) -> int:
             status = _run(call, options)
             if call.interrupted:
                 return status
+            with contextlib.suppress(
+                errors.StateConflict
+            ):  # that it keeps no container, as nearly every policy
+                client.end_session(session.id)
             brought = checkout.report(client, session.id, options.workspace, say, pull=options.pull)
     except errors.SandboxdError as error:
         return fail(error, as_json=options.json)

@@ -180,11 +180,6 @@ class Kept:
             await anyio.to_thread.run_sync(stack.enter_context, self.slot.cgroup.frozen())
             yield
 
-    @property
-    def others(self) -> int:
-        """How many processes there are but PID 1."""
-        return len(set(self.slot.cgroup.processes()) - {self.slot.init_pid})
-
     async def close(self) -> None:
         """End everything in it and take it away. Safe to call twice; raises what the engine raises."""
         stack, self._stack = self._stack, None

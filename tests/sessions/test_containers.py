@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,9 +11,14 @@ from living import live, living
 from sessioned import said, sh
 
 from sandboxd import errors
+from sandboxd.config import PoolSize
+from sandboxd.plan import ImageRef, make_shape
+from sandboxd.policy import load_policies, shipped_policies
+from sandboxd.shelf import Shelf
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from daemons import Daemon
 
@@ -264,3 +270,21 @@ def test_it_goes_with_its_session(daemon: Daemon) -> None:
     client.delete_session(made.id)
     until(lambda: len(slots_of(daemon)) < before, "the container is gone")
     assert not [slot for slot in client.slots() if slot.policy == "live"]
+
+
+def test_what_a_call_on_a_directory_changed_is_brought(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "here").write_text("here\n")
+    command = ["sh", "-c", "cat here; echo made > made; sleep 1000 &"]
+    ran = daemon.cli("--workspace", str(tmp_path), "--pull", "--policy", "live", "--", *command)
+    assert (ran.returncode, ran.stdout) == (0, b"here\n"), ran.stderr
+    assert (tmp_path / "made").read_text() == "made\n"
+    assert not [slot for slot in daemon.client().slots() if slot.policy == "live"]
+
+
+def test_no_container_waits_for_a_session(daemon: Daemon, session: SessionInfo) -> None:
+    live(daemon, session, "true")
+    assert [slot.state for slot in daemon.client().slots() if slot.policy == "live"] == ["running"]
+    policy = load_policies([shipped_policies(), daemon.policies]).get("live")
+    shape = make_shape(policy, ImageRef("base", "sha256:0"))
+    assert Shelf(shape, 0.0).wanted(0.0, PoolSize(min=2, max=4)) == 0
+    assert Shelf(replace(shape, kept=False), 0.0).wanted(0.0, PoolSize(min=2, max=4)) == 2
