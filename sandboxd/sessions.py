@@ -421,10 +421,10 @@ class Sessions:
         QuotaExceeded, WorkspaceUnfit, HostFailed; then nothing has changed.
         """
         row = await self._find(caller, named)
-        hold = self._hold_of(row, caller.sessions, None)
+        hold = self._hold_of(row, self._live(row, named).share, None)
         try:
             await hold.begin()
-            live = self._live(row, named)
+            live = self._live(row, named)  # it may have ended meanwhile
             if live.commit == "never":
                 raise errors.StateConflict(
                     f"policy {live.shape.policy!r} keeps no files: it says `commit: never`", session=row.id

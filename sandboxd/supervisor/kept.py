@@ -50,6 +50,8 @@ class _Left:
 
     part: Part
     listener: Listener | None
+    told: int | None = None
+    """How many denied system calls its call has told of; None while it runs."""
 
 
 def told(outcome: Outcome, use: ContainerUse | None) -> Outcome:
@@ -83,6 +85,7 @@ class Kept:
         """Why it is to be used no more."""
         self._stack: AsyncExitStack | None = None
         self._left: list[_Left] = []
+        self._gone = 0
         self._drain = Drain()
 
     @property
@@ -140,6 +143,7 @@ class Kept:
         for left in list(self._left):
             if not left.part.processes() and left.part.remove():
                 self._left.remove(left)
+                self._gone += 0 if left.told is None else self._denied(left) - left.told
                 if left.listener is not None:
                     left.listener.close()
 
@@ -168,6 +172,22 @@ class Kept:
             await reaped.wait()
         if not reaped.is_set():
             self.ended = "PID 1 did not say that the call's process had ended"
+
+    def rest(self, call: str) -> None:
+        """The present call has ended, and has told what it has to tell."""
+        self.last = call
+        self._left[-1].told = self._denied(self._left[-1])
+
+    @property
+    def denied(self) -> int:
+        """System calls that were denied to what calls left, after they had ended."""
+        return self._gone + sum(
+            self._denied(left) - left.told for left in self._left if left.told is not None
+        )
+
+    def _denied(self, left: _Left) -> int:
+        listener = left.listener or self.slot.listener
+        return sum(one.count for one in listener.counts())
 
     def drain(self, pipe: int | None) -> None:
         """Have the output pipe of a call that has ended, which others may still hold."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -234,6 +235,9 @@ def test_denied_calls_are_told_of_the_call_that_made_them(daemon: Daemon, sessio
     assert any(one.name == "unshare" for one in first.denials)
     second = live(daemon, session, "sleep 0.5")
     assert second.denials == []
+    found = daemon.client().session(session.id).container
+    assert found is not None
+    assert found.denied > 0
 
 
 def test_a_shell_can_be_left_and_spoken_to(daemon: Daemon, session: SessionInfo) -> None:
@@ -288,3 +292,28 @@ def test_no_container_waits_for_a_session(daemon: Daemon, session: SessionInfo) 
     shape = make_shape(policy, ImageRef("base", "sha256:0"))
     assert Shelf(shape, 0.0).wanted(0.0, PoolSize(min=2, max=4)) == 0
     assert Shelf(replace(shape, kept=False), 0.0).wanted(0.0, PoolSize(min=2, max=4)) == 2
+
+
+def test_a_call_is_signalled_and_spoken_to(daemon: Daemon, session: SessionInfo) -> None:
+    client = daemon.client()
+    live(daemon, session, "sleep 1000 &")
+    code = "trap 'echo told; exit 3' USR1; read line; echo got $line; while :; do sleep 0.1; done"
+    call = client.start(["sh", "-c", code], policy="live", session=session.id, stdin="stream")
+    client.write_stdin(call.id, b"a word\n", eof=False)
+    until(lambda: b"got" in b"".join(client.stdout(call.id)), "it has heard")
+    client.signal(call.id, signal.SIGUSR1)
+    done = client.wait(call.id)
+    assert done.stdout is not None
+    assert done.stdout.text == "got a word\ntold\n"
+    assert done.outcome is not None
+    assert done.outcome.exit_code == 3
+    assert said(live(daemon, session, "grep -ls sleep /proc/[0-9]*/comm | wc -l")) == "1\n"
+
+
+def test_an_interpreter_that_was_warm_is_one_call_and_leaves_room_for_others(
+    daemon: Daemon, session: SessionInfo
+) -> None:
+    for number in range(3):
+        code = f"import os; open('/tmp/seen', 'a').write('{number}'); print(open('/tmp/seen').read())"
+        call = daemon.run("python3", "-c", code, policy="snakes", session=session.id)
+        assert said(call) == "012"[: number + 1] + "\n"
