@@ -22,6 +22,7 @@ import anyio.to_thread
 
 from sandboxd import errors
 from sandboxd.engine.oci import tool_setup
+from sandboxd.init.protocol import Exited
 from sandboxd.kernel import pidfd
 from sandboxd.supervisor.drain import Drain
 from sandboxd.supervisor.ending import Ended, Lost, Stopped
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from contextlib import AsyncExitStack
 
     from sandboxd.engine.base import Slot
+    from sandboxd.init.protocol import Report
     from sandboxd.kernel.cgroup_part import Part
     from sandboxd.kernel.notify import Listener
     from sandboxd.models import ContainerUse, Outcome
@@ -173,6 +175,20 @@ class Kept:
         if not reaped.is_set():
             self.ended = "PID 1 did not say that the call's process had ended"
 
+    async def withdraw(self) -> bool:
+        """The present call is not to run, and its process ends; whether all is well then."""
+        reaped = anyio.Event()
+
+        def hear(report: Report) -> None:
+            if isinstance(report, Exited):
+                reaped.set()
+
+        with self.slot.control.heard(hear):
+            if await self.stop():
+                with anyio.move_on_after(SOON):
+                    await reaped.wait()
+        return reaped.is_set()
+
     def rest(self, call: str) -> None:
         """The present call has ended, and has told what it has to tell."""
         self.last = call
@@ -181,9 +197,8 @@ class Kept:
     @property
     def denied(self) -> int:
         """System calls that were denied to what calls left, after they had ended."""
-        return self._gone + sum(
-            self._denied(left) - left.told for left in self._left if left.told is not None
-        )
+        ended = ((left, left.told) for left in self._left)
+        return self._gone + sum(self._denied(left) - told for left, told in ended if told is not None)
 
     def _denied(self, left: _Left) -> int:
         listener = left.listener or self.slot.listener

@@ -317,3 +317,14 @@ def test_an_interpreter_that_was_warm_is_one_call_and_leaves_room_for_others(
         code = f"import os; open('/tmp/seen', 'a').write('{number}'); print(open('/tmp/seen').read())"
         call = daemon.run("python3", "-c", code, policy="snakes", session=session.id)
         assert said(call) == "012"[: number + 1] + "\n"
+
+
+def test_inputs_that_do_not_fit_fail_their_call_alone(daemon: Daemon, session: SessionInfo) -> None:
+    live(daemon, session, "sleep 1000 & head -c 12M /dev/zero | tr '\\0' x > big")
+    call = live(daemon, session, "true", inputs={"more": b"x" * (8 << 20)})
+    assert call.outcome is not None
+    assert call.outcome.error is not None
+    assert (call.outcome.cause, call.outcome.error.code) == ("failed", "too_large")
+    assert call.container is not None
+    assert call.container.ended is None
+    assert said(live(daemon, session, "grep -ls sleep /proc/[0-9]*/comm | wc -l; ls big")) == "1\nbig\n"
