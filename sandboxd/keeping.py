@@ -81,6 +81,7 @@ class Live:
             expires=self.used + self.share.container_idle,
             memory=self.hold.memory,
             cpus=self.hold.cpus,
+            denied=self.kept.denied,
         )
 
 
@@ -240,7 +241,7 @@ class Seat:
             )
             self._keeping.add(self._live)
         self._live.used, self._live.since_used = now, at
-        self.kept.last = self._call
+        self.kept.rest(self._call)
         self._unreserve()
 
     async def end(self, why: str) -> None:

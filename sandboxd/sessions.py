@@ -62,6 +62,7 @@ __all__ = ["Sessions", "Standing"]
 
 LOOK = 1.0  # seconds between two looks for sessions whose time is over
 MOST = 500  # of a page
+END_AGAIN = 60.0  # seconds until it is tried again to end a container
 LAST_CHECKPOINT = 60.0  # seconds, of one container, at the end of the daemon
 LETTING_GO = 5.0  # seconds, of all that is lent, at the end of the daemon
 
@@ -463,10 +464,10 @@ class Sessions:
         QuotaExceeded, WorkspaceUnfit, HostFailed; then nothing has changed.
         """
         row = await self._find(caller, named)
-        hold = self._hold_of(row, caller.sessions, None)
+        hold = self._hold_of(row, self._live(row, named).share, None)
         try:
             await hold.begin()
-            live = self._live(row, named)
+            live = self._live(row, named)  # it may have ended meanwhile
             if live.commit == "never":
                 raise errors.StateConflict(
                     f"policy {live.shape.policy!r} keeps no files: it says `commit: never`", session=row.id
@@ -566,9 +567,11 @@ class Sessions:
                 elif live.idle:
                     await self._end(live, discard=False, why="it was not used for so long")
             except (errors.QuotaExceeded, errors.WorkspaceUnfit) as error:
-                await self._lose(
-                    live, f"it was not used for so long, and its files could not be kept: {error}"
-                )
+                why = f"it was not used for so long, and its files could not be kept: {error}"
+                await self._lose(live, why)
+            except errors.SandboxdError:  # the disk may be full: there may be room later
+                log.exception("a container that is not used cannot be ended yet", session=live.session)
+                live.since_used += END_AGAIN
 
     async def _lose(self, live: Live, why: str) -> None:
         lost = live.entry.lost(_now(), why)

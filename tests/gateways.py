@@ -65,7 +65,7 @@ class Part:
 
     def __init__(self, doors: Any, rules: NetworkRules) -> None:
         self.doors, self.shape = doors, self
-        self.network, self.digest, self.expose = rules, "shape", ()
+        self.network, self.digest, self.expose, self.kept = rules, "shape", (), False
 
 
 @contextmanager

@@ -38,6 +38,7 @@ POLICIES = {
         'artifacts: [{path: "out/*", max_size: 1MiB}]\n'
     ),
     "other": "version: 1\nname: other\nextends: live\nlimits: {wall: 9s}\n",
+    "snakes": "version: 1\nname: snakes\nextends: python\nisolation: session\n",
     "plain": "version: 1\nname: plain\nextends: default\n",
     "nothing": "version: 1\nname: nothing\nextends: live\ncommit: never\n",
     "root": "version: 1\nname: root\nextends: live\nprocess: {user: 0}\n",

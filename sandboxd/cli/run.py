@@ -278,6 +278,8 @@ def _run_on_directory(call: Call, options: argparse.Namespace) -> int:
             status = _run(call, options)
             if call.interrupted:
                 return status
+            with contextlib.suppress(errors.StateConflict):  # there is none but under few policies
+                client.end_session(session.id)
             brought = checkout.report(client, session, options.workspace, say, pull=options.pull)
     except errors.SandboxdError as error:
         return fail(error, as_json=options.json)

@@ -117,6 +117,7 @@ retry: {backoff: 50ms..50ms, memory: {times: 1, raise: {memory: 256MiB}}}
     "if-ran": "extends: conformance-python\ncommit: always\n",
     "if-never": "extends: conformance-python\ncommit: never\n",
     "host": "extends: conformance-python\nnetwork: {mode: host}\n",
+    "kept": "extends: conformance-python\nisolation: session\n",
 }
 
 

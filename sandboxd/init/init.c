@@ -668,8 +668,9 @@ int main(int argc, char **argv)
                 if (up.type == PARKED && (fds[count++] = (int)syscall(SYS_pidfd_open, tool, 0)) < 0)
                     fail(CONTROL, "pidfd_open");
             } else {
+                int kept = drop_capabilities(1u << CAP_KILL);
                 struct sock_fprog own = {.len = sizeof own_filter / sizeof *own_filter, .filter = own_filter};
-                if (drop_capabilities(1u << CAP_KILL) < 0 || syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &own) < 0)
+                if (kept < 0 || syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &own) < 0)
                     fail(CONTROL, "own filter");
             }
             send_frame(CONTROL, up.type, 0, payload, up.length, fds, count);

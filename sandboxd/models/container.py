@@ -50,6 +50,8 @@ class SessionContainer(Wire):
     memory: int | None = None
     """Bytes of the daemon's budget that it holds; and so are the CPUs, in thousandths."""
     cpus: int | None = None
+    denied: int = 0
+    """System calls that were denied to what calls left running, after their ends."""
     lost: ContainerLost | None = None
 
 

@@ -164,8 +164,7 @@ class Gateway:
             served.ended.set()  # nobody has wanted anything
         else:
             await self._begin(served)
-        if inhabited:
-            served.doors.rest()
+        served.inhabited = inhabited
         served.ending = True
         served.questions.close()
         if served.worker is not None:
@@ -177,6 +176,8 @@ class Gateway:
         served = self._served.pop(id)
         if served.worker is not None:
             await self._finish(served, served.worker)
+        if served.inhabited:  # when its process waits at them no more
+            served.doors.rest()
         return served.use
 
     async def _finish(self, served: Served, worker: Worker) -> None:

@@ -80,6 +80,8 @@ class Doors:
 
     def rest(self) -> None:
         """Refuse connections from now on, until ``begin``. Raises OSError."""
+        if self.tcp < 0:  # nobody serves them any more, and everything is refused
+            return
         for fd in (self.tcp, self.tcp6, self.dns_tcp):
             with _borrowed(fd, socket.AF_INET) as listener:
                 listener.shutdown(socket.SHUT_RD)  # it listens no more, and stays bound

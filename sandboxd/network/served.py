@@ -57,6 +57,8 @@ class Served:
     crashes: int = 0
     events: int = 0
     ending: bool = False
+    inhabited: bool = False
+    """Whether somebody lives in the container when it has ended."""
     awake: bool = False
     """Whether anybody in the container has connected to anything, asked for it, or was refused it."""
     handing: anyio.Lock = field(default_factory=anyio.Lock)

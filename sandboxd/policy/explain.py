@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from sandboxd import units
 from sandboxd.policy.checks import RAISES
 from sandboxd.policy.environment import environment, placeholders
-from sandboxd.policy.fixed import ALWAYS, HOST_NETWORK, NAMESPACES_HOST_NETWORK, shm_size
+from sandboxd.policy.fixed import (
+    ALWAYS,
+    HOST_NETWORK,
+    KEPT_CGROUP,
+    KEPT_INIT,
+    NAMESPACES_HOST_NETWORK,
+    shm_size,
+)
 from sandboxd.policy.floor import FORMATS, limit
 from sandboxd.policy.rules import network_rules
 from sandboxd.policy.schema import OWN_CAUSES
@@ -269,7 +276,10 @@ def _injected(rule: HttpRule) -> str:
 
 
 def _always(policy: Policy) -> dict[str, str]:
-    return ALWAYS | ({"namespaces": NAMESPACES_HOST_NETWORK} if policy.shares_host_network else {})
+    found = ALWAYS | ({"namespaces": NAMESPACES_HOST_NETWORK} if policy.shares_host_network else {})
+    if policy.spec.isolation == "session":
+        found |= {"init": KEPT_INIT, "cgroup": KEPT_CGROUP}
+    return found
 
 
 def _expose(policy: Policy) -> Iterator[dict[str, Any]]:

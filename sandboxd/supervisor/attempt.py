@@ -68,6 +68,11 @@ __all__ = ["Attempt", "Payload", "Result", "denied"]
 GRACE = 30_000_000  # microseconds after the wall limit until PID 1 ends by itself
 CPU_POLL_MIN = 0.01  # seconds
 RELEASE = 0.1  # seconds without output, after which the first bytes of what may be a secret go out
+UNFIT = (
+    errors.TooLarge, errors.InvalidRequest,
+    errors.SecretMissing, errors.SecretsUnavailable, errors.SecretUnfit,
+)  # fmt: skip
+"""What keeps a call from running, and says nothing of its container."""
 SOON = 2.0  # seconds that PID 1 gets to end what the command left behind, before it is ended with it
 
 
@@ -242,11 +247,20 @@ class Attempt:
                 await seat.end(kept.ended)
         except BaseException as error:
             with anyio.CancelScope(shield=True):
-                await self._pool.kill(kept.slot)
-                await seat.end(
-                    f"the call failed: {error}" if isinstance(error, errors.SandboxdError) else FAULT
-                )
+                await self._leave(seat, kept, error)
             raise
+
+    async def _leave(self, seat: Seat, kept: Kept, error: BaseException) -> None:
+        """The call failed: its container is of no more use, unless nothing but the call was at fault."""
+        untouched = isinstance(error, UNFIT) and not self._handed_over and not kept.fresh
+        if untouched and await kept.withdraw():
+            seat.keep(self._container)
+            return
+        try:
+            await self._pool.kill(kept.slot)
+        finally:
+            said = isinstance(error, errors.SandboxdError)
+            await seat.end(f"the call failed: {error}" if said else FAULT)
 
     async def _prepare(self, slot: Slot) -> Receipt:
         if self._session is not None and not slot.shared:

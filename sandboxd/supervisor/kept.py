@@ -22,6 +22,7 @@ import anyio.to_thread
 
 from sandboxd import errors
 from sandboxd.engine.oci import tool_setup
+from sandboxd.init.protocol import Exited
 from sandboxd.kernel import pidfd
 from sandboxd.supervisor.drain import Drain
 from sandboxd.supervisor.ending import Ended, Lost, Stopped
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from contextlib import AsyncExitStack
 
     from sandboxd.engine.base import Slot
+    from sandboxd.init.protocol import Report
     from sandboxd.kernel.cgroup_part import Part
     from sandboxd.kernel.notify import Listener
     from sandboxd.models import ContainerUse, Outcome
@@ -50,6 +52,8 @@ class _Left:
 
     part: Part
     listener: Listener | None
+    told: int | None = None
+    """How many denied system calls its call has told of; None while it runs."""
 
 
 def told(outcome: Outcome, use: ContainerUse | None) -> Outcome:
@@ -83,6 +87,7 @@ class Kept:
         """Why it is to be used no more."""
         self._stack: AsyncExitStack | None = None
         self._left: list[_Left] = []
+        self._gone = 0
         self._drain = Drain()
 
     @property
@@ -140,6 +145,7 @@ class Kept:
         for left in list(self._left):
             if not left.part.processes() and left.part.remove():
                 self._left.remove(left)
+                self._gone += 0 if left.told is None else self._denied(left) - left.told
                 if left.listener is not None:
                     left.listener.close()
 
@@ -169,6 +175,35 @@ class Kept:
         if not reaped.is_set():
             self.ended = "PID 1 did not say that the call's process had ended"
 
+    async def withdraw(self) -> bool:
+        """The present call is not to run, and its process ends; whether all is well then."""
+        reaped = anyio.Event()
+
+        def hear(report: Report) -> None:
+            if isinstance(report, Exited):
+                reaped.set()
+
+        with self.slot.control.heard(hear):
+            if await self.stop():
+                with anyio.move_on_after(SOON):
+                    await reaped.wait()
+        return reaped.is_set()
+
+    def rest(self, call: str) -> None:
+        """The present call has ended, and has told what it has to tell."""
+        self.last = call
+        self._left[-1].told = self._denied(self._left[-1])
+
+    @property
+    def denied(self) -> int:
+        """System calls that were denied to what calls left, after they had ended."""
+        ended = ((left, left.told) for left in self._left)
+        return self._gone + sum(self._denied(left) - told for left, told in ended if told is not None)
+
+    def _denied(self, left: _Left) -> int:
+        listener = left.listener or self.slot.listener
+        return sum(one.count for one in listener.counts())
+
     def drain(self, pipe: int | None) -> None:
         """Have the output pipe of a call that has ended, which others may still hold."""
         self._drain.take(pipe)
@@ -179,11 +214,6 @@ class Kept:
         with ExitStack() as stack:
             await anyio.to_thread.run_sync(stack.enter_context, self.slot.cgroup.frozen())
             yield
-
-    @property
-    def others(self) -> int:
-        """How many processes there are but PID 1."""
-        return len(set(self.slot.cgroup.processes()) - {self.slot.init_pid})
 
     async def close(self) -> None:
         """End everything in it and take it away. Safe to call twice; raises what the engine raises."""

@@ -86,7 +86,7 @@ async def delete(served: Served, session: str, _: str) -> object:
 
 async def merge(served: Served, session: str, _: str) -> object:
     head = (await served.rows())[session].head
-    await served.sessions._merge(head)
+    await served.sessions._merge(head, lent=False)
     return None
 
 

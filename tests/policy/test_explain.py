@@ -129,6 +129,7 @@ def test_what_follows_another_value_has_the_line_of_that(folder: Any) -> None:
 
 
 ELSEWHERE = {
+    "isolation": "isolation",
     "seccomp": "syscalls.base",
     "user": "process.user",
     "group": "process.group",
@@ -210,3 +211,12 @@ def test_what_rules_put_into_requests_is_said(folder: Any) -> None:
     assert lines["network.allow.2"].endswith("with a signature of AWS")
     assert lines["network.budget.session.bytes"] == str(1 << 20)
     assert lines["network.budget.session.connections"] == "5"
+
+
+def test_a_container_that_is_kept_is_said_to_be(folder: Any) -> None:
+    folder.write("shared", "isolation: session\n")
+    found = rows(folder.load().get("shared"))
+    assert found["isolation"]["value"] == "session"
+    assert "keeps SETUID, SETGID and KILL" in found["isolation.init"]["value"]
+    assert "earlier calls of the session" in found["isolation.cgroup"]["value"]
+    assert "keeps" not in rows(SHIPPED.get("strict"))["isolation.init"]["value"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,9 +12,14 @@ from living import live, living
 from sessioned import said, sh
 
 from sandboxd import errors
+from sandboxd.config import PoolSize
+from sandboxd.plan import ImageRef, make_shape
+from sandboxd.policy import load_policies, shipped_policies
+from sandboxd.shelf import Shelf
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from daemons import Daemon
 
@@ -228,6 +235,9 @@ def test_denied_calls_are_told_of_the_call_that_made_them(daemon: Daemon, sessio
     assert any(one.name == "unshare" for one in first.denials)
     second = live(daemon, session, "sleep 0.5")
     assert second.denials == []
+    found = daemon.client().session(session.id).container
+    assert found is not None
+    assert found.denied > 0
 
 
 def test_a_shell_can_be_left_and_spoken_to(daemon: Daemon, session: SessionInfo) -> None:
@@ -264,3 +274,57 @@ def test_it_goes_with_its_session(daemon: Daemon) -> None:
     client.delete_session(made.id)
     until(lambda: len(slots_of(daemon)) < before, "the container is gone")
     assert not [slot for slot in client.slots() if slot.policy == "live"]
+
+
+def test_what_a_call_on_a_directory_changed_is_brought(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "here").write_text("here\n")
+    command = ["sh", "-c", "cat here; echo made > made; sleep 1000 &"]
+    ran = daemon.cli("--workspace", str(tmp_path), "--pull", "--policy", "live", "--", *command)
+    assert (ran.returncode, ran.stdout) == (0, b"here\n"), ran.stderr
+    assert (tmp_path / "made").read_text() == "made\n"
+    assert not [slot for slot in daemon.client().slots() if slot.policy == "live"]
+
+
+def test_no_container_waits_for_a_session(daemon: Daemon, session: SessionInfo) -> None:
+    live(daemon, session, "true")
+    assert [slot.state for slot in daemon.client().slots() if slot.policy == "live"] == ["running"]
+    policy = load_policies([shipped_policies(), daemon.policies]).get("live")
+    shape = make_shape(policy, ImageRef("base", "sha256:0"))
+    assert Shelf(shape, 0.0).wanted(0.0, PoolSize(min=2, max=4)) == 0
+    assert Shelf(replace(shape, kept=False), 0.0).wanted(0.0, PoolSize(min=2, max=4)) == 2
+
+
+def test_a_call_is_signalled_and_spoken_to(daemon: Daemon, session: SessionInfo) -> None:
+    client = daemon.client()
+    live(daemon, session, "sleep 1000 &")
+    code = "trap 'echo told; exit 3' USR1; read line; echo got $line; while :; do sleep 0.1; done"
+    call = client.start(["sh", "-c", code], policy="live", session=session.id, stdin="stream")
+    client.write_stdin(call.id, b"a word\n", eof=False)
+    until(lambda: b"got" in b"".join(client.stdout(call.id)), "it has heard")
+    client.signal(call.id, signal.SIGUSR1)
+    done = client.wait(call.id)
+    assert done.stdout is not None
+    assert done.stdout.text == "got a word\ntold\n"
+    assert done.outcome is not None
+    assert done.outcome.exit_code == 3
+    assert said(live(daemon, session, "grep -ls sleep /proc/[0-9]*/comm | wc -l")) == "1\n"
+
+
+def test_an_interpreter_that_was_warm_is_one_call_and_leaves_room_for_others(
+    daemon: Daemon, session: SessionInfo
+) -> None:
+    for number in range(3):
+        code = f"import os; open('/tmp/seen', 'a').write('{number}'); print(open('/tmp/seen').read())"
+        call = daemon.run("python3", "-c", code, policy="snakes", session=session.id)
+        assert said(call) == "012"[: number + 1] + "\n"
+
+
+def test_inputs_that_do_not_fit_fail_their_call_alone(daemon: Daemon, session: SessionInfo) -> None:
+    live(daemon, session, "sleep 1000 & head -c 12M /dev/zero | tr '\\0' x > big")
+    call = live(daemon, session, "true", inputs={"more": b"x" * (8 << 20)})
+    assert call.outcome is not None
+    assert call.outcome.error is not None
+    assert (call.outcome.cause, call.outcome.error.code) == ("failed", "too_large")
+    assert call.container is not None
+    assert call.container.ended is None
+    assert said(live(daemon, session, "grep -ls sleep /proc/[0-9]*/comm | wc -l; ls big")) == "1\nbig\n"

@@ -176,7 +176,8 @@ class SessionMachine(RuleBasedStateMachine):
         if what == "prune" and sessions._to_prune:
             await sessions._prune(sessions._to_prune.popleft())
         elif what == "merge" and sessions._to_merge:
-            await sessions._merge(sessions._to_merge.popleft())
+            checkpoint, lent = sessions._to_merge.popleft()
+            await sessions._merge(checkpoint, lent=lent)
         elif what == "write":
             await sessions._unwritten.settle(list(sessions._unwritten._packs))
         elif what == "sync":
