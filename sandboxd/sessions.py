@@ -403,7 +403,7 @@ class Sessions:
         """Let a session stand on another of its checkpoints. Raises NotFound, SessionBusy."""
         row = await self._find(caller, named)
         wanted = await self._checkpoint(row, checkpoint)
-        with self._alone(row):
+        async with self._alone(row):
             self.keeping.refuse(row.id, named)
 
             def move(connection: sqlite3.Connection) -> bool:
@@ -426,7 +426,7 @@ class Sessions:
         Raises NotFound, SessionBusy.
         """
         row = await self._find(caller, named)
-        with self._alone(row):
+        async with self._alone(row):
             await self._prune(row.id)
         return await self.get(caller, row.id)
 
@@ -438,7 +438,7 @@ class Sessions:
 
     async def _delete(self, row: Row, *, over: int | None = None) -> bool:
         """Whether it went; with ``over`` only where its time is over then."""
-        with self._alone(row):
+        async with self._alone(row):
             self._removing.add(row.id)
             try:
                 gone = await self._journal.write(
@@ -487,7 +487,7 @@ class Sessions:
         none, and what ``checkpoint`` does; then the container is there as before.
         """
         row = await self._find(caller, named)
-        with self._alone(row):
+        async with self._alone(row):
             if self.keeping.of(row.id) is None and await self._has_lost(row.id):
                 await self._journal.write(lambda connection: containers.forget(connection, row.id))
             else:
@@ -611,8 +611,7 @@ class Sessions:
         """
         row = await self._find(caller, named)
         checkout = self._checkout_of(row)
-        self._turns.enter(row.id)
-        try:
+        with self._turns.reading(row.id):
             ids = [await self._named(row, one) for one in checkpoints]
             stacks = await self._journal.read(
                 lambda connection: [tables.stack_of(connection, one) for one in ids]
@@ -623,8 +622,6 @@ class Sessions:
                 Standing(id_, tuple(self._paths(stack.layers)), checkout)
                 for id_, stack in zip(ids, stacks, strict=True)
             )
-        finally:
-            self._turns.leave(row.id)
 
     async def keeps(self, session: str, checkpoint: str | None) -> bool:
         """Whether a session has a checkpoint, by its digest."""
@@ -757,7 +754,10 @@ class Sessions:
         return row
 
     def _is_over(self, row: Row) -> bool:
-        return row.expires is not None and row.expires <= _now() and not self._turns.inside(row.id)
+        return row.expires is not None and row.expires <= _now() and not self._is_used(row)
+
+    def _is_used(self, row: Row) -> bool:
+        return bool(self._turns.inside(row.id) or self._turns.readers(row.id))
 
     async def _checkpoint(self, row: Row, named: str) -> Checkpoint:
         found = await self._journal.read(lambda connection: tables.within(connection, row, named))
@@ -765,8 +765,33 @@ class Sessions:
             raise errors.NotFound(f"session {row.name or row.id!r} has no checkpoint {named!r}")
         return found
 
-    def _alone(self, row: Row) -> _Alone:
-        return _Alone(self._turns, row)
+    @asynccontextmanager
+    async def _alone(self, row: Row) -> AsyncIterator[None]:
+        """For the time of a block nobody else is in a session. Raises SessionBusy.
+
+        Whoever reads its files gets a moment to end.
+        """
+        if not self._turns.inside(row.id):
+            with anyio.move_on_after(LOOK):
+                await self._turns.unread(row.id)
+        named, inside = row.name or row.id, self._turns.inside(row.id)
+        if inside:
+            raise errors.SessionBusy(
+                f"{inside} calls run in session {named!r} or wait for it; wait for them, or cancel them",
+                session=row.id,
+                calls=inside,
+            )
+        if readers := self._turns.readers(row.id):
+            raise errors.SessionBusy(
+                f"files of session {named!r} are being read by {readers}; wait for them",
+                session=row.id,
+                calls=0,
+            )
+        self._turns.enter(row.id)
+        try:
+            yield
+        finally:
+            self._turns.leave(row.id)
 
     async def _info(self, row: Row) -> models.SessionInfo:
         def read(connection: sqlite3.Connection) -> tuple[Checkpoint | None, Stack, Checkpoint | None]:
@@ -902,28 +927,6 @@ class Standing:
 def _identity(checkout: Checkout) -> str:
     device, inode = checkout.identity
     return f"{device:x}:{inode}"
-
-
-class _Alone:
-    """For the time of a block nobody else is in a session. Entering raises SessionBusy."""
-
-    def __init__(self, turns: Turns, row: Row) -> None:
-        self._turns = turns
-        self._row = row
-
-    def __enter__(self) -> None:
-        inside = self._turns.inside(self._row.id)
-        if inside:
-            raise errors.SessionBusy(
-                f"{inside} calls run in session {self._row.name or self._row.id!r} or wait for it; wait for "
-                "them, or cancel them",
-                session=self._row.id,
-                calls=inside,
-            )
-        self._turns.enter(self._row.id)
-
-    def __exit__(self, *_: object) -> None:
-        self._turns.leave(self._row.id)
 
 
 def _checkpoint_info(one: Checkpoint, head: str) -> models.CheckpointInfo:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -79,7 +80,7 @@ class Agreement:
         if not self._is_changed:
             return
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        beside = self._path.with_suffix(f".{os.getpid()}")
+        beside = self._path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         document = {"version": VERSION, "directory": self._place, "marks": self._marks}
         try:
             beside.write_text(json.dumps(document))
