@@ -172,7 +172,7 @@ class SessionFiles:
                 return info, chunks
 
             info, chunks = await self._threaded(caller, effort, opened)
-            yield info, self._streamed(caller, effort, chunks, inside)
+            yield info, await self._streamed(caller, effort, chunks, inside)
 
     async def write(
         self,
@@ -241,7 +241,7 @@ class SessionFiles:
                 return export
 
             export = await self._threaded(caller, effort, made)
-            yield export, self._streamed(caller, effort, export.chunks, inside)
+            yield export, await self._streamed(caller, effort, export.chunks, inside)
 
     async def bring(
         self,
@@ -354,10 +354,12 @@ class SessionFiles:
                 await inside.aclose()
             return chunk
 
-        chunk = await following()
-        while chunk is not None:
-            told, chunk = chunk, await following()
-            yield told
+        async def told(chunk: bytes | None) -> AsyncIterator[bytes]:
+            while chunk is not None:
+                last, chunk = chunk, await following()
+                yield last
+
+        return told(await following())
 
 
 def _close(chunks: Iterator[bytes]) -> None:
