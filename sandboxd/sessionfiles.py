@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from types import GeneratorType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -159,10 +159,9 @@ class SessionFiles:
     ) -> AsyncIterator[tuple[models.FileInfo, AsyncIterator[bytes]]]:
         """A regular file: what it is, with its digest, and its bytes. Raises StateConflict."""
         place, effort = _path(path), Effort()
-        async with (
-            self._sessions.standing(caller, named, checkpoint) as (one,),
-            self._held(caller) as stack,
-        ):
+        async with AsyncExitStack() as inside:
+            (one,) = await inside.enter_async_context(self._sessions.standing(caller, named, checkpoint))
+            stack = await inside.enter_async_context(self._held(caller))
 
             def opened() -> tuple[models.FileInfo, Iterator[bytes]]:
                 stack.is_used = True
@@ -173,7 +172,7 @@ class SessionFiles:
                 return info, chunks
 
             info, chunks = await self._threaded(caller, effort, opened)
-            yield info, self._streamed(caller, effort, chunks, stack)
+            yield info, await self._streamed(caller, effort, chunks, inside)
 
     async def write(
         self,
@@ -227,10 +226,9 @@ class SessionFiles:
     ) -> AsyncIterator[tuple[Export, AsyncIterator[bytes]]]:
         """A layer of a checkpoint's files, or of what makes it of an earlier one. Raises StateConflict."""
         wanted, effort = (to,) if since is None else (since, to), Effort()
-        async with (
-            self._sessions.standing(caller, named, *wanted) as stands,
-            self._held(caller) as stack,
-        ):
+        async with AsyncExitStack() as inside:
+            stands = await inside.enter_async_context(self._sessions.standing(caller, named, *wanted))
+            stack = await inside.enter_async_context(self._held(caller))
 
             def made() -> Export:
                 stack.is_used = True
@@ -243,7 +241,7 @@ class SessionFiles:
                 return export
 
             export = await self._threaded(caller, effort, made)
-            yield export, self._streamed(caller, effort, export.chunks, stack)
+            yield export, await self._streamed(caller, effort, export.chunks, inside)
 
     async def bring(
         self,
@@ -343,22 +341,25 @@ class SessionFiles:
                     await self._threaded(caller, Effort(), stack.close, always=True)
 
     async def _streamed(
-        self, caller: Caller, effort: Effort, chunks: Iterator[bytes], held: _Held
+        self, caller: Caller, effort: Effort, chunks: Iterator[bytes], inside: AsyncExitStack
     ) -> AsyncIterator[bytes]:
         """Chunks that are read from the disk, each in a thread, and with a time of its own.
 
-        What is held is let go of before the end is told: whoever has read it all may remove the session.
+        The session is left before the last of them is told: whoever has read it all may remove the session.
         """
 
-        def chunk_of() -> bytes | None:
-            chunk = next(chunks, None)
+        async def following() -> bytes | None:
+            chunk = await self._threaded(caller, effort, lambda: next(chunks, None), always=True)
             if chunk is None:
-                held.close()
-                held.is_used = False
+                await inside.aclose()
             return chunk
 
-        while (chunk := await self._threaded(caller, effort, chunk_of, always=True)) is not None:
-            yield chunk
+        async def told(chunk: bytes | None) -> AsyncIterator[bytes]:
+            while chunk is not None:
+                last, chunk = chunk, await following()
+                yield last
+
+        return told(await following())
 
 
 def _close(chunks: Iterator[bytes]) -> None:
