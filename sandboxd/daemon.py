@@ -10,13 +10,14 @@ runs gets ``DRAIN`` seconds, and is then cancelled; a second signal cancels at o
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import gc
 import os
 import resource
 import signal
 import sys
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, suppress
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -56,7 +57,6 @@ from sandboxd.workspace.handles import Handles
 from sandboxd.workspace.store import LayerStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from sandboxd.api.identity import Caller
@@ -67,6 +67,7 @@ __all__ = ["serve"]
 DRAIN = 30.0  # seconds that running calls get when the daemon is stopped
 M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -8, -3, -1  # malloc.h
 WORKER_THREADS = 64
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 log = structlog.get_logger("sandboxd")
 
@@ -228,7 +229,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         gc.freeze()  # no collection has to look at it again
         gc.enable()
         _say_ready(config, engine)
-        await _until_stopped(service)
+        await _until_stopped(service, _signals())
         systemd.notify("STOPPING=1")
         stopping.set()
         tasks.cancel_scope.cancel()
@@ -277,26 +278,42 @@ def _secrets(config: Config) -> SecretStore:
     return found
 
 
-async def _until_stopped(service: DaemonService) -> None:
+def _signals() -> asyncio.Queue[signal.Signals]:
+    """The signals that stop the daemon, from now on until the process has ended.
+
+    By default one that comes late would end it while it clears away.
+    """
+    found: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def take(number: int, _: object) -> None:
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(found.put_nowait, signal.Signals(number))
+
+    for number in STOPPING:
+        signal.signal(number, take)
+    return found
+
+
+async def _until_stopped(service: DaemonService, signals: asyncio.Queue[signal.Signals]) -> None:
     """Wait for a signal, then for the calls in flight: all of them have an outcome when this returns."""
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        number = await anext(signals)
-        log.info("draining", signal=number.name, in_flight=len(service.in_flight))
-        service.drain()
-        async with anyio.create_task_group() as waiting:
-            waiting.start_soon(_cancel_on_signal, signals, service)
-            with anyio.move_on_after(DRAIN):
-                await service.all_ended()
-            service.cancel_all()
+    number = await signals.get()
+    log.info("draining", signal=number.name, in_flight=len(service.in_flight))
+    service.drain()
+    async with anyio.create_task_group() as waiting:
+        waiting.start_soon(_cancel_on_signal, signals, service)
+        with anyio.move_on_after(DRAIN):
             await service.all_ended()
-            await service.sessions.end_all()
-            waiting.cancel_scope.cancel()
+        service.cancel_all()
+        await service.all_ended()
+        await service.sessions.end_all()
+        waiting.cancel_scope.cancel()
 
 
 def _identify(rules: Identity, uid: int, gid: int, groups: frozenset[int]) -> Caller:
     return rules.caller(Peer(uid, gid, groups))
 
 
-async def _cancel_on_signal(signals: AsyncIterator[signal.Signals], service: DaemonService) -> None:
-    await anext(signals)
+async def _cancel_on_signal(signals: asyncio.Queue[signal.Signals], service: DaemonService) -> None:
+    await signals.get()
     service.cancel_all()

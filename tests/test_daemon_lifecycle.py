@@ -247,6 +247,29 @@ def _runs(daemon: Daemon) -> bool:
     return found.outcome is not None and found.outcome.exit_code == 0
 
 
+def test_signals_that_come_at_any_moment_of_a_stop_leave_nothing(
+    daemon_factory: Callable[..., Daemon],
+) -> None:
+    """Whoever stops it may be impatient up to its last moment."""
+    daemon = daemon_factory()
+    client = daemon.client()
+    running = [client.start(["sleep", "1000"], key=f"k{number}").id for number in range(3)]
+    until(lambda: all(client.get(id_).state == "running" for id_ in running), "they run")
+    number = signal.SIGTERM
+    while daemon.process.poll() is None:
+        daemon.process.send_signal(number)
+        number = signal.SIGINT if number == signal.SIGTERM else signal.SIGTERM
+        time.sleep(0.002)
+    said = daemon.log.read_text()[-2000:]
+    assert daemon.process.returncode in {0, -signal.SIGTERM, -signal.SIGINT}, said
+    assert "Traceback" not in said
+    assert not list(Path("/sys/fs/cgroup").glob(f"**/sandboxd-{instance_name(daemon.state)}"))
+    second = daemon_factory(state=daemon.state, name="second")
+    assert "containers of an earlier daemon were removed" not in second.log.read_text()
+    outcomes = [second.client().get(id_).outcome for id_ in running]
+    assert [None if one is None else one.cause for one in outcomes] == ["cancelled"] * 3
+
+
 def test_a_daemon_ends_with_its_engine(daemon_factory: Callable[..., Daemon]) -> None:
     """Its other process is killed: it says so and ends, and the next one closes what was left open."""
     first = daemon_factory()

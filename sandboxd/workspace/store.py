@@ -148,15 +148,22 @@ class LayerStore:
                 raise errors.HostFailed(f"a session's files cannot be kept: {error.strerror}") from error
             raise
 
-    def sync(self) -> None:
-        """Bring every layer to disk. Raises HostFailed."""
+    def watch(self) -> int:
+        """A descriptor for ``sync``, to be opened before what is to be synced is written. Raises HostFailed.
+
+        The kernel tells of each failure to write once to each descriptor: one that is opened afterwards hears
+        nothing of a failure that somebody else was told of, such as another sync here.
+        """
         try:
-            fd = os.open(self.layers, layer.DIRECTORY)
-            try:
-                failpoint("layer.settle")
-                _sync(fd)
-            finally:
-                os.close(fd)
+            return os.open(self.layers, layer.DIRECTORY)
+        except OSError as error:
+            raise errors.HostFailed(f"a session's files cannot be made: {error.strerror}") from error
+
+    def sync(self, since: int) -> None:
+        """Bring every layer to disk. Raises HostFailed, also for what failed since ``watch``."""
+        try:
+            failpoint("layer.settle")
+            _sync(since)
         except OSError as error:
             raise errors.HostFailed(f"a session's files cannot be synced: {error.strerror}") from error
 

@@ -7,6 +7,7 @@ synced together, and the packs removed. What a daemon had no time for, the next 
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
@@ -43,6 +44,9 @@ class Unwritten:
         self._packs: dict[str, bytes] = {}
         self._writing = anyio.Lock()
         self._written: list[str] = []
+        self._since = -1
+        self._failures = 0
+        """Of syncs: what was written before one is not known to be on disk, and stays in the journal."""
         self._wake = anyio.Event()
 
     def add(self, name: str, pack: bytes) -> None:
@@ -62,9 +66,13 @@ class Unwritten:
             if pack is None:
                 return
             with anyio.CancelScope(shield=True):
+                if self._since < 0:
+                    self._since = self._store.watch()
+                failures = self._failures
                 await anyio.to_thread.run_sync(self._store.write, name, pack)
             del self._packs[name]
-            self._written.append(name)
+            if failures == self._failures:
+                self._written.append(name)
             self._wake.set()
 
     async def forget(self, names: Sequence[str]) -> None:
@@ -92,22 +100,41 @@ class Unwritten:
 
     async def run(self) -> None:
         """Write and sync what was added, until cancelled; what is left then is in the journal."""
-        while True:
-            await self._wake.wait()
-            self._wake = anyio.Event()
-            await anyio.sleep(SOON)
-            with suppress(errors.SandboxdError):  # whoever needs them tries again, and is told
-                await self.settle(list(self._packs))
-            await anyio.sleep(PAUSE)
-            await self._sync()
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake = anyio.Event()
+                await anyio.sleep(SOON)
+                with suppress(errors.SandboxdError):  # whoever needs them tries again, and is told
+                    await self.settle(list(self._packs))
+                await anyio.sleep(PAUSE)
+                await self._sync()
+        finally:
+            self._close()
 
     async def _sync(self) -> None:
-        """What could not be synced may be lost, whatever a second try says: a later start makes it again."""
+        """What could not be synced may be lost, whatever a second try says: a later start makes it again.
+
+        That is said of all that was written before, and not of some of it.
+        """
         while self._written:
             names, self._written = self._written[:STEP], self._written[STEP:]
             try:
-                await anyio.to_thread.run_sync(self._store.sync)
-                failpoint("layer.settled")
+                await anyio.to_thread.run_sync(self._store.sync, self._since)
+            except errors.HostFailed as error:
+                log.warning("files of sessions are not synced", reason=str(error))
+                self._failures += 1
+                self._written.clear()
+                continue
+            failpoint("layer.settled")
+            try:
                 await self._journal.write(partial(tables.remove_packs, layers=names))
             except errors.SandboxdError as error:
-                log.warning("files of sessions are not synced", layers=len(names), reason=str(error))
+                log.warning("what sessions have on disk stays in the journal", reason=str(error))
+        if not self._writing.locked():
+            self._close()
+
+    def _close(self) -> None:
+        since, self._since = self._since, -1
+        if since >= 0:
+            os.close(since)

@@ -192,3 +192,32 @@ async def goes_on(served: Served) -> None:
             else:
                 assert done.checkpoint_before != done.checkpoint_after
                 return
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_what_was_written_before_a_sync_that_failed_stays_in_the_journal(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """A sync that succeeds after one that failed says nothing of what was written before."""
+    monkeypatch.setattr(unwritten, "STEP", 1)
+    async with serving(disk.at / "state", tmp_path / "uppers", attended=False) as served:
+        made = await served.sessions.create(CALLER, models.SessionRequest())
+        for number in range(3):
+            await served.call(made.id, {"log": f"line {number}"})
+        head = (await served.rows())[made.id].head
+        assert await served.files(head) == {"log": "line 2"}
+        disk.fail("syncfs", do="EIO", times=times)
+        for _ in range(3):
+            await served.sessions._unwritten._sync()
+        packs = await served.journal.read(lambda it: tables.packs(it, after="", limit=10))
+        assert len(packs) == 3
+        await served.call(made.id, {"log": "line 3"})
+        head = (await served.rows())[made.id].head
+        assert await served.files(head) == {"log": "line 3"}
+        disk.mend()
+        await served.sessions._unwritten._sync()
+        packs = await served.journal.read(lambda it: tables.packs(it, after="", limit=10))
+        assert len(packs) == 3, "what came after it is on disk"
+    async with serving(disk.at / "state", tmp_path / "uppers", attended=False) as served:
+        assert await served.files(head) == {"log": "line 3"}
+        assert not await served.journal.read(lambda it: tables.packs(it, after="", limit=10))

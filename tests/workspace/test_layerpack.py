@@ -93,7 +93,9 @@ def test_what_is_made_of_a_pack_is_what_is_taken(store: LayerStore, upper: Path,
         for one in (taken, name):
             with opened(store.path(one)) as fd:
                 assert layer.measure(fd) == expected
-    store.sync()
+    since = store.watch()
+    store.sync(since)
+    os.close(since)
 
 
 def named(upper: Path) -> None:
