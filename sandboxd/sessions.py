@@ -15,13 +15,11 @@ away.
 
 from __future__ import annotations
 
-import os
 import time
-from collections import deque
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
@@ -29,29 +27,24 @@ import structlog
 from uuid6 import uuid7
 
 from sandboxd import errors, models, units
-from sandboxd.init import LAUNCH
+from sandboxd.checkouts import Checkouts
 from sandboxd.keeping import Keeping
 from sandboxd.lanes import Lanes
-from sandboxd.session import LONG, OWNER, CallSession
+from sandboxd.layers import Layers
+from sandboxd.session import CallSession
 from sandboxd.workspace import allowance, containers, tables
-from sandboxd.workspace.checkout import Checkout
-from sandboxd.workspace.layer import Figures
-from sandboxd.workspace.merge import merge
-from sandboxd.workspace.shares import Shares
 from sandboxd.workspace.turns import Turns
-from sandboxd.workspace.unwritten import Unwritten
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
     from pathlib import Path
-
-    from anyio.abc import TaskGroup
 
     from sandboxd.api.identity import Caller
     from sandboxd.config import SessionShare
     from sandboxd.journal import Journal
     from sandboxd.keeping import Live
+    from sandboxd.workspace.checkout import Checkout
     from sandboxd.workspace.effort import Effort
     from sandboxd.workspace.handles import Handles
     from sandboxd.workspace.store import LayerStore
@@ -64,7 +57,6 @@ LOOK = 1.0  # seconds between two looks for sessions whose time is over
 MOST = 500  # of a page
 END_AGAIN = 60.0  # seconds until it is tried again to end a container
 LAST_CHECKPOINT = 60.0  # seconds, of one container, at the end of the daemon
-LETTING_GO = 5.0  # seconds, of all that is lent, at the end of the daemon
 
 log = structlog.get_logger("sandboxd.sessions")
 
@@ -94,36 +86,18 @@ class Sessions:
         They are looked at and let go of in ``lanes``: both may last as long as who passed them likes.
         """
         self._journal = journal
-        self._handles = handles
-        self._lanes = lanes
         self.work = Lanes("file operations", most=8, each=2, waiting=64)
-        self._own = kept
-        self._checkouts: dict[str, Checkout] = {}
+        self.checkouts = Checkouts(handles, lanes, mounts=store.mounts, kept=kept)
         self._store = store
         self._turns = Turns()
-        self._held = Shares()
-        self._unwritten = Unwritten(journal, store)
+        self._wake = anyio.Event()
+        self.layers = Layers(journal, store, self._stir)
         self.keeping = Keeping()
         self._removing: set[str] = set()
-        self._tasks: TaskGroup | None = None
-        self._to_merge: deque[tuple[str, bool]] = deque()
-        """Checkpoints, and whether their line stands on a directory."""
-        self._to_prune: deque[str | None] = deque()
-        self._wake = anyio.Event()
 
     async def open(self) -> None:
-        """Remove the layers that nothing refers to, and go on with what an earlier daemon began."""
-        referenced, held, going = await self._journal.read(
-            lambda connection: (
-                tables.referenced(connection),
-                tables.held(connection),
-                tables.going(connection),
-            )
-        )
-        removed = await anyio.to_thread.run_sync(self._store.clean, referenced)
-        if removed:
-            log.warning("files of calls without an outcome were removed", layers=removed)
-        await self._unwritten.restore()
+        """Remove what nothing refers to, and go on with what an earlier daemon began."""
+        await self.layers.open()
         lost = await self._journal.write(
             lambda connection: containers.lose_all(
                 connection, _now(), "the daemon ended, and with it the container"
@@ -131,19 +105,20 @@ class Sessions:
         )
         if lost:
             log.warning("containers that sessions kept are lost", count=lost)
-        self._held.start(held)
         await self._journal.write(allowance.charge)
-        self._to_prune += [*going, None]
 
     async def run(self) -> None:
         """Look after sessions until cancelled. No fault in here ends a call."""
         async with anyio.create_task_group() as tasks:
-            self._tasks = tasks
-            tasks.start_soon(self._unwritten.run)
+            self.checkouts.tasks = tasks
+            tasks.start_soon(self.layers.unwritten.run)
             try:
                 await self._look_after()
             finally:
-                self._tasks = None
+                self.checkouts.tasks = None
+
+    def _stir(self) -> None:
+        self._wake.set()
 
     async def _look_after(self) -> None:
         while True:
@@ -151,11 +126,7 @@ class Sessions:
             try:
                 await self._expire()
                 await self._look_at_containers()
-                while self._to_prune:
-                    await self._prune(self._to_prune.popleft())
-                while self._to_merge:
-                    checkpoint, lent = self._to_merge.popleft()
-                    await self._merge(checkpoint, lent=lent)
+                await self.layers.look_after()
             except Exception:
                 log.exception("sessions could not be looked after")
             with anyio.move_on_after(LOOK):
@@ -173,13 +144,12 @@ class Sessions:
         row = self._row(caller, asked, id_=id_, at=first.id, now=now)
         if asked.checkout is None:
             return await self._insert(caller, row, first)
-        checkout = await self._lent(id_, asked.checkout, caller)
-        self._checkouts[id_] = checkout
+        lent = await self.checkouts.take(id_, asked.checkout, caller)
         try:
-            return await self._insert(caller, replace(row, checkout=_identity(checkout)), first)
+            return await self._insert(caller, replace(row, checkout=lent), first)
         except BaseException:
             with anyio.CancelScope(shield=True):
-                await self._let_go(id_)
+                await self.checkouts.let_go(id_)
             raise
 
     async def lend(self, caller: Caller, named: str, handle: str) -> models.SessionInfo:
@@ -187,52 +157,14 @@ class Sessions:
         row = await self._find(caller, named)
         if row.checkout is None or row.uid != caller.uid:
             raise errors.StateConflict(f"session {named!r} stands on no directory of yours")
-        if row.id in self._checkouts:
+        if row.id in self.checkouts:
             return await self._info(row)
-        checkout = await self._lent(row.id, handle, caller)
-        if _identity(checkout) != row.checkout:
-            await self._lanes.run(caller.uid, checkout.close, always=True)
-            raise errors.StateConflict(f"session {named!r} stands on another directory than the one passed")
-        self._checkouts[row.id] = checkout
+        await self.checkouts.take(row.id, handle, caller, expected=row.checkout)
         try:
             return await self._info(await self._find(caller, row.id))  # it may have gone meanwhile
         except errors.NotFound:
-            await self._let_go(row.id)
+            await self.checkouts.let_go(row.id)
             raise
-
-    async def _lent(self, id_: str, handle: str, caller: Caller) -> Checkout:
-        handed = self._handles.take(handle, caller.uid)
-
-        def lend() -> Checkout:
-            with handed as directory:
-                place = self._store.mounts / f"checkout-{id_}"
-                checkout = Checkout.of(directory, handed.owner, place=place, launcher=LAUNCH, kept=self._own)
-                try:
-                    os.close(checkout.mapped(*OWNER, slot=0))  # a file system that cannot is refused now
-                except BaseException:
-                    checkout.close()
-                    raise
-                return checkout
-
-        return await self._lanes.run(caller.uid, lend, undo=Checkout.close, always=True)
-
-    async def _let_go(self, id_: str) -> None:
-        """Done when this returns, or, where its caller has it last, later: nobody waits for him."""
-        checkout = self._checkouts.pop(id_, None)
-        if checkout is None:
-            return
-        gone = anyio.Event()
-
-        async def close() -> None:
-            await self._lanes.run(checkout.owner.uid, checkout.close, always=True)
-            gone.set()
-
-        if self._tasks is None:
-            await close()
-            return
-        self._tasks.start_soon(close)
-        with anyio.move_on_after(LOOK):
-            await gone.wait()
 
     async def close(self) -> None:
         """Let go of every directory that is lent; what does not let go in time goes with the daemon.
@@ -244,21 +176,8 @@ class Sessions:
                 await self.keeping.end(live, "the daemon ended")
             except errors.SandboxdError:
                 log.exception("a container of a session was not cleared away", session=live.session)
-        with anyio.move_on_after(LETTING_GO, shield=True):
-            async with anyio.create_task_group() as tasks:
-                for id_ in list(self._checkouts):
-                    tasks.start_soon(self._let_go, id_)
-
-    def _checkout_of(self, row: Row) -> Checkout | None:
-        """Raises StateConflict where the daemon has to be given it again."""
-        found = self._checkouts.get(row.id)
-        if row.checkout is not None and found is None:
-            raise errors.StateConflict(
-                f"session {row.name or row.id!r} stands on a directory of its caller's, which the daemon "
-                "has no more since it was restarted; pass the directory again",
-                session=row.id,
-            )
-        return found
+        await self.checkouts.close()
+        self.layers.unwritten.close()
 
     async def fork(self, caller: Caller, named: str, asked: models.SessionFork) -> models.SessionInfo:
         """A new session that begins with a checkpoint of another of the caller's.
@@ -285,23 +204,13 @@ class Sessions:
                 "a fork stands on the directory of the session that it is made of; leave it out",
                 field="checkout",
             )
-        await self._lend_too(source, row.id)
+        await self.checkouts.take_too(source, row.id)
         try:
             return await self._insert(caller, replace(row, checkout=source.checkout), None)
         except BaseException:
             with anyio.CancelScope(shield=True):
-                await self._let_go(row.id)
+                await self.checkouts.let_go(row.id)
             raise
-
-    async def _lend_too(self, source: Row, id_: str) -> None:
-        """Let another session stand on the directory of one; where the daemon has not got it, on none yet."""
-        checkout = self._checkouts.get(source.id)
-        if checkout is None:
-            return
-        place = self._store.mounts / f"checkout-{id_}"
-        self._checkouts[id_] = await self._lanes.run(
-            source.uid, lambda: checkout.again(place), undo=Checkout.close, always=True
-        )
 
     def _row(self, caller: Caller, asked: models.SessionRequest, *, id_: str, at: str, now: int) -> Row:
         if asked.policy is not None and not caller.may_use(asked.policy):
@@ -427,7 +336,7 @@ class Sessions:
         """
         row = await self._find(caller, named)
         async with self._alone(row):
-            await self._prune(row.id)
+            await self.layers.prune(row.id)
         return await self.get(caller, row.id)
 
     async def delete(self, caller: Caller, named: str) -> None:
@@ -450,8 +359,8 @@ class Sessions:
         if gone:
             if (live := self.keeping.of(row.id)) is not None:
                 await self.keeping.end(live, "its session was removed")
-            await self._let_go(row.id)
-            self._to_prune.append(row.id)
+            await self.checkouts.let_go(row.id)
+            self.layers.to_prune.append(row.id)
             self._wake.set()
         return gone
 
@@ -610,16 +519,16 @@ class Sessions:
         The session is not removed meanwhile. Raises NotFound.
         """
         row = await self._find(caller, named)
-        checkout = self._checkout_of(row)
+        checkout = self.checkouts.of(row)
         with self._turns.reading(row.id):
             ids = [await self._named(row, one) for one in checkpoints]
             stacks = await self._journal.read(
                 lambda connection: [tables.stack_of(connection, one) for one in ids]
             )
             for stack in stacks:
-                await self._unwritten.settle(stack.layers)
+                await self.layers.unwritten.settle(stack.layers)
             yield tuple(
-                Standing(id_, tuple(self._paths(stack.layers)), checkout)
+                Standing(id_, tuple(self.layers.paths(stack.layers)), checkout)
                 for id_, stack in zip(ids, stacks, strict=True)
             )
 
@@ -636,7 +545,7 @@ class Sessions:
 
     def left(self, caller: Caller) -> int:
         """Bytes that the caller's sessions may still grow by together."""
-        return max(0, caller.sessions.size - self._held.size_of(caller.uid))
+        return max(0, caller.sessions.size - self.layers.held.size_of(caller.uid))
 
     async def _named(self, row: Row, checkpoint: str | None) -> str:
         if checkpoint is None:
@@ -704,7 +613,7 @@ class Sessions:
             )
         if row.id in self._removing:
             raise errors.NotFound(f"no session {named!r} of yours")
-        return self._hold_of(row, caller.sessions, self._checkout_of(row))
+        return self._hold_of(row, caller.sessions, self.checkouts.of(row))
 
     def _hold_of(self, row: Row, share: SessionShare, checkout: Checkout | None) -> CallSession:
         self._turns.enter(row.id)
@@ -714,9 +623,9 @@ class Sessions:
             journal=self._journal,
             store=self._store,
             turns=self._turns,
-            held=self._held,
-            unwritten=self._unwritten,
-            kept=partial(self._kept, lent=row.checkout is not None),
+            held=self.layers.held,
+            unwritten=self.layers.unwritten,
+            kept=partial(self.layers.kept, lent=row.checkout is not None),
             keeping=self.keeping,
             checkout=checkout,
         )
@@ -728,16 +637,6 @@ class Sessions:
     def let_go(self, id_: str) -> None:
         """The call has entered it, or never will."""
         self._turns.leave(id_)
-
-    def _kept(self, checkpoint: Checkpoint, layers: int, *, lent: bool) -> None:
-        """A call was kept: where there are enough layers, they are made into one."""
-        wanted = checkpoint.depth % tables.FAN == 0 or layers > LONG
-        if wanted and (checkpoint.id, lent) not in self._to_merge:
-            self._to_merge.append((checkpoint.id, lent))
-            self._wake.set()
-
-    def _paths(self, names: tuple[str, ...]) -> Iterator[Path]:
-        yield from map(self._store.path, names)
 
     # Within.
 
@@ -817,18 +716,13 @@ class Sessions:
             size=stack.size,
             inodes=stack.inodes,
             layers=len(stack.layers),
-            checkout=self._lending(row),
+            checkout=self.checkouts.state(row),
             lent=None if first is None else first.created,
             container=await self._container_of(row),
             calls=row.calls,
             network=models.SessionNetwork(**allowance.used_of(row.network)),
             in_flight=self._turns.inside(row.id),
         )
-
-    def _lending(self, row: Row) -> Literal["lent", "missing"] | None:
-        if row.checkout is None:
-            return None
-        return "lent" if row.id in self._checkouts else "missing"
 
     async def _expire(self) -> None:
         until, after = _now(), tables.FIRST
@@ -851,69 +745,6 @@ class Sessions:
             except errors.SessionBusy:
                 continue
 
-    async def _prune(self, session: str | None) -> None:
-        """Forget what nothing stands on, in steps; then its layers go."""
-        complete, steps = False, 0
-        while not complete:
-            found = await self._forgotten(session)
-            for freed in found.freed:
-                self._held.give(*freed)
-            await self._unwritten.forget(found.layers)
-            for name in found.layers:
-                await anyio.to_thread.run_sync(self._store.remove, name)
-            complete, steps = found.complete, steps + 1
-        if session is not None and steps > 1:  # what is nobody's may have been left between them
-            await self._prune(None)
-
-    async def _forgotten(self, session: str | None) -> tables.Pruned:
-        """One step of that. Raises HostFailed; then it was not made, or is taken back."""
-        steps: list[tables.Pruned] = []
-
-        def prune(connection: sqlite3.Connection) -> tables.Pruned:
-            steps.append(tables.prune(connection, session))
-            return steps[0]
-
-        def undo(connection: sqlite3.Connection) -> None:
-            steps[0].take_back(connection)
-
-        return await self._journal.write(prune, undo=undo)
-
-    async def _merge(self, checkpoint: str, *, lent: bool) -> None:
-        """Make layers below a checkpoint into fewer; what goes wrong is tried again with a later call."""
-        wanted = await self._journal.read(lambda connection: tables.due(connection, checkpoint))
-        for end, span, below in wanted:
-            try:
-                await self._merge_one(end, span, below, lent=lent)
-            except errors.SandboxdError:  # the others may go
-                log.exception("layers of a session could not be merged", checkpoint=end.id, span=span)
-
-    async def _merge_one(self, end: Checkpoint, span: int, below: str, *, lent: bool) -> None:
-        def read(connection: sqlite3.Connection) -> tuple[Stack, Stack]:
-            floor = end.depth - span
-            return tables.stack_of(connection, end.id, floor=floor), tables.stack_of(connection, below)
-
-        upper, lower = await self._journal.read(read)
-        if len(upper.layers) < 2:
-            return
-        await self._unwritten.settle((*upper.layers, *lower.layers))
-
-        def fill(into: int, scratch: int) -> Figures:
-            paths = tuple(self._paths(upper.layers))
-            beneath = tuple(self._paths(lower.layers))
-            return Figures("", *merge(paths, into, below=beneath, scratch=scratch, lent=lent))
-
-        name, figures = await anyio.to_thread.run_sync(self._store.add, fill)
-        made = tables.Merge(end.id, span, below, name, figures.size, figures.inodes)
-        written = False
-        try:
-            written = await self._journal.write(lambda connection: tables.insert_merge(connection, made))
-        except errors.HostFailed:  # it may be there all the same
-            written = name in await self._journal.read(tables.referenced)
-            raise
-        finally:
-            if not written:
-                await anyio.to_thread.run_sync(self._store.remove, name)
-
 
 @dataclass(frozen=True)
 class Standing:
@@ -922,11 +753,6 @@ class Standing:
     checkpoint: str
     layers: tuple[Path, ...]
     checkout: Checkout | None
-
-
-def _identity(checkout: Checkout) -> str:
-    device, inode = checkout.identity
-    return f"{device:x}:{inode}"
 
 
 def _checkpoint_info(one: Checkpoint, head: str) -> models.CheckpointInfo:
