@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sandboxd.client.pushing import Pushed
     from sandboxd.client.sync import Client
 
-__all__ = ["diff", "lend", "pull", "push", "pushed", "report", "standing", "told"]
+__all__ = ["diff", "lend", "not_sent", "pull", "push", "pushed", "report", "standing", "told"]
 
 MARKS = {"added": "A", "changed": "M", "removed": "D"}
 WORDS = {"applied": "pulled", "sent": "pushed", "removed": "removed", "left": "left", "refused": "refused"}
@@ -174,8 +174,7 @@ def standing(
     with ExitStack() as stack:
         if upload:
             made, found = stack.enter_context(pushed(client, directory, policy=policy, idle=KEPT))
-            for one in found.left:
-                say(f"not sent: {visible(one.path)}: {one.reason}")
+            not_sent(found, say)
             made = client.session(made.id)
         else:
             try:
@@ -199,6 +198,14 @@ def _remove(client: Client, session: str) -> None:
                 time.sleep(pause)
             else:
                 return
+
+
+def not_sent(found: Pushed, say: Callable[[str], None]) -> None:
+    """What could not be sent of a directory, as far as anybody reads it."""
+    for one in found.left[:SHOWN]:
+        say(f"not sent: {visible(one.path)}: {one.reason}")
+    if len(found.left) > SHOWN:
+        say(f"and {len(found.left) - SHOWN} more were not sent")
 
 
 @contextmanager

@@ -83,11 +83,13 @@ def create(
 
 def _uploaded(remote: Remote, directory: str, *, git: bool, **fields: Any) -> None:
     """Make a session of what a directory has; it goes again where that cannot be sent."""
-    from sandboxd.cli.checkout import pushed, told  # noqa: PLC0415 - only with --upload
+    from sandboxd.cli.checkout import not_sent, pushed  # noqa: PLC0415 - only with --upload
 
     client = remote.client()
     with pushed(client, directory, git=git, **fields) as (made, found):
-        told(found, terminal.complain)
+        not_sent(found, terminal.complain)
+        ignored = f", {found.ignored} ignored" if found.ignored else ""
+        terminal.complain(f"sent {len(found.sent)} files, {_bytes(found.size)}{ignored}")
     _made(client.session(made.id), remote)
 
 

@@ -63,7 +63,7 @@ def files(
             limit=min(limit - len(found), PAGE),
         )
         found += page.files
-        unnamed, after = max(unnamed, page.unnamed), page.next
+        unnamed, after = unnamed + page.unnamed, page.next
         if after is None:
             break
     if remote.json:

@@ -275,7 +275,9 @@ class Ignore:
                 own, common = _repository(one / ".git")
                 found.append((names, rules_of(read(common / "info" / "exclude"))))
                 ignore._above = [each for each in found if each[1]]
-                ignore._track(tracked(own), b"".join(name + b"/" for name in names))
+                # A stranger's rules, as in /tmp, can but ignore more; a stranger's index could ignore less.
+                if (one / ".git").lstat().st_uid in {os.geteuid(), place.stat().st_uid}:
+                    ignore._track(tracked(own), b"".join(name + b"/" for name in names))
                 break
         return ignore
 

@@ -36,6 +36,8 @@ MOST = 10_000
 """Changes of a session on the directory that are compared; also files in a page of a list."""
 MAX_BYTES = (4 << 30) - (64 << 20)
 """What one import takes, less room for its headers."""
+MAX_DIGESTED = 64 << 30
+"""Bytes of a session's files that the daemon is asked to digest; holes count, of which a tool has plenty."""
 TRIES = 5
 _BLOCK = 512
 _ENOUGH = 1 << 18
@@ -107,13 +109,20 @@ def push(
 def files_there(client: Client, session: str, checkpoint: str) -> tuple[dict[str, models.FileInfo], int]:
     """All files of a session, with their digests, and how many have no name here. Raises TooLarge."""
     found: dict[str, models.FileInfo] = {}
-    unnamed, after = 0, None
+    unnamed, size, after = 0, 0, None
     while True:
         page = client.session_files(
             session, checkpoint=checkpoint, recursive=True, digest=True, after=after, limit=MOST
         )
         found |= {one.path: one for one in page.files}
         unnamed += page.unnamed
+        size += sum(one.size for one in page.files if one.digest is not None)
+        if size > MAX_DIGESTED:
+            raise errors.TooLarge(
+                f"the session has more than {units.format_size(MAX_DIGESTED)} of files, holes included; "
+                "export them as a layer, or remove what it does not need",
+                limit=MAX_DIGESTED,
+            )
         if len(found) > MAX_ENTRIES:
             raise errors.TooLarge(
                 f"the session has more than {units.format_count(MAX_ENTRIES)} files; export them as a layer",

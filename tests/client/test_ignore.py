@@ -185,6 +185,22 @@ def test_what_git_tracks_is_not_ignored(tmp_path: Path, version: int, kind: str)
         assert "src/a.c" in scanned(tmp_path).files
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be somebody else")
+def test_a_strangers_index_brings_nothing_out(tmp_path: Path) -> None:
+    """Who may write above somebody's directory says nothing of what is tracked in it."""
+    git(tmp_path, "init", "-q")
+    make(
+        tmp_path,
+        {"mine/.gitignore": "secret\n", "mine/secret": "", "mine/plain": "", ".gitignore": "!secret\n"},
+    )
+    git(tmp_path, "add", "-f", "mine/secret")
+    assert "secret" in scanned(tmp_path / "mine").files
+    os.chown(tmp_path / ".git", 4242, 4242)
+    assert scanned(tmp_path / "mine").files.keys() == {".gitignore", "plain"}
+    os.chown(tmp_path / "mine", 4242, 4242)  # as of a checkout that root works on
+    assert "secret" in scanned(tmp_path / "mine").files
+
+
 def test_rules_of_the_repository_that_a_directory_is_in(tmp_path: Path) -> None:
     git(tmp_path, "init", "-q")
     make(

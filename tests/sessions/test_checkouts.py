@@ -162,6 +162,16 @@ def test_what_is_closed_to_a_group_of_the_callers_alone(daemon: Daemon, director
     client.delete_session(made.id)
 
 
+def test_nobody_else_forks_a_session_on_a_directory(daemon: Daemon, lent: SessionInfo) -> None:
+    with pytest.raises(errors.StateConflict, match="nobody else can fork"):
+        daemon.client().fork_session(lent.id)
+    with by(CALLER, daemon):
+        fork = daemon.client().fork_session(lent.id)
+        assert said(sh(daemon, fork, "cat src/main")) == "main\n"
+        daemon.client().delete_session(fork.id)
+        assert said(sh(daemon, lent, "cat src/main")) == "main\n"
+
+
 def test_files_are_put_beside_those_that_are_lent(daemon: Daemon, lent: SessionInfo, directory: Path) -> None:
     with by(CALLER, daemon):
         made = daemon.client().write_file(lent.id, "src/put", b"put\n", new=True)

@@ -132,10 +132,12 @@ def test_names_and_bytes_of_a_hostile_tool(daemon: Daemon, session: SessionInfo,
     assert "link -> /etc/\\x1b[2Jx" in rows
     assert "prw-" in rows
     for name, path in NAMES.items():
-        assert run(daemon, "get", session.id, "--", path.encode()).stdout == name
+        assert b"".join(daemon.client().read_file(session.id, path)) == name
+    for name in (b"-rf", b"--help", b"new\nline"):
+        assert run(daemon, "get", session.id, "--", name).stdout == name
     assert run(daemon, "get", session.id, b"\xff").stdout == b"\xff"  # as the shell has it
     run(daemon, "unlink", session.id, "--", "-rf")
-    for path in ("pipe", "link", "deep/up/link", "deep"):
+    for path in ("pipe", "deep/up/link"):
         assert run(daemon, "get", session.id, path, status=1).stdout == b""
     outside = tmp_path / "outside"
     failed = run(daemon, "get", session.id, "gone", "-o", str(outside), status=1)

@@ -315,7 +315,7 @@ open("end", "w")
 
 
 def test_what_a_hostile_tool_left_is_pulled_safely(
-    daemon: Daemon, session: SessionInfo, directory: Path, tmp_path: Path
+    daemon: Daemon, session: SessionInfo, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Into the directory that was pushed, and into another, which knows nothing of the session."""
     client = daemon.client()
@@ -350,6 +350,10 @@ def test_what_a_hostile_tool_left_is_pulled_safely(
     assert done.returncode == 1
     (directory / "mine").write_text("mine\n")
     assert push(client, session.id, directory).sent == ["mine"]
+    monkeypatch.setattr(pushing, "MAX_DIGESTED", 200 << 20)  # what a thousand sparse files would be
+    for bring in (push, pull):
+        with pytest.raises(errors.TooLarge, match="holes included"):
+            bring(client, session.id, directory)
 
 
 def test_what_a_session_on_the_directory_changed_is_pushed_over(
@@ -478,7 +482,7 @@ def test_the_commands(daemon: Daemon, directory: Path, tmp_path: Path) -> None:
         cwd=directory,
     )
     assert (made.returncode, made.stdout) == (0, "up\n"), made.stderr
-    assert "pushed  src/main.c\n" in made.stderr
+    assert made.stderr == "sandboxd: sent 11 files, 50B, 3 ignored\n"
     try:
         assert client.session("up").checkout is None
         assert run(daemon, "sandboxd", "session", "push", "up", cwd=directory).stdout == ""
