@@ -22,4 +22,8 @@ def advice(text: str, file: str) -> list[PolicyProblem]:
         how = item.get("as") if isinstance(item, MappingNode) else None
         if isinstance(how, ScalarNode) and how.text == "env":
             found.append(how.at.problem("discouraged", f"note: as: env is {ENV_NOTE}"))
+    isolation = None if tree is None else tree.get("isolation")
+    if isinstance(isolation, ScalarNode) and isolation.text == "session":
+        said = "note: calls of a session share a container: what one leaves running can meddle with others"
+        found.append(isolation.at.problem("discouraged", said))
     return found

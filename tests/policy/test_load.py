@@ -467,3 +467,12 @@ def test_any_value_anywhere_gives_a_policy_or_problems(document: dict[str, Any])
     text = json.dumps({"version": 1, "name": "x", **document})
     for problem in check_text(text, "x.yaml", PolicySet()):
         assert problem.line == 1
+
+
+def test_sharing_a_container_is_noted(folder: Any) -> None:
+    folder.write("p", "isolation: session\n")
+    (note,) = advice((folder.path / "p.yaml").read_text(), "p.yaml")
+    assert (note.code, note.line) == ("discouraged", 3)
+    assert "share a container" in note.message
+    folder.write("q", "isolation: call\n")
+    assert advice((folder.path / "q.yaml").read_text(), "q.yaml") == []
