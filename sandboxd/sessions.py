@@ -32,7 +32,7 @@ from sandboxd.session import LONG, OWNER, CallSession
 from sandboxd.workspace import tables
 from sandboxd.workspace.checkout import Checkout
 from sandboxd.workspace.layer import Figures
-from sandboxd.workspace.merge import merge
+from sandboxd.workspace.merge import Merged, merge
 from sandboxd.workspace.shares import Shares
 from sandboxd.workspace.turns import Turns
 from sandboxd.workspace.unwritten import Unwritten
@@ -212,6 +212,7 @@ class Sessions:
 
     async def close(self) -> None:
         """Let go of every directory that is lent; what does not let go in time goes with the daemon."""
+        self._unwritten.close()
         with anyio.move_on_after(LETTING_GO, shield=True):
             async with anyio.create_task_group() as tasks:
                 for id_ in list(self._checkouts):
@@ -647,13 +648,16 @@ class Sessions:
             return
         await self._unwritten.settle((*upper.layers, *lower.layers))
 
+        found: list[Merged] = []
+
         def fill(into: int, scratch: int) -> Figures:
             paths = tuple(self._paths(upper.layers))
             beneath = tuple(self._paths(lower.layers))
-            return Figures("", *merge(paths, into, below=beneath, scratch=scratch, lent=lent))
+            found.append(merge(paths, into, below=beneath, scratch=scratch, lent=lent))
+            return Figures("", found[0].size, found[0].inodes)
 
-        name, figures = await anyio.to_thread.run_sync(self._store.add, fill)
-        made = tables.Merge(end.id, span, below, name, figures.size, figures.inodes)
+        name, _ = await anyio.to_thread.run_sync(self._store.add, fill)
+        made = tables.Merge(end.id, span, below, name, *found[0])
         written = False
         try:
             written = await self._journal.write(lambda connection: tables.insert_merge(connection, made))
@@ -661,7 +665,9 @@ class Sessions:
             written = name in await self._journal.read(tables.referenced)
             raise
         finally:
-            if not written:
+            if written:
+                self._held.charge(end.uid, made.own_size, made.own_inodes + 1)
+            else:
                 await anyio.to_thread.run_sync(self._store.remove, name)
 
 

@@ -215,3 +215,4 @@ async def serving(state: Path, uppers: Path, *, attended: bool = True) -> AsyncI
             yield Served(state, uppers, journal, store, sessions)
         finally:
             tasks.cancel_scope.cancel()
+            await sessions.close()

@@ -209,6 +209,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE callbacks ADD COLUMN problem TEXT",
         "CREATE INDEX callbacks_owed ON callbacks (id) WHERE done IS NULL",
     ),
+    (
+        # what a merged layer does not share with those that it was made of
+        "ALTER TABLE merges ADD COLUMN own_size INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE merges ADD COLUMN own_inodes INTEGER NOT NULL DEFAULT 0",
+    ),
 )
 
 KEPT_BACKUPS = 2

@@ -110,7 +110,7 @@ class Unwritten:
                 await anyio.sleep(PAUSE)
                 await self._sync()
         finally:
-            self._close()
+            self.close()
 
     async def _sync(self) -> None:
         """What could not be synced may be lost, whatever a second try says: a later start makes it again.
@@ -132,9 +132,10 @@ class Unwritten:
             except errors.SandboxdError as error:
                 log.warning("what sessions have on disk stays in the journal", reason=str(error))
         if not self._writing.locked():
-            self._close()
+            self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Let go of the disk; what is not synced is in the journal. Safe to call twice."""
         since, self._since = self._since, -1
         if since >= 0:
             os.close(since)
