@@ -122,6 +122,14 @@ class Calls(Recovery):
             await self._planner.know_image(caller, request)
         plan_for = partial(self._planner.plan_for, **(again or Again())._asdict())
         policy, made = await off_the_loop(request, plan_for, caller, request)
+        if session is not None:
+            session.check(made.shape)
+        elif made.shape.kept:
+            raise errors.InvalidRequest(
+                f"policy {made.shape.policy!r} keeps one container over the calls of a session "
+                "(`isolation: session`), and the request names none: add `session`",
+                field="session",
+            )
         self._scheduler.check_room(caller.uid, caller.queued)
         payload = await off_the_loop(request, payload_of, request)
         held = Held(self._inputs, caller.uid)
@@ -259,6 +267,21 @@ class Calls(Recovery):
         if call.invocation.state is not State.RUNNING or call.network is None or not call.network.entrance:
             raise errors.CallNotStarted(f"call {id!r} does not run yet; it is {call.invocation.state}")
         return call.network.entrance
+
+    async def session_entrance(self, caller: Caller, named: str) -> Entrance:
+        """The way to the servers in the container of a session: that of what runs in it now.
+
+        Raises NotFound, SessionIdle, PortNotExposed.
+        """
+        session = await self.sessions.id_of(caller, named)
+        if session not in self._entrances.sessions:
+            raise errors.SessionIdle(
+                f"no call runs in session {named!r} now; its ports are there while one does", session=session
+            )
+        entrance = self._entrances.sessions[session]
+        if entrance is None:
+            raise not_exposed(())
+        return entrance
 
     async def write_stdin(
         self, caller: Caller, id: str, *, offset: int, chunks: AsyncIterator[bytes], eof: bool

@@ -223,6 +223,10 @@ class SessionShare(Section):
     """Bytes on disk that all their checkpoints hold."""
     inodes: Annotated[Count, Field(le=1_000_000_000)] = 1_000_000
     """Entries that all their checkpoints have."""
+    containers: Annotated[Count, Field(le=10_000)] = 4
+    """Containers that they keep at once (``isolation: session``)."""
+    container_idle: Duration = 30 * 60 * 10**6
+    """After so long without a call one of them is ended."""
 
 
 class CallerRule(Section):

@@ -148,6 +148,7 @@ def _configure_logs() -> None:
 
 async def _serve(config: Config, engine: EngineProcess) -> None:
     anyio.to_thread.current_default_thread_limiter().total_tokens = WORKER_THREADS
+    gc.disable()  # what is made until the daemon is ready stays
     async with AsyncExitStack() as stack:
         place = signing.place_of(config.journal.key, config.state, os.environ)
         journal = await stack.enter_async_context(Journal.open(config.state, place))
@@ -225,7 +226,8 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         await started.wait()
         waiting.close()
         gc.collect()
-        gc.freeze()  # code, policies and schemas stay: no collection has to look at them again
+        gc.freeze()  # no collection has to look at it again
+        gc.enable()
         _say_ready(config, engine)
         await _until_stopped(service, _signals())
         systemd.notify("STOPPING=1")
@@ -304,6 +306,7 @@ async def _until_stopped(service: DaemonService, signals: asyncio.Queue[signal.S
             await service.all_ended()
         service.cancel_all()
         await service.all_ended()
+        await service.sessions.end_all()
         waiting.cancel_scope.cancel()
 
 

@@ -12,6 +12,8 @@ SandboxdError
 │   ├── StateConflict              state_conflict           409
 │   │   ├── SessionExists          session_exists           409
 │   │   ├── SessionBusy            session_busy             409
+│   │   ├── SessionIdle            session_idle             409
+│   │   ├── ContainerLive          container_live           409
 │   │   ├── CallNotStarted         call_not_started         409
 │   │   └── CallEnded              call_ended               409
 │   ├── ImageInUse                 image_in_use             409
@@ -54,6 +56,7 @@ __all__ = [
     "CallEnded",
     "CallNotStarted",
     "ConfigInvalid",
+    "ContainerLive",
     "ControlNotEnforced",
     "ControlNotSupported",
     "Draining",
@@ -87,6 +90,7 @@ __all__ = [
     "SecretsUnavailable",
     "SessionBusy",
     "SessionExists",
+    "SessionIdle",
     "StateConflict",
     "TooLarge",
     "Unavailable",
@@ -192,6 +196,21 @@ class SessionBusy(StateConflict):
     """Raised when something is asked of a session that does not go while calls run in it or wait for it."""
 
     code = "session_busy"
+
+
+class SessionIdle(StateConflict):
+    """Raised when something is asked of the container of a session in which no call runs."""
+
+    code = "session_idle"
+
+
+class ContainerLive(StateConflict):
+    """Raised when something is asked of a session that does not go with the container that it keeps.
+
+    ``details``: the ``session``, and ``since``, the call that the container was made for.
+    """
+
+    code = "container_live"
 
 
 class ImageInUse(Refused):

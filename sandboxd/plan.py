@@ -168,6 +168,8 @@ class Shape(Data):
     """Whether its network is the host's own; ``network`` is None then too."""
     expose: tuple[int, ...] = ()
     """Ports of servers inside that the caller may reach."""
+    kept: bool = False
+    """Whether a container of it serves the calls of a session, one after the other."""
 
     def granted(self, kind: Literal["env", "file", "proxy"]) -> tuple[str, ...]:
         """The names of the secrets that are given in this way."""
@@ -290,6 +292,7 @@ def make_shape(policy: Policy, image: ImageRef) -> Shape:
         secrets=tuple(Grant(secret.name, secret.as_) for secret in spec.secrets),
         host_network=policy.shares_host_network,
         expose=spec.expose,
+        kept=spec.isolation == "session",
     )
 
 
@@ -304,6 +307,13 @@ def make_plan(policy: Policy, shape: Shape, request: Request) -> Plan:
             raise InvalidRequest(
                 f"env: {name} is a secret that the policy puts there; leave it out", field=f"env.{name}"
             )
+    if shape.kept:
+        for name in ("memory", "cpus", "pids"):
+            if getattr(request.limits, name) is not None:
+                raise InvalidRequest(
+                    f"limits.{name} is the container's, which the calls of a session share; leave it out",
+                    field=f"limits.{name}",
+                )
     inputs = _inputs(request.inputs, shape.limits)
     return Plan(
         shape=shape,

@@ -96,7 +96,7 @@ class NetworkRules:
     allow: tuple[Allow, ...]
     deny: tuple[Deny, ...]
     budget: tuple[tuple[str, int], ...] = ()
-    """By the names of a policy's ``network.budget``."""
+    """By the names of a policy's ``network.budget``, such as ``bytes`` and ``session.bytes``."""
 
     @property
     def look_inside(self) -> bool:

@@ -183,6 +183,8 @@ class Recovery(Runner):
             return False
         if len(invocation.retried) >= row.started:
             return False  # it says so itself; this cannot be
+        if made.shape.kept:  # what it began with went with the container
+            return False
         retries = Retries(policy.spec.retry)
         made = retries.resumed(made, invocation.retried)
         again = retries.after(outcome, made, invocation.retried, handed_over=True)

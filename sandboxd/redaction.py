@@ -6,9 +6,12 @@ Line breaks do not count, since ``base64`` and ``xxd`` put them in: one or two o
 looked over, a longer run ends a match. All that any occurrence covers goes, also where several overlap, and
 one marker stands for it.
 
-A stream is cut anywhere, and comes to the same as the whole of it would. What may be the beginning of a
-secret is held back until more is there to tell, or the stream ends: there is no timer, with which a tool
-could have half of a secret let through, wait, and write the other half.
+A stream is cut anywhere, and comes to the same as the whole of it would: what may be the beginning of a
+secret is held back until more is there to tell, or the stream ends. A prompt, after which nothing comes until
+somebody has answered, often ends in the first letter of a secret. So whoever feeds a stream ``release``s it
+when nothing has come for a while, and beginnings shorter than ``floor_of`` go out then. They are remembered:
+with what follows, the secret is found, and all of it that has not gone out is taken out. A tool that waits
+between its letters so gets these few of a secret through, and never more, however long it waits.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from sandboxd.excerpt import CUT
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["SHORTEST", "Redactor", "Stream", "significant"]
+__all__ = ["SHORTEST", "Redactor", "Stream", "floor_of", "significant"]
 
 SHORTEST = 8
 """Bytes, line breaks not counted. What is shorter is found in output that has nothing to do with it."""
@@ -35,6 +38,7 @@ BREAKS = b"\r\n"
 RUN = 2  # line breaks that are looked over between two bytes: a CR and a LF
 _RUNS = re.compile(rb"[\r\n]+")
 _LONG_RUNS = re.compile(rb"[\r\n]{3,}")
+HELD = 4  # bytes of a beginning that are held back in any case
 PART = 256  # bytes of a beginning that are compared before all of it is
 HEAD = 8  # bytes by which a long beginning of a pattern is found first
 URI_SAFE = ("", "/", "!'()*", "!'()*;/?:@&=+$,#")  # what encoders leave: Python's, JavaScript's
@@ -52,6 +56,14 @@ def _joined(data: bytes) -> bytes:
     if _LONG_RUNS.search(data) is None:
         return data.translate(None, BREAKS)
     return b"\n".join(part.translate(None, BREAKS) for part in _LONG_RUNS.split(data))
+
+
+def floor_of(form: bytes) -> int:
+    """From how many bytes on a beginning of a form is held back for as long as it takes.
+
+    One less may go out: a byte of eight, three of sixteen or more.
+    """
+    return min(HELD, len(form) // 4)
 
 
 class _Joined:
@@ -173,6 +185,11 @@ class _Patterns:
         text = text.lower() if self._folded else text
         return max((_open(text, form) for form in self._forms), default=0)
 
+    def kept(self, text: bytes) -> int:
+        """The same of beginnings that are long enough to be held back whatever comes, or does not."""
+        opened = ((_open(text, form), floor_of(form)) for form in self._forms)
+        return max((found for found, floor in opened if found >= floor), default=0)
+
 
 def _open(text: bytes, form: bytes) -> int:
     size = len(text)
@@ -239,15 +256,20 @@ class Redactor:
         data = text.encode("utf-8", "surrogatepass")
         return self._run(patterns, data, 0, last=False)[0].decode("utf-8", "ignore")
 
-    def _run(self, patterns: _Patterns, raw: bytes, covered: int, *, last: bool) -> tuple[bytes, bytes, int]:
-        """What may go out, what is held back, and how much of that is behind a marker that went out."""
+    def _run(
+        self, patterns: _Patterns, raw: bytes, covered: int, *, last: bool, shown: int = 0
+    ) -> tuple[bytes, bytes, int]:
+        """What may go out, what is held back, and how much of that is behind a marker that went out.
+
+        The first ``shown`` bytes went out before, and are there for what they may be the beginning of.
+        """
         joined = _Joined(raw)
         regions = patterns.regions(joined.text, covered)
         opened = 0 if last else patterns.open(joined.text)
         if not regions and not opened:
-            return raw, b"", 0
+            return raw[shown:], b"", 0
         cut = len(joined.text) - opened
-        out, at, left = [], 0, 0
+        out, at, left = [], shown, 0
         for start, end, name in regions:
             if end > cut and (start < cut or name is None):
                 left = end - cut
@@ -257,7 +279,7 @@ class Redactor:
             if name is not None:
                 out.append(b"[redacted:%b]" % name.encode())
                 self.count += 1
-            at = joined.at(min(end, cut) - 1) + 1
+            at = max(shown, joined.at(min(end, cut) - 1) + 1)
         held = joined.tail(opened) if opened else len(raw)
         if not left:
             out.append(raw[at:held])
@@ -271,10 +293,27 @@ class Stream:
         self._redactor = redactor
         self._held = b""
         self._covered = 0
+        self._shown = 0
+        """Bytes of what is held that went out, since nothing came for a while."""
 
     def feed(self, data: bytes | memoryview) -> bytes:
         """What of all that came so far may go out now."""
         return self._step(b"".join((self._held, data)), last=False)
+
+    def release(self) -> bytes:
+        """What may go out although it could be the beginning of a secret, of which it is next to nothing."""
+        joined = _Joined(self._held)
+        kept = self._redactor._patterns.kept(joined.text)  # noqa: SLF001
+        end = joined.tail(kept) if kept else len(self._held)
+        covered = joined.at(self._covered - 1) + 1 if self._covered else 0
+        out = self._held[max(self._shown, covered) : end]
+        self._shown = max(self._shown, end)
+        return out
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is something that ``release`` might let go."""
+        return self._shown < len(self._held)
 
     def finish(self) -> bytes:
         """The rest. Nothing is held back any more."""
@@ -282,5 +321,12 @@ class Stream:
 
     def _step(self, raw: bytes, *, last: bool) -> bytes:
         redactor = self._redactor
-        out, self._held, self._covered = redactor._run(redactor._patterns, raw, self._covered, last=last)  # noqa: SLF001
+        out, self._held, self._covered = redactor._run(  # noqa: SLF001
+            redactor._patterns,  # noqa: SLF001
+            raw,
+            self._covered,
+            last=last,
+            shown=self._shown,
+        )
+        self._shown = max(0, self._shown - (len(raw) - len(self._held)))
         return out

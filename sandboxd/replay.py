@@ -53,10 +53,22 @@ def replayable(recorded: models.Invocation) -> None:
 
 
 def compared(
-    recorded: models.Invocation, replayed: models.Invocation, request: models.Request, policy: Policy | None
+    recorded: models.Invocation,
+    replayed: models.Invocation,
+    request: models.Request,
+    policy: Policy | None,
+    *,
+    files: tuple[models.SessionDiff | None, models.SessionDiff | None] = (None, None),
 ) -> models.Replay:
-    """What is the same and what differs. ``policy`` is that of the recorded call, if it is known."""
+    """What is the same and what differs. ``policy`` is that of the recorded call, if it is known.
+
+    ``files`` are what both changed in their sessions.
+    """
     before, after = _facts(recorded), _facts(replayed)
+    old, new = files
+    if old is not None and new is not None:
+        before |= _files(old)
+        after |= _files(new)
     found = models.Replay(recorded=recorded.id, replayed=replayed)
     for what in [*before, *(name for name in after if name not in before)]:
         if before.get(what) == after.get(what):
@@ -66,6 +78,8 @@ def compared(
                 models.Difference(what=what, recorded=before.get(what), replayed=after.get(what))
             )
     found.not_captured = list(_not_captured(recorded, request, policy))
+    if recorded.session is not None:
+        found.not_captured += list(_not_compared(old, new))
     return found
 
 
@@ -89,6 +103,26 @@ def _facts(call: models.Invocation) -> dict[str, Any]:
     }
     facts |= {f"artifact {file.path}": file.digest for file in call.artifacts}
     return facts
+
+
+def _files(diff: models.SessionDiff) -> dict[str, Any]:
+    """What a call changed in its session, by name. Times and owners are no difference."""
+    facts = {}
+    for one in diff.changes:
+        now = one.new
+        fact: dict[str, Any] = {"change": one.change}
+        if now is not None:
+            fact |= {"kind": now.kind, "mode": now.mode, "digest": now.digest, "target": now.target}
+            fact |= {"size": now.size} if now.kind == "file" else {}
+        facts[f"file {one.path}"] = fact
+    return facts
+
+
+def _not_compared(old: models.SessionDiff | None, new: models.SessionDiff | None) -> Iterator[str]:
+    if old is None or new is None:
+        yield "files: what the call changed in its session is not kept any more, and was not compared"
+    elif old.truncated or new.truncated or old.unnamed or new.unnamed:
+        yield "files: the call changed more in its session than is compared"
 
 
 def _stream(content: models.Content | None) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from sandboxd.ledger import UNRECORDED, Ledger, finish, streams_of
 from sandboxd.models import Cause, Event, Failure, State
 from sandboxd.network.entrance import Entrances
 from sandboxd.outcomes import cancelled, followed, header, ours, too_late
-from sandboxd.supervisor.attempt import Attempt, Result
+from sandboxd.supervisor.attempt import Attempt, Result, denied
 from sandboxd.supervisor.network import CallNetwork
 from sandboxd.supervisor.streams import Stdin
 
@@ -99,6 +99,7 @@ class Runner(Ledger):
             log.error("a container was not cleared away", id=call.invocation.id, reason=outcome.message)
             return
         if call.session is not None:
+            await call.session.spoil("the call failed by a fault of the daemon's")
             await call.session.abandon()
         await self._end(call, Result(outcome))
 
@@ -173,6 +174,13 @@ class Runner(Ledger):
                 call.spool.add(Event(seq=0, at=invocation.times.started, type="started"))
                 self._journal.follow(invocation)
 
+        seat = None
+        if call.session is not None:
+            try:
+                seat = call.session.take_seat(call.plan, call.ticket, self._scheduler)
+            except errors.ContainerLive as error:  # since it was accepted
+                await self._end(call, Result(denied(error)))
+                return None
         call.network = CallNetwork(
             self._gateway,
             self._entrances,
@@ -180,6 +188,7 @@ class Runner(Ledger):
             call.caller.uid,
             call.spool,
             secrets=call.secrets,
+            session=call.session,
         )
         async with Attempt(
             call.plan,
@@ -190,6 +199,7 @@ class Runner(Ledger):
             network=call.network,
             secrets=call.secrets,
             session=call.session,
+            seat=seat,
             blobs=self._blobs,
             deadline=call.deadline,
             accepted=call.decided,
@@ -212,6 +222,8 @@ class Runner(Ledger):
     def _again(self, call: Call, result: Result, *, handed_over: bool) -> Again | None:
         """What follows an attempt, if not the outcome."""
         if call.cancelled or call.refused or not call.decided.is_set():
+            return None
+        if call.plan.shape.kept:  # what it began with is not there any more
             return None
         again = call.retries.after(
             result.outcome, call.plan, call.invocation.retried, handed_over=handed_over
@@ -252,6 +264,8 @@ class Runner(Ledger):
         await call.decided.wait()
         if call.refused:
             if call.session is not None:
+                if call.session.seat is not None:
+                    await call.session.seat.undo()
                 await call.session.abandon()
                 call.session.leave()
             call.ended.set()
@@ -260,6 +274,7 @@ class Runner(Ledger):
         invocation, session = call.invocation, call.session
         outcome, output = await _kept(call.spool, result.outcome)
         if session is not None and outcome is not result.outcome:
+            await session.spoil("the call's output could not be kept")
             await session.abandon()  # a failure of ours leaves nothing in it
         done = invocation.model_copy(
             update={
@@ -272,6 +287,9 @@ class Runner(Ledger):
                 "artifacts": result.artifacts,
                 "withheld": result.withheld,
                 "secrets": list(call.secrets.uses),
+                "container": result.container
+                if session is None or session.seat is None
+                else session.seat.use,
                 **_streams(call.spool, invocation.id),
                 "times": invocation.times.model_copy(update={"ended": now()}),
                 **({} if session is None else session.checkpoints),
@@ -299,6 +317,7 @@ class Runner(Ledger):
         except errors.SandboxdError as error:  # it never can
             log.exception("the outcome could not be written", id=done.id)
             if session is not None:
+                await session.spoil("the call's outcome could not be recorded")
                 await session.abandon()
                 done.checkpoint_after = session.after
             done.outcome = ours("host", f"the outcome could not be recorded: {error}")

@@ -7,6 +7,9 @@ once, however many calls of others wait. Within a caller higher priorities go fi
 in order of acceptance. A call that does not fit yet holds what is free back from everybody behind it, so that
 a large one starts too. How many may wait is bounded, and nobody can take all the places (``room``).
 
+What a series keeps between its calls (``keep``) holds its slot, memory and CPUs, and counts to its caller,
+for as long as it is kept: a further call of the series runs on that, and waits for its turn in that alone.
+
 Each step takes O(log n) of the calls that wait: what is ready is in heaps, of each caller's calls and of the
 callers, and what was withdrawn stays there, marked, until it comes up or is the greater part.
 """
@@ -29,7 +32,7 @@ from sandboxd import errors, room
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-__all__ = ["Scheduler", "Ticket"]
+__all__ = ["Hold", "Scheduler", "Ticket"]
 
 LONGEST_RETRY = 60  # seconds
 LOOK_AGAIN = 0.5  # seconds until the host's pressure is looked at again
@@ -63,6 +66,18 @@ class Ticket:
     def granted(self) -> bool:
         """Whether it holds a slot now."""
         return self.state == "running"
+
+
+@dataclass(eq=False)
+class Hold:
+    """What a series keeps of the budgets between its calls."""
+
+    uid: int
+    serial: str
+    memory: int
+    cpus: int
+    rider: Ticket | None
+    """The call that runs on it."""
 
 
 @dataclass(eq=False)
@@ -120,6 +135,8 @@ class Scheduler:
         self._shares: dict[int, _Share] = {}
         self._callers: list[tuple[float, int, _Share]] = []
         self._series: dict[str, _Series] = {}
+        self._holds: dict[str, Hold] = {}
+        self._riding: list[Ticket] = []
         self._numbers = itertools.count(1)
         self._time = 0.0
         self._paused = 0
@@ -177,7 +194,45 @@ class Scheduler:
         self._make_ready(share, ticket)
         self._grant()
 
+    def keep(self, ticket: Ticket) -> Hold:
+        """Let what a running call of a series holds stay its series' when it leaves, until ``release``."""
+        assert ticket.serial is not None  # noqa: S101
+        hold = Hold(ticket.uid, ticket.serial, ticket.memory, ticket.cpus, ticket)
+        self._holds[ticket.serial] = hold
+        return hold
+
+    def release(self, hold: Hold) -> None:
+        """Give it back; a call that runs on it holds it until it leaves. Safe to call twice."""
+        if self._holds.get(hold.serial) is not hold:
+            return
+        del self._holds[hold.serial]
+        if hold.rider is None:
+            self._return(hold.uid, hold.memory, hold.cpus)
+            self._forget(hold.uid)
+            self._grant()
+
+    @property
+    def kept(self) -> int:
+        """Bytes that all holds have together."""
+        return sum(hold.memory for hold in self._holds.values())
+
+    @property
+    def holds(self) -> int:
+        """How many there are."""
+        return len(self._holds)
+
+    def _ride(self, share: _Share, ticket: Ticket, hold: Hold) -> None:
+        ticket.memory, ticket.cpus, ticket.state = hold.memory, hold.cpus, "running"
+        hold.rider = ticket
+        share.waiting -= 1
+        self.queued -= 1
+        self._riding.append(ticket)
+
     def _make_ready(self, share: _Share, ticket: Ticket) -> None:
+        hold = None if ticket.serial is None else self._holds.get(ticket.serial)
+        if hold is not None and hold.rider is None:
+            self._ride(share, ticket, hold)
+            return
         ticket.state = "waiting"
         heapq.heappush(share.ready, (-ticket.priority, ticket.order, ticket))
         self._list(share)
@@ -223,13 +278,20 @@ class Scheduler:
                 return
         del self._series[ticket.serial]
 
-    def _give_back(self, ticket: Ticket) -> None:
-        share = self._shares[ticket.uid]
+    def _return(self, uid: int, memory: int, cpus: int) -> None:
+        share = self._shares[uid]
         share.running -= 1
         self.running -= 1
-        self.memory_used -= ticket.memory
-        self.cpus_used -= ticket.cpus
+        self.memory_used -= memory
+        self.cpus_used -= cpus
         self._list(share)
+
+    def _give_back(self, ticket: Ticket) -> None:
+        hold = None if ticket.serial is None else self._holds.get(ticket.serial)
+        if hold is not None and hold.rider is ticket:
+            hold.rider = None  # what it held stays where it is
+        else:
+            self._return(ticket.uid, ticket.memory, ticket.cpus)
         now = time.monotonic()
         if self._busy_since is not None:
             self._pace += PACE * (now - self._busy_since - self._pace)
@@ -255,7 +317,7 @@ class Scheduler:
             self._grant()
 
     def _grant(self) -> None:
-        granted = []
+        granted, self._riding = self._riding, []
         while not self._paused and self.running < self.slots and (share := self._next()) is not None:
             ticket = share.head()
             if ticket is None or not self._fits(ticket):

@@ -26,9 +26,10 @@ from sandboxd.pool import Fate, HandOver
 from sandboxd.replay import compared, prepared, replayable
 from sandboxd.room import Room
 from sandboxd.sessionfiles import SessionFiles
+from sandboxd.sessionreplay import KEPT, line_of, replayed
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
     from sandboxd.api.identity import Caller
     from sandboxd.archive import Archive
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DaemonService"]
 
-FORK = 24 * 3600 * 10**6  # microseconds after which the session of a replay goes that a killed daemon left
+MOST_FILES = 1000
+"""Files that a call changed in its session, and that are compared."""
 
 log = structlog.get_logger("sandboxd.secrets")
 
@@ -204,20 +206,57 @@ class DaemonService(Calls):
         """
         recorded = await self.get(caller, id)
         replayable(recorded)
-        request = await self._journal.request(id)
+        async with self._fork_of(caller, recorded, policy) as session:
+            return await self.rerun(caller, recorded, policy, session)
+
+    async def replay_session(
+        self, caller: Caller, named: str, policy: str | None, *, keep: bool
+    ) -> AsyncGenerator[models.ReplayEvent]:
+        """Run the calls of a session again, and say of each what differs as it ends.
+
+        Raises NotFound, StateConflict, Pruned, NotPermitted before the first of them runs.
+        """
+        if policy is not None:
+            self._planner.policy_for(caller, policy)
+        line = await line_of(self._journal, self.sessions, caller, named)
+        return replayed(self, self.sessions, caller, line, policy=policy, keep=keep)
+
+    async def rerun(
+        self, caller: Caller, recorded: models.Invocation, policy: str | None, session: str | None
+    ) -> models.Replay:
+        """Run a recorded call again in a session that stands as its own did. Raises as ``replay``."""
+        replayable(recorded)
+        request = await self._journal.request(recorded.id)
         under = await self._recorded_policy(caller, recorded, strict=policy is None)
         asked = prepared(request, recorded, policy or recorded.policy.name)
         again = None if policy is not None else Again(under, recorded.image.digest)
-        async with self._fork_of(caller, recorded) as session:
-            asked = asked.model_copy(update={"session": session})
-            accepted = await self.submit(caller, asked, tied=True, again=again)
-            try:
-                done = await self.wait(caller, accepted.id)
-            except BaseException:
-                with anyio.CancelScope(shield=True):
-                    await self.cancel(caller, accepted.id)
-                raise
-        return compared(recorded, done, request, under)
+        asked = asked.model_copy(update={"session": session})
+        accepted = await self.submit(caller, asked, tied=True, again=again)
+        try:
+            done = await self.wait(caller, accepted.id)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self.cancel(caller, accepted.id)
+            raise
+        files = [await self._files_of(caller, one) for one in (recorded, done)]
+        return compared(recorded, done, request, under, files=(files[0], files[1]))
+
+    async def _files_of(self, caller: Caller, call: models.Invocation) -> models.SessionDiff | None:
+        """What a call changed in its session; None where that is not to be had."""
+        if call.session is None or call.checkpoint_before is None:
+            return None
+        try:
+            return await self.files.diff(
+                caller,
+                call.session,
+                since=call.checkpoint_before,
+                to=call.checkpoint_after,
+                text=False,
+                limit=MOST_FILES,
+            )
+        except errors.Refused as error:
+            log.info("files of a call are not compared", id=call.id, reason=str(error))
+            return None
 
     async def _recorded_policy(
         self, caller: Caller, recorded: models.Invocation, *, strict: bool
@@ -242,14 +281,16 @@ class DaemonService(Calls):
         return found
 
     @asynccontextmanager
-    async def _fork_of(self, caller: Caller, recorded: models.Invocation) -> AsyncIterator[str | None]:
+    async def _fork_of(
+        self, caller: Caller, recorded: models.Invocation, policy: str | None
+    ) -> AsyncIterator[str | None]:
         """A session that stands where the call's did before it, for as long as this lasts."""
         if recorded.session is None:
             yield None
             return
         if recorded.checkpoint_before is None:
             raise errors.NotFound(f"call {recorded.id!r} does not say where its session stood")
-        fork = models.SessionFork(checkpoint=recorded.checkpoint_before, ttl=FORK)
+        fork = models.SessionFork(checkpoint=recorded.checkpoint_before, policy=policy, ttl=KEPT)
         found = await self.sessions.fork(caller, recorded.session, fork)
         try:
             yield found.id

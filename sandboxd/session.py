@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import anyio.to_thread
@@ -14,21 +14,26 @@ from uuid6 import uuid7
 from sandboxd import errors
 from sandboxd.engine.stacked import attach_stack
 from sandboxd.failpoint import failpoint
-from sandboxd.models import Cause
-from sandboxd.workspace import layer, tables
+from sandboxd.keeping import Seat
+from sandboxd.models import Cause, NetworkUse
+from sandboxd.workspace import allowance, containers, layer, tables
 from sandboxd.workspace.shares import refuse
 from sandboxd.workspace.view import Lent
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from pathlib import Path
 
     from sandboxd.config import SessionShare
     from sandboxd.engine.base import Slot
     from sandboxd.journal import Journal
-    from sandboxd.models import Outcome
+    from sandboxd.keeping import Keeping, Live
+    from sandboxd.models import ContainerLost, Outcome
+    from sandboxd.plan import Plan, Shape
+    from sandboxd.scheduler import Scheduler, Ticket
+    from sandboxd.workspace.allowance import Hold
     from sandboxd.workspace.checkout import Checkout
     from sandboxd.workspace.shares import Shares
     from sandboxd.workspace.store import LayerStore
@@ -36,7 +41,7 @@ if TYPE_CHECKING:
     from sandboxd.workspace.turns import Turns
     from sandboxd.workspace.unwritten import Unwritten
 
-__all__ = ["LONG", "MOST_LAYERS", "OWNER", "CallSession", "Commit", "lowest"]
+__all__ = ["LONG", "MOST_LAYERS", "OWNER", "CallSession", "Commit", "Start", "lowest"]
 
 LONG = 3 * tables.FAN
 """Layers of a stack whose merges were missed."""
@@ -81,7 +86,7 @@ def lowest(checkout: Checkout | None) -> Iterator[tuple[Lent, ...]]:
 
 
 @dataclass(frozen=True)
-class _Start:
+class Start:
     """Where the session stood when the call had its turn."""
 
     row: Row
@@ -103,6 +108,7 @@ class CallSession:
         held: Shares,
         unwritten: Unwritten,
         kept: Callable[[Checkpoint, int], None],
+        keeping: Keeping,
         checkout: Checkout | None = None,
     ) -> None:
         """``share`` and ``held``: what all the caller's sessions may hold and do."""
@@ -115,13 +121,25 @@ class CallSession:
         self._unwritten = unwritten
         self._on_kept = kept
         self._checkout = checkout
+        self.maker = ""
+        """The call that a checkpoint is said to be of, where it is made for none."""
         self.call = ""
         """The call's id, and when its policy has its files kept."""
         self.policy: Commit = "never"
-        self._start: _Start | None = None
+        self._start: Start | None = None
+        self._since: Checkpoint | None = None
         self._made: Checkpoint | None = None
         self._pack: bytes | None = None
         self._counted = False
+        self._network: dict[str, int] = {}
+        """What the call's attempts used of the network."""
+        self._hold: Hold | None = None
+        self._counting = False
+        """An attempt may use of what is held, and has not said how much."""
+        self._keeping = keeping
+        self.seat: Seat | None = None
+        """The call's place in the container that the session keeps."""
+        self._lost: ContainerLost | None = None
         self._turn = False
         self._inside = True
 
@@ -131,29 +149,91 @@ class CallSession:
             await self._turns.take(self.row.id)
             self._turn = True
 
-        def read(connection: sqlite3.Connection) -> _Start | None:
+        def read(connection: sqlite3.Connection) -> Start | None:
             row = tables.find(connection, self.row.id, None)
             head = None if row is None else tables.checkpoint(connection, row.head)
             if row is None or head is None:
                 return None
-            return _Start(row, head, tables.stack_of(connection, head.id))
+            self._lost = containers.find(connection, row.id)
+            return Start(row, head, tables.stack_of(connection, head.id))
 
         self._start = await self._journal.read(read)
         if self._start is None:
             raise errors.HostFailed(f"session {self.row.id} is gone")
         await self._unwritten.settle(self._start.stack.layers)
+        self._since = self._start.head
         layers = len(self._start.stack.layers)
         if layers > LONG:  # also where nothing can be kept until they are merged
             self._on_kept(self._start.head, layers)
 
     def leave(self) -> None:
         """Let the next call have its turn. Safe to call twice."""
+        if self.seat is not None:
+            self.seat.leave()
         if self._turn:
             self._turn = False
             self._turns.give(self.row.id)
         if self._inside:
             self._inside = False
             self._turns.leave(self.row.id)
+
+    async def hold_network(self, limits: Mapping[str, int]) -> dict[str, int]:
+        """Hold on disk what an attempt may use of the session's budget; returns what that has left, by name.
+
+        ``limits`` are those of ``network.budget``. Without one of sessions among them, nothing is written.
+        Raises HostFailed, JournalCorrupt.
+        """
+        if not any(name.startswith("session.") for name in limits):
+            return {}
+        self._hold = await self._journal.write(
+            lambda connection: allowance.hold(connection, self.row.id, self.call, limits, self._network)
+        )
+        self._counting = True
+        return self._hold.left
+
+    def used_network(self, use: NetworkUse) -> None:
+        """Count what an attempt used, for the outcome; all that was held where that is not known."""
+        used = {
+            "bytes": use.bytes_in + use.bytes_out,
+            "bytes_in": use.bytes_in,
+            "bytes_out": use.bytes_out,
+            "connections": use.connections,
+            "requests": use.requests,
+        }
+        self._counting = False
+        most = {} if use.whole or self._hold is None else self._hold.most
+        for name, count in used.items():
+            self._network[name] = self._network.get(name, 0) + max(count, most.get(name, 0))
+
+    def check(self, shape: Shape | None) -> None:
+        """Raise ContainerLive where the session keeps a container that this does not go with.
+
+        None: a change of its files from outside.
+        """
+        self._keeping.refuse(self.row.id, self.row.name or self.row.id, shape)
+
+    def take_seat(self, plan: Plan, ticket: Ticket, scheduler: Scheduler) -> Seat | None:
+        """The call's place in the session's container, under a policy that has one kept; None under others.
+
+        Raises ContainerLive.
+        """
+        assert self._start is not None  # noqa: S101  (it has its turn)
+        self.check(plan.shape)
+        if not plan.shape.kept:
+            return None
+        self.seat = Seat(
+            self._keeping,
+            session=self.row.id,
+            named=self.row.name or self.row.id,
+            call=self.call,
+            plan=plan,
+            share=self._share,
+            base=self._start,
+            scheduler=scheduler,
+            ticket=ticket,
+            lost=self._lost,
+        )
+        return self.seat
 
     @property
     def before(self) -> str | None:
@@ -205,6 +285,26 @@ class CallSession:
             name, self._pack, figures = packed
             self._kept(name, figures)
 
+    def keep_of(self, live: Live) -> str:
+        """The same of what the session's container holds, which nothing changes meanwhile.
+
+        It becomes a checkpoint on the one that the container began with. Returns where the session is to
+        stand. Raises also ControlNotEnforced.
+        """
+        assert self._start is not None  # noqa: S101
+        now = self._start
+        self._start = replace(live.base, row=now.row)
+        self.maker = live.kept.last
+        with live.kept.slot.cgroup.frozen():
+            self.keep(live.kept.slot)
+        made = self._made
+        if made is not None and made.digest == now.head.digest and made.layer is not None:
+            self._made = self._pack = None  # nothing has changed since the last
+            self._give_back(made)
+            self._store.remove(made.layer)
+            self._start = now
+        return self._start.head.id if self._made is None else self._made.id
+
     def _kept(self, name: str, figures: layer.Figures) -> Checkpoint:
         assert self._start is not None  # noqa: S101
         start = self._start
@@ -225,7 +325,7 @@ class CallSession:
             size=figures.size,
             inodes=figures.inodes,
             created=time.time_ns() // 1000,
-            call=self.call or None,
+            call=self.call or self.maker or None,
         )
         return self._made
 
@@ -255,7 +355,7 @@ class CallSession:
             os.close(newest)
 
     @staticmethod
-    def _check_depth(start: _Start) -> None:
+    def _check_depth(start: Start) -> None:
         layers = len(start.stack.layers) + 1
         if layers > MOST_LAYERS:
             raise errors.QuotaExceeded(
@@ -267,7 +367,7 @@ class CallSession:
             )
 
     @staticmethod
-    def _check_quota(start: _Start, figures: layer.Figures) -> None:
+    def _check_quota(start: Start, figures: layer.Figures) -> None:
         row, stack = start.row, start.stack
         for quota, allowed, asked in (
             ("session.size", row.quota_size, stack.size + figures.size),
@@ -282,13 +382,19 @@ class CallSession:
         if start is None:
             return
         tables.touch(connection, start.row, at=time.time_ns() // 1000, called=bool(self.call))
-        if self._made is None:
-            return
-        failpoint("session.commit")
-        tables.insert_checkpoint(connection, self._made)
-        if self._pack is not None and self._made.layer is not None:
-            tables.insert_pack(connection, self._made.layer, self._pack)
-        if not tables.move(connection, start.row.id, since=start.head.id, to=self._made.id):
+        if self._counting:  # nobody has said what it used
+            self.used_network(NetworkUse(whole=False))
+        if self._hold is not None or any(self._network.values()):
+            allowance.settle(connection, start.row.id, self.call, self._network)
+        if self.seat is not None:
+            self.seat.note(connection)
+        since, to = self._since or start.head, self._made or start.head
+        if self._made is not None:
+            failpoint("session.commit")
+            tables.insert_checkpoint(connection, self._made)
+            if self._pack is not None and self._made.layer is not None:
+                tables.insert_pack(connection, self._made.layer, self._pack)
+        if since.id != to.id and not tables.move(connection, start.row.id, since=since.id, to=to.id):
             raise errors.StateConflict(f"session {start.row.id} was changed while a call ran in it")
 
     def committed(self) -> None:
@@ -304,15 +410,22 @@ class CallSession:
 
         The layer is removed at the next start.
         """
-        start, made = self._start, self._made
+        start, made, since = self._start, self._made, self._since
 
         def take_back(connection: sqlite3.Connection) -> None:
-            if start is not None and made is not None:
-                tables.move(connection, start.row.id, since=made.id, to=start.head.id)
+            if start is None or since is None:
+                return
+            tables.move(connection, start.row.id, since=(made or start.head).id, to=since.id)
+            if made is not None:
                 tables.remove_checkpoint(connection, made.id)
                 self._give_back(made)
 
         return take_back
+
+    async def spoil(self, why: str) -> None:
+        """The call failed by a fault of ours: the container that it was in is of no more use."""
+        if self.seat is not None:
+            await self.seat.end(why)
 
     def _give_back(self, made: Checkpoint) -> None:
         """Its caller has the room again, if that was not done."""

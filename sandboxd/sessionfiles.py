@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from types import GeneratorType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -104,24 +104,50 @@ class SessionFiles:
             return await self._threaded(caller, effort, lambda: compared(old, new))
 
     async def list(
-        self, caller: Caller, named: str, path: str, *, checkpoint: str | None, recursive: bool, limit: int
+        self,
+        caller: Caller,
+        named: str,
+        path: str,
+        *,
+        checkpoint: str | None,
+        recursive: bool,
+        digest: bool = False,
+        after: str | None = None,
+        limit: int,
     ) -> models.FileList:
-        """What a directory has, or all beneath it; the path of the root is empty. Raises StateConflict."""
+        """What a directory has, or all beneath it, behind the path ``after``; the path of the root is empty.
+
+        With ``digest`` a page ends where no more may be digested. Raises StateConflict.
+        """
         place = _path(path) if path else b""
+        passed = _order(_path(after)) if after is not None else []
+
+        def into(directory: Entry) -> bool:
+            """Whether anything in it can be behind ``after``."""
+            parts = _order(directory.path)
+            return page.into(directory) and (parts > passed or parts == passed[: len(parts)])
 
         def listed(one: Standing) -> models.FileList:
-            page = _Page[models.FileInfo](limit)
             with _views(effort, one) as (view,):
                 entry = _found(view, place)
                 if not entry.is_directory:
                     raise errors.StateConflict(f"{path!r} is a {entry.kind}, and no directory")
-                for each in view.walk(entry, into=page.into) if recursive else view.children(entry):
-                    if page.is_unnamed(each.path):
+                for each in view.walk(entry, into=into) if recursive else view.children(entry):
+                    if _order(each.path) <= passed or page.is_unnamed(each.path):
                         continue
-                    if page.is_full or not page.add(_info(view, each)):
+                    asked = digest and _is_digested(each)
+                    late = asked and bool(page.found) and not view.effort.may_digest(each.size)
+                    if late or page.is_full or not page.add(_info(view, each, digest=asked)):
                         page.truncated = True
                         break
-            return models.FileList(files=page.found, truncated=page.truncated, unnamed=page.unnamed)
+            return models.FileList(
+                files=page.found,
+                truncated=page.truncated,
+                next=page.found[-1].path if page.truncated and page.found else None,
+                unnamed=page.unnamed,
+            )
+
+        page = _Page[models.FileInfo](limit)
 
         effort = Effort()
         async with self._sessions.standing(caller, named, checkpoint) as (one,):
@@ -133,10 +159,9 @@ class SessionFiles:
     ) -> AsyncIterator[tuple[models.FileInfo, AsyncIterator[bytes]]]:
         """A regular file: what it is, with its digest, and its bytes. Raises StateConflict."""
         place, effort = _path(path), Effort()
-        async with (
-            self._sessions.standing(caller, named, checkpoint) as (one,),
-            self._held(caller) as stack,
-        ):
+        async with AsyncExitStack() as inside:
+            (one,) = await inside.enter_async_context(self._sessions.standing(caller, named, checkpoint))
+            stack = await inside.enter_async_context(self._held(caller))
 
             def opened() -> tuple[models.FileInfo, Iterator[bytes]]:
                 stack.is_used = True
@@ -147,7 +172,7 @@ class SessionFiles:
                 return info, chunks
 
             info, chunks = await self._threaded(caller, effort, opened)
-            yield info, self._streamed(caller, effort, chunks, stack)
+            yield info, await self._streamed(caller, effort, chunks, inside)
 
     async def write(
         self,
@@ -201,10 +226,9 @@ class SessionFiles:
     ) -> AsyncIterator[tuple[Export, AsyncIterator[bytes]]]:
         """A layer of a checkpoint's files, or of what makes it of an earlier one. Raises StateConflict."""
         wanted, effort = (to,) if since is None else (since, to), Effort()
-        async with (
-            self._sessions.standing(caller, named, *wanted) as stands,
-            self._held(caller) as stack,
-        ):
+        async with AsyncExitStack() as inside:
+            stands = await inside.enter_async_context(self._sessions.standing(caller, named, *wanted))
+            stack = await inside.enter_async_context(self._held(caller))
 
             def made() -> Export:
                 stack.is_used = True
@@ -217,22 +241,35 @@ class SessionFiles:
                 return export
 
             export = await self._threaded(caller, effort, made)
-            yield export, self._streamed(caller, effort, export.chunks, stack)
+            yield export, await self._streamed(caller, effort, export.chunks, inside)
 
-    async def bring(self, caller: Caller, named: str, chunks: AsyncIterator[bytes]) -> models.CheckpointInfo:
-        """Put a layer's tar over what the session has. Raises InvalidRequest, TooLarge, QuotaExceeded."""
+    async def bring(
+        self,
+        caller: Caller,
+        named: str,
+        chunks: AsyncIterator[bytes],
+        *,
+        match: str | None = None,
+        own: bool = False,
+    ) -> models.CheckpointInfo:
+        """Put a layer's tar over what the session has, if it stands on the checkpoint of a digest.
+
+        ``own``: what comes is the owner's of the session's files, whatever the archive says. Raises
+        InvalidRequest, PreconditionFailed, TooLarge, QuotaExceeded.
+        """
         async with self._spooled(caller, named, chunks, MAX_IMPORT.total) as body:
             _, made = await self._changed(
                 caller,
                 named,
                 lambda view, into: import_layer(
-                    _Body(body, view.effort), into, view, owner=_owner(view), limits=MAX_IMPORT
+                    _Body(body, view.effort), into, view, owner=_owner(view), own=own, limits=MAX_IMPORT
                 ),
+                match=match,
             )
         return made
 
     async def _changed(
-        self, caller: Caller, named: str, fill: Callable[[View, int], T]
+        self, caller: Caller, named: str, fill: Callable[[View, int], T], *, match: str | None = None
     ) -> tuple[T, models.CheckpointInfo]:
         results: list[T] = []
 
@@ -241,7 +278,7 @@ class SessionFiles:
                 results.append(fill(view, into))
 
         effort = Effort()
-        made = await self._sessions.change(caller, named, filled, effort=effort)
+        made = await self._sessions.change(caller, named, filled, effort=effort, match=match)
         return results[0], made
 
     @asynccontextmanager
@@ -304,22 +341,25 @@ class SessionFiles:
                     await self._threaded(caller, Effort(), stack.close, always=True)
 
     async def _streamed(
-        self, caller: Caller, effort: Effort, chunks: Iterator[bytes], held: _Held
+        self, caller: Caller, effort: Effort, chunks: Iterator[bytes], inside: AsyncExitStack
     ) -> AsyncIterator[bytes]:
         """Chunks that are read from the disk, each in a thread, and with a time of its own.
 
-        What is held is let go of before the end is told: whoever has read it all may remove the session.
+        The session is left before the last of them is told: whoever has read it all may remove the session.
         """
 
-        def chunk_of() -> bytes | None:
-            chunk = next(chunks, None)
+        async def following() -> bytes | None:
+            chunk = await self._threaded(caller, effort, lambda: next(chunks, None), always=True)
             if chunk is None:
-                held.close()
-                held.is_used = False
+                await inside.aclose()
             return chunk
 
-        while (chunk := await self._threaded(caller, effort, chunk_of, always=True)) is not None:
-            yield chunk
+        async def told(chunk: bytes | None) -> AsyncIterator[bytes]:
+            while chunk is not None:
+                last, chunk = chunk, await following()
+                yield last
+
+        return told(await following())
 
 
 def _close(chunks: Iterator[bytes]) -> None:
@@ -445,8 +485,17 @@ def _side(view: View, entry: Entry, *, digest: bool) -> models.FileInfo:
     return _info(view, entry, digest=_may_digest(view, entry) if digest else False)
 
 
+def _is_digested(entry: Entry) -> bool:
+    return entry.kind == "file" and entry.size <= MAX_FILE
+
+
 def _may_digest(view: View, entry: Entry) -> bool:
-    return entry.kind == "file" and entry.size <= MAX_FILE and view.effort.may_digest(entry.size)
+    return _is_digested(entry) and view.effort.may_digest(entry.size)
+
+
+def _order(path: bytes) -> list[bytes]:
+    """What paths are sorted by where a directory comes before what it has."""
+    return path.split(b"/")
 
 
 def _text(before: View, after: View, change: Change, room: int) -> TextDiff | None:

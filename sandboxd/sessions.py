@@ -6,19 +6,20 @@ then one transaction of the journal writes the outcome, the checkpoint and the s
 is no change in a session without its record, and no record of a change that is not there. Fork and rollback
 only move pointers. What nothing refers to any more is removed in the background, and at start.
 
+A session may keep a container over its calls (``keeping``). Then what they change is in that alone; a
+checkpoint of it, and its end, wait for their turn as a call does, and nothing else may change the session.
+
 One task makes layers into one where they have become many, removes sessions whose time is over, and clears
 away.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections import deque
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
@@ -26,26 +27,24 @@ import structlog
 from uuid6 import uuid7
 
 from sandboxd import errors, models, units
-from sandboxd.init import LAUNCH
+from sandboxd.checkouts import Checkouts
+from sandboxd.keeping import Keeping
 from sandboxd.lanes import Lanes
-from sandboxd.session import LONG, OWNER, CallSession
-from sandboxd.workspace import tables
-from sandboxd.workspace.checkout import Checkout
-from sandboxd.workspace.layer import Figures
-from sandboxd.workspace.merge import Merged, merge
-from sandboxd.workspace.shares import Shares
+from sandboxd.layers import Layers
+from sandboxd.session import CallSession
+from sandboxd.workspace import allowance, containers, tables
 from sandboxd.workspace.turns import Turns
-from sandboxd.workspace.unwritten import Unwritten
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
     from pathlib import Path
 
-    from anyio.abc import TaskGroup
-
     from sandboxd.api.identity import Caller
+    from sandboxd.config import SessionShare
     from sandboxd.journal import Journal
+    from sandboxd.keeping import Live
+    from sandboxd.workspace.checkout import Checkout
     from sandboxd.workspace.effort import Effort
     from sandboxd.workspace.handles import Handles
     from sandboxd.workspace.store import LayerStore
@@ -56,13 +55,18 @@ __all__ = ["Sessions", "Standing"]
 
 LOOK = 1.0  # seconds between two looks for sessions whose time is over
 MOST = 500  # of a page
-LETTING_GO = 5.0  # seconds, of all that is lent, at the end of the daemon
+END_AGAIN = 60.0  # seconds until it is tried again to end a container
+LAST_CHECKPOINT = 60.0  # seconds, of one container, at the end of the daemon
 
 log = structlog.get_logger("sandboxd.sessions")
 
 
 def _now() -> int:
     return time.time_ns() // 1000
+
+
+def _nothing(_: sqlite3.Connection) -> None:
+    """Nothing comes about beside it."""
 
 
 class Sessions:
@@ -82,56 +86,47 @@ class Sessions:
         They are looked at and let go of in ``lanes``: both may last as long as who passed them likes.
         """
         self._journal = journal
-        self._handles = handles
-        self._lanes = lanes
         self.work = Lanes("file operations", most=8, each=2, waiting=64)
-        self._own = kept
-        self._checkouts: dict[str, Checkout] = {}
+        self.checkouts = Checkouts(handles, lanes, mounts=store.mounts, kept=kept)
         self._store = store
         self._turns = Turns()
-        self._held = Shares()
-        self._unwritten = Unwritten(journal, store)
-        self._removing: set[str] = set()
-        self._tasks: TaskGroup | None = None
-        self._to_merge: deque[str] = deque()
-        self._to_prune: deque[str | None] = deque()
         self._wake = anyio.Event()
+        self.layers = Layers(journal, store, self._stir)
+        self.keeping = Keeping()
+        self._removing: set[str] = set()
 
     async def open(self) -> None:
-        """Remove the layers that nothing refers to, and go on with what an earlier daemon began."""
-        referenced, held, going = await self._journal.read(
-            lambda connection: (
-                tables.referenced(connection),
-                tables.held(connection),
-                tables.going(connection),
+        """Remove what nothing refers to, and go on with what an earlier daemon began."""
+        await self.layers.open()
+        lost = await self._journal.write(
+            lambda connection: containers.lose_all(
+                connection, _now(), "the daemon ended, and with it the container"
             )
         )
-        removed = await anyio.to_thread.run_sync(self._store.clean, referenced)
-        if removed:
-            log.warning("files of calls without an outcome were removed", layers=removed)
-        await self._unwritten.restore()
-        self._held.start(held)
-        self._to_prune += [*going, None]
+        if lost:
+            log.warning("containers that sessions kept are lost", count=lost)
+        await self._journal.write(allowance.charge)
 
     async def run(self) -> None:
         """Look after sessions until cancelled. No fault in here ends a call."""
         async with anyio.create_task_group() as tasks:
-            self._tasks = tasks
-            tasks.start_soon(self._unwritten.run)
+            self.checkouts.tasks = tasks
+            tasks.start_soon(self.layers.unwritten.run)
             try:
                 await self._look_after()
             finally:
-                self._tasks = None
+                self.checkouts.tasks = None
+
+    def _stir(self) -> None:
+        self._wake.set()
 
     async def _look_after(self) -> None:
         while True:
             self._wake = anyio.Event()
             try:
                 await self._expire()
-                while self._to_prune:
-                    await self._prune(self._to_prune.popleft())
-                while self._to_merge:
-                    await self._merge(self._to_merge.popleft())
+                await self._look_at_containers()
+                await self.layers.look_after()
             except Exception:
                 log.exception("sessions could not be looked after")
             with anyio.move_on_after(LOOK):
@@ -149,13 +144,12 @@ class Sessions:
         row = self._row(caller, asked, id_=id_, at=first.id, now=now)
         if asked.checkout is None:
             return await self._insert(caller, row, first)
-        checkout = await self._lent(id_, asked.checkout, caller)
-        self._checkouts[id_] = checkout
+        lent = await self.checkouts.take(id_, asked.checkout, caller)
         try:
-            return await self._insert(caller, replace(row, checkout=_identity(checkout)), first)
+            return await self._insert(caller, replace(row, checkout=lent), first)
         except BaseException:
             with anyio.CancelScope(shield=True):
-                await self._let_go(id_)
+                await self.checkouts.let_go(id_)
             raise
 
     async def lend(self, caller: Caller, named: str, handle: str) -> models.SessionInfo:
@@ -163,89 +157,60 @@ class Sessions:
         row = await self._find(caller, named)
         if row.checkout is None or row.uid != caller.uid:
             raise errors.StateConflict(f"session {named!r} stands on no directory of yours")
-        if row.id in self._checkouts:
+        if row.id in self.checkouts:
             return await self._info(row)
-        checkout = await self._lent(row.id, handle, caller)
-        if _identity(checkout) != row.checkout:
-            await self._lanes.run(caller.uid, checkout.close, always=True)
-            raise errors.StateConflict(f"session {named!r} stands on another directory than the one passed")
-        self._checkouts[row.id] = checkout
+        await self.checkouts.take(row.id, handle, caller, expected=row.checkout)
         try:
             return await self._info(await self._find(caller, row.id))  # it may have gone meanwhile
         except errors.NotFound:
-            await self._let_go(row.id)
+            await self.checkouts.let_go(row.id)
             raise
 
-    async def _lent(self, id_: str, handle: str, caller: Caller) -> Checkout:
-        handed = self._handles.take(handle, caller.uid)
-
-        def lend() -> Checkout:
-            with handed as directory:
-                place = self._store.mounts / f"checkout-{id_}"
-                checkout = Checkout.of(directory, handed.owner, place=place, launcher=LAUNCH, kept=self._own)
-                try:
-                    os.close(checkout.mapped(*OWNER, slot=0))  # a file system that cannot is refused now
-                except BaseException:
-                    checkout.close()
-                    raise
-                return checkout
-
-        return await self._lanes.run(caller.uid, lend, undo=Checkout.close, always=True)
-
-    async def _let_go(self, id_: str) -> None:
-        """Done when this returns, or, where its caller has it last, later: nobody waits for him."""
-        checkout = self._checkouts.pop(id_, None)
-        if checkout is None:
-            return
-        gone = anyio.Event()
-
-        async def close() -> None:
-            await self._lanes.run(checkout.owner.uid, checkout.close, always=True)
-            gone.set()
-
-        if self._tasks is None:
-            await close()
-            return
-        self._tasks.start_soon(close)
-        with anyio.move_on_after(LOOK):
-            await gone.wait()
-
     async def close(self) -> None:
-        """Let go of every directory that is lent; what does not let go in time goes with the daemon."""
-        self._unwritten.close()
-        with anyio.move_on_after(LETTING_GO, shield=True):
-            async with anyio.create_task_group() as tasks:
-                for id_ in list(self._checkouts):
-                    tasks.start_soon(self._let_go, id_)
+        """Let go of every directory that is lent; what does not let go in time goes with the daemon.
 
-    def _checkout_of(self, row: Row) -> Checkout | None:
-        """Raises StateConflict where the daemon has to be given it again."""
-        found = self._checkouts.get(row.id)
-        if row.checkout is not None and found is None:
-            raise errors.StateConflict(
-                f"session {row.name or row.id!r} stands on a directory of its caller's, which the daemon "
-                "has no more since it was restarted; pass the directory again",
-                session=row.id,
-            )
-        return found
+        So do containers that are there still: who they were of is told so by the next daemon.
+        """
+        for live in self.keeping:
+            try:
+                await self.keeping.end(live, "the daemon ended")
+            except errors.SandboxdError:
+                log.exception("a container of a session was not cleared away", session=live.session)
+        await self.checkouts.close()
+        self.layers.unwritten.close()
 
     async def fork(self, caller: Caller, named: str, asked: models.SessionFork) -> models.SessionInfo:
         """A new session that begins with a checkpoint of another of the caller's.
 
-        Raises NotFound, SessionExists, QuotaExceeded, NotPermitted.
+        One of a session on a directory stands on it too. Raises NotFound, SessionExists, QuotaExceeded,
+        NotPermitted, StateConflict for a directory that somebody else lends.
         """
         source = await self._find(caller, named)
-        if source.checkout is not None:
-            raise errors.StateConflict(
-                f"session {named!r} stands on a directory of its caller's, which changes; it cannot be forked"
-            )
         start = source.head
         if asked.checkpoint is not None:
             start = (await self._checkpoint(source, asked.checkpoint)).id
         row = self._row(caller, asked, id_=str(uuid7()), at=start, now=_now())
-        if asked.policy is None:
-            row = replace(row, policy=source.policy)
-        return await self._insert(caller, row, None)
+        row = replace(row, policy=asked.policy or source.policy, network=allowance.begun_with(source.network))
+        if source.checkout is None:
+            return await self._insert(caller, row, None)
+        if source.uid != caller.uid:
+            raise errors.StateConflict(
+                f"session {named!r} stands on a directory that its caller lends, which nobody else can fork; "
+                "export its files, and import them into a session of yours",
+                session=source.id,
+            )
+        if asked.checkout is not None:
+            raise errors.InvalidRequest(
+                "a fork stands on the directory of the session that it is made of; leave it out",
+                field="checkout",
+            )
+        await self.checkouts.take_too(source, row.id)
+        try:
+            return await self._insert(caller, replace(row, checkout=source.checkout), None)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self.checkouts.let_go(row.id)
+            raise
 
     def _row(self, caller: Caller, asked: models.SessionRequest, *, id_: str, at: str, now: int) -> Row:
         if asked.policy is not None and not caller.may_use(asked.policy):
@@ -308,6 +273,10 @@ class Sessions:
         """One session, by its id or name. Raises NotFound."""
         return await self._info(await self._find(caller, named))
 
+    async def id_of(self, caller: Caller, named: str) -> str:
+        """The id of one, by that or its name. Raises NotFound."""
+        return (await self._find(caller, named)).id
+
     async def list(self, caller: Caller, *, before: str | None, limit: int) -> models.SessionList:
         """A page of the caller's sessions, or of everybody's for an operator; newest first."""
         uid, most = None if caller.sees_all else caller.uid, min(limit, MOST)
@@ -343,7 +312,8 @@ class Sessions:
         """Let a session stand on another of its checkpoints. Raises NotFound, SessionBusy."""
         row = await self._find(caller, named)
         wanted = await self._checkpoint(row, checkpoint)
-        with self._alone(row):
+        async with self._alone(row):
+            self.keeping.refuse(row.id, named)
 
             def move(connection: sqlite3.Connection) -> bool:
                 if tables.checkpoint(connection, wanted.id) is None:
@@ -365,8 +335,8 @@ class Sessions:
         Raises NotFound, SessionBusy.
         """
         row = await self._find(caller, named)
-        with self._alone(row):
-            await self._prune(row.id)
+        async with self._alone(row):
+            await self.layers.prune(row.id)
         return await self.get(caller, row.id)
 
     async def delete(self, caller: Caller, named: str) -> None:
@@ -377,7 +347,7 @@ class Sessions:
 
     async def _delete(self, row: Row, *, over: int | None = None) -> bool:
         """Whether it went; with ``over`` only where its time is over then."""
-        with self._alone(row):
+        async with self._alone(row):
             self._removing.add(row.id)
             try:
                 gone = await self._journal.write(
@@ -387,10 +357,156 @@ class Sessions:
             finally:
                 self._removing.discard(row.id)
         if gone:
-            await self._let_go(row.id)
-            self._to_prune.append(row.id)
+            if (live := self.keeping.of(row.id)) is not None:
+                await self.keeping.end(live, "its session was removed")
+            await self.checkouts.let_go(row.id)
+            self.layers.to_prune.append(row.id)
             self._wake.set()
         return gone
+
+    # The container that it keeps.
+
+    async def checkpoint(self, caller: Caller, named: str) -> models.CheckpointInfo:
+        """A checkpoint of the files in the container that a session keeps; it waits for its turn.
+
+        Where nothing has changed, the one that there is. Raises NotFound, StateConflict where it keeps none,
+        QuotaExceeded, WorkspaceUnfit, HostFailed; then nothing has changed.
+        """
+        row = await self._find(caller, named)
+        hold = self._hold_of(row, self._live(row, named).share, None)
+        try:
+            await hold.begin()
+            live = self._live(row, named)  # it may have ended meanwhile
+            if live.commit == "never":
+                raise errors.StateConflict(
+                    f"policy {live.shape.policy!r} keeps no files: it says `commit: never`", session=row.id
+                )
+            at = await self._take(hold, live)
+        finally:
+            hold.leave()
+        found = await self._journal.read(lambda connection: tables.checkpoint(connection, at))
+        if found is None:
+            raise errors.NotFound(f"the checkpoint of session {named!r} was removed")
+        return _checkpoint_info(found, at)
+
+    async def end(self, caller: Caller, named: str, *, discard: bool) -> models.SessionInfo:
+        """End the container that a session keeps, after a checkpoint of its files, unless they are discarded.
+
+        Where one was lost, that is acknowledged. Raises NotFound, SessionBusy, StateConflict where it keeps
+        none, and what ``checkpoint`` does; then the container is there as before.
+        """
+        row = await self._find(caller, named)
+        async with self._alone(row):
+            if self.keeping.of(row.id) is None and await self._has_lost(row.id):
+                await self._journal.write(lambda connection: containers.forget(connection, row.id))
+            else:
+                await self._end(self._live(row, named), discard=discard, why="its session ended it")
+        return await self.get(caller, row.id)
+
+    async def end_all(self) -> None:
+        """End all that are kept, at the end of the daemon. What cannot be checkpointed is lost."""
+        for live in self.keeping:
+            with anyio.move_on_after(LAST_CHECKPOINT):
+                try:
+                    await self._end(live, discard=False, why="the daemon was stopped")
+                except errors.SandboxdError:
+                    log.exception("a container's files were not kept", session=live.session)
+
+    def _live(self, row: Row, named: str) -> Live:
+        live = self.keeping.of(row.id)
+        if live is None:
+            raise errors.StateConflict(
+                f"session {named!r} keeps no container; a call in it under a policy with "
+                "`isolation: session` makes one",
+                session=row.id,
+            )
+        return live
+
+    async def _has_lost(self, session: str) -> bool:
+        return await self._journal.read(lambda connection: containers.find(connection, session)) is not None
+
+    async def _take(
+        self, hold: CallSession, live: Live, also: Callable[[sqlite3.Connection], None] = _nothing
+    ) -> str:
+        """Checkpoint a container, in its session's turn; returns where the session stands then."""
+
+        def write(connection: sqlite3.Connection) -> None:
+            hold.commit(connection)
+            also(connection)
+
+        try:
+            at = await anyio.to_thread.run_sync(hold.keep_of, live)
+            with anyio.CancelScope(shield=True):  # what is on disk is also told
+                await self._journal.write(write, undo=hold.undo())
+                hold.committed()
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await hold.abandon()
+            raise
+        return at
+
+    async def _end(self, live: Live, *, discard: bool, why: str) -> None:
+        """End a container in its session's turn; what it raises leaves it as it was."""
+        row = await self._journal.read(lambda connection: tables.find(connection, live.session, None))
+        if row is None:
+            await self.keeping.end(live, why)
+            return
+        hold = self._hold_of(row, live.share, None)
+        try:
+            await hold.begin()
+            if self.keeping.of(row.id) is not live:
+                return
+            if discard or live.commit == "never":
+                await self._journal.write(lambda connection: containers.forget(connection, row.id))
+            else:
+                await self._take(hold, live, lambda connection: containers.forget(connection, row.id))
+            with anyio.CancelScope(shield=True):
+                await self.keeping.end(live, why)
+        finally:
+            hold.leave()
+
+    async def _look_at_containers(self) -> None:
+        """End those that are idle for too long, and note those that have ended themselves."""
+        for live in self.keeping:
+            if self._turns.inside(live.session):
+                continue
+            try:
+                if not live.kept.alive:
+                    await self._lose(live, "it ended while no call was in it")
+                elif live.idle:
+                    await self._end(live, discard=False, why="it was not used for so long")
+            except (errors.QuotaExceeded, errors.WorkspaceUnfit) as error:
+                why = f"it was not used for so long, and its files could not be kept: {error}"
+                await self._lose(live, why)
+            except errors.SandboxdError:  # the disk may be full: there may be room later
+                log.exception("a container that is not used cannot be ended yet", session=live.session)
+                live.since_used += END_AGAIN
+
+    async def _lose(self, live: Live, why: str) -> None:
+        lost = live.entry.lost(_now(), why)
+        self._turns.enter(live.session)
+        try:
+            await self._turns.take(live.session)
+            try:
+                if self.keeping.of(live.session) is live:
+                    await self._journal.write(
+                        lambda connection: containers.lose(connection, live.session, lost)
+                    )
+                    await self.keeping.end(live, why)
+            finally:
+                self._turns.give(live.session)
+        finally:
+            self._turns.leave(live.session)
+
+    async def _container_of(self, row: Row) -> models.SessionContainer | None:
+        if (live := self.keeping.of(row.id)) is not None:
+            return live.info()
+        lost = await self._journal.read(lambda connection: containers.find(connection, row.id))
+        if lost is None:
+            return None
+        return models.SessionContainer(
+            state="lost", since=lost.since, policy=lost.policy, calls=lost.calls, lost=lost
+        )
 
     # What its files are read and changed for.
 
@@ -398,30 +514,38 @@ class Sessions:
     async def standing(
         self, caller: Caller, named: str, *checkpoints: str | None
     ) -> AsyncIterator[tuple[Standing, ...]]:
-        """What checkpoints are made of: ids, digests, ``origin``, or None for where the session stands.
+        """What checkpoints are made of: ids, digests, ``origin``, ``root``, or None for where it stands.
 
         The session is not removed meanwhile. Raises NotFound.
         """
         row = await self._find(caller, named)
-        checkout = self._checkout_of(row)
-        self._turns.enter(row.id)
-        try:
+        checkout = self.checkouts.of(row)
+        with self._turns.reading(row.id):
             ids = [await self._named(row, one) for one in checkpoints]
             stacks = await self._journal.read(
                 lambda connection: [tables.stack_of(connection, one) for one in ids]
             )
             for stack in stacks:
-                await self._unwritten.settle(stack.layers)
+                await self.layers.unwritten.settle(stack.layers)
             yield tuple(
-                Standing(id_, tuple(self._paths(stack.layers)), checkout)
+                Standing(id_, tuple(self.layers.paths(stack.layers)), checkout)
                 for id_, stack in zip(ids, stacks, strict=True)
             )
-        finally:
-            self._turns.leave(row.id)
+
+    async def keeps(self, session: str, checkpoint: str | None) -> bool:
+        """Whether a session has a checkpoint, by its digest."""
+        if checkpoint is None:
+            return False
+
+        def read(connection: sqlite3.Connection) -> bool:
+            row = tables.find(connection, session, None)
+            return row is not None and tables.within(connection, row, checkpoint) is not None
+
+        return await self._journal.read(read)
 
     def left(self, caller: Caller) -> int:
         """Bytes that the caller's sessions may still grow by together."""
-        return max(0, caller.sessions.size - self._held.size_of(caller.uid))
+        return max(0, caller.sessions.size - self.layers.held.size_of(caller.uid))
 
     async def _named(self, row: Row, checkpoint: str | None) -> str:
         if checkpoint is None:
@@ -429,6 +553,9 @@ class Sessions:
             return row.head if current is None else current.head
         if checkpoint == "origin":
             return row.origin
+        if checkpoint == "root":
+            first = await self._journal.read(lambda connection: tables.first_of(connection, row.origin))
+            return row.origin if first is None else first.id
         return (await self._checkpoint(row, checkpoint)).id
 
     async def change(
@@ -438,16 +565,23 @@ class Sessions:
         fill: Callable[[Sequence[Path | Lent], int], None],
         *,
         effort: Effort,
+        match: str | None = None,
     ) -> models.CheckpointInfo:
         """A checkpoint of a change from outside; it waits for its turn, as a call does.
 
-        ``fill`` makes a layer over others in an empty directory, in a thread, and looks at ``effort``. Raises
-        NotFound, QuotaExceeded, WorkspaceUnfit, HostFailed, QueueFull, RequestTimeout, and what ``fill``
-        raises; then nothing has changed.
+        ``fill`` makes a layer over others in an empty directory, in a thread, and looks at ``effort``.
+        ``match`` is the digest of the checkpoint that it is made for. Raises NotFound, PreconditionFailed,
+        QuotaExceeded, WorkspaceUnfit, HostFailed, QueueFull, RequestTimeout, and what ``fill`` raises; then
+        nothing has changed.
         """
         hold = await self.enter(caller, named, None)
         try:
             await hold.begin()
+            if match is not None and hold.before != match:
+                raise errors.PreconditionFailed(
+                    f"session {named!r} does not stand on that checkpoint any more", digest=hold.before
+                )
+            hold.check(None)
             try:
                 made = await self.work.run(
                     caller.uid, lambda: effort.within(lambda: hold.make(fill)), stop=effort.stop
@@ -479,17 +613,20 @@ class Sessions:
             )
         if row.id in self._removing:
             raise errors.NotFound(f"no session {named!r} of yours")
-        checkout = self._checkout_of(row)
+        return self._hold_of(row, caller.sessions, self.checkouts.of(row))
+
+    def _hold_of(self, row: Row, share: SessionShare, checkout: Checkout | None) -> CallSession:
         self._turns.enter(row.id)
         return CallSession(
             row,
-            caller.sessions,
+            share,
             journal=self._journal,
             store=self._store,
             turns=self._turns,
-            held=self._held,
-            unwritten=self._unwritten,
-            kept=self._kept,
+            held=self.layers.held,
+            unwritten=self.layers.unwritten,
+            kept=partial(self.layers.kept, lent=row.checkout is not None),
+            keeping=self.keeping,
             checkout=checkout,
         )
 
@@ -500,16 +637,6 @@ class Sessions:
     def let_go(self, id_: str) -> None:
         """The call has entered it, or never will."""
         self._turns.leave(id_)
-
-    def _kept(self, checkpoint: Checkpoint, layers: int) -> None:
-        """A call was kept: where there are enough layers, they are made into one."""
-        wanted = checkpoint.depth % tables.FAN == 0 or layers > LONG
-        if wanted and checkpoint.id not in self._to_merge:
-            self._to_merge.append(checkpoint.id)
-            self._wake.set()
-
-    def _paths(self, names: tuple[str, ...]) -> Iterator[Path]:
-        yield from map(self._store.path, names)
 
     # Within.
 
@@ -526,7 +653,10 @@ class Sessions:
         return row
 
     def _is_over(self, row: Row) -> bool:
-        return row.expires is not None and row.expires <= _now() and not self._turns.inside(row.id)
+        return row.expires is not None and row.expires <= _now() and not self._is_used(row)
+
+    def _is_used(self, row: Row) -> bool:
+        return bool(self._turns.inside(row.id) or self._turns.readers(row.id))
 
     async def _checkpoint(self, row: Row, named: str) -> Checkpoint:
         found = await self._journal.read(lambda connection: tables.within(connection, row, named))
@@ -534,14 +664,40 @@ class Sessions:
             raise errors.NotFound(f"session {row.name or row.id!r} has no checkpoint {named!r}")
         return found
 
-    def _alone(self, row: Row) -> _Alone:
-        return _Alone(self._turns, row)
+    @asynccontextmanager
+    async def _alone(self, row: Row) -> AsyncIterator[None]:
+        """For the time of a block nobody else is in a session. Raises SessionBusy.
+
+        Whoever reads its files gets a moment to end.
+        """
+        if not self._turns.inside(row.id):
+            with anyio.move_on_after(LOOK):
+                await self._turns.unread(row.id)
+        named, inside = row.name or row.id, self._turns.inside(row.id)
+        if inside:
+            raise errors.SessionBusy(
+                f"{inside} calls run in session {named!r} or wait for it; wait for them, or cancel them",
+                session=row.id,
+                calls=inside,
+            )
+        if readers := self._turns.readers(row.id):
+            raise errors.SessionBusy(
+                f"files of session {named!r} are being read by {readers}; wait for them",
+                session=row.id,
+                calls=0,
+            )
+        self._turns.enter(row.id)
+        try:
+            yield
+        finally:
+            self._turns.leave(row.id)
 
     async def _info(self, row: Row) -> models.SessionInfo:
-        def read(connection: sqlite3.Connection) -> tuple[Checkpoint | None, Stack]:
-            return tables.checkpoint(connection, row.head), tables.stack_of(connection, row.head)
+        def read(connection: sqlite3.Connection) -> tuple[Checkpoint | None, Stack, Checkpoint | None]:
+            head, stack = tables.checkpoint(connection, row.head), tables.stack_of(connection, row.head)
+            return head, stack, tables.first_of(connection, row.origin) if row.checkout else None
 
-        head, stack = await self._journal.read(read)
+        head, stack, first = await self._journal.read(read)
         if head is None:
             raise errors.NotFound(f"no session {row.id!r} of yours")
         return models.SessionInfo(
@@ -560,15 +716,13 @@ class Sessions:
             size=stack.size,
             inodes=stack.inodes,
             layers=len(stack.layers),
-            checkout=self._lending(row),
+            checkout=self.checkouts.state(row),
+            lent=None if first is None else first.created,
+            container=await self._container_of(row),
             calls=row.calls,
+            network=models.SessionNetwork(**allowance.used_of(row.network)),
             in_flight=self._turns.inside(row.id),
         )
-
-    def _lending(self, row: Row) -> Literal["lent", "missing"] | None:
-        if row.checkout is None:
-            return None
-        return "lent" if row.id in self._checkouts else "missing"
 
     async def _expire(self) -> None:
         until, after = _now(), tables.FIRST
@@ -591,85 +745,6 @@ class Sessions:
             except errors.SessionBusy:
                 continue
 
-    async def _prune(self, session: str | None) -> None:
-        """Forget what nothing stands on, in steps; then its layers go."""
-        complete, steps = False, 0
-        while not complete:
-            found = await self._forgotten(session)
-            for freed in found.freed:
-                self._held.give(*freed)
-            await self._unwritten.forget(found.layers)
-            for name in found.layers:
-                await anyio.to_thread.run_sync(self._store.remove, name)
-            complete, steps = found.complete, steps + 1
-        if session is not None and steps > 1:  # what is nobody's may have been left between them
-            await self._prune(None)
-
-    async def _forgotten(self, session: str | None) -> tables.Pruned:
-        """One step of that. Raises HostFailed; then it was not made, or is taken back."""
-        steps: list[tables.Pruned] = []
-
-        def prune(connection: sqlite3.Connection) -> tables.Pruned:
-            steps.append(tables.prune(connection, session))
-            return steps[0]
-
-        def undo(connection: sqlite3.Connection) -> None:
-            steps[0].take_back(connection)
-
-        return await self._journal.write(prune, undo=undo)
-
-    async def _is_lent(self, checkpoint: str) -> bool:
-        """Whether the session of a checkpoint stands on a directory of its caller's."""
-
-        def read(connection: sqlite3.Connection) -> Row | None:
-            found = tables.checkpoint(connection, checkpoint)
-            return None if found is None else tables.find(connection, found.session or "", None)
-
-        row = await self._journal.read(read)
-        return row is not None and row.checkout is not None
-
-    async def _merge(self, checkpoint: str) -> None:
-        """Make layers below a checkpoint into fewer; what goes wrong is tried again with a later call."""
-        wanted = await self._journal.read(lambda connection: tables.due(connection, checkpoint))
-        lent = await self._is_lent(checkpoint)
-        for end, span, below in wanted:
-            try:
-                await self._merge_one(end, span, below, lent=lent)
-            except errors.SandboxdError:  # the others may go
-                log.exception("layers of a session could not be merged", checkpoint=end.id, span=span)
-
-    async def _merge_one(self, end: Checkpoint, span: int, below: str, *, lent: bool) -> None:
-        def read(connection: sqlite3.Connection) -> tuple[Stack, Stack]:
-            floor = end.depth - span
-            return tables.stack_of(connection, end.id, floor=floor), tables.stack_of(connection, below)
-
-        upper, lower = await self._journal.read(read)
-        if len(upper.layers) < 2:
-            return
-        await self._unwritten.settle((*upper.layers, *lower.layers))
-
-        found: list[Merged] = []
-
-        def fill(into: int, scratch: int) -> Figures:
-            paths = tuple(self._paths(upper.layers))
-            beneath = tuple(self._paths(lower.layers))
-            found.append(merge(paths, into, below=beneath, scratch=scratch, lent=lent))
-            return Figures("", found[0].size, found[0].inodes)
-
-        name, _ = await anyio.to_thread.run_sync(self._store.add, fill)
-        made = tables.Merge(end.id, span, below, name, *found[0])
-        written = False
-        try:
-            written = await self._journal.write(lambda connection: tables.insert_merge(connection, made))
-        except errors.HostFailed:  # it may be there all the same
-            written = name in await self._journal.read(tables.referenced)
-            raise
-        finally:
-            if written:
-                self._held.charge(end.uid, made.own_size, made.own_inodes + 1)
-            else:
-                await anyio.to_thread.run_sync(self._store.remove, name)
-
 
 @dataclass(frozen=True)
 class Standing:
@@ -678,33 +753,6 @@ class Standing:
     checkpoint: str
     layers: tuple[Path, ...]
     checkout: Checkout | None
-
-
-def _identity(checkout: Checkout) -> str:
-    device, inode = checkout.identity
-    return f"{device:x}:{inode}"
-
-
-class _Alone:
-    """For the time of a block nobody else is in a session. Entering raises SessionBusy."""
-
-    def __init__(self, turns: Turns, row: Row) -> None:
-        self._turns = turns
-        self._row = row
-
-    def __enter__(self) -> None:
-        inside = self._turns.inside(self._row.id)
-        if inside:
-            raise errors.SessionBusy(
-                f"{inside} calls run in session {self._row.name or self._row.id!r} or wait for it; wait for "
-                "them, or cancel them",
-                session=self._row.id,
-                calls=inside,
-            )
-        self._turns.enter(self._row.id)
-
-    def __exit__(self, *_: object) -> None:
-        self._turns.leave(self._row.id)
 
 
 def _checkpoint_info(one: Checkpoint, head: str) -> models.CheckpointInfo:

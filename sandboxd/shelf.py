@@ -179,8 +179,8 @@ class Shelf:
         self.measured = self.used = now
 
     def wanted(self, now: float, size: PoolSize) -> int:
-        """How many slots shall wait."""
-        if not self.in_force or not self.making.over(now) or self.unused(now, size):
+        """How many slots shall wait: none of a shape that is kept, which its first call makes."""
+        if self.shape.kept or not self.in_force or not self.making.over(now) or self.unused(now, size):
             return 0
         return min(max(ceil(self._recent(now) - 0.5), size.min), size.max)
 

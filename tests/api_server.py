@@ -133,7 +133,7 @@ class Exchange(BaseHTTPRequestHandler):
             self.server.hung_up.set()
             self.close_connection = True
 
-    do_GET = do_POST = _answer  # noqa: N815 - http.server's names
+    do_GET = do_POST = do_PUT = _answer  # noqa: N815 - http.server's names
 
 
 Route = Callable[[Exchange], None]

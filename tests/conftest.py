@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests are no package; what they share is a module here
@@ -21,3 +22,13 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("nightly" if "SANDBOXD_HYPOTHESIS_EXAMPLES" in os.environ else "tests")
+
+TOGETHER = {"docker", "hostile", "network", "ports"}
+"""Directories whose tests share what their session has once: an engine, an internet, a daemon."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say which tests stay in one process where several share them (pytest-xdist's loadgroup)."""
+    for item in items:
+        directory = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(directory if directory in TOGETHER else str(item.path)))

@@ -20,7 +20,7 @@ from sandboxd.network.chain import write_chain
 from sandboxd.network.gateway import Gateway
 from sandboxd.network.namespace import open_doors
 from sandboxd.network.questions import nobody
-from sandboxd.reach import Reach
+from sandboxd.reach import DNS_PORT, Reach
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -65,7 +65,7 @@ class Part:
 
     def __init__(self, doors: Any, rules: NetworkRules) -> None:
         self.doors, self.shape = doors, self
-        self.network, self.digest, self.expose = rules, "shape", ()
+        self.network, self.digest, self.expose, self.kept = rules, "shape", (), False
 
 
 @contextmanager
@@ -82,13 +82,19 @@ def served(rules: NetworkRules) -> Iterator[tuple[int, Any]]:
         os.close(namespace)
 
 
+def knock(namespace: int, said: bytes = b"?") -> None:
+    """Ask the resolver of a namespace something, so that somebody has to serve it."""
+    with in_network_namespace(namespace, lambda: socket.socket(type=socket.SOCK_DGRAM)) as sock:
+        sock.sendto(said, ("127.0.0.53", DNS_PORT))
+
+
 def pretend(monkeypatch: pytest.MonkeyPatch, place: Path, kind: str, *messages: str) -> None:
     """Have every process that serves be one that says these messages when it is told something of a kind."""
     said, program = place / "said", place / "program"
     said.write_text("\n".join(messages))
     program.write_text(PRETENDER.format(python=sys.executable, said=str(said), kind=kind))
     program.chmod(0o700)
-    monkeypatch.setattr("sandboxd.network.gateway.sys.executable", str(program))
+    monkeypatch.setattr("sandboxd.network.process.sys.executable", str(program))
 
 
 class Served:

@@ -1,11 +1,12 @@
 """The leak check: what a test session made, it has to have taken away when it ends.
 
-Theory of operation. Before and after, the check lists mounts, cgroups, namespaces, processes,
-temporary files and its own descriptors, and fails on what is new. The machine is shared: a colleague's
-session or daemon may be at work beside this one. So a thing counts when it carries one of the session's
-*claims* (a random token, the session's temporary directory, whatever a fixture adds), or descends from
-this process, or has the token in its environment. With ``CI=true`` and no other session between start and
-end, everything that names sandboxd counts, claimed or not.
+Theory of operation. Before and after, the check lists mounts, cgroups, namespaces, processes, temporary
+files and its own descriptors, and fails on what is new. The machine is shared: a colleague's session or
+daemon may be at work beside this one, and so may another process of this session (pytest-xdist), each of
+which looks after itself; who started them looks at all of it once more. So a thing counts when it carries
+one of the session's *claims* (a random token, the session's temporary directory, whatever a fixture adds),
+or descends from this process, or has the token in its environment. With ``CI=true`` and no other session
+between start and end, everything that names sandboxd counts, claimed or not.
 
 A fixture that gives something a name with neither the token nor a path below ``tmp_path`` in it adds
 that name to ``claims``.
@@ -19,6 +20,7 @@ import contextlib
 import fcntl
 import gc
 import os
+import sys
 import time
 import uuid
 from dataclasses import dataclass, fields
@@ -38,6 +40,7 @@ NAME = "sandboxd"
 PREFIXES = ("sandboxd", "run-in-sandbox")
 GRACE_SECONDS = 5.0  # a killed process needs a moment
 SESSIONS = Path("/tmp/sandboxd-test-sessions")
+SHARED = "PYTEST_XDIST_WORKER"  # in the environment of one of several processes that share the tests
 
 
 FOREIGN = ("net", "user")  # what a container has and a service of the host mostly has not
@@ -229,22 +232,32 @@ def descriptors() -> Iterator[str]:
             yield f"{entry} -> {Path('/proc/self/fd', entry).readlink()}"
 
 
+WHOLE = pytest.StashKey["tuple[Session, Snapshot]"]()
+
+
 @dataclass(frozen=True)
 class Session:
     """What the fixtures below share."""
 
     watch: Watch
     token: str
-    sessions: Sessions
+    sessions: Sessions | None
+    """None in one of several processes: who started them is the session that counts."""
 
     @classmethod
     def begin(cls, temporary: Path) -> Self:
         token = uuid.uuid4().hex[:12]
         os.environ[RUN] = token
-        return cls(Watch({token, f"{temporary}/"}, token), token, Sessions(SESSIONS))
+        sessions = None if SHARED in os.environ else Sessions(SESSIONS)
+        return cls(Watch({token, f"{temporary}/"}, token), token, sessions)
 
     def whole_machine(self) -> bool:
-        return in_ci() and self.sessions.alone()
+        return in_ci() and self.sessions is not None and self.sessions.alone()
+
+    def end(self) -> None:
+        os.environ.pop(RUN, None)
+        if self.sessions is not None:
+            self.sessions.close()
 
 
 def in_ci() -> bool:
@@ -260,10 +273,31 @@ def leak_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     before = session.watch.snapshot(everything=True)
     yield session
     found = session.watch.leaks_since(before, everything=session.whole_machine)
-    os.environ.pop(RUN, None)
-    session.sessions.close()
+    session.end()
     if found:
         pytest.fail(f"the test session left behind:\n{found}", pytrace=False)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Begins what wraps all processes that share the tests, as ``leak_session`` does each of them."""
+    if session.config.getoption("numprocesses", None):
+        whole = Session.begin(Path(f"/tmp/{NAME}-none"))
+        session.config.stash[WHOLE] = whole, whole.watch.snapshot(everything=True)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    """Ends it: a leak is a failure of the whole session."""
+    yield
+    if WHOLE not in session.config.stash:
+        return
+    whole, before = session.config.stash[WHOLE]
+    found = whole.watch.leaks_since(before, everything=whole.whole_machine)
+    whole.end()
+    if found:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        sys.stderr.write(f"ERROR the test session left behind:\n{found}\n")
 
 
 @pytest.hookimpl(wrapper=True)

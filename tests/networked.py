@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from sandboxd.models import Invocation
+
 CONFIG = "network: {{nameservers: [{}], authorities: [{}]}}\n"
 POLICY = """\
 version: 1
@@ -35,6 +37,24 @@ network:
 
 FETCH = "import urllib.request as u; print(u.urlopen('http://www.example.test/').read().decode(), end='')"
 FOUND = "www.example.test /\n"
+
+TALK = """
+import socket
+def talk(size):
+    got = 0
+    try:
+        with socket.create_connection(('echo.example.test', 7), timeout=20) as s:
+            data = memoryview(bytes(size))
+            while data:
+                data = data[s.send(data[:4096]):]
+                while got < size - len(data):
+                    read = len(s.recv(65536))
+                    if not read: return got, 'end'
+                    got += read
+            return got, 'whole'
+    except OSError as error:
+        return got, type(error).__name__
+"""
 
 
 def workers(daemon: Daemon) -> list[psutil.Process]:
@@ -76,3 +96,16 @@ def fill(world: World) -> None:
         world.serve(address, 80)
     world.serve(WWW, 443, tls="www.example.test")
     world.serve(WWW, 7, Echo)
+
+
+def out(call: Invocation) -> str:
+    """What a call printed."""
+    assert call.stdout is not None
+    assert call.stderr is not None
+    assert call.stderr.text == ""
+    return call.stdout.text or ""
+
+
+def reached(call: Invocation) -> list[tuple[str, int, bool]]:
+    """The limits that it reached."""
+    return [(limit.limit, limit.value, limit.ended) for limit in call.limits_reached]

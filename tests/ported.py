@@ -5,9 +5,14 @@ from __future__ import annotations
 import contextlib
 import http.client
 import socket
+import subprocess
 from typing import TYPE_CHECKING
 
+from daemons import SANDBOXD
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from daemons import Daemon
 
     from sandboxd.models import Event, Invocation, NetworkEvent
@@ -39,6 +44,18 @@ def main(family=socket.AF_INET, host='127.0.0.1', port=8080):
     print('ready', flush=True)
     while True:
         threading.Thread(target=handle, args=(s.accept()[0],), daemon=True).start()
+"""
+
+OWNER, OTHER = 54_331, 54_332
+HELLO = SERVER + (
+    "def serve(c):\n head(c); c.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: 5\\r\\n\\r\\nhello')\n"
+)
+ECHO = SERVER + ("def serve(c):\n while data := c.recv(65536): c.sendall(data)\n")
+CALLERS = f"""\
+callers:
+  - {{match: {{uid: 0}}, role: operator}}
+  - {{match: {{uid: {OWNER}}}, role: agent, policies: ["*"]}}
+  - {{match: {{uid: {OTHER}}}, role: agent, policies: ["*"]}}
 """
 
 
@@ -100,3 +117,19 @@ def ended(daemon: Daemon, call: str) -> Invocation:
     """A call once it was cancelled."""
     daemon.client().cancel(call)
     return daemon.client().wait(call, timeout=30)
+
+
+@contextlib.contextmanager
+def forwarding(daemon: Daemon, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """``sandboxd forward``, and the address that it prints."""
+    process = subprocess.Popen(
+        ["env", "--default-signal=INT", SANDBOXD, "forward", *arguments, "--socket", daemon.socket],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None
+        yield process, process.stdout.readline().decode().strip()
+    finally:
+        process.kill()
+        process.communicate()

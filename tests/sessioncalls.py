@@ -147,7 +147,7 @@ class Served:
     async def files(self, at: str) -> dict[str, str]:
         """What a checkpoint shows."""
         stack = await self.journal.read(lambda connection: tables.stack_of(connection, at))
-        await self.sessions._unwritten.settle(stack.layers)
+        await self.sessions.layers.unwritten.settle(stack.layers)
         return files_of([self.store.path(one) for one in stack.layers])
 
     async def check(self) -> None:
@@ -166,7 +166,7 @@ class Served:
                 assert done.outcome is not None, "a change has its outcome"
                 assert done.checkpoint_after == one.digest
             if one.layer is not None:
-                await self.sessions._unwritten.settle([one.layer])
+                await self.sessions.layers.unwritten.settle([one.layer])
                 fd = os.open(self.store.path(one.layer), layer.DIRECTORY)
                 try:
                     assert layer.measure(fd).digest == one.content, one

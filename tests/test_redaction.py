@@ -194,6 +194,81 @@ def test_nothing_of_a_whole_secret_is_left(given_: tuple[dict[str, bytes], bytes
         assert not any(significant(one) in part for part in left), name
 
 
+def slowly(secrets: dict[str, bytes], pieces: list[bytes]) -> tuple[bytes, int]:
+    """What comes of pieces after each of which nothing comes for a while."""
+    redactor = Redactor(secrets)
+    stream = redactor.stream()
+    out = b"".join(stream.feed(piece) + stream.release() + stream.release() for piece in pieces)
+    return out + stream.finish(), redactor.count
+
+
+@pytest.mark.parametrize("size", [8, 11, 12, 15, 16, 40])
+@pytest.mark.parametrize("how", ENCODINGS)
+def test_a_secret_that_is_written_slowly_shows_its_first_bytes_at_most(how: str, size: int) -> None:
+    secret = b"q%Z/w+v~K3=x0Hj5?rT&n:Yd1G#zLpS9bXaMc7Ui"[:size]
+    secret = secret.lower() if "lower case" in how else secret
+    encoded = ENCODINGS[how](secret).strip(b'"')
+    out, count = slowly({"TOKEN": secret}, [b"$ ", *(bytes([byte]) for byte in encoded), b" after"])
+    shown = out.removeprefix(b"$ ").removesuffix(MARK + b" after")
+    assert count == 1
+    assert encoded.startswith(shown)
+    assert len(shown) <= min(3, len(encoded) // 4 - 1)
+    again, _ = slowly({"TOKEN": secret}, [bytes([byte]) for byte in encoded] * 3)
+    assert again == (shown + MARK) * 3  # the same bytes each time, and never the next ones
+
+
+@pytest.mark.parametrize("pause", range(1, 40))
+def test_with_a_pause_anywhere_no_half_of_a_secret_is_told(pause: int) -> None:
+    secret = b"0123456789abcdefghijklmnopqrstuvwxyzABCD"
+    redactor = Redactor({"TOKEN": secret})
+    stream = redactor.stream()
+    first = stream.feed(b"<" + secret[:pause]) + stream.release()
+    assert first == b"<" + (secret[:pause] if pause < 4 else b"")
+    rest = stream.feed(secret[pause:] + b">")
+    assert rest == MARK + b">"
+    assert stream.finish() == b""
+
+
+def test_a_prompt_is_let_go_and_what_follows_is_as_it_would_be() -> None:
+    stream = Redactor({"TOKEN": SECRET}).stream()
+    assert stream.feed(b"Password for s") == b"Password for "
+    assert stream.waits
+    assert stream.release() == b"s"
+    assert not stream.waits
+    assert stream.release() == b""
+    assert stream.feed(b"ome host: ") == b"ome host: "
+    assert stream.feed(SECRET[:6]) == b""
+    assert stream.release() == b""
+    assert stream.waits
+    assert stream.finish() == SECRET[:6]
+
+
+def test_line_breaks_do_not_make_more_of_it_go() -> None:
+    secret = b"0123456789abcdefghijklmnopqrstuvwxyzABCD"
+    pieces = [each for byte in secret for each in (bytes([byte]), b"\n")]
+    out, count = slowly({"TOKEN": secret}, pieces)
+    assert (out, count) == (b"0\n1\n2\n" + MARK + b"\n", 1)
+
+
+@given(said(), st.data())
+def test_with_pauses_anywhere_no_more_than_beginnings_is_left(
+    given_: tuple[dict[str, bytes], bytes], data: st.DataObject
+) -> None:
+    secrets, text = given_
+    whole, count = redacted(secrets, [text])
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    for each in (pieces, [bytes([byte]) for byte in text]):
+        out, found = slowly(secrets, each)
+        assert found == count
+        marker = re.compile(rb"\[redacted:S\d+\]")
+        parts, wanted = marker.split(out), marker.split(whole)
+        assert len(parts) == len(wanted)
+        for part, want in zip(parts, wanted, strict=True):
+            assert part.startswith(want)
+            assert len(significant(part[len(want) :])) < 4
+
+
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=5))
 def test_what_has_no_secret_stays_as_it_is(text: bytes, cuts: list[int]) -> None:
     secrets = {"TOKEN": b"\xff\xfe\xfd\xfc" * 8}

@@ -16,7 +16,7 @@ from journals import call as invocation
 
 from sandboxd import errors, models
 from sandboxd.replay import prepared
-from sandboxd.service import FORK
+from sandboxd.sessionreplay import KEPT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,7 +154,7 @@ def test_the_session_of_a_replay_does_not_outlive_a_kill_for_ever(daemon: Daemon
         replay = pool.submit(daemon.client().replay, call.id)
         until(lambda: len(client.sessions().sessions) == 2, "the replay has its session")
         (fork,) = [one for one in client.sessions().sessions if one.id != session.id]
-        assert fork.ttl == FORK
+        assert fork.ttl == KEPT
         assert replay.result().differs == []
     client.delete_session(session.id)
 

@@ -319,3 +319,65 @@ def test_under_pressure_one_runs_and_no_more_until_it_falls() -> None:
             await turn.wait()  # nothing ended: it looks again by itself
 
     anyio.run(run)
+
+
+def ticket(granted: list[str], name: str, **fields: Any) -> Ticket:
+    made = Ticket(fields.pop("uid", 1), fields.pop("memory", 60), **fields)
+    made.on_grant = lambda: granted.append(name)
+    return made
+
+
+async def test_what_a_series_keeps_is_held_and_its_calls_run_on_it() -> None:
+    scheduler, granted = Scheduler(memory=MEMORY, slots=SLOTS, queue=100), list[str]()
+    first = ticket(granted, "first", serial="s", cpus=2, concurrent=1)
+    scheduler.enqueue(first)
+    hold = scheduler.keep(first)
+    scheduler.leave(first)
+    assert (scheduler.running, scheduler.memory_used, scheduler.cpus_used) == (1, 60, 2)
+    assert (scheduler.kept, scheduler.holds) == (60, 1)
+    other = ticket(granted, "other", uid=2)
+    scheduler.enqueue(other)
+    assert granted == ["first"]  # 60 of 100 are kept
+    second, third = (ticket(granted, name, serial="s", concurrent=1) for name in ("second", "third"))
+    scheduler.enqueue(second)  # waits for nothing, though its caller may run one at a time
+    scheduler.enqueue(third)
+    assert granted == ["first", "second"]
+    scheduler.leave(second)
+    assert granted == ["first", "second", "third"]
+    assert (scheduler.running, scheduler.memory_used) == (1, 60)
+    scheduler.leave(third)
+    scheduler.release(hold)
+    scheduler.release(hold)
+    assert granted[-1] == "other"
+    scheduler.leave(other)
+    assert (scheduler.running, scheduler.memory_used, scheduler.cpus_used, scheduler.queued) == (0, 0, 0, 0)
+
+
+async def test_a_call_holds_on_to_what_was_kept_when_that_ends_under_it() -> None:
+    scheduler, granted = Scheduler(memory=MEMORY, slots=SLOTS, queue=100), list[str]()
+    first, second, third = (ticket(granted, name, serial="s") for name in ("1", "2", "3"))
+    scheduler.enqueue(first)
+    hold = scheduler.keep(first)
+    scheduler.leave(first)
+    scheduler.enqueue(second)
+    scheduler.enqueue(third)
+    scheduler.release(hold)  # its container ended with it
+    assert (scheduler.running, scheduler.memory_used, scheduler.holds) == (1, 60, 0)
+    scheduler.leave(second)
+    assert granted == ["1", "2", "3"]
+    assert (scheduler.running, scheduler.memory_used) == (1, 60)
+    scheduler.leave(third)
+    assert (scheduler.running, scheduler.memory_used) == (0, 0)
+
+
+async def test_a_hold_counts_to_its_callers_share() -> None:
+    scheduler, granted = Scheduler(memory=MEMORY, slots=SLOTS, queue=100), list[str]()
+    first = ticket(granted, "first", memory=10, serial="s", concurrent=1)
+    scheduler.enqueue(first)
+    hold = scheduler.keep(first)
+    scheduler.leave(first)
+    alone = ticket(granted, "alone", memory=10, concurrent=1)
+    scheduler.enqueue(alone)
+    assert granted == ["first"]
+    scheduler.release(hold)
+    assert granted == ["first", "alone"]

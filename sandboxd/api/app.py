@@ -24,13 +24,13 @@ from sandboxd.api.batches import Batches
 from sandboxd.api.catalogue import Catalogue
 from sandboxd.api.files import Files
 from sandboxd.api.identity import Identity
-from sandboxd.api.invocations import JSON, Invocations, json_response
+from sandboxd.api.invocations import JSON, Invocations, id_of, json_response
 from sandboxd.api.openapi import ANY, document
 from sandboxd.api.ports import Ports
 from sandboxd.api.protocol import CALLER, ServerConfig
 from sandboxd.api.records import Records
 from sandboxd.api.secrets import Secrets
-from sandboxd.api.sessions import Sessions
+from sandboxd.api.sessions import Sessions, session_of
 from sandboxd.errors import InvalidRequest, NotFound, NotIdentified, SandboxdError, TooLarge
 from sandboxd.room import Room
 
@@ -57,6 +57,7 @@ DOCUMENTED: set[type[BaseModel]] = {
     models.SessionList, models.CheckpointInfo, models.CheckpointList, models.SessionDiff,
     models.SessionLend, models.FileChange, models.FileInfo, models.FileList, models.FileWritten,
     models.SearchResults, models.Pruning, models.Lineage, models.Replay, queries.ReplayBody,
+    models.ReplayEvent, queries.SessionReplayBody,
     queries.SignalBody, queries.CheckBody, queries.PruneBody,
 }  # fmt: skip
 
@@ -90,11 +91,11 @@ class Edge:
 def build(service: Service) -> Edge:
     """The ASGI application over a service."""
     bodies = Room(service.config.budget.inputs)
-    ports = Ports("/v1/invocations/{id}", service.entrance)
     routes = [
         *Invocations(service, bodies).routes(),
         *Batches(service, bodies).routes(),
-        *ports.routes(),
+        *Ports("/v1/invocations/{id}", id_of, service.entrance).routes(),
+        *Ports("/v1/sessions/{session}", session_of, service.session_entrance).routes(),
         *Catalogue(service, bodies).routes(),
         *Secrets(service, bodies).routes(),
         *Sessions(service, bodies).routes(),

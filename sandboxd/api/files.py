@@ -13,7 +13,7 @@ from sandboxd import models
 from sandboxd.api import body
 from sandboxd.api.invocations import caller_of, json_response
 from sandboxd.api.openapi import OCTETS, Doc
-from sandboxd.api.queries import Flag, NoQuery, Parameters
+from sandboxd.api.queries import Flag, Parameters
 from sandboxd.api.streams import StreamResponse, until_gone
 from sandboxd.errors import InvalidRequest, NotFound, RequestTimeout
 from sandboxd.workspace.edit import Condition
@@ -55,6 +55,8 @@ class FilesQuery(Parameters):
     path: Annotated[str, Field(max_length=16_384)] = ""
     checkpoint: Named | None = None
     recursive: Flag = False
+    digest: Flag = False
+    after: Annotated[str, Field(max_length=16_384)] | None = None
     limit: Limit = 1000
 
 
@@ -85,6 +87,12 @@ class ExportQuery(Parameters):
     times: Flag = False
 
 
+class ImportQuery(Parameters):
+    """With ``own`` all that comes in is the session's owner's, whatever the archive says."""
+
+    own: Flag = False
+
+
 class Files:
     """The handlers, and the service that they call."""
 
@@ -113,6 +121,8 @@ class Files:
             asked.path,
             checkpoint=asked.checkpoint,
             recursive=asked.recursive,
+            digest=asked.digest,
+            after=asked.after,
             limit=asked.limit,
         )
         return await _wanted(request, work)
@@ -184,8 +194,14 @@ class Files:
 
     async def bring(self, request: Request) -> Response:
         """Put a layer of the OCI image format over what the session has."""
-        body.query(request, NoQuery)
-        made = await self.service.files.bring(caller_of(request), _named(request), body.chunks(request))
+        asked = body.query(request, ImportQuery)
+        made = await self.service.files.bring(
+            caller_of(request),
+            _named(request),
+            body.chunks(request),
+            match=_condition(request).match,
+            own=asked.own,
+        )
         return json_response(made, 201)
 
     def routes(self) -> Sequence[tuple[str, str, Any, Doc]]:
@@ -208,8 +224,9 @@ class Files:
             ("GET", one + "/export", self.export,
              Doc("A layer of a session's files", query=ExportQuery, raw_answer=True)),
             ("POST", one + "/import", self.bring,
-             Doc("Put a layer over a session's files", raw_body=True, answer=models.CheckpointInfo,
-                 status=201)),
+             Doc("Put a layer over a session's files", query=ImportQuery, raw_body=True,
+                 answer=models.CheckpointInfo, status=201,
+                 headers=(("If-Match", "the quoted digest of the checkpoint that it must stand on"),))),
         ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from starlette.responses import Response
 
-from sandboxd.api.invocations import caller_of, id_of, json_response
+from sandboxd.api.invocations import caller_of, json_response
 from sandboxd.api.openapi import ANY, Doc
 from sandboxd.api.protocol import DETACH
 from sandboxd.errors import HostFailed, InvalidRequest, NotFound
@@ -31,21 +31,28 @@ __all__ = ["TUNNEL", "Ports"]
 TUNNEL = "tcp"
 """The protocol that a tunnel is asked for as, in ``Upgrade``."""
 PORT = re.compile(r"[1-9][0-9]{0,4}")
+PARAMETER = re.compile(r"\{[a-z]+\}")
 HIGHEST = 65535
 
 log = structlog.get_logger(__name__)
 
 
 class Ports:
-    """The handlers. ``base`` is the path of what has a container, and ``find`` gives the way into it."""
+    """The handlers. ``base`` is the path of what has a container, whose name in it ``named`` reads.
 
-    def __init__(self, base: str, find: Callable[[Caller, str], Awaitable[Entrance]]) -> None:
+    ``find`` gives the way into it.
+    """
+
+    def __init__(
+        self, base: str, named: Callable[[Request], str], find: Callable[[Caller, str], Awaitable[Entrance]]
+    ) -> None:
         self.base = base
+        self.named = named
         self.find = find
 
     async def list(self, request: Request) -> Response:
         """The ports that can be reached."""
-        found = await self.find(caller_of(request), id_of(request))
+        found = await self.find(caller_of(request), self.named(request))
         return json_response({"ports": found.ports})
 
     async def tunnel(self, request: Request) -> Response:
@@ -73,11 +80,12 @@ class Ports:
         return PassedOn(await self._connect(request), prefix)
 
     def _prefix(self, request: Request) -> str:
-        return f"{self.base.format(id=id_of(request))}/ports/{request.path_params['port']}"
+        own = PARAMETER.sub(lambda _: self.named(request), self.base)
+        return f"{own}/ports/{request.path_params['port']}"
 
     async def _connect(self, request: Request) -> Passage:
         asked = request.path_params["port"]
-        entrance = await self.find(caller_of(request), id_of(request))
+        entrance = await self.find(caller_of(request), self.named(request))
         if not PORT.fullmatch(asked) or int(asked) > HIGHEST:
             raise InvalidRequest(f"{asked[:20]!r} is not the number of a port", field="port")
         return await entrance.connect(int(asked))

@@ -45,7 +45,7 @@ CALLER = "sandboxd.caller"
 
 DETACH = "sandboxd.detach"
 """The key of ``BoundedProtocol.detach`` there."""
-PASSED_ON = re.compile(rb"/v1/invocations/[^/?]+/ports/[^/?]+")
+PASSED_ON = re.compile(rb"/v1/(?:invocations|sessions)/[^/?]+/ports/[^/?]+")
 """Targets of requests that the daemon reads the head of, and somebody else the rest."""
 
 STRANGERS = 16  # connections that peers without a role hold together

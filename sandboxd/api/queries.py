@@ -21,6 +21,7 @@ __all__ = [
     "PruneBody",
     "ReplayBody",
     "SearchQuery",
+    "SessionReplayBody",
     "SignalBody",
     "StdinQuery",
     "StreamQuery",
@@ -120,6 +121,12 @@ class ReplayBody(Parameters):
     """Under which policy; without one, that of the record."""
 
     policy: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+
+
+class SessionReplayBody(ReplayBody):
+    """And whether the session that the calls run in is kept."""
+
+    keep: bool = False
 
 
 class EventsQuery(Parameters):

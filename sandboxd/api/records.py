@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import anyio.to_thread
+import pydantic_core
 
 from sandboxd import models
 from sandboxd.api import body, queries
 from sandboxd.api.invocations import ATTACHED, SMALL, caller_of, id_of, json_response
-from sandboxd.api.openapi import OCTETS, Doc
+from sandboxd.api.openapi import NDJSON, OCTETS, Doc
 from sandboxd.api.ranges import part_of
+from sandboxd.api.sessions import session_of
 from sandboxd.api.streams import StreamResponse, until_gone
 from sandboxd.journal.search import Query
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
     from starlette.requests import Request
     from starlette.responses import Response
@@ -21,6 +27,16 @@ if TYPE_CHECKING:
     from sandboxd.api.service import Service
 
 __all__ = ["Records"]
+
+
+async def _lines(events: AsyncGenerator[models.ReplayEvent]) -> AsyncIterator[bytes]:
+    """A line for each."""
+    async with aclosing(events):
+        async for event in events:
+            yield (
+                await anyio.to_thread.run_sync(partial(pydantic_core.to_json, event, exclude_none=True))
+                + b"\n"
+            )
 
 
 class Records:
@@ -70,6 +86,14 @@ class Records:
         del watched
         return json_response(found)
 
+    async def replay_session(self, request: Request) -> Response:
+        """Run the calls of a session again; who goes away ends it."""
+        body.query(request, queries.NoQuery)
+        asked = await body.decode(request, queries.SessionReplayBody, self.small)
+        named = session_of(request)
+        events = await self.service.replay_session(caller_of(request), named, asked.policy, keep=asked.keep)
+        return StreamResponse(_lines(events), NDJSON)
+
     async def prune(self, request: Request) -> Response:
         """Remove the oldest bodies and files now; for operators."""
         body.query(request, queries.NoQuery)
@@ -86,6 +110,9 @@ class Records:
              Doc("Where a content comes from", answer=models.Lineage)),
             ("POST", "/v1/invocations/{id}/replay", self.replay,
              Doc("Run a recorded call again", body=queries.ReplayBody, answer=models.Replay)),
+            ("POST", "/v1/sessions/{session}/replay", self.replay_session,
+             Doc("Run the calls of a session again: a line for each, a ReplayEvent, as it ends",
+                 body=queries.SessionReplayBody, lines=models.ReplayEvent)),
             ("POST", "/v1/prune", self.prune,
              Doc("Remove old bodies and files", body=queries.PruneBody, answer=models.Pruning)),
         ]  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from sandboxd import errors, models
@@ -56,6 +56,14 @@ class SessionService(Protocol):
         """Give it the directory that it stands on again. Raises StateConflict."""
         ...
 
+    async def checkpoint(self, caller: Caller, named: str) -> models.CheckpointInfo:
+        """A checkpoint of the container that a session keeps."""
+        ...
+
+    async def end(self, caller: Caller, named: str, *, discard: bool) -> models.SessionInfo:
+        """End the container that a session keeps."""
+        ...
+
     async def rollback(self, caller: Caller, named: str, checkpoint: str) -> models.SessionInfo:
         """Move it to a checkpoint."""
         ...
@@ -75,9 +83,18 @@ class FileService(Protocol):
         ...
 
     async def list(
-        self, caller: Caller, named: str, path: str, *, checkpoint: str | None, recursive: bool, limit: int
+        self,
+        caller: Caller,
+        named: str,
+        path: str,
+        *,
+        checkpoint: str | None,
+        recursive: bool,
+        digest: bool,
+        after: str | None,
+        limit: int,
     ) -> models.FileList:
-        """What a directory has. Raises StateConflict for what is none."""
+        """What a directory has, from a path on. Raises StateConflict for what is none."""
         ...
 
     def read(
@@ -115,8 +132,13 @@ class FileService(Protocol):
         """A layer's tar. Raises StateConflict for a name that no layer can have."""
         ...
 
-    async def bring(self, caller: Caller, named: str, chunks: AsyncIterator[bytes]) -> models.CheckpointInfo:
-        """Put a layer's tar over a session's files. Raises InvalidRequest, TooLarge, QuotaExceeded."""
+    async def bring(
+        self, caller: Caller, named: str, chunks: AsyncIterator[bytes], *, match: str | None, own: bool
+    ) -> models.CheckpointInfo:
+        """Put a layer's tar over a session's files, if it stands on the checkpoint of the digest ``match``.
+
+        Raises InvalidRequest, PreconditionFailed, TooLarge, QuotaExceeded.
+        """
         ...
 
 
@@ -219,6 +241,10 @@ class Service(Protocol):
         """The way to the servers of a running call. Raises CallNotStarted, CallEnded, PortNotExposed."""
         ...
 
+    async def session_entrance(self, caller: Caller, named: str) -> Entrance:
+        """The way to the servers of what runs in a session. Raises NotFound, SessionIdle, PortNotExposed."""
+        ...
+
     async def artifact(
         self,
         caller: Caller,
@@ -288,6 +314,12 @@ class Service(Protocol):
 
     async def replay(self, caller: Caller, id: str, policy: str | None) -> models.Replay:  # noqa: A002
         """Run a recorded call again, under another policy if one is named, and say what differs."""
+        ...
+
+    async def replay_session(
+        self, caller: Caller, named: str, policy: str | None, *, keep: bool
+    ) -> AsyncGenerator[models.ReplayEvent]:
+        """Run the calls of a session again, in a fresh one, and say of each what differs as it ends."""
         ...
 
     async def lineage(self, caller: Caller, digest: str) -> models.Lineage:

@@ -1,8 +1,10 @@
-"""``sandboxd session diff | pull | lend``, and what ``run-in-sandbox --workspace`` does."""
+"""``sandboxd session diff | pull | push | lend``, and what ``run-in-sandbox --workspace`` does."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager, suppress
+import os
+import time
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -14,17 +16,22 @@ from sandboxd.cli.usage import visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Any
 
     from sandboxd import models
     from sandboxd.client.pulling import Pulled
+    from sandboxd.client.pushing import Pushed
     from sandboxd.client.sync import Client
 
-__all__ = ["diff", "lend", "pull", "report", "standing"]
+__all__ = ["diff", "lend", "pull", "push", "pushed", "report", "standing", "told"]
 
 MARKS = {"added": "A", "changed": "M", "removed": "D"}
+WORDS = {"applied": "pulled", "sent": "pushed", "removed": "removed", "left": "left", "refused": "refused"}
 SHOWN = 20
+PAUSES = (0.02, 0.1, 0.3, 1.0)  # seconds
 KEPT = "1h"
 """How long a session of one call outlives this process, if that dies before it has removed it."""
+Directory = Annotated[str | None, Parameter(help="The directory; else this one, if the session knows it.")]
 Session = Annotated[str, Parameter(help="The session's name or id.")]
 FlatRemote = Annotated[Remote, Parameter(name="*")]
 
@@ -61,21 +68,24 @@ def diff(
 
 def pull(
     session: Session,
-    directory: Annotated[str, Parameter(help="The directory that the session stands on.")] = ".",
+    directory: Directory = None,
     /,
     *,
     git: Annotated[bool, Parameter(negative="", help="Also what is in .git.")] = False,
+    force: Annotated[bool, Parameter(negative="", help="Also what changed on both sides.")] = False,
     most: Annotated[str, Parameter(help="Bytes of files to bring; what is over it is refused.")] = "4GiB",
     remote: FlatRemote = REMOTE,
 ) -> None:
-    """Bring what a session changed into the directory that it stands on; files changed on both sides stay."""
+    """Bring what a session changed into a directory of yours; files changed on both sides stay."""
     from sandboxd.client.pulling import pull as bring  # noqa: PLC0415 - only for this command
 
     try:
         size = units.parse_size(most)
     except ValueError as error:
         raise errors.InvalidRequest(f"--most: {error}", field="most") from error
-    pulled = bring(remote.client(), session, directory, git=git, most=size)
+    client = remote.client()
+    place = _directory(client, session, directory)
+    pulled = bring(client, session, place, git=git, force=force, most=size)
     if remote.json:
         refused = [{"path": one.path, "reason": one.reason} for one in pulled.refused]
         terminal.print_json({"applied": pulled.applied, "already": pulled.already, "refused": refused})
@@ -85,6 +95,55 @@ def pull(
         raise errors.StateConflict(
             f"{len(pulled.refused)} changes were not brought; they are still in the session"
         )
+
+
+def push(
+    session: Session,
+    directory: Directory = None,
+    /,
+    *,
+    git: Annotated[bool, Parameter(negative="", help="Also what is in .git.")] = False,
+    force: Annotated[bool, Parameter(negative="", help="Also what changed on both sides.")] = False,
+    remote: FlatRemote = REMOTE,
+) -> None:
+    """Bring what changed in a directory of yours into a session; files changed on both sides stay."""
+    from sandboxd.client.pushing import push as bring  # noqa: PLC0415 - only for this command
+
+    client = remote.client()
+    found = bring(client, session, _directory(client, session, directory), git=git, force=force)
+    if remote.json:
+        document = {key: getattr(found, key) for key in ("sent", "removed", "ignored", "size", "checkpoint")}
+        for key, refused in (("refused", found.refused), ("left", found.left)):
+            document[key] = [{"path": one.path, "reason": one.reason} for one in refused]
+        terminal.print_json(document)
+    else:
+        told(found, terminal.print_text)
+    if found.refused:
+        raise errors.StateConflict(
+            f"{len(found.refused)} changes were not brought; pull what the session has, or push with --force"
+        )
+
+
+def _directory(client: Client, session: str, directory: str | None) -> str:
+    """The directory that is meant; here, where the session is known to belong to it."""
+    from sandboxd.client.agreement import Agreement  # noqa: PLC0415 - only for these commands
+
+    if directory is not None:
+        return directory
+    info = client.session(session)
+    if info.checkout is None:
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with Agreement(info.id, fd) as agreement:
+                if not agreement.is_known:
+                    raise errors.InvalidRequest(
+                        f"session {session!r} and this directory have nothing in common yet; name the "
+                        "directory, such as .",
+                        field="directory",
+                    )
+        finally:
+            os.close(fd)
+    return "."
 
 
 def lend(
@@ -102,29 +161,77 @@ def lend(
 
 @contextmanager
 def standing(
-    socket: str | None, directory: str, policy: str | None
+    socket: str | None, directory: str, policy: str | None, *, upload: bool, say: Callable[[str], None]
 ) -> Iterator[tuple[Client, models.SessionInfo]]:
-    """A session on a directory for one call, removed afterwards. Raises as the client does."""
-    from sandboxd.client.sync import Client  # noqa: PLC0415 - only with --workspace
+    """A session on a directory, or of a copy of it, for one call, and removed afterwards.
+
+    Raises as the client does.
+    """
+    from sandboxd.client.agreement import forget  # noqa: PLC0415 - only with --workspace
+    from sandboxd.client.sync import Client  # noqa: PLC0415 - same
 
     client = Client(socket)
-    try:
-        made = client.create_session(policy=policy, idle=KEPT, directory=directory)
-    except OSError as error:
-        raise errors.InvalidRequest(
-            f"--workspace {directory!r} cannot be opened: {error.strerror}", field="workspace"
-        ) from error
-    try:
-        yield client, made
-    finally:
-        with suppress(errors.SandboxdError):
-            client.delete_session(made.id)
+    with ExitStack() as stack:
+        if upload:
+            made, found = stack.enter_context(pushed(client, directory, policy=policy, idle=KEPT))
+            for one in found.left:
+                say(f"not sent: {visible(one.path)}: {one.reason}")
+            made = client.session(made.id)
+        else:
+            try:
+                made = client.create_session(policy=policy, idle=KEPT, directory=directory)
+            except OSError as error:
+                raise _cannot_open(directory, "workspace", error) from error
+        try:
+            yield client, made
+        finally:
+            _remove(client, made.id)
+            forget(made.id)
 
 
-def report(client: Client, session: str, directory: str, say: Callable[[str], None], *, pull: bool) -> bool:
+def _remove(client: Client, session: str) -> None:
+    """Remove a session; a call that has just ended may not have left it yet."""
+    with suppress(errors.SandboxdError):
+        for pause in PAUSES:
+            try:
+                client.delete_session(session)
+            except errors.SessionBusy:
+                time.sleep(pause)
+            else:
+                return
+
+
+@contextmanager
+def pushed(
+    client: Client, directory: str, *, git: bool = False, **fields: Any
+) -> Iterator[tuple[models.SessionInfo, Pushed]]:
+    """A new session with what a directory has; it is removed where that, or the block, fails."""
+    from sandboxd.client.agreement import forget  # noqa: PLC0415 - only where files are sent
+    from sandboxd.client.pushing import push as bring  # noqa: PLC0415 - same
+
+    made = client.create_session(fields.pop("name", None), **fields)
+    try:
+        try:
+            found = bring(client, made.id, directory, git=git)
+        except OSError as error:
+            raise _cannot_open(directory, "directory", error) from error
+        yield made, found
+    except BaseException:
+        _remove(client, made.id)
+        forget(made.id)
+        raise
+
+
+def _cannot_open(directory: str, name: str, error: OSError) -> errors.InvalidRequest:
+    return errors.InvalidRequest(f"{name} {directory!r} cannot be opened: {error.strerror}", field=name)
+
+
+def report(
+    client: Client, session: models.SessionInfo, directory: str, say: Callable[[str], None], *, pull: bool
+) -> bool:
     """Say what a call changed, and bring it if asked; whether all that was to be brought is there."""
     if not pull:
-        found = client.diff_session(session, limit=SHOWN)
+        found = client.diff_session(session.id, session.head.id, limit=SHOWN)
         for one in found.changes:
             say(_line(one))
         if found.truncated:
@@ -134,17 +241,19 @@ def report(client: Client, session: str, directory: str, say: Callable[[str], No
         return True
     from sandboxd.client.pulling import pull as bring  # noqa: PLC0415 - only with --pull
 
-    pulled = bring(client, session, directory)
+    pulled = bring(client, session.id, directory)
     told(pulled, say)
     return not pulled.refused
 
 
-def told(pulled: Pulled, say: Callable[[str], None]) -> None:
-    """What came of a pull, a line for each path."""
-    for path in pulled.applied:
-        say(f"pulled  {visible(path)}")
-    for one in pulled.refused:
-        say(f"refused {visible(one.path)}: {one.reason}")
+def told(found: Pulled | Pushed, say: Callable[[str], None]) -> None:
+    """What came of a pull or a push, a line for each path."""
+    for word in ("applied", "sent", "removed"):
+        for path in getattr(found, word, ()):
+            say(f"{WORDS[word]:7} {visible(path)}")
+    for word in ("left", "refused"):
+        for one in getattr(found, word, ()):
+            say(f"{WORDS[word]:7} {visible(one.path)}: {visible(one.reason)}")
 
 
 def _line(change: models.FileChange) -> str:

@@ -1,4 +1,4 @@
-"""``sandboxd forward``: a port of a running call's container as a socket of this host."""
+"""``sandboxd forward``: a port of a running call's container, or a session's, as a socket of this host."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from cyclopts import Parameter
 
 from sandboxd import errors
 from sandboxd.cli import terminal
-from sandboxd.cli.calls import AlsoRemote, Id, find
+from sandboxd.cli.calls import AlsoRemote, find
 from sandboxd.cli.options import REMOTE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from sandboxd.client import Client
     from sandboxd.client.aio import AsyncClient
 
 __all__ = ["forward"]
@@ -29,11 +30,15 @@ __all__ = ["forward"]
 CHUNK = 65536
 BACKLOG = 128
 NOT_YET = 0.2  # seconds between two questions whether the call runs by now
+LOOK_AGAIN = 2.0  # seconds between two looks whether a session is still there
 UNIX = "unix:"
 
 
 def forward(
-    call_id: Id,
+    named: Annotated[
+        str,
+        Parameter(name="ID", help="A session's name or id, or a call's id, or the beginning or end of that."),
+    ],
     port: Annotated[int, Parameter(name="PORT", help="The port inside; the policy has to expose it.")],
     *,
     listen: Annotated[
@@ -45,19 +50,28 @@ def forward(
     ] = "127.0.0.1:0",
     remote: AlsoRemote = REMOTE,
 ) -> None:
-    """Take connections here and pass each on to a server inside a running call, until the call ends.
+    """Take connections here and pass each on to a server inside a call, until that ends, or a session.
 
+    Of a session, each connection goes to the call that runs in it then; it ends when the session is removed.
     Whoever can connect to the address is let in, so it is this host's loopback unless another is given.
     The address is printed on stdout when it takes connections.
     """
     client = remote.client()
-    found = find(client, call_id)
     if not 0 < port < 65536:
         raise errors.InvalidRequest(f"{port} is not the number of a port", field="PORT")
     from sandboxd.client.aio import AsyncClient  # noqa: PLC0415 - `--help` must not pay for it
 
     with _listening(listen) as (listener, address):
-        anyio.run(_Forward(AsyncClient(remote.socket), found, port).run, listener, address, remote.json)
+        target = _target(client, AsyncClient(remote.socket), named)
+        anyio.run(_Forward(target, port).run, listener, address, remote.json)
+
+
+def _target(client: Client, later: AsyncClient, named: str) -> _Call | _Session:
+    """Whose container it is about: a session's, where there is one of that name, else a call's."""
+    try:
+        return _Session(later, client.session(named).id)
+    except errors.NotFound:
+        return _Call(later, find(client, named))
 
 
 @contextlib.contextmanager
@@ -112,16 +126,72 @@ def _unix(path: Path) -> Iterator[socket.socket]:
                     path.unlink()
 
 
-class _Forward:
-    """One port of one call."""
+class _Call:
+    """The container of one call, which is there while it runs."""
 
-    def __init__(self, client: AsyncClient, call: str, port: int) -> None:
+    gone = "the call has ended"
+
+    def __init__(self, client: AsyncClient, id: str) -> None:  # noqa: A002
         self._client = client
-        self._call = call
+        self._id = id
+
+    async def ports(self) -> Sequence[int] | None:
+        """Those that can be reached, once it runs. Raises CallEnded, PortNotExposed."""
+        while True:
+            try:
+                return await self._client.ports(self._id)
+            except errors.CallNotStarted:
+                await anyio.sleep(NOT_YET)
+
+    async def connect(self, port: int) -> SocketStream:
+        """One more connection."""
+        return await self._client.connect(self._id, port)
+
+    async def ended(self) -> None:
+        """Wait for its end."""
+        async with await self._client.events(self._id, follow=True) as events:
+            async for event in events:
+                if event.invocation is not None or event.type == "ended":
+                    return
+
+
+class _Session:
+    """The container of whatever runs in a session."""
+
+    gone = "the session was removed"
+
+    def __init__(self, client: AsyncClient, id: str) -> None:  # noqa: A002
+        self._client = client
+        self._id = id
+
+    async def ports(self) -> Sequence[int] | None:
+        """Those that can be reached now; None: nothing runs that would say. Raises PortNotExposed."""
+        try:
+            return await self._client.session_ports(self._id)
+        except errors.SessionIdle:
+            return None
+
+    async def connect(self, port: int) -> SocketStream:
+        """One more connection. Raises SessionIdle."""
+        return await self._client.connect_session(self._id, port)
+
+    async def ended(self) -> None:
+        """Wait until it is removed."""
+        with contextlib.suppress(errors.NotFound):
+            while True:
+                await self._client.session(self._id)
+                await anyio.sleep(LOOK_AGAIN)
+
+
+class _Forward:
+    """One port of one of them."""
+
+    def __init__(self, target: _Call | _Session, port: int) -> None:
+        self._target = target
         self._port = port
 
     async def run(self, listener: socket.socket, address: str, as_json: bool) -> None:  # noqa: FBT001 - of anyio.run
-        """Until the call ends. Raises Refused."""
+        """Until its end. Raises Refused."""
         await self._allowed()
         if as_json:
             terminal.print_json({"address": address})
@@ -130,30 +200,18 @@ class _Forward:
         sys.stdout.flush()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._accept, listener)
-            await self._ended()
+            await self._target.ended()
             tasks.cancel_scope.cancel()
-        terminal.complain("the call has ended")
+        terminal.complain(self._target.gone)
 
     async def _allowed(self) -> None:
-        """Wait until the call runs. Raises PortNotExposed, NotFound, CallEnded."""
-        while True:
-            try:
-                ports = await self._client.ports(self._call)
-            except errors.CallNotStarted:
-                await anyio.sleep(NOT_YET)
-                continue
-            if self._port not in ports:
-                listed = ", ".join(map(str, ports))
-                raise errors.PortNotExposed(
-                    f"port {self._port} is not exposed; `expose` of the policy has {listed}", exposed=ports
-                )
-            return
-
-    async def _ended(self) -> None:
-        async with await self._client.events(self._call, follow=True) as events:
-            async for event in events:
-                if event.invocation is not None or event.type == "ended":
-                    return
+        """Raise PortNotExposed, NotFound, CallEnded before anybody connects, as far as it is known then."""
+        ports = await self._target.ports()
+        if ports is not None and self._port not in ports:
+            listed = ", ".join(map(str, ports))
+            raise errors.PortNotExposed(
+                f"port {self._port} is not exposed; `expose` of the policy has {listed}", exposed=ports
+            )
 
     async def _accept(self, listener: socket.socket) -> None:
         listener.setblocking(False)
@@ -174,7 +232,7 @@ class _Forward:
         wrap = anyio.abc.UNIXSocketStream if accepted.family == socket.AF_UNIX else SocketStream
         async with await wrap.from_socket(accepted) as here:
             try:
-                there = await self._client.connect(self._call, self._port)
+                there = await self._target.connect(self._port)
             except errors.SandboxdError as error:
                 terminal.complain(str(error))
                 return

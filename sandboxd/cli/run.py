@@ -271,12 +271,16 @@ def _run_on_directory(call: Call, options: argparse.Namespace) -> int:
     from sandboxd.cli import checkout  # noqa: PLC0415 - only with --workspace
 
     try:
-        with checkout.standing(options.socket, options.workspace, options.policy) as (client, session):
+        with checkout.standing(
+            options.socket, options.workspace, options.policy, upload=options.upload, say=say
+        ) as (client, session):
             options.session = session.id
             status = _run(call, options)
             if call.interrupted:
                 return status
-            brought = checkout.report(client, session.id, options.workspace, say, pull=options.pull)
+            with contextlib.suppress(errors.StateConflict):  # there is none but under few policies
+                client.end_session(session.id)
+            brought = checkout.report(client, session, options.workspace, say, pull=options.pull)
     except errors.SandboxdError as error:
         return fail(error, as_json=options.json)
     return status or (0 if brought else OURS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import Parameter
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from sandboxd import models
 
-__all__ = ["checkpoints", "create", "delete", "discard", "fork", "list_sessions", "rollback", "show"]
+__all__ = ["checkpoints", "create", "delete", "discard", "fork", "list_sessions", "rollback", "show", "told"]
 
 PAGE = 500
 P = TypeVar("P", "models.SessionList", "models.CheckpointList")
@@ -47,9 +47,22 @@ def create(
         str | None,
         Parameter(name="--from", help="A directory of yours that it stands on, lent and not copied."),
     ] = None,
+    upload: Annotated[
+        bool,
+        Parameter(negative="", help="Copy what is in --from instead, but for what git ignores there."),
+    ] = False,
+    git: Annotated[bool, Parameter(negative="", help="With --upload: also .git.")] = False,
     remote: FlatRemote = REMOTE,
 ) -> None:
     """Make a session: calls in it find the files that the calls before left."""
+    if (upload and from_ is None) or (git and not upload):
+        raise errors.InvalidRequest("--upload is of --from DIR, and --git of --upload", field="upload")
+    if upload:
+        _uploaded(
+            remote, from_ or "", git=git, name=name, policy=policy, labels=_labels(label), ttl=ttl, idle=idle,
+            size=size, inodes=inodes,
+        )  # fmt: skip
+        return
     try:
         made = remote.client().create_session(
             name,
@@ -66,6 +79,16 @@ def create(
             f"--from {from_!r} cannot be opened: {error.strerror}", field="from"
         ) from error
     _made(made, remote)
+
+
+def _uploaded(remote: Remote, directory: str, *, git: bool, **fields: Any) -> None:
+    """Make a session of what a directory has; it goes again where that cannot be sent."""
+    from sandboxd.cli.checkout import pushed, told  # noqa: PLC0415 - only with --upload
+
+    client = remote.client()
+    with pushed(client, directory, git=git, **fields) as (made, found):
+        told(found, terminal.complain)
+    _made(client.session(made.id), remote)
 
 
 def fork(
@@ -135,12 +158,17 @@ def list_sessions(*, remote: FlatRemote = REMOTE) -> None:
 
 def show(session: Session, /, *, remote: FlatRemote = REMOTE) -> None:
     """Show one session."""
-    _told(remote.client().session(session), remote)
+    told(remote.client().session(session), remote)
 
 
 def delete(session: Session, /, *, remote: FlatRemote = REMOTE) -> None:
     """Remove a session and its files; what forks of it stand on stays."""
-    remote.client().delete_session(session)
+    from sandboxd.client.agreement import forget  # noqa: PLC0415 - only for this command
+
+    client = remote.client()
+    id_ = client.session(session).id
+    client.delete_session(id_)
+    forget(id_)
     if remote.json:
         terminal.print_json({"removed": session})
 
@@ -171,12 +199,12 @@ def checkpoints(session: Session, /, *, remote: FlatRemote = REMOTE) -> None:
 
 def rollback(session: Session, checkpoint: Checkpoint, /, *, remote: FlatRemote = REMOTE) -> None:
     """Let a session stand on another of its checkpoints."""
-    _told(remote.client().rollback_session(session, checkpoint), remote)
+    told(remote.client().rollback_session(session, checkpoint), remote)
 
 
 def discard(session: Session, /, *, remote: FlatRemote = REMOTE) -> None:
     """Forget the checkpoints that a session does not stand on, as a rollback left them."""
-    _told(remote.client().discard_session(session), remote)
+    told(remote.client().discard_session(session), remote)
 
 
 def _labels(given: tuple[str, ...]) -> dict[str, str]:
@@ -193,7 +221,8 @@ def _made(info: models.SessionInfo, remote: Remote) -> None:
         terminal.print_text(info.name or info.id)
 
 
-def _told(info: models.SessionInfo, remote: Remote) -> None:
+def told(info: models.SessionInfo, remote: Remote) -> None:
+    """Print a session as it stands."""
     if remote.json:
         terminal.print_json(terminal.wire(info))
         return
@@ -205,6 +234,10 @@ def _told(info: models.SessionInfo, remote: Remote) -> None:
         f"calls       {info.calls}" + (f", {info.in_flight} in flight" if info.in_flight else ""),
         f"made        {terminal.age(info.created)} ago, used {terminal.age(info.used)} ago",
     ]
+    if (kept := info.container) is not None and kept.lost is not None:
+        lines.append(f"container   lost, with what its {kept.calls} calls had changed: {kept.lost.why}")
+    elif kept is not None:
+        lines.append(f"container   of policy {kept.policy}, {kept.calls} calls since {kept.since}")
     terminal.print_text("\n".join(lines))
 
 

@@ -6,7 +6,9 @@ characters escaped and never read as markup. JSON escapes them by itself.
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,17 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-__all__ = ["age", "complain", "duration", "print_json", "print_rows", "print_text", "wire", "words"]
+__all__ = [
+    "age",
+    "complain",
+    "duration",
+    "print_bytes",
+    "print_json",
+    "print_rows",
+    "print_text",
+    "wire",
+    "words",
+]
 
 
 def wire(value: BaseModel) -> dict[str, Any]:
@@ -35,6 +47,20 @@ def print_text(text: str) -> None:
     """Lines of text, each with its control characters escaped."""
     for line in text.split("\n"):
         print(visible(line, 100_000))
+
+
+def print_bytes(chunks: Iterable[bytes]) -> None:
+    """A file that a tool made, for a terminal: lines and tabs are kept, all else that acts is escaped."""
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    for chunk in chunks:
+        _print_part(decoder.decode(chunk))
+    _print_part(decoder.decode(b"", final=True))
+
+
+def _print_part(text: str) -> None:
+    for part in re.split(r"([\n\t])", text):
+        sys.stdout.write(part if part in {"\n", "\t"} else visible(part, len(part)))
+    sys.stdout.flush()
 
 
 def print_rows(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:

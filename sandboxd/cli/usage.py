@@ -136,6 +136,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workspace", metavar="DIR",
         help="run on a directory of yours, which is lent and not copied; what changes is said")  # fmt: skip
     add("--pull", action="store_true", help="with --workspace: bring what changed into the directory")
+    add("--upload", action="store_true",
+        help="with --workspace: lend nothing, but copy it, without what git ignores there")  # fmt: skip
     add(
         "--key", metavar="K", help="idempotency key: the same key and request give the same outcome, run once"
     )
@@ -190,4 +192,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--workspace makes a session of its own; leave out --session")
     if options.pull and options.workspace is None:
         parser.error("--pull brings changes into the directory of --workspace, which is missing")
+    if options.upload and options.workspace is None:
+        parser.error("--upload copies the directory of --workspace, which is missing")
     return options

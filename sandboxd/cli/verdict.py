@@ -66,6 +66,11 @@ def _facts(invocation: dict[str, Any], *, artifacts: bool, plain: bool) -> list[
         stream = invocation.get(name) or {}
         if stream.get("truncated"):
             facts.append(f"{name} was cut, {stream.get('dropped', 0)} bytes dropped")
+    container = invocation.get("container") or {}
+    if lost := container.get("lost"):
+        facts.append(f"the session had lost its container before: {visible(str(lost.get('why')))}")
+    if ended := container.get("ended"):
+        facts.append(f"the session's container has ended: {visible(str(ended))}")
     withheld = [f"{one.get('path')} ({one.get('reason')})" for one in invocation.get("withheld", [])]
     if withheld and artifacts:
         facts.append(f"artifacts withheld: {_listed(withheld)}")

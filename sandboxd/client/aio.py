@@ -34,6 +34,11 @@ class AsyncStream(Generic[T]):
         self._answer = answer
         self._items = items
 
+    @property
+    def omitted(self) -> int:
+        """Files that the daemon says are not in it."""
+        return self._answer.omitted
+
     def feed(self, items: AsyncGenerator[T, None]) -> None:
         """Say where the items come from."""
         self._items = items
@@ -308,8 +313,19 @@ class AsyncClient:
 
     async def connect(self, id: str, port: int) -> SocketStream:  # noqa: A002
         """A stream to a server inside a running call's container (see ``Client.connect``), to be closed."""
+        return await self._switch(calls.connect(id, port))
+
+    async def session_ports(self, session: str) -> Sequence[int]:
+        """The same of the container of what runs in a session now. Raises NotFound, SessionIdle."""
+        return await self._do(calls.session_ports(session))
+
+    async def connect_session(self, session: str, port: int) -> SocketStream:
+        """The same as ``connect`` for what runs in a session now. Raises SessionIdle where nothing does."""
+        return await self._switch(calls.connect_session(session, port))
+
+    async def _switch(self, exchange: wire.Exchange) -> SocketStream:
         return await async_transport.switch(
-            self._paths, calls.connect(id, port), connect_timeout=self._connect_timeout, timeout=self._timeout
+            self._paths, exchange, connect_timeout=self._connect_timeout, timeout=self._timeout
         )
 
     async def artifacts(self, id: str) -> Sequence[models.Artifact]:  # noqa: A002
@@ -457,10 +473,19 @@ class AsyncClient:
         *,
         checkpoint: str | None = None,
         recursive: bool = False,
+        digest: bool = False,
+        after: str | None = None,
         limit: int = 1000,
     ) -> models.FileList:
-        """What a directory of a session has, or all beneath it."""
-        return await self._do(files.listing(session, path, checkpoint, recursive=recursive, limit=limit))
+        """What a directory of a session has, or all beneath it, with digests if asked.
+
+        ``after`` is the ``next`` of the page before.
+        """
+        return await self._do(
+            files.listing(
+                session, path, checkpoint, recursive=recursive, digest=digest, after=after, limit=limit
+            )
+        )
 
     async def read_file(
         self, session: str, path: str, *, checkpoint: str | None = None
@@ -472,7 +497,7 @@ class AsyncClient:
         self,
         session: str,
         path: str,
-        data: bytes,
+        data: bytes | AsyncIterable[bytes],
         *,
         mode: int | None = None,
         match: str | None = None,
@@ -482,13 +507,45 @@ class AsyncClient:
 
         Raises PreconditionFailed, StateConflict, QuotaExceeded.
         """
-        return await self._do(files.put(session, path, data, mode=mode, match=match, new=new))
+        whole, chunks = (data, None) if isinstance(data, bytes) else (None, data)
+        call = files.put(session, path, whole, mode=mode, match=match, new=new)
+        return await self._do(call, chunks)
+
+    async def make_directory(self, session: str, path: str) -> models.FileWritten:
+        """Make a directory of a session, and those above it. Raises StateConflict where something is."""
+        return await self._do(files.make_directory(session, path))
 
     async def remove_file(
         self, session: str, path: str, *, recursive: bool = False, match: str | None = None
     ) -> models.FileWritten:
         """Remove a file or directory of a session. Raises NotFound, PreconditionFailed, StateConflict."""
         return await self._do(files.remove(session, path, recursive=recursive, match=match))
+
+    async def export_session(
+        self, session: str, *, since: str | None = None, to: str | None = None, times: bool = False
+    ) -> AsyncStream[bytes]:
+        """The files of a session, or what makes them of a checkpoint's, as the tar of an OCI image layer.
+
+        ``omitted`` of what comes back is how many sockets and devices were left out. Raises StateConflict.
+        """
+        return await self._raw(files.export(session, since, to, times=times))
+
+    async def import_session(
+        self,
+        session: str,
+        data: bytes | AsyncIterable[bytes],
+        *,
+        match: str | None = None,
+        own: bool = False,
+    ) -> models.CheckpointInfo:
+        """Put a layer's tar over the files of a session, all of it or nothing.
+
+        ``match`` is the digest of the checkpoint that the session has to stand on; with ``own`` all that
+        comes is the session's owner's, whatever the tar says. Raises InvalidRequest, PreconditionFailed,
+        TooLarge, QuotaExceeded.
+        """
+        chunks = _single(data) if isinstance(data, bytes) else data
+        return await self._do(files.bring(session, match=match, own=own), chunks)
 
     async def fork_session(
         self,
@@ -542,6 +599,21 @@ class AsyncClient:
         """Let a session stand on one of its checkpoints, by id or digest. Raises NotFound, SessionBusy."""
         return await self._do(calls.rollback_session(named, checkpoint))
 
+    async def checkpoint_session(self, named: str) -> models.CheckpointInfo:
+        """Make a checkpoint of the files in the container that a session keeps (``isolation: session``).
+
+        Waits for the calls before. Where nothing has changed, the one that there is. Raises NotFound,
+        StateConflict where it keeps none, QuotaExceeded, WorkspaceUnfit.
+        """
+        return await self._do(calls.checkpoint_session(named))
+
+    async def end_session(self, named: str, *, discard: bool = False) -> models.SessionInfo:
+        """End the container that a session keeps, after a checkpoint of its files, unless ``discard``.
+
+        Raises NotFound, SessionBusy, StateConflict where it keeps none, QuotaExceeded, WorkspaceUnfit.
+        """
+        return await self._do(calls.end_session(named, discard=discard))
+
     async def discard_session(self, named: str) -> models.SessionInfo:
         """Forget the checkpoints that a session does not stand on. Raises NotFound, SessionBusy."""
         return await self._do(calls.discard_session(named))
@@ -574,6 +646,17 @@ class AsyncClient:
         """Run an ended call again and compare; under the policy of its record, or another one."""
         return await self._do(calls.replay(id, policy))
 
+    async def replay_session(
+        self, session: str, *, policy: str | None = None, keep: bool = False
+    ) -> AsyncStream[models.ReplayEvent]:
+        """Run the calls of a session again in a fresh one, and compare each as it ends.
+
+        The last event has ``ended``. With ``keep`` the fresh session stays. Raises NotFound, StateConflict,
+        Pruned.
+        """
+        answer = await self._open(calls.replay_session(session, policy, keep=keep))
+        return AsyncStream(answer, _replayed(answer))
+
     async def prune(self, *, age: int | None = None, size: int | None = None) -> models.Pruning:
         """Remove bodies, output and artifacts older than ``age`` (µs) or beyond ``size`` bytes, now."""
         return await self._do(calls.prune(age, size))
@@ -590,6 +673,11 @@ async def _single(data: bytes) -> AsyncIterator[bytes]:
 async def _results(answer: async_transport.AsyncAnswer) -> AsyncGenerator[models.BatchResult, None]:
     async for line in answer.lines():
         yield calls.batch_result(line)
+
+
+async def _replayed(answer: async_transport.AsyncAnswer) -> AsyncGenerator[models.ReplayEvent, None]:
+    async for line in answer.lines():
+        yield calls.replay_event(line)
 
 
 async def _decoded(

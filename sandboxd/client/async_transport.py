@@ -89,6 +89,7 @@ class AsyncAnswer:
         self.status = 0
         self.content_type = ""
         self.location = ""
+        self.omitted = 0
         self._framed = False
 
     async def _next(self) -> h11.Event | type[h11.PAUSED]:
@@ -127,6 +128,7 @@ class AsyncAnswer:
         self.status = event.status_code
         self.content_type = headers.get(b"content-type", b"").decode("latin-1")
         self.location = headers.get(b"location", b"").decode("latin-1")
+        self.omitted = wire.count(headers.get(b"sandboxd-omitted", b"").decode("latin-1"))
         framed = b"content-length" in headers or b"transfer-encoding" in headers
         self._framed = framed or event.status_code in {204, 304}  # which have no body, RFC 9112, section 6.3
 

@@ -293,7 +293,15 @@ def cancel(id: str) -> Call[models.Invocation]:  # noqa: A002
 
 def ports(id: str) -> Call[list[int]]:  # noqa: A002
     """The ports inside that can be reached."""
+    return _ports(wire.invocation_target(id, "ports"))
 
+
+def session_ports(session: str) -> Call[list[int]]:
+    """The same of what runs in a session."""
+    return _ports(wire.target("sessions", session, "ports"))
+
+
+def _ports(target: str) -> Call[list[int]]:
     def decode(body: bytes) -> list[int]:
         document = wire.parse_json(body)
         found = document.get("ports") if isinstance(document, dict) else None
@@ -301,13 +309,21 @@ def ports(id: str) -> Call[list[int]]:  # noqa: A002
             raise wire.protocol_error("an answer that lists no ports")
         return found
 
-    return Call(wire.Exchange("GET", wire.invocation_target(id, "ports")), decode)
+    return Call(wire.Exchange("GET", target), decode)
 
 
 def connect(id: str, port: int) -> wire.Exchange:  # noqa: A002
     """A connection to a port inside."""
-    headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
-    return wire.Exchange("GET", wire.invocation_target(id, "ports", str(port)), headers=headers)
+    return _tunnel(wire.invocation_target(id, "ports", str(port)))
+
+
+def connect_session(session: str, port: int) -> wire.Exchange:
+    """The same of what runs in a session."""
+    return _tunnel(wire.target("sessions", session, "ports", str(port)))
+
+
+def _tunnel(target: str) -> wire.Exchange:
+    return wire.Exchange("GET", target, headers={"Connection": "Upgrade", "Upgrade": "tcp"})
 
 
 def artifact(id: str, path: str) -> wire.Exchange:  # noqa: A002
@@ -450,6 +466,19 @@ def rollback_session(named: str, checkpoint: str) -> Call[models.SessionInfo]:
     )
 
 
+def checkpoint_session(named: str) -> Call[models.CheckpointInfo]:
+    """Make a checkpoint of one's container."""
+    return Call(
+        wire.Exchange("POST", wire.target("sessions", named, "checkpoint"), b""), _one(models.CheckpointInfo)
+    )
+
+
+def end_session(named: str, *, discard: bool) -> Call[models.SessionInfo]:
+    """End one's container."""
+    body = _body(_valid(models.SessionEnd, {"discard": discard}))
+    return Call(wire.Exchange("POST", wire.target("sessions", named, "end"), body), _one(models.SessionInfo))
+
+
 def discard_session(named: str) -> Call[models.SessionInfo]:
     """Forget what one does not stand on."""
     return Call(
@@ -488,6 +517,18 @@ def replay(id: str, policy: str | None) -> Call[models.Replay]:  # noqa: A002
     return Call(
         wire.Exchange("POST", wire.invocation_target(id, "replay"), body, waits=True), _one(models.Replay)
     )
+
+
+def replay_session(session: str, policy: str | None, *, keep: bool) -> wire.Exchange:
+    """Run the calls of a session again."""
+    body = json.dumps(
+        ({} if policy is None else {"policy": policy}) | ({"keep": True} if keep else {})
+    ).encode()
+    return wire.Exchange("POST", wire.target("sessions", session, "replay"), body, waits=True)
+
+
+replay_event: Callable[[bytes], models.ReplayEvent] = _one(models.ReplayEvent)
+"""Decodes one line of the answer to that."""
 
 
 def prune(age: int | None, size: int | None) -> Call[models.Pruning]:

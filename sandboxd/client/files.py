@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=BaseModel)
 
-__all__ = ["diff", "lend", "listing", "put", "read", "remove"]
+__all__ = ["bring", "diff", "export", "lend", "listing", "make_directory", "put", "read", "remove"]
 
 
 def _one(model: type[M]) -> Callable[[bytes], M]:
@@ -46,12 +46,20 @@ def diff(
 
 
 def listing(
-    session: str, path: str, checkpoint: str | None, *, recursive: bool, limit: int
+    session: str,
+    path: str,
+    checkpoint: str | None,
+    *,
+    recursive: bool,
+    digest: bool,
+    after: str | None,
+    limit: int,
 ) -> Call[models.FileList]:
     """What a directory has."""
     target = wire.target(
-        "sessions", session, "files", path=path, checkpoint=checkpoint, recursive=int(recursive), limit=limit
-    )
+        "sessions", session, "files", path=path, checkpoint=checkpoint, recursive=int(recursive),
+        digest=int(digest), after=after, limit=limit,
+    )  # fmt: skip
     return Call(wire.Exchange("GET", target), _one(models.FileList))
 
 
@@ -62,11 +70,13 @@ def read(session: str, path: str, checkpoint: str | None) -> wire.Exchange:
 
 
 def put(
-    session: str, path: str, data: bytes, *, mode: int | None, match: str | None, new: bool
+    session: str, path: str, data: bytes | None, *, mode: int | None, match: str | None, new: bool
 ) -> Call[models.FileWritten]:
-    """Write a file; ``match`` is the digest that it must have, ``new``: nothing may be there."""
-    headers = {"Content-Type": "application/octet-stream"}
-    headers |= {"If-Match": f'"{match}"'} if match is not None else {}
+    """Write a file; ``match`` is the digest that it must have, ``new``: nothing may be there.
+
+    ``data`` is None where it is sent in chunks.
+    """
+    headers = {"Content-Type": "application/octet-stream"} | _match(match)
     headers |= {"If-None-Match": "*"} if new else {}
     target = _file(session, path, mode=None if mode is None else f"{mode & 0o777:03o}")
     return Call(wire.Exchange("PUT", target, data, headers), _one(models.FileWritten))
@@ -74,9 +84,31 @@ def put(
 
 def remove(session: str, path: str, *, recursive: bool, match: str | None) -> Call[models.FileWritten]:
     """Remove a file or directory."""
-    headers = {"If-Match": f'"{match}"'} if match is not None else {}
-    exchange = wire.Exchange("DELETE", _file(session, path, recursive=int(recursive)), headers=headers)
-    return Call(exchange, _one(models.FileWritten))
+    target = _file(session, path, recursive=int(recursive))
+    return Call(wire.Exchange("DELETE", target, headers=_match(match)), _one(models.FileWritten))
+
+
+def make_directory(session: str, path: str) -> Call[models.FileWritten]:
+    """Make a directory."""
+    return Call(wire.Exchange("PUT", _file(session, path, directory=1), b""), _one(models.FileWritten))
+
+
+def export(session: str, since: str | None, to: str | None, *, times: bool) -> wire.Exchange:
+    """A layer of the files."""
+    target = wire.target("sessions", session, "export", since=since, to=to, times=int(times))
+    return wire.Exchange("GET", target, headers={"Accept": "*/*"})
+
+
+def bring(session: str, *, match: str | None, own: bool) -> Call[models.CheckpointInfo]:
+    """Put a layer, which is sent in chunks, over the files; ``match`` is the digest of a checkpoint."""
+    target = wire.target("sessions", session, "import", own=int(own))
+    # All of it is on the disk before an answer comes, which may take as long as there are files.
+    exchange = wire.Exchange("POST", target, headers=_match(match), waits=True)
+    return Call(exchange, _one(models.CheckpointInfo))
+
+
+def _match(digest: str | None) -> dict[str, str]:
+    return {} if digest is None else {"If-Match": f'"{digest}"'}
 
 
 def lend(session: str, handle: str) -> Call[models.SessionInfo]:

@@ -1,10 +1,11 @@
-"""Bringing what a session changed into the directory that it stands on, with the rights of who asks.
+"""Bringing what a session changed into a directory, with the rights of who asks.
 
 Theory of operation.  The daemon tells what differs; here, nothing that it or the tool says is trusted
 with a path. The directory is open, and every name is reached from it through no link and onto no other
 mount (``kernel.files.openat2``). A file that changed on both sides is refused: on this side it changed if
-its inode did (ctime, which only the kernel sets) since the session was made, unless it is what an earlier
-pull left. A file is written beside its place, compared with the digest that was announced, and renamed.
+its inode did (ctime, which only the kernel sets) since the session stands on the directory, unless it is as
+it was when both sides were the same (``agreement``); that alone counts where the session stands on none.
+A file is written beside its place, compared with the digest that was announced, and renamed.
 What a tool has no business with is refused too: ``.git`` by whatever name, whose hooks and configuration
 run programs; links that may lead out of the directory, by way of others too; devices, FIFOs and sockets.
 Set-id bits are dropped, and modes are held to the umask and to who could write before. A change that fails
@@ -15,24 +16,23 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
-import secrets
 import stat
-import unicodedata
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sandboxd import errors, units
+from sandboxd import errors, models, units
 from sandboxd.artifacts import decode_path
+from sandboxd.client.agreement import Agreement, content_of, link_mark, mark, mark_there
+from sandboxd.client.place import beside, content_at, is_git, own_umask, status_of, write_sparse
+from sandboxd.client.pushing import Refusal, files_there
 from sandboxd.kernel import files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Literal
 
-    from sandboxd import models
     from sandboxd.client.sync import Client
 
 __all__ = ["MOST_BYTES", "Pulled", "Refusal", "pull"]
@@ -41,18 +41,8 @@ MOST = 10_000
 """Changes that one pull brings."""
 MOST_BYTES = 4 << 30
 """Bytes of files that one pull reads, if its caller does not say; holes count."""
-_BLOCK = 4096
-_CHUNK = 1 << 20
 _PARENT = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A change that was not brought, and why."""
-
-    path: str
-    reason: str
 
 
 @dataclass
@@ -75,52 +65,70 @@ def pull(
     directory: str | os.PathLike[str],
     *,
     git: bool = False,
+    force: bool = False,
     most: int = MOST_BYTES,
 ) -> Pulled:
-    """Apply what a session changed since it was made to the directory that it stands on.
+    """Apply what a session changed to a directory: that which it stands on, one that was pushed, or any.
 
-    ``git``: also what is in ``.git``. ``most``: bytes of files that are read; a file that is over it is among
-    the refused, and so is what the daemon does not give. Raises StateConflict for a session on no directory,
-    TooLarge, OSError for a directory that cannot be opened, and what the daemon refuses of the session.
+    What changed is what the session and this directory do not have in common since the last push or pull; of
+    one that it stands on, since then. ``git``: also what is in ``.git``. ``force``: also what changed on both
+    sides. ``most``: bytes of files that are read; a file that is over it is among the refused, and so is what
+    the daemon does not give. Raises TooLarge, OSError for a directory that cannot be opened, and what the
+    daemon refuses of the session.
     """
     info = client.session(session)
-    if info.checkout is None:
-        raise errors.StateConflict(f"session {session!r} stands on no directory; read its files one by one")
-    found = client.diff_session(info.id, limit=MOST)
-    if found.truncated or found.unnamed:
+    root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with Agreement(info.id, root) as agreement:
+            if info.checkout is None:
+                to, changes, unnamed = _since_agreed(client, info, agreement)
+            else:
+                to, changes, unnamed = _since_lent(client, info)
+            one = _Pull(client, info, to, root, agreement, git=git, force=force, most=most)
+            pulled = one.run(changes)
+    finally:
+        os.close(root)
+    if unnamed:
+        why = f"{unnamed} files have paths of over 4,095 bytes, which no file here can have"
+        pulled.refused.append(Refusal("", why))
+    return pulled
+
+
+def _since_lent(client: Client, info: models.SessionInfo) -> tuple[str, list[models.FileChange], int]:
+    """What a session changed on the directory that it stands on, and up to which checkpoint."""
+    found = client.diff_session(info.id, "root", limit=MOST)
+    if found.truncated:
         raise errors.TooLarge(
             f"the session has more than {MOST} changes, or longer paths, than one answer has; export them as "
             "a layer",
             limit=MOST,
         )
-    root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    return found.to, found.changes, found.unnamed
+
+
+def _since_agreed(
+    client: Client, info: models.SessionInfo, agreement: Agreement
+) -> tuple[str, list[models.FileChange], int]:
+    """What a session has that it had not when it was last brought together with this directory."""
+    there, unnamed = files_there(client, info.id, info.head.id)
+    changes = []
+    for path, one in there.items():
+        known = agreement.there(path)
+        word = mark_there(one, _decoded(one.target))
+        if word == known:
+            continue
+        kind: Literal["added", "changed"] = "added" if known is None else "changed"
+        changes.append(models.FileChange(path=path, change=kind, aspects=["content"], new=one))
+    gone = sorted(agreement.paths() - set(there), key=lambda path: path.split("/"))
+    changes += [models.FileChange(path=path, change="removed") for path in gone]
+    return info.head.id, changes, unnamed
+
+
+def _decoded(text: str | None) -> bytes | None:
     try:
-        with _Record(info.id) as record:
-            return _Pull(client, info, found.to, root, record, git=git, most=most).run(found.changes)
-    finally:
-        os.close(root)
-
-
-class _Record:
-    """What earlier pulls of a session left here: the digest of each file."""
-
-    def __init__(self, session: str) -> None:
-        state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-        self._path = Path(state).expanduser() / "sandboxd" / "pulled" / f"{session}.json"
-        self.digests: dict[str, str] = {}
-
-    def __enter__(self) -> _Record:  # noqa: PYI034 - no subclass is meant
-        with suppress(FileNotFoundError, ValueError):
-            found = json.loads(self._path.read_text())
-            self.digests = {str(path): str(digest) for path, digest in found.items()}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.digests:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            beside = self._path.with_suffix(f".{os.getpid()}")
-            beside.write_text(json.dumps(self.digests))
-            beside.replace(self._path)
+        return None if text is None else decode_path(text)
+    except ValueError:
+        return None
 
 
 class _Pull:
@@ -130,20 +138,22 @@ class _Pull:
         info: models.SessionInfo,
         to: str,
         root: int,
-        record: _Record,
+        agreement: Agreement,
         *,
         git: bool,
+        force: bool,
         most: int,
     ) -> None:
         self._client = client
         self._info = info
         self._to = to
         self._root = root
-        self._record = record
+        self._agreement = agreement
         self._git = git
+        self._force = force
         self._most = most
         self._left = most
-        self._umask = _umask()
+        self._umask = own_umask()
         self._result = Pulled()
 
     def run(self, changes: list[models.FileChange]) -> Pulled:
@@ -154,7 +164,9 @@ class _Pull:
             try:
                 if gone is not None:
                     raise gone  # once is enough to wait for a daemon
-                done = self._apply(change, self._path(change.path))
+                path = self._path(change.path)
+                done = self._apply(change, path)
+                self._agree(change, path)
             except errors.Unavailable as error:
                 gone = error
                 self._result.refused.append(Refusal(change.path, str(error)))
@@ -172,13 +184,13 @@ class _Pull:
             parts = files.split_path(path)
         except (ValueError, errors.InvalidRequest) as error:
             raise _Refused("the daemon told a path that no file here can have") from error
-        if any(_is_git(part) for part in parts) and not self._git:
+        if any(is_git(part) for part in parts) and not self._git:
             raise _Refused("it is in .git; ask for it with --git")
         return path
 
     def _apply(self, change: models.FileChange, path: bytes) -> bool:
         with self._parent(path) as (parent, name):
-            here = _status(parent, name)
+            here = status_of(parent, name)
             if change.new is None:
                 return self._remove(change, parent, name, here)
             match change.new.kind:
@@ -190,6 +202,20 @@ class _Pull:
                     return self._link(change, parent, name, here)
                 case kind:
                     raise _Refused(f"it is a {kind}")
+
+    def _agree(self, change: models.FileChange, path: bytes) -> None:
+        """Note what both sides have now."""
+        new = change.new
+        with self._parent(path) as (parent, name):
+            here = status_of(parent, name)
+            if here is None or new is None:
+                self._agreement.drop(change.path)
+                return
+            content = new.digest or content_at(parent, name, here) or ""
+            kind = "symlink" if stat.S_ISLNK(here.st_mode) else new.kind
+            self._agreement.agree(
+                change.path, mark(kind, content, here.st_mode), mark(kind, content, new.mode)
+            )
 
     @contextmanager
     def _parent(self, path: bytes) -> Iterator[tuple[int, bytes]]:
@@ -208,17 +234,19 @@ class _Pull:
             os.close(parent)
 
     def _is_ours(self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result) -> bool:
-        """Whether what is here has not changed since the session was made, but by a pull."""
-        if here.st_ctime_ns // 1000 < self._info.created:
+        """Whether what is here has not changed since the session was made, or both sides were the same."""
+        if self._info.lent is not None and here.st_ctime_ns // 1000 < self._info.lent:
             return True
-        known = self._record.digests.get(change.path)
-        return known is not None and known == _content(parent, name, here)
+        known = content_of(self._agreement.here(change.path))
+        return known is not None and known == content_at(parent, name, here)
 
     def _check(
         self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result | None
     ) -> None:
         """Raises _Refused where this side has changed too."""
-        known = self._record.digests.get(change.path)
+        if self._force:
+            return
+        known = self._agreement.here(change.path)
         if here is None:
             if change.old is not None or known is not None:
                 raise _Refused("it was removed here, and changed in the session")
@@ -236,7 +264,7 @@ class _Pull:
         if here is not None and stat.S_ISREG(here.st_mode):
             # No digest is told of a file that differs from what is here in its mode or owner alone.
             alike = change.old is not None and not {"kind", "content"} & set(change.aspects)
-            same = alike if new.digest is None else new.digest == _content(parent, name, here)
+            same = alike if new.digest is None else new.digest == content_at(parent, name, here)
             if same and stat.S_IMODE(here.st_mode) == mode:
                 return False
         self._check(change, parent, name, here)
@@ -244,7 +272,7 @@ class _Pull:
             raise _Refused("a directory is here")
         if new.size is not None and new.size > self._left:
             raise self._too_much()
-        with _beside(parent) as temporary:
+        with beside(parent) as temporary:
             fd = files.openat2(parent, temporary, _NEW, 0o600)
             try:
                 digest = self._copy(change.path, fd)
@@ -255,7 +283,6 @@ class _Pull:
             finally:
                 os.close(fd)
             self._replace(parent, temporary, name, here)
-        self._record.digests[change.path] = digest
         return True
 
     def _copy(self, path: str, fd: int) -> str:
@@ -267,7 +294,7 @@ class _Pull:
                     raise self._too_much()
                 self._left -= len(chunk)
                 digest.update(chunk)
-                _write_sparse(fd, chunk, size)
+                write_sparse(fd, chunk, size)
                 size += len(chunk)
         os.ftruncate(fd, size)
         return f"sha256:{digest.hexdigest()}"
@@ -294,23 +321,22 @@ class _Pull:
         # Behind a name, ".." goes up from where that name leads, and it may be a link.
         if not target or target.startswith(b"/") or up > change.path.count("/") or b".." in parts[up:]:
             raise _Refused("it is a link that leads out of the directory, or may by way of another")
-        if any(_is_git(part) for part in parts) and not self._git:
+        if any(is_git(part) for part in parts) and not self._git:
             raise _Refused("it is a link into .git; ask for it with --git")
-        digest = _link_digest(target)
-        if here is not None and stat.S_ISLNK(here.st_mode) and _content(parent, name, here) == digest:
+        digest = link_mark(target)
+        if here is not None and stat.S_ISLNK(here.st_mode) and content_at(parent, name, here) == digest:
             return False
         self._check(change, parent, name, here)
         if here is not None and stat.S_ISDIR(here.st_mode):
             raise _Refused("a directory is here")
-        with _beside(parent) as temporary:
+        with beside(parent) as temporary:
             os.symlink(target, temporary, dir_fd=parent)
             self._replace(parent, temporary, name, here)
-        self._record.digests[change.path] = digest
         return True
 
     @staticmethod
     def _replace(parent: int, temporary: bytes, name: bytes, here: os.stat_result | None) -> None:
-        now = _status(parent, name)
+        now = status_of(parent, name)
         if (now and (now.st_ino, now.st_ctime_ns)) != (here and (here.st_ino, here.st_ctime_ns)):
             raise _Refused("it was changed here just now")
         os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
@@ -349,76 +375,7 @@ class _Pull:
                     ) from error
                 raise
             return True
-        if not self._is_ours(change, parent, name, here):
+        if not self._force and not self._is_ours(change, parent, name, here):
             raise _Refused("it was changed here since the session was made, and removed in it")
         os.unlink(name, dir_fd=parent)
-        self._record.digests.pop(change.path, None)
         return True
-
-
-@contextmanager
-def _beside(parent: int) -> Iterator[bytes]:
-    """A name for what is renamed into place; what is left of it is removed."""
-    name = b".sandboxd-pull-%s" % secrets.token_hex(8).encode()
-    try:
-        yield name
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=parent)
-
-
-def _write_sparse(fd: int, data: bytes, offset: int) -> None:
-    """Write what is not all zeros at its place in a new file, whose end the caller sets."""
-    view = memoryview(data)
-    zeros = bytes(_BLOCK)
-    at = 0
-    while at < len(view):
-        until = min(len(view), at + _BLOCK - (offset + at) % _BLOCK)
-        if view[at:until] == zeros[: until - at]:
-            at = until
-            continue
-        while until < len(view) and view[until : until + _BLOCK] != zeros[: len(view) - until]:
-            until = min(len(view), until + _BLOCK)
-        while at < until:
-            at += os.pwrite(fd, view[at:until], offset + at)
-
-
-def _umask() -> int:
-    """This process' own, which umask(2) tells only by changing it for all threads."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("Umask:"):
-            return int(line.split()[1], 8)
-    return 0o022
-
-
-def _is_git(part: bytes) -> bool:
-    """Whether a name is ``.git`` to git, or to a file system that folds case or has names of 8 and 3."""
-    text = "".join(one for one in part.decode("utf-8", "ignore") if unicodedata.category(one) != "Cf")
-    return text.casefold().partition(":")[0].rstrip(". ") in {".git", "git~1"}
-
-
-def _status(parent: int, name: bytes) -> os.stat_result | None:
-    try:
-        return os.stat(name, dir_fd=parent, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-
-
-def _link_digest(target: bytes) -> str:
-    return f"link:{hashlib.sha256(target).hexdigest()}"
-
-
-def _content(parent: int, name: bytes, here: os.stat_result) -> str | None:
-    """The digest of what is here, or of where a link points; None for what has none."""
-    if stat.S_ISLNK(here.st_mode):
-        return _link_digest(os.readlink(name, dir_fd=parent))
-    if not stat.S_ISREG(here.st_mode):
-        return None
-    digest = hashlib.sha256()
-    fd, _ = files.open_regular(parent, name)
-    try:
-        while chunk := os.read(fd, _CHUNK):
-            digest.update(chunk)
-    finally:
-        os.close(fd)
-    return f"sha256:{digest.hexdigest()}"

@@ -49,6 +49,11 @@ class Stream(Generic[T]):
             answer.set_timeout(self._limit)
 
     @property
+    def omitted(self) -> int:
+        """Files that the daemon says are not in it."""
+        return self._answer.omitted
+
+    @property
     def limit(self) -> float | None:
         """Seconds that the next item may take."""
         return self._limit
@@ -339,8 +344,19 @@ class Client:
         Raises NotFound, CallNotStarted, CallEnded, PortNotExposed, and PortNotAnswering while nobody
         listens there. It blocks without a timeout, and ends with the call.
         """
+        return self._switch(calls.connect(id, port))
+
+    def session_ports(self, session: str) -> Sequence[int]:
+        """The same of the container of what runs in a session now. Raises NotFound, SessionIdle."""
+        return self._do(calls.session_ports(session))
+
+    def connect_session(self, session: str, port: int) -> sockets.socket:
+        """The same as ``connect`` for what runs in a session now. Raises SessionIdle where nothing does."""
+        return self._switch(calls.connect_session(session, port))
+
+    def _switch(self, exchange: wire.Exchange) -> sockets.socket:
         return transport.switch(
-            self._paths, calls.connect(id, port), connect_timeout=self._connect_timeout, timeout=self._timeout
+            self._paths, exchange, connect_timeout=self._connect_timeout, timeout=self._timeout
         )
 
     def artifacts(self, id: str) -> Sequence[models.Artifact]:  # noqa: A002
@@ -476,10 +492,19 @@ class Client:
         *,
         checkpoint: str | None = None,
         recursive: bool = False,
+        digest: bool = False,
+        after: str | None = None,
         limit: int = 1000,
     ) -> models.FileList:
-        """What a directory of a session has, or all beneath it."""
-        return self._do(files.listing(session, path, checkpoint, recursive=recursive, limit=limit))
+        """What a directory of a session has, or all beneath it, with digests if asked.
+
+        ``after`` is the ``next`` of the page before.
+        """
+        return self._do(
+            files.listing(
+                session, path, checkpoint, recursive=recursive, digest=digest, after=after, limit=limit
+            )
+        )
 
     def read_file(self, session: str, path: str, *, checkpoint: str | None = None) -> Stream[bytes]:
         """The bytes of a file of a session, in chunks. Raises NotFound, StateConflict."""
@@ -490,7 +515,7 @@ class Client:
         self,
         session: str,
         path: str,
-        data: bytes,
+        data: bytes | Iterable[bytes],
         *,
         mode: int | None = None,
         match: str | None = None,
@@ -500,13 +525,45 @@ class Client:
 
         Raises PreconditionFailed, StateConflict, QuotaExceeded.
         """
-        return self._do(files.put(session, path, data, mode=mode, match=match, new=new))
+        whole, chunks = (data, None) if isinstance(data, bytes) else (None, data)
+        call = files.put(session, path, whole, mode=mode, match=match, new=new)
+        return self._do(call, chunks)
+
+    def make_directory(self, session: str, path: str) -> models.FileWritten:
+        """Make a directory of a session, and those above it. Raises StateConflict where something is."""
+        return self._do(files.make_directory(session, path))
 
     def remove_file(
         self, session: str, path: str, *, recursive: bool = False, match: str | None = None
     ) -> models.FileWritten:
         """Remove a file or directory of a session. Raises NotFound, PreconditionFailed, StateConflict."""
         return self._do(files.remove(session, path, recursive=recursive, match=match))
+
+    def export_session(
+        self, session: str, *, since: str | None = None, to: str | None = None, times: bool = False
+    ) -> Stream[bytes]:
+        """The files of a session, or what makes them of a checkpoint's, as the tar of an OCI image layer.
+
+        ``omitted`` of what comes back is how many sockets and devices were left out. Raises StateConflict.
+        """
+        return self._raw(files.export(session, since, to, times=times))
+
+    def import_session(
+        self,
+        session: str,
+        data: bytes | Iterable[bytes],
+        *,
+        match: str | None = None,
+        own: bool = False,
+    ) -> models.CheckpointInfo:
+        """Put a layer's tar over the files of a session, all of it or nothing.
+
+        ``match`` is the digest of the checkpoint that the session has to stand on; with ``own`` all that
+        comes is the session's owner's, whatever the tar says. Raises InvalidRequest, PreconditionFailed,
+        TooLarge, QuotaExceeded.
+        """
+        chunks = (data,) if isinstance(data, bytes) else data
+        return self._do(files.bring(session, match=match, own=own), chunks)
 
     def fork_session(
         self,
@@ -560,6 +617,21 @@ class Client:
         """Let a session stand on one of its checkpoints, by id or digest. Raises NotFound, SessionBusy."""
         return self._do(calls.rollback_session(named, checkpoint))
 
+    def checkpoint_session(self, named: str) -> models.CheckpointInfo:
+        """Make a checkpoint of the files in the container that a session keeps (``isolation: session``).
+
+        Waits for the calls before. Where nothing has changed, the one that there is. Raises NotFound,
+        StateConflict where it keeps none, QuotaExceeded, WorkspaceUnfit.
+        """
+        return self._do(calls.checkpoint_session(named))
+
+    def end_session(self, named: str, *, discard: bool = False) -> models.SessionInfo:
+        """End the container that a session keeps, after a checkpoint of its files, unless ``discard``.
+
+        Raises NotFound, SessionBusy, StateConflict where it keeps none, QuotaExceeded, WorkspaceUnfit.
+        """
+        return self._do(calls.end_session(named, discard=discard))
+
     def discard_session(self, named: str) -> models.SessionInfo:
         """Forget the checkpoints that a session does not stand on. Raises NotFound, SessionBusy."""
         return self._do(calls.discard_session(named))
@@ -591,6 +663,17 @@ class Client:
     def replay(self, id: str, *, policy: str | None = None) -> models.Replay:  # noqa: A002
         """Run an ended call again and compare; under the policy of its record, or another one."""
         return self._do(calls.replay(id, policy))
+
+    def replay_session(
+        self, session: str, *, policy: str | None = None, keep: bool = False
+    ) -> Stream[models.ReplayEvent]:
+        """Run the calls of a session again in a fresh one, and compare each as it ends.
+
+        The last event has ``ended``. With ``keep`` the fresh session stays. Raises NotFound, StateConflict,
+        Pruned.
+        """
+        answer = self._open(calls.replay_session(session, policy, keep=keep))
+        return Stream(answer, map(calls.replay_event, answer.lines()))
 
     def prune(self, *, age: int | None = None, size: int | None = None) -> models.Pruning:
         """Remove bodies, output and artifacts older than ``age`` (µs) or beyond ``size`` bytes, now."""

@@ -72,6 +72,7 @@ class Answer:
         self.status = response.status
         self.content_type = response.headers.get("content-type", "")
         self.location = response.headers.get("location", "")
+        self.omitted = wire.count(response.headers.get("sandboxd-omitted", ""))
 
     def set_timeout(self, timeout: float | None) -> None:
         """Bound each further read to so many seconds; None waits for ever."""

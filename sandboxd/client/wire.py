@@ -17,6 +17,7 @@ __all__ = [
     "Exchange",
     "Lines",
     "artifact_target",
+    "count",
     "error_of",
     "invocation_target",
     "lost",
@@ -111,6 +112,11 @@ def error_of(status: int, content_type: str, body: bytes) -> errors.SandboxdErro
     if kind is None:
         found.details.update(code=code, status=status)
     return found
+
+
+def count(text: str) -> int:
+    """The number that a header has; 0 for one that is not there."""
+    return int(text) if text.isdecimal() and len(text) < 20 else 0
 
 
 def parse_json(body: bytes) -> Any:

@@ -29,6 +29,7 @@ AREAS = (
         "secrets",
         "ports",
         "sessions",
+        "containers",
         "pool",
         "warm",
         "hostile",

@@ -87,6 +87,7 @@ RECEIPT: dict[str, str] = {
     "network_sysctls": "policy network",
     "trust": "policy https",
     "expose": "policy exposed",
+    "isolation": "policy kept",
     **dict.fromkeys(
         ["secrets", "secrets_swap", "secret_files", "secret CONFORMANCE_FILE", "mount /run/secrets"],
         "policy secrets",

@@ -102,6 +102,7 @@ network:
   budget: {requests: 3}
 """,
     "network-budget": "extends: conformance-network\nnetwork: {budget: {connections: 2}}\n",
+    "network-session": "extends: conformance-network\nnetwork: {budget: {session: {connections: 3}}}\n",
     "network-outside": """
 extends: conformance-python
 network: {allow: [{host: "*.conformance.test", ports: [$port]}]}
@@ -116,6 +117,7 @@ retry: {backoff: 50ms..50ms, memory: {times: 1, raise: {memory: 256MiB}}}
     "if-ran": "extends: conformance-python\ncommit: always\n",
     "if-never": "extends: conformance-python\ncommit: never\n",
     "host": "extends: conformance-python\nnetwork: {mode: host}\n",
+    "kept": "extends: conformance-python\nisolation: session\n",
 }
 
 

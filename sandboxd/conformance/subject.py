@@ -265,7 +265,10 @@ def _in_force(subject: Subject, names: set[str], user_namespace: str) -> bool:
     if not names <= {policy.name for policy in subject.client.policies()}:
         return False
     found = (subject.client.policy(name).resolved or {} for name in names)
-    return all(policy["process"]["user_namespace"] == user_namespace for policy in found)
+    try:
+        return all(policy["process"]["user_namespace"] == user_namespace for policy in found)
+    except errors.NotFound:  # it was that of an earlier choice, and went meanwhile
+        return False
 
 
 def _refusal(subject: Subject, names: set[str], user_namespace: str) -> str:

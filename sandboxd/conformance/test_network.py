@@ -27,9 +27,9 @@ for target in sys.argv[1:]:
 REFUSED = "ConnectionRefusedError\n"
 
 
-def talk(subject: Subject, *targets: str, policy: str = "network") -> Invocation:
+def talk(subject: Subject, *targets: str, policy: str = "network", session: str | None = None) -> Invocation:
     """A call that connects to these, says something and prints the answer."""
-    return subject.run("python3", "-c", TALK, *targets, policy=policy)
+    return subject.run("python3", "-c", TALK, *targets, policy=policy, session=session)
 
 
 def events(subject: Subject, call: Invocation) -> list[NetworkEvent]:
@@ -118,6 +118,38 @@ def test_a_budget_is_kept(subject: Subject) -> None:
     assert [(one.limit, one.value, one.ended) for one in call.limits_reached] == [
         ("network.budget.connections", 2, False)
     ]
+
+
+@needs("a daemon of the suite's own")
+def test_a_budget_of_a_session_is_kept_over_its_calls(subject: Subject) -> None:
+    target = f"{SERVED}:{subject.outside.port}"
+    session = subject.client.create_session().id
+    try:
+        first = talk(subject, *[target] * 2, policy="network-session", session=session)
+        second = talk(subject, *[target] * 2, policy="network-session", session=session)
+        used = subject.client.session(session).network.connections
+    finally:
+        subject.client.delete_session(session)
+    assert text(first) == "answer b'said'\n" * 2
+    assert first.limits_reached == []
+    assert text(second) == "answer b'said'\nConnectionResetError\n"
+    assert [(one.limit, one.value) for one in second.limits_reached] == [
+        ("network.budget.session.connections", 3)
+    ]
+    assert used == 3
+
+
+@needs("a daemon of the suite's own")
+def test_what_was_written_before_the_end_arrives(subject: Subject) -> None:
+    code = (
+        "import os, socket\n"
+        f"s = socket.create_connection(('{SERVED}', {subject.outside.port}))\n"
+        "s.sendall(b'said'); os._exit(0)"
+    )
+    call = subject.run("python3", "-c", code, policy="network")
+    assert [(one.verdict, one.bytes_out) for one in events(subject, call)] == [("allowed", 4)]
+    assert call.usage is not None
+    assert call.usage.network_out == 4
 
 
 def test_the_receipt_has_the_filter_that_is_in_force(subject: Subject) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -34,9 +34,11 @@ while True:
 
 
 @contextlib.contextmanager
-def serving(subject: Subject, host: str = "127.0.0.1", policy: str = "exposed") -> Iterator[Invocation]:
+def serving(
+    subject: Subject, host: str = "127.0.0.1", policy: str = "exposed", **fields: Any
+) -> Iterator[Invocation]:
     """A call with a server in it, until it is cancelled."""
-    call = subject.start("python3", "-c", SERVER, host, policy=policy)
+    call = subject.start("python3", "-c", SERVER, host, policy=policy, **fields)
     try:
         subject.until(
             lambda: b"".join(subject.client.stdout(call.id)) == b"ready\n", "the server listens", 20
@@ -73,6 +75,22 @@ def test_a_server_inside_is_reached(subject: Subject, host: str, policy: str) ->
     assert done.denials == []
     found = [event.network for event in subject.client.events(call.id) if event.network is not None]
     assert [(one.direction, one.verdict, one.port) for one in found] == [("in", "allowed", 8080)] * 2
+
+
+def test_a_session_leads_to_what_runs_in_it(subject: Subject) -> None:
+    session = subject.client.create_session()
+    try:
+        for host in ("127.0.0.1", "::1"):
+            with (
+                serving(subject, host, session=session.id),
+                subject.client.connect_session(session.id, 8080) as sock,
+            ):
+                sock.sendall(b"\0said")
+                assert sock.recv(10) == b"\0said"
+            with pytest.raises(errors.SessionIdle):
+                subject.client.connect_session(session.id, 8080)
+    finally:
+        subject.client.delete_session(session.id)
 
 
 def test_nothing_else_is(subject: Subject) -> None:

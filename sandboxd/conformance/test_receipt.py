@@ -118,6 +118,6 @@ def test_a_denied_call_is_in_the_result(subject: Subject) -> None:
 
 
 def test_every_line_has_a_proof() -> None:
-    elsewhere = {"root_overlay", "io", "network_filter", "network_sysctls", "trust", "expose"}
+    elsewhere = {"root_overlay", "io", "network_filter", "network_sysctls", "trust", "expose", "isolation"}
     elsewhere |= {line for line, when in RECEIPT.items() if when == "policy secrets"}
     assert set(PROOFS) | elsewhere == set(RECEIPT)

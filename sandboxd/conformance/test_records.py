@@ -33,6 +33,31 @@ def test_what_is_not_the_same_is_told(subject: Subject) -> None:
     assert any(text.startswith("randomness") for text in replay.not_captured)
 
 
+def test_the_calls_of_a_session_come_to_the_same_again(subject: Subject) -> None:
+    """Each finds what those before it left now, and what a call changed in its session is compared."""
+    client = subject.client
+    session = client.create_session()
+    try:
+        for code in (
+            "echo one >f; mkdir d",
+            "cat f; mv f d/g; head -c 8 /dev/urandom >r",
+            "cat d/g; ls -l d/g",
+        ):
+            subject.run(*sh(code), session=session.id)
+        with client.replay_session(session.id) as events:
+            *calls, last = events
+    finally:
+        client.delete_session(session.id)
+    replays = [one.call.replay for one in calls if one.call is not None and one.call.replay is not None]
+    differs = [{what.what for what in one.differs} for one in replays]
+    assert differs[:2] == [set(), {"file r"}]
+    assert {"file f", "file d"} <= set(replays[0].same)
+    assert {"file f", "file d/g", "stdout"} <= set(replays[1].same)
+    assert last.ended is not None
+    assert last.ended.same + last.ended.differing == 3
+    assert [one.id for one in client.sessions().sessions if one.id == session.id] == []
+
+
 def test_an_ended_call_is_found_by_its_command_and_output(subject: Subject) -> None:
     word = "w" + hashlib.sha256(str(time.time_ns()).encode()).hexdigest()[:16]
     call = subject.run(*sh(f"echo out{word}; echo err{word} >&2"))

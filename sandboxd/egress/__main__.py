@@ -89,7 +89,7 @@ class Worker:
                     fds,
                     say,
                     reach=reach,
-                    budget=Budget(budget),
+                    budget=Budget(budget, asked.left),
                     names=self._known.pop(asked.id, {}),
                     resolver=self._resolver,
                     begin=partial(self._outside.connect, asked.id),

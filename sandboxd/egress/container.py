@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import ipaddress
-import math
 import select
 import socket
 import time
@@ -18,17 +17,19 @@ from typing import TYPE_CHECKING
 import anyio
 
 from sandboxd.egress import hello, upstream
+from sandboxd.egress.greeting import first_said
 from sandboxd.egress.injection import inject
 from sandboxd.egress.messages import MAX_FAULT
-from sandboxd.egress.names import Names
+from sandboxd.egress.names import Names, stands_for_a_name
 from sandboxd.egress.nameserver import NameServer
 from sandboxd.egress.questions import Questions
-from sandboxd.egress.refused import read_refused
-from sandboxd.egress.relay import Cut, Pump, cut, resets
+from sandboxd.egress.refusals import Refusals
+from sandboxd.egress.relay import Cut, cut, resets
 from sandboxd.egress.site import Site
-from sandboxd.egress.streams import Broken, Counted, Left, Plain, while_there
+from sandboxd.egress.streams import Counted, Left, Plain, while_there
+from sandboxd.egress.through import GRACE, Through
 from sandboxd.egress.told import Connection, Told
-from sandboxd.reach import STANDINS, STANDINS6, Decision
+from sandboxd.reach import Decision
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -43,10 +44,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Container"]
 
-HELLO_SECONDS = 10.0
 SILENT_SECONDS = 30.0  # that a program may be where HTTP alone is spoken
+KINDS = (
+    (socket.AF_INET, socket.SOCK_STREAM), (socket.AF_INET6, socket.SOCK_STREAM),
+    (socket.AF_INET6, socket.SOCK_DGRAM), (socket.AF_INET6, socket.SOCK_STREAM),
+    (socket.AF_NETLINK, socket.SOCK_RAW),
+)  # fmt: skip
+"""Of the sockets that it is given."""
 MAX_OPEN = 4096  # connections at once
-FIRST_READ = 4096
+LOOK_AGAIN = 0.005  # seconds between two looks whether what waited was taken
+TELL_SECONDS = 0.25  # after which the daemon knows what was used
 MAX_FAULTS = 3
 TOO_LATE = "the call ended before anything was connected to"
 
@@ -79,8 +86,8 @@ class Container:
         self.secrets: dict[str, Secret] = {}
         """What requests may be given on their way out; what is written here, the next request has."""
         self._say = say
-        self._sockets = [socket.socket(fileno=fd) for fd in fds]
-        *_, self._log = self._sockets
+        self._sockets = [socket.socket(*kind, 0, fd) for kind, fd in zip(KINDS, fds, strict=True)]
+        *_, log = self._sockets
         self._names = Names(
             self._reach,
             known=names,
@@ -89,29 +96,19 @@ class Container:
         )
         self._name_server = NameServer(self._names.answer, self._fault)
         self._told = Told(say)
+        self._refused = Refusals(log, self._names, self._reach, self._told)
         self.questions = Questions(say)
         self._faults = 0
         self._open = 0
         self._scope = anyio.CancelScope()
-        self._awake = False
-        self._first_sign: select.epoll
+        self._ending = self._closed = False
+        self._relays: set[Through] = set()
+        self._telling: asyncio.TimerHandle | None = None
+        budget.on_use = self._tell_soon
 
     def begin(self, tasks: TaskGroup) -> None:
-        """Serve it from now on; most calls never connect, and cost no more than this."""
-        self._first_sign = select.epoll()
-        for sock in self._sockets:
-            self._first_sign.register(sock, select.EPOLLIN)
-        asyncio.get_running_loop().add_reader(self._first_sign, self._wake, tasks)
-
-    def _wake(self, tasks: TaskGroup) -> None:
-        self._sleep_no_more()
-        self._awake = True
-        self._say("awake")  # before anything is taken: where it was not said, nothing has happened
+        """Serve it from now on."""
         tasks.start_soon(self._serve)
-
-    def _sleep_no_more(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._first_sign)
-        self._first_sign.close()
 
     async def _serve(self) -> None:
         try:
@@ -122,20 +119,36 @@ class Container:
                         tasks.start_soon(self._accept, tasks, listener, self._connection)
                     tasks.start_soon(self._accept, tasks, dns_tcp, self._name_server.stream)
                     tasks.start_soon(self._name_server.datagrams, dns)
-                    tasks.start_soon(self._read_refused)
+                    tasks.start_soon(self._refused.run)
         finally:
+            with suppress(OSError):
+                self._refused.drain()
+            self._tell_of_waiting()
             self._close()
 
     def end(self) -> None:
-        """Cut everything; the sum of it is told when that is done."""
-        with suppress(OSError):
-            self._drain_refused()
-        self._tell_of_waiting()
-        if self._awake:
-            self._scope.cancel()
+        """Deliver what programs have said, for as long as ``GRACE``; then the sum of all is told.
+
+        Nobody lives in the container any more: what they wrote is all that can come.
+        """
+        self._ending = True
+        self.questions.close(TOO_LATE)
+        for relay in self._relays:
+            relay.leave()
+        self._scope.deadline = anyio.current_time() + GRACE
+        self._end_if_idle()
+
+    def _end_if_idle(self) -> None:
+        """End when every connection is over, and nothing waits that nobody has taken yet."""
+        if not self._ending or self._open or self._closed:
+            return
+        waiting = select.poll()
+        for sock in self._sockets[:-1]:
+            waiting.register(sock, select.POLLIN)
+        if waiting.poll(0):
+            asyncio.get_running_loop().call_later(LOOK_AGAIN, self._end_if_idle)
         else:
-            self._sleep_no_more()
-            self._close()
+            self._scope.cancel()
 
     def _tell_of_waiting(self) -> None:
         """Of the connections that nobody has taken yet, since their program ended right after."""
@@ -146,21 +159,35 @@ class Container:
                     with accepted:
                         host, port = accepted.getsockname()[:2]
                         address = ipaddress.ip_address(host)
-                        name = self._names.name_of(address) if _stands_for_a_name(address) else None
+                        name = self._names.name_of(address) if stands_for_a_name(address) else None
                         self._told.emit("failed", Connection(name, str(address), port), TOO_LATE)
 
     def _close(self) -> None:
+        self._closed = True
         for sock in self._sockets:
             sock.close()
-        self._say(
-            "ended",
-            refusals=self._told.refusals,
-            limits=sorted(self._budget.reached),
-            connections=self._budget.connections,
-            requests=self._budget.requests,
-            bytes_in=self._budget.used["in"],
-            bytes_out=self._budget.used["out"],
-        )
+        if self._telling is not None:
+            self._telling.cancel()
+        self._budget.on_use = lambda: None
+        self._say("ended", refusals=self._told.refusals, **self._used())
+
+    def _used(self) -> dict[str, object]:
+        return {
+            "limits": sorted(self._budget.reached),
+            "connections": self._budget.connections,
+            "requests": self._budget.requests,
+            "bytes_in": self._budget.used["in"],
+            "bytes_out": self._budget.used["out"],
+        }
+
+    def _tell_soon(self) -> None:
+        """Something was used: the daemon hears of it before long, should this process not live to its end."""
+        if self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(TELL_SECONDS, self._tell_used)
+
+    def _tell_used(self) -> None:
+        self._telling = None
+        self._say("used", **self._used())
 
     # events
 
@@ -172,40 +199,6 @@ class Container:
         self._faults += 1
         if self._faults <= MAX_FAULTS:
             self._say("fault", why=traceback.format_exc()[-MAX_FAULT:])
-
-    # what the packet filter refused
-
-    async def _read_refused(self) -> None:
-        while True:
-            await anyio.wait_readable(self._log)
-            self._drain_refused()
-
-    def _drain_refused(self) -> None:
-        while True:
-            try:
-                data = self._log.recv(65536)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno == errno.ENOBUFS:
-                    continue  # more came than was kept
-                raise
-            for refused in read_refused(data):
-                self._on_refused_packet(refused.protocol, refused.address, refused.port or 0)
-
-    def _on_refused_packet(self, protocol: str, address: Address, port: int) -> None:
-        name = self._names.name_of(address) if _stands_for_a_name(address) else None
-        if protocol != "tcp":
-            decision = Decision(
-                allowed=False, why=f"{protocol} leaves no container, but for names to port 53"
-            )
-        elif name is not None:
-            decision = self._reach.at(name, port)
-        else:
-            decision = self._reach.address(address, port)
-        self._told.emit(
-            "denied", Connection(name, str(address), port, protocol, rule=decision.where), decision.why
-        )
 
     # connections
 
@@ -248,6 +241,7 @@ class Container:
         finally:
             self._open -= 1
             accepted.close()
+            self._end_if_idle()
 
     async def _connection(self, client: socket.socket) -> None:
         host, port = client.getsockname()[:2]
@@ -257,7 +251,7 @@ class Container:
             self._told.emit("limit", connection, f"network.budget.{limit} is used up")
             cut(client)
             return
-        if _stands_for_a_name(address):
+        if stands_for_a_name(address):
             connection.name = self._names.name_of(address)
             if connection.name is None:
                 decision = Decision(allowed=False, why=f"{address} stands for no name that was asked for")
@@ -308,48 +302,22 @@ class Container:
         return await upstream.connect(addresses, connection.port, self._reach, connection.name, self._begin)
 
     async def _relay(self, client: socket.socket, server: socket.socket, connection: Connection) -> None:
-        out = Pump(client, server, "out", self._budget)
-        back = Pump(server, client, "in", self._budget)
-        verdict, why = "allowed", "the call ended before the connection did"
-        refusal: list[str] = []
-
-        async def there() -> None:
-            try:
-                first, rest, found = await self._first(client, connection)
-                await out.send(first)
-                if found is not None:
-                    await out.send(await self._second(client, found, rest))
-            except hello.HelloMalformed as error:
-                refusal.append(str(error))
-                with suppress(OSError):
-                    client.send(hello.alert(hello.UNRECOGNIZED_NAME))
-                tasks.cancel_scope.cancel()
-                return
-            await out.run()
-
+        relay = Through(client, server, connection.name, self._budget)
+        self._relays.add(relay)
+        if self._ending:
+            relay.leave()
         try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(there)
-                tasks.start_soon(back.run)
-            verdict, why = ("denied", refusal[0]) if refusal else ("allowed", "")
-        except* Cut as group:
-            limit = str(group.exceptions[0])
-            self._budget.reached.add(limit)
-            verdict, why = "limit", f"network.budget.{limit} is used up"
-        except* OSError as group:
-            why = f"the connection was reset: {group.exceptions[0]}"
+            await relay.run()
         finally:
-            connection.sent, connection.received = out.moved, back.moved
-            self._told.emit(verdict, connection, why)
-        if not why or refusal:  # all was said, or the alert
-            resets(client, reset=False)
-        resets(server, reset=bool(why))
+            self._relays.discard(relay)
+            connection.sent, connection.received = relay.moved
+            self._told.emit(relay.verdict, connection, relay.why)
 
     async def _inspect(self, client: socket.socket, connection: Connection, name: str) -> None:
         """Serve a connection whose rules look into HTTP."""
         verdict, why, counted = "failed", TOO_LATE, None
         try:
-            first, rest, found = await self._first(client, connection, silent=SILENT_SECONDS)
+            first, rest, found = await first_said(client, connection.name, silent=SILENT_SECONDS)
             first += rest
             counted = Counted(client, first, self._budget)
             site = Site(
@@ -392,70 +360,6 @@ class Container:
     def _on_exchange(self, connection: Connection, exchange: Exchange, verdict: str, why: str) -> None:
         self._told.emit(verdict, _of(connection, exchange), why)
 
-    async def _first(
-        self, client: socket.socket, connection: Connection, silent: float = math.inf
-    ) -> tuple[bytes, bytes, hello.Hello | None]:
-        """What the client says first: of TLS, its ClientHello, which has to name whom it should; the rest.
-
-        ``silent``: for how many seconds it may say nothing. Raises HelloMalformed, Broken.
-        """
-        data, reader = b"", hello.HelloReader()
-        begun = anyio.current_time()
-        with anyio.move_on_after(HELLO_SECONDS) as scope:
-            while True:
-                try:
-                    read = client.recv(FIRST_READ)
-                except BlockingIOError:
-                    if not data:
-                        scope.deadline = begun + silent
-                    await anyio.wait_readable(client)
-                    continue
-                if not data:
-                    scope.deadline = anyio.current_time() + HELLO_SECONDS
-                data += read
-                tls = hello.is_tls(data) if data else False
-                if connection.name is None or not read or tls is False:
-                    return data, b"", None
-                if tls and (found := reader.feed(read)) is not None:
-                    self._check_hello(found, connection.name)
-                    return data[: len(data) - len(reader.rest)], reader.rest, found
-        if not data:
-            why = f"the program said nothing for {silent:.0f} seconds, where HTTP is spoken"
-            raise Broken(why)
-        raise hello.HelloMalformed("the ClientHello did not come")
-
-    async def _second(self, client: socket.socket, first: hello.Hello, data: bytes) -> bytes:
-        """What the client says next, until no second ClientHello can follow: that has to name the same.
-
-        ``data``: what it has said already.
-        """
-        reader = hello.SecondReader()
-        last, found = reader.feed(data)
-        while not last:
-            await anyio.wait_readable(client)
-            with suppress(BlockingIOError):
-                read = client.recv(FIRST_READ)
-                data += read
-                if not read:
-                    break
-                last, found = reader.feed(read)
-        if found is not None and found.server_name != first.server_name:
-            raise hello.HelloMalformed(
-                f"a second ClientHello names {found.server_name or 'no server'}, "
-                f"and the connection is to {first.server_name}"
-            )
-        return data
-
-    def _check_hello(self, found: hello.Hello, name: str) -> None:
-        if found.server_name == name:
-            return
-        if found.encrypted:
-            raise hello.HelloMalformed(
-                f"the ClientHello is encrypted for {found.server_name}; {name} is to be asked for in the open"
-            )
-        said = "no server" if found.server_name is None else found.server_name
-        raise hello.HelloMalformed(f"the ClientHello names {said}, and the connection is to {name}")
-
 
 def _of(connection: Connection, exchange: Exchange) -> Connection:
     """What is said of a connection, of a request in it."""
@@ -471,7 +375,3 @@ def _of(connection: Connection, exchange: Exchange) -> Connection:
         status=exchange.status,
         secrets=exchange.secrets,
     )
-
-
-def _stands_for_a_name(address: Address) -> bool:
-    return address in STANDINS or address in STANDINS6

@@ -25,11 +25,11 @@ from h2.events import (
 
 from sandboxd.egress.http2end import FULL, MAX_STREAMS, End
 from sandboxd.egress.http2pair import Pair, answer_head, is_sound, length_of, request_head, understood
+from sandboxd.egress.http2requests import Requests
 from sandboxd.egress.http2undecided import Undecided
 from sandboxd.egress.relay import Cut
 from sandboxd.egress.sigv4 import EMPTY
 from sandboxd.egress.site import (
-    MAX_SIGNED,
     Refused,
     exchange_of,
     head_of,
@@ -43,10 +43,9 @@ from sandboxd.egress.upstream import Unreachable
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from anyio.abc import TaskGroup
     from h2.events import Event
 
-    from sandboxd.egress.site import Site, Verdict
+    from sandboxd.egress.site import Site
     from sandboxd.egress.streams import Stream
     from sandboxd.httprule import HttpRequest
     from sandboxd.reach import Decision
@@ -54,9 +53,6 @@ if TYPE_CHECKING:
 __all__ = ["Http2"]
 
 GREETING_SECONDS = 10.0
-READ_WHOLE = 4 * MAX_SIGNED  # bytes of bodies that are read before they are sent, of all streams at once
-TOO_MUCH_TO_SIGN = f"the bodies of requests on one connection that are signed anew have {READ_WHOLE} bytes"
-LINGER_SECONDS = 1.0
 CANCELLED = "the call ended before the answer did"
 IN_THE_MIDDLE = "the connection ended in the middle"
 
@@ -75,14 +71,7 @@ class Http2:
         self._site = site
         self._connect = connect
         self._first = first
-        self._server: End | None = None
-        self._tasks: TaskGroup | None = None
-        self._pairs: dict[int, Pair] = {}
-        """By the program's stream."""
-        self._made: dict[int, Pair] = {}
-        """The same by the server's, once they have one."""
-        self._waiting: dict[int, Pair] = {}
-        """Those that are to have one."""
+        self._requests = Requests(self._client, site)
         self._asked = anyio.Event()
         self._leaving = False
         """The server takes no more, and the program knows."""
@@ -92,7 +81,7 @@ class Http2:
         broken: Broken | None = None
         try:
             async with anyio.create_task_group() as tasks:
-                self._tasks = tasks
+                self._requests.tasks = tasks
                 upstream = anyio.CancelScope()
                 tasks.start_soon(self._client.write)
                 tasks.start_soon(self._upstream, upstream)
@@ -100,20 +89,20 @@ class Http2:
                     await self._hear_program()
                 except Broken as error:
                     broken = error
-                self._tell_all("failed", str(broken or IN_THE_MIDDLE))
+                self._requests.tell_all("failed", str(broken or IN_THE_MIDDLE))
                 upstream.cancel()
                 await self._client.finish()
                 tasks.cancel_scope.cancel()
         except anyio.get_cancelled_exc_class():
-            self._tell_all("failed", CANCELLED)
+            self._requests.tell_all("failed", CANCELLED)
             raise
         except ExceptionGroup as group:
             raised = first_of(group)
             if isinstance(raised, Cut):
-                self._tell_all("limit", f"network.budget.{raised.limit} is used up")
+                self._requests.tell_all("limit", f"network.budget.{raised.limit} is used up")
             raise raised from group
         finally:
-            self._tell_all("failed", IN_THE_MIDDLE)
+            self._requests.tell_all("failed", IN_THE_MIDDLE)
         if broken is not None:
             raise broken
 
@@ -123,7 +112,7 @@ class Http2:
         while (events := await self._client.receive()) is not None:
             for event in events:
                 self._on_program(event)
-        if self._pairs:
+        if self._requests.pairs:
             raise Broken("the program ended its connection in the middle of a request")
 
     def _on_program(self, event: Event) -> None:
@@ -131,16 +120,18 @@ class Http2:
             case RequestReceived():
                 self._on_request(event)
             case DataReceived():
-                self._on_data(self._client, self._pairs.get(event.stream_id), event, out=True)
+                self._requests.on_data(
+                    self._client, self._requests.pairs.get(event.stream_id), event, out=True
+                )
             case StreamEnded():
-                if (pair := self._pairs.get(event.stream_id)) is not None:
+                if (pair := self._requests.pairs.get(event.stream_id)) is not None:
                     self._on_asked(pair)
             case StreamReset():
-                if (pair := self._pairs.get(event.stream_id)) is not None:
+                if (pair := self._requests.pairs.get(event.stream_id)) is not None:
                     why = f"the program gave the request up ({_said(event.error_code)})"
                     if not event.remote_reset:
                         why = f"the program broke the rules of HTTP/2 ({_said(event.error_code)})"
-                    self._give_up(pair, why, ErrorCodes.CANCEL)
+                    self._requests.give_up(pair, why, ErrorCodes.CANCEL)
             case _:
                 pass  # what trails a request was not judged, and is dropped
 
@@ -148,10 +139,10 @@ class Http2:
         came, ended = event.headers, event.stream_ended is not None
         said = dict(came)
         bare = head_of(said.get(b":method", b""), said.get(b":path", b""), (), websocket=False)
-        pair = Pair(event.stream_id, exchange_of(bare, self._site.scheme), self._on_over)
-        self._pairs[pair.ours] = pair
+        pair = Pair(event.stream_id, exchange_of(bare, self._site.scheme), self._requests.on_over)
+        self._requests.pairs[pair.ours] = pair
         if self._leaving:
-            self._give_up(pair, "the server takes no more requests", ErrorCodes.REFUSED_STREAM)
+            self._requests.give_up(pair, "the server takes no more requests", ErrorCodes.REFUSED_STREAM)
             return
         try:
             request = understood(came, self._site)
@@ -159,17 +150,17 @@ class Http2:
             pair.length = length_of(request, ended=ended)
             decision = self._site.judge(request, pair.exchange)
         except Refused as refused:
-            self._refuse(pair, refused)
+            self._requests.refuse(pair, refused)
             return
         pair.out.source = self._client, pair.ours
         expected = {value.lower() for name, value in came if name == b"expect"}
         pair.continues = b"100-continue" in expected and not ended
         reads = not ended and needs_digest(request, decision)
         if decision.asks or reads:
-            assert self._tasks is not None  # noqa: S101
+            assert self._requests.tasks is not None  # noqa: S101
             ready = partial(self._make, pair, request, came)
             pair.undecided = Undecided(pair.exchange, pair.out, self._site, asks=decision.asks, reads=reads)
-            self._tasks.start_soon(self._decide, pair, decision, ready)
+            self._requests.tasks.start_soon(self._decide, pair, decision, ready)
             return
         self._make(pair, request, came, decision, EMPTY if ended else None)
 
@@ -186,11 +177,11 @@ class Http2:
                     self._go_on(pair)
                 digest = await undecided.digest()
             except Refused as refused:
-                self._refuse(pair, refused)
+                self._requests.refuse(pair, refused)
                 return
             pair.undecided = None
             if self._leaving:
-                self._give_up(pair, "the server takes no more requests", ErrorCodes.REFUSED_STREAM)
+                self._requests.give_up(pair, "the server takes no more requests", ErrorCodes.REFUSED_STREAM)
             else:
                 ready(decision, digest)
 
@@ -214,20 +205,20 @@ class Http2:
             if not is_sound(headers):
                 raise Refused(502, "failed", "what is put into the request is no header")
         except Refused as refused:
-            self._refuse(pair, refused)
+            self._requests.refuse(pair, refused)
             return
         pair.head = request_head(request, headers, self._site, came)
         self._go_on(pair)
-        self._waiting[pair.ours] = pair
+        self._requests.waiting[pair.ours] = pair
         self._asked.set()
-        if self._server is not None:
-            self._server.wake()
+        if self._requests.server is not None:
+            self._requests.server.wake()
 
     def _on_asked(self, pair: Pair) -> None:
         pair.asked = True
         if pair.length is not None and pair.came != pair.length and not pair.refused:
             why = f"the request's body has {pair.came} bytes, and was to have {pair.length}"
-            self._give_up(pair, why, ErrorCodes.PROTOCOL_ERROR)
+            self._requests.give_up(pair, why, ErrorCodes.PROTOCOL_ERROR)
             return
         pair.out.put(b"", last=True)
         if pair.undecided is not None:
@@ -239,21 +230,23 @@ class Http2:
         first, self._first = self._first, None
         with scope:
             while True:
-                while first is None and not self._waiting:
+                while first is None and not self._requests.waiting:
                     self._asked = anyio.Event()
                     await self._asked.wait()
                 try:
                     stream = first or await self._connect()
                 except (Unreachable, Broken) as error:
-                    self._refuse_waiting(not_reached(error))
+                    self._requests.refuse_waiting(not_reached(error))
                 except OSError as error:
-                    self._refuse_waiting(Refused(502, "failed", str(error)))
+                    self._requests.refuse_waiting(Refused(502, "failed", str(error)))
                 else:
                     first = None
                     await self._serve_with(stream)
 
     async def _serve_with(self, stream: Stream) -> None:
-        server = self._server = End(stream, "the server", client_side=True, refill=self._make_requests)
+        server = self._requests.server = End(
+            stream, "the server", client_side=True, refill=self._make_requests
+        )
         why, polite = "", False
         try:
             async with anyio.create_task_group() as tasks:
@@ -273,16 +266,16 @@ class Http2:
             self._on_server_gone(server, f"the connection to the server broke: {raised}")
 
     def _on_server_gone(self, server: End, why: str) -> None:
-        if self._server is not server:
+        if self._requests.server is not server:
             return
-        self._server = None
-        for pair in list(self._made.values()):
+        self._requests.server = None
+        for pair in list(self._requests.made.values()):
             if pair.back.ended:  # all of the answer is here
-                self._end_out(pair)
+                self._requests.end_out(pair)
             else:
-                self._fail(pair, why)
+                self._requests.fail(pair, why)
         if not server.http.highest_outbound_stream_id:  # the next one would do no better
-            self._refuse_waiting(Refused(502, "failed", why))
+            self._requests.refuse_waiting(Refused(502, "failed", why))
 
     async def _hear_server(self, server: End) -> str:
         """Until the server ends its connection, or is done with it; the reason."""
@@ -293,7 +286,7 @@ class Http2:
         if not server.greeted:
             raise Broken("the server did not begin to speak HTTP/2")
         server.wake()
-        while self._made or not server.leaving:
+        while self._requests.made or not server.leaving:
             if not await self._hear_some(server):
                 return "the server ended its connection in the middle of an answer"
         return "the server takes no more requests"
@@ -309,9 +302,9 @@ class Http2:
         if isinstance(event, ConnectionTerminated):
             self._on_going_away(server, event.last_stream_id or 0)
             return
-        pair = self._made.get(getattr(event, "stream_id", None) or 0)
+        pair = self._requests.made.get(getattr(event, "stream_id", None) or 0)
         if isinstance(event, DataReceived):
-            self._on_data(server, pair, event, out=False)
+            self._requests.on_data(server, pair, event, out=False)
         elif pair is not None:
             self._on_answer(pair, event)
 
@@ -322,23 +315,23 @@ class Http2:
             case TrailersReceived():
                 pair.back.trailers = without_hops(event.headers or ())
                 if not is_sound(pair.back.trailers):
-                    self._fail(pair, "what trails the server's answer is malformed")
+                    self._requests.fail(pair, "what trails the server's answer is malformed")
             case StreamEnded():
                 pair.back.put(b"", last=True)
             case StreamReset() if pair.back.ended:  # it wants no more of the request
-                self._end_out(pair)
+                self._requests.end_out(pair)
             case StreamReset() if event.remote_reset:
                 why = f"the server reset the request ({_said(event.error_code)})"
-                self._give_up(pair, why, event.error_code)
+                self._requests.give_up(pair, why, event.error_code)
             case StreamReset():
-                self._fail(pair, "the server's answer is not as long as it was to be, or has no end")
+                self._requests.fail(pair, "the server's answer is not as long as it was to be, or has no end")
             case _:
                 pass
 
     def _on_head(self, pair: Pair, event: InformationalResponseReceived | ResponseReceived) -> None:
         found = answer_head(event.headers or ())
         if found is None:
-            self._fail(pair, "the server's answer is malformed")
+            self._requests.fail(pair, "the server's answer is malformed")
             return
         status, headers = found
         if isinstance(event, InformationalResponseReceived):
@@ -353,127 +346,36 @@ class Http2:
 
     def _on_going_away(self, server: End, last: int) -> None:
         server.leaving = True
-        for pair in list(self._made.values()):
+        for pair in list(self._requests.made.values()):
             if pair.theirs > last:
                 why = "the server takes no more requests, and did not begin with this one"
-                self._give_up(pair, why, ErrorCodes.REFUSED_STREAM)
-        if self._made and not self._leaving:
+                self._requests.give_up(pair, why, ErrorCodes.REFUSED_STREAM)
+        if self._requests.made and not self._leaving:
             self._leaving = True
             self._client.http.going_away()
             self._client.wake()
-            for pair in list(self._waiting.values()):
-                self._give_up(pair, "the server takes no more requests", ErrorCodes.REFUSED_STREAM)
+            for pair in list(self._requests.waiting.values()):
+                self._requests.give_up(pair, "the server takes no more requests", ErrorCodes.REFUSED_STREAM)
 
     def _make_requests(self) -> None:
         """Those that wait, as many as the server serves at once."""
-        server = self._server
+        server = self._requests.server
         if server is None or not server.greeted or server.leaving:
             return
         most = min(server.http.remote_settings.max_concurrent_streams, MAX_STREAMS)
-        while self._waiting and server.http.unwritten < FULL and server.http.open_outbound_streams < most:
-            pair = self._waiting.pop(next(iter(self._waiting)))
+        while (
+            self._requests.waiting
+            and server.http.unwritten < FULL
+            and server.http.open_outbound_streams < most
+        ):
+            pair = self._requests.waiting.pop(next(iter(self._requests.waiting)))
             pair.theirs = pair.out.id = server.http.get_next_available_stream_id()
-            self._made[pair.theirs] = pair
+            self._requests.made[pair.theirs] = pair
             pair.back.source = server, pair.theirs
             last = pair.asked and not pair.out.data
             server.say(pair.theirs, pair.head, last=last)
             pair.head = []
             server.add(pair.out, ended=last)
-
-    # between them
-
-    def _on_data(self, end: End, pair: Pair | None, event: DataReceived, *, out: bool) -> None:
-        flow = None if pair is None else pair.out if out else pair.back
-        if pair is None or flow is None or flow.over or (out and pair.refused):
-            end.acknowledge(event.flow_controlled_length, event.stream_id)
-            return
-        end.acknowledge(event.flow_controlled_length - len(event.data), event.stream_id)
-        if out:
-            pair.came += len(event.data)
-        if out and pair.undecided is not None:
-            pair.undecided.put(event.data)
-            if pair.out.paid and sum(each.out.paid for each in self._pairs.values()) > READ_WHOLE:
-                self._refuse(pair, Refused(429, "limit", TOO_MUCH_TO_SIGN))
-        else:
-            flow.put(event.data)
-
-    def _on_over(self, pair: Pair) -> None:
-        """All of a direction of a request has gone on, or none of it will any more."""
-        if pair.back.over and (pair.out.over or pair.refused):
-            self._forget(pair)
-            if not pair.asked and self._tasks is not None:
-                self._tasks.start_soon(self._stop, pair.ours)
-            self._tell(pair, "allowed")
-
-    async def _stop(self, stream: int) -> None:
-        """Have the program send no more of a request that was answered.
-
-        Not at once: there are some, curl 7.88 too, that take a reset while they send for a failure, and do
-        not look at the answer before it.
-        """
-        await anyio.sleep(LINGER_SECONDS)
-        self._client.reset(stream, ErrorCodes.NO_ERROR)
-
-    def _end_out(self, pair: Pair) -> None:
-        """The server has answered, and takes no more of the request."""
-        pair.out.drop()
-        self._on_over(pair)
-
-    def _give_up(self, pair: Pair, why: str, code: int) -> None:
-        """End a request on both sides."""
-        self._tell(pair, "failed", why)
-        pair.out.drop()
-        pair.back.drop()
-        if self._server is not None:
-            self._server.reset(pair.theirs, code)
-        self._client.reset(pair.ours, code)
-        self._forget(pair)
-
-    def _forget(self, pair: Pair) -> None:
-        pair.decided()
-        self._pairs.pop(pair.ours, None)
-        self._waiting.pop(pair.ours, None)
-        self._made.pop(pair.theirs, None)
-
-    def _fail(self, pair: Pair, why: str) -> None:
-        """The server does not do it: say why where nothing was said yet."""
-        if pair.answering:
-            self._give_up(pair, why, ErrorCodes.INTERNAL_ERROR)
-            return
-        if self._server is not None:
-            self._server.reset(pair.theirs, ErrorCodes.CANCEL)
-        self._refuse(pair, Refused(502, "failed", why))
-
-    def _refuse_waiting(self, refused: Refused) -> None:
-        for pair in list(self._waiting.values()):
-            self._refuse(pair, refused)
-
-    def _refuse(self, pair: Pair, refused: Refused) -> None:
-        """Say why a request is not made."""
-        self._tell(pair, refused.verdict, refused.why)
-        pair.decided()
-        pair.out.drop()
-        pair.back.source = None
-        self._waiting.pop(pair.ours, None)
-        self._made.pop(pair.theirs, None)
-        pair.refused = pair.answering = True
-        if not self._client.http.is_open(pair.ours):
-            pair.back.drop()
-            self._forget(pair)
-            return
-        headers, body = self._site.explain(refused)
-        self._client.say(pair.ours, [(b":status", str(refused.status).encode()), *headers], last=False)
-        pair.back.put(b"" if pair.exchange.method == "HEAD" else body, last=True)
-        self._client.add(pair.back)
-
-    def _tell(self, pair: Pair, verdict: Verdict, why: str = "") -> None:
-        if not pair.exchange.told:
-            pair.exchange.sent, pair.exchange.received = pair.out.moved, pair.back.moved
-            self._site.tell(pair.exchange, verdict, why)
-
-    def _tell_all(self, verdict: Verdict, why: str) -> None:
-        for pair in self._pairs.values():
-            self._tell(pair, verdict, why)
 
 
 def _said(code: int) -> str:

@@ -13,7 +13,6 @@ for as long as ``GRACE``.
 from __future__ import annotations
 
 import os
-import select
 import socket
 import traceback
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ import anyio
 from sandboxd.egress.budget import Budget
 from sandboxd.egress.exchange import Exchange, Gone, Invalid
 from sandboxd.egress.messages import MAX_FAULT
-from sandboxd.egress.relay import Pump, cut, resets
+from sandboxd.egress.relay import Pump, cut, hung_up, resets
 from sandboxd.egress.streams import first_of, write
 from sandboxd.excerpt import excerpt
 
@@ -203,10 +202,3 @@ async def _watch(caller: socket.socket, idle: Callable[[], bool]) -> None:
     while not (hung_up(caller) and idle()):  # noqa: ASYNC110  (no event tells, where nothing is read)
         await anyio.sleep(LOOK_AGAIN)
     raise Gone
-
-
-def hung_up(sock: socket.socket) -> bool:
-    """Whether the other end has closed its socket, and not only said that it sends no more (poll(2))."""
-    poll = select.poll()
-    poll.register(sock, 0)
-    return any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0))

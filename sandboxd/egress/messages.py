@@ -44,6 +44,8 @@ class Serve:
     id: str
     rules: str
     """The name of rules that came before, in a message of their own."""
+    left: Mapping[str, int] = field(default_factory=dict)
+    """What its session has left of the budget of all its calls, by the names of ``network.budget``."""
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ import dns.rdatatype
 import dns.rrset
 
 from sandboxd.egress.messages import MAX_NAMES
-from sandboxd.reach import Decision, standin6
+from sandboxd.reach import STANDINS, STANDINS6, Decision, standin6
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from sandboxd.reach import Reach
 
-__all__ = ["Names"]
+__all__ = ["Names", "stands_for_a_name"]
 
 TTL = 60
 MAX_QUESTION = 512  # bytes; the longest name needs fewer, and to read records that nobody needs takes long
@@ -133,3 +133,8 @@ def _header(question: bytes, code: dns.rcode.Rcode) -> bytes | None:
     if len(question) < 12 or question[2] & 0x80:
         return None
     return question[:2] + bytes((0x80 | question[2] & 0x79, 0x80 | code)) + bytes(8)
+
+
+def stands_for_a_name(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address is one of those that are given out for names."""
+    return address in STANDINS or address in STANDINS6

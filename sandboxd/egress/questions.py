@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from sandboxd.egress.streams import Left
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -37,9 +39,21 @@ class Questions:
         self._say = say
         self._waiting: dict[int, _Waiting] = {}
         self._last = 0
+        self._closed = ""
+
+    def close(self, why: str) -> None:
+        """Nobody is asked any more, and nobody waits."""
+        self._closed = why
+        for waiting in self._waiting.values():
+            waiting.answered.set()
 
     async def ask(self, about: Connection, decision: Decision) -> Decision:
-        """What somebody says of what ``decision`` leaves open. Cancelled, it is withdrawn."""
+        """What somebody says of what ``decision`` leaves open. Cancelled, it is withdrawn.
+
+        Raises Left where they are closed.
+        """
+        if self._closed:
+            raise Left(self._closed)
         if len(self._waiting) >= MAX_OPEN:
             return replace(decision, allowed=False, asks=False, why=TOO_MANY)
         self._last += 1
@@ -60,8 +74,10 @@ class Questions:
             await waiting.answered.wait()
         finally:
             del self._waiting[number]
-            if not waiting.answered.is_set():
+            if not waiting.answered.is_set() or self._closed:
                 self._say("withdraw", number=number)
+        if self._closed:
+            raise Left(self._closed)
         return replace(decision, allowed=waiting.allowed, asks=False, why=waiting.why or decision.why)
 
     def answer(self, number: int, *, allowed: bool, why: str) -> None:

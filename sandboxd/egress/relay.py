@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import socket
 import struct
 from contextlib import suppress
@@ -14,10 +15,11 @@ import anyio
 if TYPE_CHECKING:
     from sandboxd.egress.budget import Budget
 
-__all__ = ["Cut", "Pump", "cut", "resets"]
+__all__ = ["Cut", "Pump", "cut", "deliver", "hung_up", "resets"]
 
 CHUNK = 1 << 20
 COPIED = 1 << 16  # bytes of one read that goes without a pipe
+LOOK_AGAIN = 0.005  # seconds between two looks whether all has arrived: no event tells
 FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 
@@ -42,6 +44,33 @@ def cut(sock: socket.socket) -> None:
     """Close so that the other end sees a reset."""
     resets(sock, reset=True)
     sock.close()
+
+
+def hung_up(sock: socket.socket) -> bool:
+    """Whether the other end has closed its socket, and not only said that it sends no more (poll(2))."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0))
+
+
+def arrived(sock: socket.socket) -> bool:
+    """Whether the other end's kernel has all that was sent (struct tcp_info, linux/tcp.h)."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    unacked = struct.unpack_from("I", info, 24)[0]
+    unsent = struct.unpack_from("I", info, 144)[0] if len(info) >= 148 else 0  # not of kernels before 4.6
+    return not (unacked or unsent)
+
+
+async def deliver(sock: socket.socket) -> None:
+    """Wait until all that was sent has arrived; what comes back is for nobody. Raises OSError.
+
+    A socket that is closed with something unread is reset, and what was still on its way is lost.
+    """
+    while not arrived(sock):
+        with suppress(BlockingIOError):
+            while sock.recv(COPIED):
+                pass
+        await anyio.sleep(LOOK_AGAIN)
 
 
 class Pump:

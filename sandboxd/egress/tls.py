@@ -7,6 +7,7 @@ here. Towards a server it is that of ``ssl``, which compares names.
 from __future__ import annotations
 
 import ssl
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
@@ -31,7 +32,7 @@ class _Ended(Broken):
     """Raised where the other end closes its connection without a word."""
 
 
-class _Tls:
+class _Tls(ABC):
     """What both ends of TLS have in common: bytes that come and go through memory."""
 
     who: str
@@ -49,23 +50,23 @@ class _Tls:
 
     # what differs
 
-    def _came(self, data: bytes) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _came(self, data: bytes) -> None: ...
 
-    def _to_send(self) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def _to_send(self) -> bytes: ...
 
-    def _read(self) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def _read(self) -> bytes: ...
 
-    def _write(self, data: memoryview) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def _write(self, data: memoryview) -> int: ...
 
-    def _shut(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _shut(self) -> None: ...
 
-    def _said(self, error: Exception) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _said(self, error: Exception) -> str: ...
 
     # what does not
 

@@ -133,6 +133,8 @@ class Slot:
     """Keeps the image from being removed; a slot that waits lets go of it."""
     stacked: Stacked | None = None
     """Where the call's session has put its files into the place of the empty workspace."""
+    shared: bool = False
+    """Whether other calls were in the container before, and may have left something running."""
     reading: Reading | None = None
     """What was read of the slot when it was made, where it has waited for its call."""
 

@@ -90,7 +90,15 @@ def rlimits(limits: Limits) -> tuple[Rlimit, ...]:
 def tool_setup(shape: Shape) -> Setup:
     """What PID 1 makes of the tool process of a shape."""
     owner = shape.process
-    return Setup(owner.uid, owner.gid, owner.umask, OOM_SCORE_ADJ, rlimits(shape.limits), shape.program.bpf)
+    return Setup(
+        owner.uid,
+        owner.gid,
+        owner.umask,
+        OOM_SCORE_ADJ,
+        rlimits(shape.limits),
+        shape.program.bpf,
+        keep=shape.kept,
+    )
 
 
 class OciEngine:

@@ -17,6 +17,11 @@
  * reaps and forwards signals.  When the tool has ended it kills whatever else there is, reports how the
  * tool ended, and, then or later, that it is alone.
  *
+ * Where SETUP says `keep`, the container serves one command after the other: what a command leaves running
+ * lives on, and a further SETUP parks a further process, made as the first was, with a filter and a listener
+ * of its own. What forks it cannot have a filter that it would inherit, nor give up the right to take the
+ * tool's ids: PID 1 of such a container goes without its own filter and keeps SETUID and SETGID.
+ *
  * On WARM, which may come before EXEC, the parked process becomes an interpreter (runner.py) that says
  * on the pair that it is ready (WARMED) and waits there for the command in its stead. Code of the image
  * holds the other end of the pair from then on: PID 1 never waits for it, neither to read nor to write.
@@ -89,6 +94,7 @@ struct setup { /* followed by `rlimits` struct limit, then the filter's struct s
     uint32_t uid, gid, umask;
     int32_t oom_score_adj;
     uint32_t rlimits, filter_length; /* of the filter, in instructions */
+    uint32_t keep;                   /* the container outlives the command */
 };
 
 struct limit {
@@ -107,6 +113,7 @@ struct exited {
 };
 
 static int timer = -1;
+static int keep; /* the container outlives its command, and takes another */
 
 /* The payload of the frame at hand. PID 1 never allocates: its own filter has no brk and no mmap. */
 static _Alignas(16) char payload[MAX_PAYLOAD + 1];
@@ -373,6 +380,7 @@ static pid_t park(uint32_t length, int *pair)
     if (setup.rlimits > MAX_RLIMITS ||
         length != sizeof setup + setup.rlimits * sizeof(struct limit) + setup.filter_length * sizeof(struct sock_filter))
         return errno = EPROTO, -1;
+    keep = setup.keep != 0;
     int ends[2];
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0)
         return -1;
@@ -410,6 +418,8 @@ static pid_t park(uint32_t length, int *pair)
     if (setgroups(0, NULL) < 0 || setresgid(setup.gid, setup.gid, setup.gid) < 0 ||
         setresuid(setup.uid, setup.uid, setup.uid) < 0)
         fail(up, "setuid");
+    if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0) /* what an earlier command left has the same ids */
+        fail(up, "dumpable");
     if (drop_capabilities(0) < 0)
         fail(up, "capset");
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
@@ -461,7 +471,8 @@ static void untaken(void)
 {
     int32_t number = EPIPE;
     send_frame(CONTROL, EXEC_FAILED, pair.exec_id, &number, sizeof number, NULL, 0);
-    close_pair();
+    if (pair.fd >= 0)
+        close_pair();
 }
 
 /* Writes what the pair takes now of a command that it did not take whole. */
@@ -506,17 +517,32 @@ static void hear(void)
     }
 }
 
-/* Reaps what is there; at the end of the tool everything else is killed, none of which can fork any more. */
-static void reap(pid_t tool)
+/* The deadline is that of a command, and not of what it left. */
+static void rest(void)
+{
+    struct itimerspec never = {0};
+    timerfd_settime(timer, 0, &never, NULL);
+    if (pair.fd >= 0)
+        close_pair();
+}
+
+/* Reaps what is there; at the end of the tool everything else is killed, none of which can fork any more.
+ * A container that is kept is ready for another command then: nobody is the tool. */
+static void reap(pid_t *tool)
 {
     static int ended, told;
     int status, tool_status = 0, now = 0;
     struct rusage used, tool_used = {0};
     pid_t pid;
     while ((pid = wait4(-1, &status, WNOHANG, &used)) > 0)
-        if (pid == tool) {
+        if (pid == *tool) {
             hear(); /* what it said, it said before it ended */
-            kill(-1, SIGKILL);
+            if (keep) {
+                rest();
+                *tool = 0;
+            } else {
+                kill(-1, SIGKILL);
+            }
             tool_status = status;
             tool_used = used;
             ended = now = 1;
@@ -524,7 +550,7 @@ static void reap(pid_t tool)
     int alone = ended && pid < 0; /* no child is left: orphans become children of PID 1 */
     if (now)
         report_exit(tool_status, &tool_used, alone);
-    else if (alone && !told)
+    else if (alone && !told && !keep)
         send_frame(CONTROL, ALONE, 0, NULL, 0, NULL, 0);
     told = told || alone;
 }
@@ -619,7 +645,7 @@ int main(int argc, char **argv)
             struct signalfd_siginfo info;
             while (read(signals, &info, sizeof info) > 0)
                 ;
-            reap(tool);
+            reap(&tool);
         }
         if (!polled[0].revents)
             continue;
@@ -638,20 +664,31 @@ int main(int argc, char **argv)
                 fail(CONTROL, "park");
             }
             fcntl(pair.fd, F_SETFL, O_NONBLOCK);
-            int kept = drop_capabilities(1u << CAP_KILL);
-            struct sock_fprog own = {.len = sizeof own_filter / sizeof *own_filter, .filter = own_filter};
-            if (kept < 0 || syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &own) < 0)
-                fail(CONTROL, "own filter");
+            if (keep) { /* which one it is among what others left: the daemon numbers them otherwise */
+                if (up.type == PARKED && (fds[count++] = (int)syscall(SYS_pidfd_open, tool, 0)) < 0)
+                    fail(CONTROL, "pidfd_open");
+            } else {
+                int kept = drop_capabilities(1u << CAP_KILL);
+                struct sock_fprog own = {.len = sizeof own_filter / sizeof *own_filter, .filter = own_filter};
+                if (kept < 0 || syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &own) < 0)
+                    fail(CONTROL, "own filter");
+            }
             send_frame(CONTROL, up.type, 0, payload, up.length, fds, count);
             for (size_t i = 0; i < count; i++)
                 close(fds[i]);
         } else if ((head.type == EXEC || head.type == EXEC_WARM || head.type == WARM) && pair.fd >= 0 &&
                    pair.awaited == NOTHING) {
             pass_on(&head, fds, count);
-        } else if (head.type == SIGNAL && tool > 0 && head.length == sizeof(int32_t)) {
+        } else if (head.type == EXEC && keep && tool == 0) { /* what an earlier command left has killed it */
+            for (size_t i = 0; i < count; i++)
+                close(fds[i]);
+            pair.exec_id = head.exec_id;
+            untaken();
+        } else if (head.type == SIGNAL && (tool > 0 || keep) && head.length == sizeof(int32_t)) {
             int32_t number;
             memcpy(&number, payload, sizeof number);
-            kill(-tool, number); /* the tool leads its own session and process group */
+            if (tool > 0) /* else it has ended, and its number may be another's */
+                kill(-tool, number); /* the tool leads its own session and process group */
         } else {
             errno = EPROTO;
             fail(CONTROL, "frame");

@@ -3,13 +3,15 @@
 A frame is a 12-byte header (payload length, type, version, exec id) and a payload, native byte order:
 both ends are on one host. Descriptors travel with a frame's first byte.
 
-    daemon -> init   SETUP    ids, umask, rlimits and the filter of the tool process
+    daemon -> init   SETUP    ids, umask, rlimits and the filter of the tool process; of a container that is
+                              kept, again, for the next one, when a command has ended
                      EXEC     the command; stdin, stdout, stderr as descriptors
                      SIGNAL   to the tool's process group
                      WARM     the interpreter that the parked process becomes before any command
                      EXEC_WARM  as EXEC, for the interpreter that waits to run itself if it can
     init -> daemon   HELLO    PID 1 runs
-                     PARKED   the tool process waits; the listener of its filter as a descriptor
+                     PARKED   the tool process waits; the listener of its filter as a descriptor, and where
+                              the container is kept a pidfd
                      STARTED | EXEC_FAILED (errno)
                      EXITED   wait status and rusage; whether any other process is left
                      ALONE    none is any more
@@ -39,7 +41,7 @@ __all__ = ["Alone", "Control", "ExecFailed", "Exited", "Gone", "Rlimit", "Setup"
 
 VERSION = 1
 HEADER = struct.Struct("=IHHI")
-SETUP = struct.Struct("=IIIiII")
+SETUP = struct.Struct("=IIIiIII")
 RLIMIT = struct.Struct("=QQQ")
 EXEC = struct.Struct("=IIQ")
 EXITED = struct.Struct("=iIQQQ")
@@ -83,11 +85,19 @@ class Setup:
     oom_score_adj: int
     rlimits: tuple[Rlimit, ...]
     bpf: bytes
+    keep: bool = False
+    """Whether the container serves further commands, and what one leaves running lives on."""
 
     def pack(self) -> bytes:
         """The payload of SETUP."""
         head = SETUP.pack(
-            self.uid, self.gid, self.umask, self.oom_score_adj, len(self.rlimits), len(self.bpf) // 8
+            self.uid,
+            self.gid,
+            self.umask,
+            self.oom_score_adj,
+            len(self.rlimits),
+            len(self.bpf) // 8,
+            self.keep,
         )
         limits = b"".join(RLIMIT.pack(limit.resource, limit.soft, limit.hard) for limit in self.rlimits)
         return head + limits + self.bpf
@@ -161,18 +171,37 @@ class Control:
         Blocks for at most ``timeout`` seconds per step. Raises EngineFailed.
         """
         self._sock.settimeout(timeout)
-        listener: int | None = None
         try:
             self._expect(Type.HELLO)
-            self._sock.sendall(self._frame(Type.SETUP, setup.pack()))
-            fds = self._expect(Type.PARKED)
-            if len(fds) != 1:
-                raise errors.EngineFailed("PID 1 parked the tool process without a listener")
-            listener = fds[0]
         except OSError as error:
             raise errors.EngineFailed(f"PID 1 did not answer: {error}") from error
-        self._sock.setblocking(False)
+        listener, *pidfd = self._park(setup, timeout)
+        for fd in pidfd:  # there is no other process yet that it could be taken for
+            os.close(fd)
         return listener
+
+    def park(self, setup: Setup, timeout: float) -> tuple[int, int]:
+        """Park a further process in a container that is kept, when its command has ended.
+
+        Returns the descriptor of its filter's listener, and a pidfd of it. Blocks for at most ``timeout``
+        seconds. Raises EngineFailed.
+        """
+        listener, pidfd = self._park(setup, timeout)
+        return listener, pidfd
+
+    def _park(self, setup: Setup, timeout: float) -> list[int]:
+        self._sock.settimeout(timeout)
+        try:
+            self._sock.sendall(self._frame(Type.SETUP, setup.pack()))
+            fds = self._expect(Type.PARKED)
+        except OSError as error:
+            raise errors.EngineFailed(f"PID 1 did not answer: {error}") from error
+        if len(fds) != 1 + setup.keep:
+            for fd in fds:
+                os.close(fd)
+            raise errors.EngineFailed("PID 1 parked the tool process without a listener")
+        self._sock.setblocking(False)
+        return fds
 
     def warm(self, argv: Sequence[bytes], env: Sequence[bytes], fds: Sequence[int], timeout: float) -> str:
         """Let the parked process become an interpreter; returns what that says of itself, ``""`` if it ended.

@@ -184,6 +184,7 @@ def outcome_header(
         "checkpoint_after": invocation.checkpoint_after,
         "attempts": invocation.attempts,
         **({"session": invocation.session} if invocation.session else {}),
+        **({"container": invocation.container.model_dump(exclude_none=True)} if invocation.container else {}),
         **_retried(invocation),
         **({"secrets": [use.model_dump() for use in invocation.secrets]} if invocation.secrets else {}),
     }

@@ -200,6 +200,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # What small layers are made of whose files are not on disk yet, as ``workspace.unwritten`` says.
         "CREATE TABLE packs (layer TEXT PRIMARY KEY NOT NULL, pack BLOB NOT NULL) STRICT",
     ),
+    # what its calls used of the network, and what is held for one, as ``workspace.allowance`` has it
+    ("ALTER TABLE sessions ADD COLUMN network TEXT",),
     (
         # program: a name of the configuration's, and unix is empty then. done: when it was told, or given up
         # where there is a problem; what is done stays for as long as the body of its call.
@@ -208,6 +210,17 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE callbacks ADD COLUMN done INTEGER",
         "ALTER TABLE callbacks ADD COLUMN problem TEXT",
         "CREATE INDEX callbacks_owed ON callbacks (id) WHERE done IS NULL",
+    ),
+    (
+        # containers that sessions keep over their calls; ``lost`` is when one was found to be gone
+        """CREATE TABLE containers (
+            session TEXT PRIMARY KEY NOT NULL,
+            since TEXT NOT NULL,
+            calls INTEGER NOT NULL,
+            policy TEXT NOT NULL,
+            lost INTEGER,
+            why TEXT
+        ) STRICT, WITHOUT ROWID""",
     ),
     (
         # what a merged layer does not share with those that it was made of

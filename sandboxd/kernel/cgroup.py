@@ -27,12 +27,13 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from sandboxd import errors
 from sandboxd.kernel import cgroupfs
+from sandboxd.kernel.cgroup_part import Part
 from sandboxd.kernel.cgroup_v1 import FilesV1
 from sandboxd.kernel.cgroup_v2 import FilesV2
 from sandboxd.kernel.cgroupfs import CgroupLimits, CgroupUsage, Hierarchy, Host, Interface
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["Cgroup", "CgroupLimits", "CgroupTree", "CgroupUsage"]
 
@@ -173,6 +174,19 @@ class Cgroup:
     def thaw_and_unthrottle(self) -> None:
         """Thaw every process and lift the CPU quota: else who was killed takes seconds, or for ever."""
         self._files.thaw_and_unthrottle()
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No process runs within the block. Entering blocks for some ms, and raises HostFailed."""
+        try:
+            self._files.freeze()
+            yield
+        finally:
+            self._files.thaw()
+
+    def part(self, name: str) -> Part:
+        """Make a cgroup within this one, whose processes can be told from the others. Raises HostFailed."""
+        return Part(self._files.part(name))
 
     def kill_at_once(self) -> None:
         """Kill every process in one step, on v2; then let all run, to their end. Does not wait for it.

@@ -181,6 +181,26 @@ class FilesV1:
             _write_if_there(f"{self._freezer}/freezer.state", "THAWED")
         _write_if_there(f"{self._cpu}/cpu.cfs_quota_us", "-1")
 
+    def freeze(self) -> None:
+        """Let no process run."""
+        cgroupfs.freeze(f"{self._freezer_of()}/freezer.state", "FROZEN", "THAWED")
+
+    def thaw(self) -> None:
+        """Let them run again."""
+        _write_if_there(f"{self._freezer_of()}/freezer.state", "THAWED")
+
+    def part(self, name: str) -> str:
+        """The directory of a cgroup within: of the freezer, by which its processes can be stopped at once."""
+        return f"{self._freezer_of()}/{name}"
+
+    def _freezer_of(self) -> str:
+        if self._freezer is None:
+            raise errors.ControlNotEnforced(
+                "no freezer hierarchy is mounted, without which no container can be kept over several calls",
+                control="isolation",
+            )
+        return self._freezer
+
     def forbid_forks(self) -> None:
         """Let no further process be made."""
         _write_if_there(f"{self._pids}/pids.max", "0")

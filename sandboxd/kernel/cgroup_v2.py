@@ -153,6 +153,18 @@ class FilesV2:
         self._write_if_there("cgroup.freeze", "0")
         self._write_if_there("cpu.max", UNLIMITED)
 
+    def freeze(self) -> None:
+        """Let no process run (Linux 5.2)."""
+        cgroupfs.freeze(f"{self._dir}/cgroup.freeze", "1", "0", said=f"{self._dir}/cgroup.events")
+
+    def thaw(self) -> None:
+        """Let them run again."""
+        self._write_if_there("cgroup.freeze", "0")
+
+    def part(self, name: str) -> str:
+        """The directory of a cgroup within. No controller is passed down to it: it limits nothing."""
+        return f"{self._dir}/{name}"
+
     def forbid_forks(self) -> None:
         """Let no further process be made."""
         self._write_if_there("pids.max", "0")

@@ -14,8 +14,10 @@ Sources: cgroups(7), Documentation/admin-guide/cgroup-v2.rst, Documentation/admi
 from __future__ import annotations
 
 # ruff: noqa: PTH106, PTH116  -- building a Path costs more than these calls
+import contextlib
 import errno
 import os
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -32,6 +34,7 @@ __all__ = [
     "Interface",
     "cpus_of_quota",
     "detect",
+    "freeze",
     "keyed",
     "named",
     "parse_mountinfo",
@@ -48,6 +51,7 @@ __all__ = [
 READ_MAX = 32 * 1024
 SHORT = 2048  # bytes of an answer after which there is no more: the kernel gives a long list by pages
 SEARCH_DEPTH = 10
+FREEZE_SECONDS = 5.0
 CPU_PERIOD = 100_000  # microseconds: the kernel's default for cpu.max and cpu.cfs_period_us
 UNLIMITED = "max"
 REQUIRED_V1 = ("memory", "pids", "cpu", "cpuacct")
@@ -133,6 +137,18 @@ class Interface(Protocol):
         """Let every process run, so that a kill is acted on at once."""
         ...
 
+    def freeze(self) -> None:
+        """Let no process run, until ``thaw``. Returns when none does; raises HostFailed where one goes on."""
+        ...
+
+    def thaw(self) -> None:
+        """Let them run again."""
+        ...
+
+    def part(self, name: str) -> str:
+        """The directory of a cgroup within, which only tells processes apart. Raises HostFailed."""
+        ...
+
     def forbid_forks(self) -> None:
         """Let no further process be made."""
         ...
@@ -215,6 +231,29 @@ def write(path: str, value: str) -> None:
         os.write(fd, value.encode())
     finally:
         os.close(fd)
+
+
+def freeze(path: str, frozen: str, thawed: str, *, said: str | None = None) -> None:
+    """Freeze a cgroup by writing ``frozen`` to a file, and wait until every process has stopped.
+
+    ``said`` is the file that says so by ``frozen 1``, where it is another. Raises HostFailed, thawed.
+    """
+    until = time.monotonic() + FREEZE_SECONDS
+    try:
+        while True:
+            write(path, frozen)  # v1 tries again what was about to be frozen and was not
+            now = read(path).strip() == frozen if said is None else keyed(read(said)).get("frozen") == 1
+            if now:
+                return
+            if time.monotonic() > until:
+                raise errors.HostFailed(f"the processes of {path} do not stop", file=path)
+            time.sleep(0.001)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            write(path, thawed)
+        if isinstance(error, OSError):
+            raise errors.HostFailed(f"cannot freeze {path}: {error.strerror}", file=path) from error
+        raise
 
 
 def write_limit(control: str, path: str, value: str) -> None:

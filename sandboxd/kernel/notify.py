@@ -125,6 +125,10 @@ class Listener:
         with self._lock:
             self._calls.clear()
 
+    def another(self, fd: int) -> Listener:
+        """Serve a further listener as this one is. Raises as ``NotifyServer.add``."""
+        return self._server.add(fd, answer=self._answer, on_denied=self._on_denied)
+
     def close(self) -> None:
         """Stop serving and close the descriptor; safe to call twice. Calls still parked get ENOSYS."""
         self._server.forget(self)

@@ -6,6 +6,7 @@ Bytes are never assumed to be text: see ``Content``.
 
 from sandboxd.models.batch import Batch, BatchResult
 from sandboxd.models.callback import Callback, CallbackState
+from sandboxd.models.container import ContainerLost, ContainerUse, SessionContainer, SessionEnd
 from sandboxd.models.files import FileChange, FileInfo, FileList, FileWritten, SessionDiff
 from sandboxd.models.invocation import (
     Artifact,
@@ -20,7 +21,7 @@ from sandboxd.models.invocation import (
     Withheld,
 )
 from sandboxd.models.lineage import Lineage, Release
-from sandboxd.models.network import NetworkEvent, NetworkRefusal, NetworkUse
+from sandboxd.models.network import NetworkEvent, NetworkRefusal, NetworkUse, SessionNetwork
 from sandboxd.models.operating import (
     Health,
     ImageInfo,
@@ -33,7 +34,7 @@ from sandboxd.models.operating import (
 )
 from sandboxd.models.outcome import Cause, Denial, Failure, LimitReached, Outcome, Usage, signal_name
 from sandboxd.models.receipt import Control, Receipt
-from sandboxd.models.replay import Difference, Replay
+from sandboxd.models.replay import Difference, Replay, ReplayedCall, ReplayEvent, SessionReplay
 from sandboxd.models.request import Input, Narrowing, Request
 from sandboxd.models.retry import FailedAttempt
 from sandboxd.models.search import Hit, Pruning, SearchResults
@@ -61,6 +62,8 @@ __all__ = [
     "Cause",
     "CheckpointInfo",
     "CheckpointList",
+    "ContainerLost",
+    "ContainerUse",
     "Content",
     "Control",
     "Count",
@@ -97,16 +100,22 @@ __all__ = [
     "Receipt",
     "Release",
     "Replay",
+    "ReplayEvent",
+    "ReplayedCall",
     "Request",
     "SearchResults",
     "SecretInfo",
     "SecretUse",
+    "SessionContainer",
     "SessionDiff",
+    "SessionEnd",
     "SessionFork",
     "SessionInfo",
     "SessionLend",
     "SessionList",
+    "SessionNetwork",
     "SessionQuota",
+    "SessionReplay",
     "SessionRequest",
     "SessionRollback",
     "Size",

@@ -32,6 +32,8 @@ class FileList(Wire):
 
     files: list[FileInfo]
     truncated: bool = False
+    next: str | None = None
+    """The ``after`` of the following page, if there is more."""
     unnamed: int = 0
     """Files with paths over 4,095 bytes, which are left out with all that is beneath them."""
 

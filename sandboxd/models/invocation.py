@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from sandboxd.models.container import ContainerUse
 from sandboxd.models.network import NetworkEvent
 from sandboxd.models.outcome import Denial, Failure, LimitReached, Outcome, Usage
 from sandboxd.models.receipt import Receipt
@@ -123,6 +124,8 @@ class Invocation(Wire):
     """The digest of the session's files that it began with."""
     checkpoint_after: str | None = None
     """And of those that it left, where they were kept: the same where it changed nothing."""
+    container: ContainerUse | None = None
+    """Of a call in the container that its session keeps: which one that was."""
     pruned: int | None = None
     """When its body, output and artifacts were removed; what is left here is what its record's header has."""
 

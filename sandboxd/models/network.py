@@ -8,7 +8,7 @@ from pydantic import Field
 
 from sandboxd.models.wire import Counted, Wire
 
-__all__ = ["NetworkEvent", "NetworkRefusal", "NetworkUse"]
+__all__ = ["NetworkEvent", "NetworkRefusal", "NetworkUse", "SessionNetwork"]
 
 
 class NetworkRefusal(Wire):
@@ -33,6 +33,22 @@ class NetworkUse(Wire):
     """Of HTTP, where rules look into it."""
     bytes_in: Counted = 0
     bytes_out: Counted = 0
+    whole: bool = True
+    """False: a process that counted has died, and what it had not told yet is missing."""
+
+
+class SessionNetwork(Wire):
+    """What the calls of a session that have ended did with their networks, in sum.
+
+    Of a call that ended with its daemon it is all that it might have used of its session's budget.
+    """
+
+    bytes: Counted = 0
+    """In both directions together."""
+    bytes_in: Counted = 0
+    bytes_out: Counted = 0
+    connections: Counted = 0
+    requests: Counted = 0
 
 
 class NetworkEvent(Wire):

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from sandboxd.models.container import SessionContainer
+from sandboxd.models.network import SessionNetwork
 from sandboxd.models.request import MAX_LABELS
 from sandboxd.models.wire import Count, Duration, Size, Text, Wire
 
@@ -133,8 +135,14 @@ class SessionInfo(Wire):
     layers: int
     checkout: Literal["lent", "missing"] | None = None
     """Of a session on its caller's directory: whether the daemon has that, or has to be given it again."""
+    lent: int | None = None
+    """Since when such a session, or the one that it was forked from, stands on it."""
+    container: SessionContainer | None = None
+    """The container that it keeps (``isolation: session``), or has lost. ``head`` has nothing of it but by a
+    checkpoint."""
     calls: int
     """Calls that ended in it."""
+    network: SessionNetwork = Field(default_factory=SessionNetwork)
     in_flight: int = 0
 
 

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sandboxd.engine.base import Slot
-    from sandboxd.network.gateway import Gateway, Server
+    from sandboxd.network.gateway import Gateway
+    from sandboxd.network.process import Server
 
 __all__ = ["Entrance", "Entrances", "Passage", "not_exposed"]
 
@@ -63,6 +64,8 @@ class Entrances:
         self.gateway = gateway
         self.open: Counter[int] = Counter()
         """Connections by the uid of the container's caller."""
+        self.sessions: dict[str, Entrance | None] = {}
+        """Of each session in whose container something runs now, by its id; None: no port is exposed."""
         self._last = 0
 
     def next_number(self) -> int:

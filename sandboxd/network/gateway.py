@@ -1,46 +1,41 @@
 """The daemon's side of the network: which process serves which container, and what it reports.
 
 Theory of operation.  A container's sockets (``namespace.Doors``) are handed to a process of
-``sandboxd.egress`` when a call gets the container, and taken back when the call has ended. A process serves
-the containers of one caller. It is started when first needed, and until it is up, connections wait in the
-backlog of their sockets. When it dies, its connections die with it; the containers go to another, with the
+``sandboxd.egress`` when anybody in the container wants something of them, and taken back when the call has
+ended: most calls never do, and cost no process anything. Until then connections wait in the backlog of their
+sockets. A process serves the containers of one caller, and is there before the first of its calls with a
+network begins. When it dies, its connections die with it; the containers go to another, with the
 names that they were told.
 """
 
 from __future__ import annotations
 
 import base64
-import ipaddress
 import os
-import socket
-import subprocess
-import sys
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import anyio
 import anyio.to_thread
 import structlog
 
 from sandboxd import errors
-from sandboxd.egress.messages import MAX_FAULT, MAX_MESSAGE, MAX_NAMES, Serve, Setup, decode, encode
-from sandboxd.kernel import descriptors
+from sandboxd.egress.messages import MAX_FAULT, MAX_MESSAGE, Serve, Setup, decode, encode
 from sandboxd.kernel.cgroup import CgroupLimits
 from sandboxd.models import NetworkEvent, NetworkUse
 from sandboxd.network.authority import Authority
 from sandboxd.network.filter import filter_program
 from sandboxd.network.outward import Outward
+from sandboxd.network.process import Server, Worker
 from sandboxd.network.questions import Questions, nobody
-from sandboxd.reach import Reach
+from sandboxd.network.served import Secrets, Served, told_secrets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from anyio.abc import TaskGroup
 
@@ -48,163 +43,20 @@ if TYPE_CHECKING:
     from sandboxd.egress.messages import Enter
     from sandboxd.engine.base import Slot
     from sandboxd.network.authority import Authority
-    from sandboxd.network.namespace import Doors
     from sandboxd.network.questions import Decide
-    from sandboxd.reach import NetworkRules
 
-__all__ = ["Gateway", "Server"]
+__all__ = ["Gateway"]
 
 CONTAINERS = 32  # that one process serves before another is started beside it
 END_SECONDS = 5.0  # that a process has for its last word on a container
 IDLE_SECONDS = 300.0  # that a process without a container is kept
-MAX_HEARD = 1000  # messages of a process that are heard for the sake of one container's end
 AT_ONCE = 16  # messages of a process, before others have their turn
-MAX_EVENTS = 2000  # of a call, by one process
 MAX_FAULTS = 100  # of a process
-MAX_NAME = 255
 NAMES_AT_ONCE = 1000
 MAX_THREADS = 8  # of a process, which needs one
 MAX_CRASHES = 3  # of the processes that served one container
 
-Secrets = Mapping[str, tuple[int, bytes] | None]
-"""Version and value, by name; None: it may be given to no request any more."""
-
 log = structlog.get_logger("sandboxd.network")
-
-
-@dataclass
-class _Served:
-    """One container, and the call that it belongs to."""
-
-    id: str
-    uid: int
-    doors: Doors
-    shape: str
-    rules: NetworkRules
-    on_event: Callable[[NetworkEvent], None]
-    worker: _Worker
-    secrets: Secrets
-    questions: Questions
-    names: dict[str, str] = field(default_factory=dict)
-    crashes: int = 0
-    events: int = 0
-    ending: bool = False
-    awake: bool = False
-    """Whether anybody in the container has connected to anything, asked for it, or was refused it."""
-    quiet: bool = False
-    """It has ended and was never awake: nobody waits for its process's last word."""
-    ended: anyio.Event = field(default_factory=anyio.Event)
-    use: NetworkUse = field(default_factory=NetworkUse)
-
-    @cached_property
-    def reach(self) -> Reach:
-        """Its rules, by which each connection is checked again that its process asks for."""
-        return Reach(self.rules)
-
-    def hear(self, kind: str, content: dict[str, Any]) -> None:  # noqa: C901  (a line for each kind)
-        """What its process says of it. Raises ValueError and the like for what it may not say."""
-        if self.ended.is_set():
-            raise ValueError("it speaks of what has ended")
-        if self.quiet and kind != "ended":
-            return  # of a call that is over
-        match kind:
-            case "awake":
-                self.awake = True
-            case "event" if self.events < MAX_EVENTS:
-                event = NetworkEvent.model_validate(content)
-                self.events += 1
-                self.on_event(event)
-            case "name" if len(self.names) < MAX_NAMES:
-                name, address = content["name"], ipaddress.IPv4Address(content["address"])
-                self.names[str(name)[:MAX_NAME]] = str(address)
-            case "ask":
-                if not self.ending:  # else it has not heard yet that the call is over
-                    self.questions.ask(content, self.worker.send)
-            case "connect":
-                self.worker.outward.connect(content, self.reach.leads)
-            case "withdraw":
-                self.questions.withdraw(int(content["number"]))
-            case "ended":
-                self.use = NetworkUse.model_validate(content)
-                self.ended.set()
-            case _:
-                raise ValueError(f"unknown, or too often: {kind[:32]!r}")
-
-    def give_up(self) -> None:
-        """Nobody serves it any more: what connects now is refused at once, and does not wait."""
-        self.doors.close()
-        self.questions.close()
-        self.ended.set()
-
-
-class _Worker:
-    """One process, and the socket to it."""
-
-    def __init__(self, caller: int, uid: int, *, looks: bool) -> None:
-        self.caller = caller
-        self.looks = looks
-        """Whether it has what rules need that look into HTTP: the authority's key, and programs for TLS."""
-        self.uid = uid
-        self.containers: dict[str, _Served] = {}
-        self.inward: dict[int, Callable[[dict[str, object] | None], None]] = {}
-        """Who is told of the end of a connection into a container, or that nobody will say how it ended."""
-        self.name = f"egress-{uid}"
-        self.ready = anyio.Event()
-        """Set when it takes containers, or never will."""
-        self.faults = 0
-        self.outward: Outward
-        self.rules: set[str] = set()
-        """The names of those that it has."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for sock in (ours, theirs):
-            descriptors.let_wait(sock, 4 * MAX_MESSAGE)
-        ours.setblocking(False)
-        self.sock = ours
-        self.send = descriptors.Sender(ours).send
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", "-m", "sandboxd.egress", str(theirs.fileno()), str(uid)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd="/",
-                env={"LANG": "C.UTF-8"},
-            )
-
-    def hear(self, kind: str, content: dict[str, Any]) -> None:
-        """What it says that is of no container. Raises ValueError and the like for what it may not say."""
-        match kind:
-            case "inward":
-                self.inward.pop(content["number"])(content)
-            case "connect":
-                self.outward.connect(content, None)
-            case "query":
-                self.outward.query(content)
-            case "enough":
-                self.outward.enough(int(content["number"]))
-            case _:
-                raise ValueError(f"unknown: {kind[:32]!r}")
-
-    def kill(self) -> None:
-        """End the process; its end is heard like any other."""
-        self.process.kill()
-
-    async def stop(self) -> None:
-        """End the process and reap it."""
-        self.process.kill()
-        await anyio.to_thread.run_sync(self.process.wait)
-        self.sock.close()  # not before: who waits until it can be written would never wake
-
-
-class Server(Protocol):
-    """A process that serves connections, to those who have some there."""
-
-    async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Tell it something. Raises OSError when it is gone."""
-
-    def kill(self) -> None:
-        """End it, and all that it serves."""
 
 
 class Confining(Protocol):
@@ -227,9 +79,9 @@ class Gateway:
         self._confining = confining
         self._tasks = tasks
         self._authority = authority
-        self._workers: dict[int, list[_Worker]] = {}
+        self._workers: dict[int, list[Worker]] = {}
         self._uids = list(range(config.uid + config.count - 1, config.uid - 1, -1))
-        self._served: dict[str, _Served] = {}
+        self._served: dict[str, Served] = {}
 
     async def serve(
         self,
@@ -239,10 +91,12 @@ class Gateway:
         on_event: Callable[[NetworkEvent], None],
         secrets: Secrets = MappingProxyType({}),
         *,
+        left: Mapping[str, int] = MappingProxyType({}),
         decide: Decide = nobody,
     ) -> None:
         """Have a slot served, for the call ``id`` of the caller ``uid``. Raises HostFailed.
 
+        ``left``: what its session has left of the budget of all its calls, by the names of that.
         ``secrets``: what its requests may be given on their way out, by name: version and value.
         ``decide``: who answers what its rules leave open.
         """
@@ -250,13 +104,41 @@ class Gateway:
         assert rules is not None  # noqa: S101
         assert doors is not None  # noqa: S101
         doors.begin()
-        worker = await self._worker_for(uid, looks=rules.look_inside)
+        await self._worker_for(uid, looks=rules.look_inside)  # there is one, or nothing runs
         questions = Questions(id, decide, self._tasks)
-        served = _Served(
-            id, uid, doors, slot.shape.digest, rules, on_event, worker, dict(secrets), questions=questions
+        served = Served(
+            id,
+            uid,
+            doors,
+            slot.shape.digest,
+            rules,
+            on_event,
+            dict(secrets),
+            questions=questions,
+            left=dict(left),
         )
-        await self._hand_over(served)
         self._served[id] = served
+        served.watch(lambda: self._tasks.start_soon(self._begin, served))
+
+    async def _begin(self, served: Served) -> None:
+        """Hand a container over, once anybody in there wants something. Safe to call twice."""
+        async with served.handing:
+            if served.worker is not None or served.ended.is_set():
+                return
+            for left in reversed(range(MAX_CRASHES)):
+                try:
+                    worker = await self._worker_for(served.uid, looks=served.rules.look_inside)
+                    served.worker = worker
+                    await self._hand_over(served, worker)
+                except errors.HostFailed:
+                    if served.worker is not None and served.worker is not worker:
+                        return  # whoever saw it end has found another
+                    if not left:
+                        log.exception("a container's connections are not served", id=served.id)
+                        served.on_event(_failed("no process could be had that serves the connections"))
+                        served.give_up()
+                else:
+                    return
 
     def renew(self, id: str, secrets: Secrets) -> None:  # noqa: A002
         """Secrets have new values; requests have them from now on. Of a call that ended: nothing."""
@@ -264,60 +146,51 @@ class Gateway:
             served.secrets = {**served.secrets, **secrets}
             self._tasks.start_soon(self._renew, served, secrets)
 
-    async def _renew(self, served: _Served, secrets: Secrets) -> None:
-        if served.ending:
-            return  # it would keep what it has no container for
-        with suppress(OSError):  # who dies is followed by one that is told all
-            await served.worker.send(encode("secrets", _told(served, secrets)))
+    async def _renew(self, served: Served, secrets: Secrets) -> None:
+        async with served.handing:  # or what is handed over could come after this, and be older
+            if served.ending or served.worker is None:
+                return  # it would keep what it has no container for; or it is told all when it gets that
+            with suppress(OSError):  # who dies is followed by one that is told all
+                await served.worker.send(encode("secrets", told_secrets(served, secrets)))
 
-    async def begin_end(self, id: str) -> None:  # noqa: A002
-        """Cut what is left of the call's connections; ``end`` waits for that."""
+    async def begin_end(self, id: str, *, inhabited: bool = False) -> None:  # noqa: A002
+        """End what is left of the call's connections; ``end`` waits for that.
+
+        ``inhabited``: somebody lives in the container still, and is refused everything until it is served.
+        """
         served = self._served[id]
+        served.unwatch()
+        if served.worker is None and not served.awake and not served.doors.knocked():
+            served.ended.set()  # nobody has wanted anything
+        else:
+            await self._begin(served)
+        served.inhabited = inhabited
         served.ending = True
         served.questions.close()
-        served.quiet = self._nothing_happened(served)
-        with suppress(OSError):
-            await served.worker.send(encode("end", {"id": id}))
+        if served.worker is not None:
+            with suppress(OSError):
+                await served.worker.send(encode("end", {"id": id}))
 
     async def end(self, id: str) -> NetworkUse:  # noqa: A002
         """What the call used, and what it was refused, after ``begin_end``."""
         served = self._served.pop(id)
-        if served.quiet:
-            self._tasks.start_soon(self._finish, served)
-        else:
-            await self._finish(served)
+        if served.worker is not None:
+            await self._finish(served, served.worker)
+        if served.inhabited:  # when its process waits at them no more
+            served.doors.rest()
         return served.use
 
-    def _nothing_happened(self, served: _Served) -> bool:
-        """Whether there is nothing that its process could still tell, now that nobody lives in the container.
-
-        It says that it is awake before it takes anything: so what is neither said nor waiting has not been.
-        """
-        if served.ended.is_set() or served.doors.knocked():
-            return False
-        for _ in range(MAX_HEARD):
-            try:
-                message = served.worker.sock.recv(MAX_MESSAGE)
-            except BlockingIOError:
-                return not served.awake
-            except OSError:
-                return False
-            if not message or not self._understood(served.worker, message):
-                served.worker.kill()
-                return False
-        return False
-
-    async def _finish(self, served: _Served) -> None:
+    async def _finish(self, served: Served, worker: Worker) -> None:
         try:
             with anyio.move_on_after(END_SECONDS) as scope:
                 await served.ended.wait()
         finally:
-            served.worker.containers.pop(served.id, None)
+            (served.worker or worker).containers.pop(served.id, None)
         if scope.cancelled_caught:
-            log.error("a network process does not answer", pid=served.worker.process.pid)
-            served.worker.process.kill()  # nobody else is to wait for it; what it did is not known
-            if not served.quiet:
-                served.on_event(_failed("the process that served the connections did not answer in the end"))
+            served.lose()
+            log.error("a network process does not answer", pid=worker.process.pid)
+            worker.process.kill()  # nobody else is to wait for it; what it did is not known
+            served.on_event(_failed("the process that served the connections did not answer in the end"))
 
     async def enter(
         self,
@@ -342,8 +215,7 @@ class Gateway:
                 raise
         return worker
 
-    async def _hand_over(self, served: _Served) -> None:
-        worker = served.worker
+    async def _hand_over(self, served: Served, worker: Worker) -> None:
         worker.containers[served.id] = served
         try:
             if served.shape not in worker.rules:
@@ -353,27 +225,30 @@ class Gateway:
             while known := dict(islice(names, NAMES_AT_ONCE)):
                 await worker.send(encode("names", {"id": served.id, "names": known}))
             if served.secrets:
-                await worker.send(encode("secrets", _told(served, served.secrets)))
-            await worker.send(encode("serve", Serve(served.id, served.shape)), served.doors.descriptors)
+                await worker.send(encode("secrets", told_secrets(served, served.secrets)))
+            await worker.send(
+                encode("serve", Serve(served.id, served.shape, served.left)), served.doors.descriptors
+            )
         except BaseException as error:
             worker.containers.pop(served.id, None)
             if isinstance(error, OSError):
                 raise errors.HostFailed(f"the network's process takes no container: {error}") from error
             raise
 
-    async def _worker_for(self, caller: int, *, looks: bool = False) -> _Worker:
+    async def _worker_for(self, caller: int, *, looks: bool = False) -> Worker:
         workers = self._workers.setdefault(caller, [])
         while fitting := [worker for worker in workers if worker.looks or not looks]:
             least = min(fitting, key=lambda worker: len(worker.containers))
             if len(least.containers) >= CONTAINERS and len(workers) < (os.cpu_count() or 1):
                 break
-            await least.ready.wait()
+            if not least.ready.is_set():
+                await least.ready.wait()
             if least in workers:  # it may have ended meanwhile
                 return least
         if not self._uids:
             raise errors.HostFailed("every id of the network's processes is in use; raise network.count")
         nameservers = tuple(map(str, self._config.nameservers)) or _host_nameservers()
-        worker = _Worker(caller, self._uids.pop(), looks=looks)
+        worker = Worker(caller, self._uids.pop(), looks=looks)
         worker.outward = Outward(self._tasks, worker.send, nameservers, self._config.port)
         workers.append(worker)
         self._tasks.start_soon(self._hear, worker)
@@ -399,7 +274,7 @@ class Gateway:
             nameservers, self._config.port, program, authorities, authority.certificate, authority.key
         )
 
-    async def _hear(self, worker: _Worker) -> None:
+    async def _hear(self, worker: Worker) -> None:
         heard = 0
         try:
             while True:
@@ -431,7 +306,7 @@ class Gateway:
                 worker.inward.popitem()[1](None)
         await self._after_crash(worker)
 
-    def _understood(self, worker: _Worker, message: bytes) -> bool:
+    def _understood(self, worker: Worker, message: bytes) -> bool:
         """Take what a process says, as that of a stranger; False: it is not to be believed any more.
 
         It says nothing of containers that it does not serve, and no more of any than it may.
@@ -456,20 +331,18 @@ class Gateway:
             return False
         return True
 
-    async def _after_crash(self, worker: _Worker) -> None:
+    async def _after_crash(self, worker: Worker) -> None:
         left = [served for served in worker.containers.values() if not served.ended.is_set()]
         if left:
             log.error("a network process ended", pid=worker.process.pid, status=worker.process.returncode)
         for served in left:
-            if served.quiet:
-                served.ended.set()
-                continue
             served.crashes += 1
             served.questions.close()
             served.events = 0
+            served.lose()
             served.on_event(_failed("the process that served the connections ended, and they with it"))
             # what was used of a budget is not known any more
-            if served.ending or served.crashes > MAX_CRASHES or served.rules.budget:
+            if served.ending or served.crashes > MAX_CRASHES or served.counts:
                 served.give_up()
         for served in left:
             if served.ended.is_set():
@@ -480,18 +353,10 @@ class Gateway:
                     served.give_up()
                     continue
                 served.worker = worker
-                await self._hand_over(served)
+                await self._hand_over(served, worker)
             except errors.HostFailed:
                 log.exception("a container's connections are not served any more", id=served.id)
                 served.give_up()
-
-
-def _told(served: _Served, secrets: Secrets) -> dict[str, object]:
-    values = {
-        name: None if found is None else (found[0], base64.b64encode(found[1]).decode())
-        for name, found in secrets.items()
-    }
-    return {"id": served.id, "values": values}
 
 
 def _failed(why: str) -> NetworkEvent:

@@ -25,7 +25,7 @@ from sandboxd.reach import DNS_PORT
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Doors", "InForce", "in_force", "mark", "open_doors", "reference"]
+__all__ = ["SYSCTLS", "Doors", "InForce", "in_force", "open_doors", "proc_sys", "reference"]
 
 BACKLOG = 4096
 IP_TRANSPARENT, IPV6_TRANSPARENT = 19, 75  # linux/in.h, linux/in6.h
@@ -37,8 +37,6 @@ NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12  # linux/netlink.h
 NLM_F_REQUEST, NLM_F_ACK = 0x1, 0x4
 NLMSG_ERROR = 2
 RT_TABLE_LOCAL = 255
-NFT_MSG_NEWGEN, NFT_MSG_GETGEN = 10 << 8 | 15, 10 << 8 | 16  # the subsystem of nftables, and its messages
-NFTA_GEN_ID = 1
 NFULNL_MSG_CONFIG = 4 << 8 | 1  # the subsystem of nfnetlink_log, and its message
 NFULA_CFG_CMD, NFULA_CFG_MODE, NFULA_CFG_QTHRESH = 1, 2, 5  # linux/netfilter/nfnetlink_log.h
 NFULNL_CFG_CMD_BIND, NFULNL_COPY_PACKET = 1, 2
@@ -74,11 +72,19 @@ class Doors:
         Raises OSError.
         """
         for fd in (self.tcp, self.tcp6, self.dns_tcp):
-            with _borrowed(fd) as listener:
+            with _borrowed(fd, socket.AF_INET) as listener:
                 listener.listen(BACKLOG)
         for fd in (self.dns, self.refused):
-            with _borrowed(fd) as waiting:
+            with _borrowed(fd, socket.AF_INET) as waiting:
                 _empty(waiting)
+
+    def rest(self) -> None:
+        """Refuse connections from now on, until ``begin``. Raises OSError."""
+        if self.tcp < 0:  # nobody serves them any more, and everything is refused
+            return
+        for fd in (self.tcp, self.tcp6, self.dns_tcp):
+            with _borrowed(fd, socket.AF_INET) as listener:
+                listener.shutdown(socket.SHUT_RD)  # it listens no more, and stays bound
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -101,8 +107,9 @@ class Doors:
 
 
 @contextmanager
-def _borrowed(fd: int) -> Iterator[socket.socket]:
-    sock = socket.socket(fileno=fd)
+def _borrowed(fd: int, family: int) -> Iterator[socket.socket]:
+    """A socket for what needs no address: of whatever family is said, which the kernel is not asked for."""
+    sock = socket.socket(family, socket.SOCK_STREAM, 0, fd)
     try:
         yield sock
     finally:
@@ -153,11 +160,6 @@ def reference(chain: str) -> InForce:
     return in_new_network_namespace(fresh)
 
 
-def mark(namespace: int) -> tuple[int, str]:
-    """What is another one when the rules or the sysctls of a namespace have changed. Raises OSError."""
-    return in_network_namespace(namespace, lambda: (_generation(), _sysctls()))
-
-
 def _read() -> InForce:
     return InForce(run_nft("list ruleset"), _sysctls())
 
@@ -166,31 +168,19 @@ def _sysctls() -> str:
     return " ".join(f"{name.removeprefix('net/')}={_sysctl(name)}" for name in SYSCTLS)
 
 
-def _generation() -> int:
-    """The number that nftables gives the rules of this thread's namespace, another one with each change."""
-    request = struct.pack("IHHIIBBH", 20, NFT_MSG_GETGEN, NLM_F_REQUEST, 0, 0, socket.AF_UNSPEC, 0, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as netlink:
-        netlink.send(request)
-        answer = netlink.recv(4096)
-    (kind,), (attribute,) = struct.unpack_from("4xH", answer), struct.unpack_from("2xH", answer, 20)
-    if (kind, attribute) != (NFT_MSG_NEWGEN, NFTA_GEN_ID):
-        raise OSError(errno.EPROTO, "nftables does not say which generation its rules have")
-    (generation,) = struct.unpack_from(">I", answer, 24)
-    return int(generation)
-
-
 def _sysctl(name: str) -> str:
-    return " ".join(_proc_sys(name).read_text().split())
+    return " ".join(proc_sys(name).read_text().split())
 
 
-def _proc_sys(name: str) -> Path:
+def proc_sys(name: str) -> Path:
+    """The file of a sysctl, that of the namespace of whoever opens it."""
     return Path("/proc/sys", name)
 
 
 def _open_doors(chain: str) -> Doors:
     # until the end nothing else binds in there, and a daemon in a container may not have CAP_NET_BIND_SERVICE
     for name, value in {**SYSCTLS, PORT_START: "0"}.items():
-        _proc_sys(name).write_text(value)
+        proc_sys(name).write_text(value)
     _request(NETLINK_ROUTE, _routes())
     run_nft(chain)
     made: list[int] = []
@@ -200,7 +190,7 @@ def _open_doors(chain: str) -> Doors:
         made.append(_resolver(socket.SOCK_DGRAM))
         made.append(_resolver(socket.SOCK_STREAM))
         made.append(_log())
-        _proc_sys(PORT_START).write_text(SYSCTLS[PORT_START])
+        proc_sys(PORT_START).write_text(SYSCTLS[PORT_START])
     except BaseException:
         for fd in made:
             os.close(fd)

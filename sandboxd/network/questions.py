@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sandboxd.egress.messages import encode
 from sandboxd.egress.questions import MAX_OPEN
+from sandboxd.excerpt import excerpt
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
@@ -96,6 +97,6 @@ class Questions:
             if self._open.get(question.number) is not scope:
                 return
             del self._open[question.number]
-            said = {"number": question.number, "allowed": answer.allowed, "why": answer.why[:MAX_WHY]}
+            said = {"number": question.number, "allowed": answer.allowed, "why": excerpt(answer.why, MAX_WHY)}
             with suppress(OSError):  # a process that is gone waits for nothing
                 await send(encode("answer", {"id": self._id, **said}))

@@ -46,7 +46,7 @@ def check(spec: PolicyFile, places: Places, *, host_network: bool) -> dict[str, 
         "network": [*_network(spec, places, host=host_network)],
         "secrets": [*_secrets(spec, places)],
         "syscalls": [*_contradicted(spec, places), *syscalls],
-        "others": [*_repeated(spec, places), *_retry(spec, places), *_unsupported(spec, places)],
+        "others": [*_repeated(spec, places), *_retry(spec, places), *_shared(spec, places)],
     }
 
 
@@ -201,9 +201,13 @@ def _of_http(network: Network, places: Places) -> Iterator[PolicyProblem]:
         if rule.cidr is not None:
             said = "HTTP is looked into by the name of its host: write host, or leave out what is of HTTP"
             yield places.problem(path, IMPOSSIBLE, said)
-    if network.budget is not None and network.budget.requests is not None and not inside:
-        said = "requests are counted only where a rule looks into HTTP, as with methods or paths; none does"
-        yield places.problem("network.budget.requests", IMPOSSIBLE, said)
+    limits = {} if network.budget is None else network.budget.limits()
+    for name in ("requests", "session.requests"):
+        if name in limits and not inside:
+            said = (
+                "requests are counted only where a rule looks into HTTP, as with methods or paths; none does"
+            )
+            yield places.problem(f"network.budget.{name}", IMPOSSIBLE, said)
 
 
 def _repeated(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
@@ -264,13 +268,17 @@ RAISES: dict[str, Callable[[int], str]] = {
 """Limits that a retry may raise, and how a person reads them."""
 
 
-def _unsupported(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
-    declared = {
-        "isolation": (spec.isolation == "session", "isolation: session is"),
-    }
-    for path, (asked, what) in declared.items():
-        if asked:
-            yield places.problem(path, UNSUPPORTED, f"{what} not enforced by this release")
+def _shared(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
+    """What a call cannot have for itself in a container that others were in before."""
+    if spec.isolation != "session":
+        return
+    for number, secret in enumerate(spec.secrets):
+        if secret.as_ != "proxy":
+            said = (
+                f"`as: {secret.as_}` gives it to the container, and with `isolation: session` what earlier "
+                "calls left running would have it too; use `as: proxy`"
+            )
+            yield places.problem(f"secrets.{number}.as", IMPOSSIBLE, said)
 
 
 @lru_cache(maxsize=4096)

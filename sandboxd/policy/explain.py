@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from sandboxd import units
 from sandboxd.policy.checks import RAISES
 from sandboxd.policy.environment import environment, placeholders
-from sandboxd.policy.fixed import ALWAYS, HOST_NETWORK, NAMESPACES_HOST_NETWORK, shm_size
+from sandboxd.policy.fixed import (
+    ALWAYS,
+    HOST_NETWORK,
+    KEPT_CGROUP,
+    KEPT_INIT,
+    NAMESPACES_HOST_NETWORK,
+    shm_size,
+)
 from sandboxd.policy.floor import FORMATS, limit
 from sandboxd.policy.rules import network_rules
 from sandboxd.policy.schema import OWN_CAUSES
@@ -22,6 +29,7 @@ from sandboxd.policy.trust import TRUSTED, looks_inside, trust_env
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from sandboxd.httprule import HttpRule
     from sandboxd.policy.resolved import Policy
     from sandboxd.reach import Allow, Deny
 
@@ -249,7 +257,7 @@ def _network(policy: Policy) -> Iterator[dict[str, Any]]:
         for number, rule in enumerate(listed):
             ports = ", ".join(map(str, rule.ports)) or "all ports"
             path = f"network.{kind}.{number}"
-            inside = "" if rule.http is None else f", {rule.http.said}"
+            inside = "" if rule.http is None else f", {rule.http.said}{_injected(rule.http)}"
             yield _line(path, f"{rule.target} {ports}{inside}", policy.origin(path))
     if looks_inside(policy.spec):
         trusted = f"the daemon's authority, at {TRUSTED} and on the image's bundle"
@@ -258,8 +266,20 @@ def _network(policy: Policy) -> Iterator[dict[str, Any]]:
         yield _line(f"network.budget.{name}", str(value), policy.origin(f"network.budget.{name}"))
 
 
+def _injected(rule: HttpRule) -> str:
+    """What is put into the requests that a rule allows."""
+    inject = rule.inject
+    if inject is None:
+        return ""
+    what = "a signature of AWS" if inject.secret_key else f"the header {inject.header}"
+    return f", with {what}{', also without TLS' if inject.plain else ''}"
+
+
 def _always(policy: Policy) -> dict[str, str]:
-    return ALWAYS | ({"namespaces": NAMESPACES_HOST_NETWORK} if policy.shares_host_network else {})
+    found = ALWAYS | ({"namespaces": NAMESPACES_HOST_NETWORK} if policy.shares_host_network else {})
+    if policy.spec.isolation == "session":
+        found |= {"init": KEPT_INIT, "cgroup": KEPT_CGROUP}
+    return found
 
 
 def _expose(policy: Policy) -> Iterator[dict[str, Any]]:

@@ -52,6 +52,13 @@ HOST_NETWORK = (
 
 NAMESPACES_HOST_NETWORK = "mount, pid, ipc, uts, cgroup: none of the host's; net: THE HOST'S"
 
+KEPT_INIT = (
+    "sandboxd's own PID 1, the tools of all calls its children; it keeps SETUID, SETGID and KILL, and has no "
+    "filter"
+)
+KEPT_CGROUP = "one of its own, with what earlier calls of the session left, and nobody else"
+"""What stands in the place of ``init`` and ``cgroup`` with ``isolation: session``."""
+
 ALWAYS = {
     "init": "sandboxd's own PID 1, the tool its child",
     "namespaces": "mount, pid, net, ipc, uts, cgroup: none of the host's",

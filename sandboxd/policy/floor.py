@@ -46,6 +46,7 @@ FORMATS: dict[str, Callable[[int], str]] = {
 }
 """Every numeric limit by its path under ``limits``, and how a person reads it."""
 _STRENGTH = {"slot": 0, "engine": 1, "none": 2}
+_INJECTED = {"none": 0, "tls": 1, "plain": 2}
 _KEPT = {"never": 0, "success": 1, "exited": 2, "always": 3}
 
 
@@ -129,7 +130,9 @@ class Floor:
             allows = artifact.secrets == "allow" and self.spec.artifacts.secrets == "deny"
             if allows and places.sure(path):
                 yield wider(path, "allow", "deny", "artifacts.secrets")
+        yield from self._wider_secrets(spec, places, wider)
         yield from self._wider_network(spec.network, places, wider)
+        yield from self._wider_injections(spec.network, places, wider)
         yield from self._wider_ports(spec.expose, places, wider)
 
     def _wider_choices(
@@ -145,6 +148,32 @@ class Floor:
             yield wider("filesystem.root", "overlay", "read-only")
         if _KEPT[spec.commit] > _KEPT[self.spec.commit] and places.sure("commit"):
             yield wider("commit", spec.commit, self.spec.commit)
+
+    def _wider_secrets(
+        self, spec: PolicyFile, places: Places, wider: Callable[..., PolicyProblem]
+    ) -> Iterator[PolicyProblem]:
+        """Secrets that policies may not grant, or not in that way."""
+        may = self.spec.secrets
+        for number, secret in enumerate(spec.secrets):
+            path = f"secrets.{number}"
+            if not places.sure(path):
+                continue
+            if may.names is not None and secret.name not in may.names:
+                yield wider(path, f"secret {secret.name}", ", ".join(may.names) or "none", "secrets.names")
+            if may.as_ is not None and secret.as_ not in may.as_:
+                has = f"secret {secret.name} as {secret.as_}"
+                yield wider(f"{path}.as", has, ", ".join(may.as_) or "none", "secrets.as")
+
+    def _wider_injections(
+        self, network: Network | None, places: Places, wider: Callable[..., PolicyProblem]
+    ) -> Iterator[PolicyProblem]:
+        """Rules that put something into requests, or do so without TLS, where they may not."""
+        may = self.spec.inject
+        for number, rule in enumerate(() if network is None else network.allow):
+            has = "none" if rule.inject is None else "plain" if rule.inject.plain else "tls"
+            path = f"network.allow.{number}.inject"
+            if _INJECTED[has] > _INJECTED[may] and places.sure(path):
+                yield wider(f"{path}.plain" if has == "plain" else path, has, may, "inject")
 
     def _wider_raises(
         self, spec: PolicyFile, places: Places, wider: Callable[..., PolicyProblem]
@@ -191,9 +220,10 @@ class Floor:
             path = f"network.allow.{number}"
             if places.sure(path) and not any(other.covers(rule) for other in most.allow):
                 yield wider(path, f"{rule.host or rule.cidr} at {list(rule.ports)}", "rules", "network.allow")
-        for name, ceiling in most.budget or ():
-            value = None if network.budget is None else getattr(network.budget, name)
-            if ceiling is not None and (value is None or value > ceiling) and places.sure("network.budget"):
+        limits = {} if network.budget is None else network.budget.limits()
+        for name, ceiling in ({} if most.budget is None else most.budget.limits()).items():
+            value = limits.get(name)
+            if (value is None or value > ceiling) and places.sure("network.budget"):
                 yield wider(f"network.budget.{name}", "none" if value is None else str(value), str(ceiling))
 
     def _limits(self, spec: PolicyFile) -> Iterator[tuple[str, int | None, int]]:

@@ -19,7 +19,7 @@ from sandboxd.policy.quantities import Rate, Size  # noqa: TC001, pydantic reads
 from sandboxd.policy.section import Section
 from sandboxd.reach import inside
 
-__all__ = ["Budget", "Denied", "Inject", "Network", "Rule"]
+__all__ = ["Budget", "Denied", "Inject", "Network", "Rule", "SessionBudget"]
 
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _TOKEN = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"  # noqa: S105, RFC 9110's token, not a credential
@@ -200,6 +200,17 @@ class Denied(Target, Http):
     """Without it, all ports."""
 
 
+class SessionBudget(Section):
+    """How much of the network all calls of a session may use, one after another."""
+
+    bytes: Size | None = None
+    """Bytes in both directions together."""
+    bytes_in: Size | None = None
+    bytes_out: Size | None = None
+    connections: Number | None = None
+    requests: Number | None = None
+
+
 class Budget(Section):
     """How much of the network a call may use."""
 
@@ -213,6 +224,14 @@ class Budget(Section):
     """New connections per second."""
     bandwidth: Rate | None = None
     """Bytes per second."""
+    session: SessionBudget | None = None
+    """What all calls of a session may use together; a call without one has its own budget alone."""
+
+    def limits(self) -> dict[str, int]:
+        """Each that is set, by its path below ``network.budget``, such as ``bytes`` or ``session.bytes``."""
+        found: dict[str, int] = self.model_dump(exclude_none=True, exclude={"session"})
+        of_session = {} if self.session is None else self.session.model_dump(exclude_none=True)
+        return found | {f"session.{name}": limit for name, limit in of_session.items()}
 
 
 class Network(Section):

@@ -27,7 +27,7 @@ def network_rules(policy: Policy) -> NetworkRules | None:
     def where(kind: str, number: int) -> str:
         return str(policy.origin(f"network.{kind}.{number}"))
 
-    budget = {} if network.budget is None else network.budget.model_dump(exclude_none=True)
+    budget = {} if network.budget is None else network.budget.limits()
     return NetworkRules(
         tuple(
             Allow(target(rule), rule.ports, where("allow", at), _http(rule), rule.within)

@@ -406,6 +406,18 @@ class FloorArtifacts(Section):
     """deny: no policy may release a file without a look for secrets."""
 
 
+SecretName = Annotated[str, _matches(r"[A-Z][A-Z0-9_]{0,127}", "a secret's name, such as GITHUB_TOKEN")]
+
+
+class FloorSecrets(Section):
+    """Which secrets policies may grant, and how."""
+
+    names: Annotated[tuple[SecretName, ...], Field(max_length=1024)] | None = None
+    """Those that may be granted at all; without this key, any."""
+    as_: Annotated[tuple[Literal["env", "file", "proxy"], ...] | None, Field(alias="as")] = None
+    """The ways in which a command may have one; without this key, any."""
+
+
 class FloorFile(Section):
     """What no policy may exceed (floor.yaml). A section that is absent constrains nothing, save network."""
 
@@ -422,6 +434,9 @@ class FloorFile(Section):
     network: Network | None = None
     """Without this key no policy may have a network."""
     artifacts: FloorArtifacts = FloorArtifacts()
+    secrets: FloorSecrets = FloorSecrets()
+    inject: Literal["none", "tls", "plain"] = "plain"
+    """What rules may put into requests, in the order none, tls (nothing with plain: true), plain."""
     expose: Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], Field(max_length=64)] | None = None
     """Ports that policies may expose to their callers; without this key, any."""
     commit: Literal["exited", "success", "always", "never"] = "always"

@@ -12,7 +12,8 @@ the change times of ``/dev``, the cgroups of both processes, who else is in the 
 whether a path of ``/proc`` that is to be masked has come into being, with a kernel module say. Where a
 session has put its files into the workspace since, what is mounted there is judged anew. The process is the
 same one: its files in ``/proc`` are read through descriptors that were opened when it was first read, and
-those of a process that is gone say ESRCH for ever, whoever has its number.
+those of a process that is gone say ESRCH for ever, whoever has its number. The packet filter and the sysctls
+are asked for through descriptors that were opened in the namespace then, which is still its own (see below).
 
 Not read again, since nothing can have changed it while that process lives:
 
@@ -39,7 +40,7 @@ from sandboxd import errors
 from sandboxd.kernel import files, uts
 from sandboxd.kernel.mounts import parse_mountinfo
 from sandboxd.models import Receipt
-from sandboxd.network.namespace import mark
+from sandboxd.network.mark import Mark
 from sandboxd.receipt.mounted import absent_masks, presented_control, stacked_control
 from sandboxd.receipt.parked import RESOLVE_IN_ROOT
 from sandboxd.receipt.reading import check, limit_controls, read_receipt
@@ -64,7 +65,8 @@ NAMESPACED = ("net/dev", "net/route", "net/ipv6_route")
 """Opened for each reading: an open one would keep its namespace alive after the container's end."""
 READ = ("_steady", "_absent", "_sources", "_workspace", "_limits", "counted")
 """What a reading knows beside the receipt."""
-Sources = tuple[bytes | int | str, ...]
+FILES = 4  # of ``/proc`` beside ``status``
+Sources = tuple[bytes | int | str | tuple[bytes, ...], ...]
 
 
 class Reading:
@@ -91,6 +93,7 @@ class Reading:
                 stack.callback(os.close, self._files[-1])
             self._status = os.open("status", flags, dir_fd=self._directory)
             stack.callback(os.close, self._status)
+            self._mark = None if slot.doors is None else self._open_mark(stack)
             lines = os.pread(self._status, READ_MAX, 0).splitlines()
             self._steady = [b"\n%b\n" % line for line in lines if line.partition(b":")[0] in STEADY]
             self._absent = absent_masks()  # before they are judged: what comes meanwhile is seen then
@@ -105,7 +108,8 @@ class Reading:
     @property
     def descriptors(self) -> list[int]:
         """All that it holds, for ``adopt``."""
-        return [self._directory, self._status, *self._files]
+        marked = [] if self._mark is None else self._mark.descriptors
+        return [self._directory, self._status, *self._files, *marked]
 
     def __getstate__(self) -> dict[str, object]:
         """For the slot's way to another process: what was read. The rest is given by ``adopt``."""
@@ -119,7 +123,9 @@ class Reading:
         self._slot, self._stack = slot, ExitStack()
         for fd in descriptors:
             self._stack.callback(os.close, fd)
-        self._directory, self._status, *self._files = descriptors
+        self._directory, self._status, *files = descriptors
+        self._files, marked = files[:FILES], files[FILES:]
+        self._mark = Mark(marked) if marked else None
 
     def __enter__(self) -> Self:
         return self
@@ -196,7 +202,7 @@ class Reading:
         return (
             uts.hostname_of(uts_namespace),
             *(() if upper is None else (upper.f_blocks, upper.f_files)),
-            *(() if self._slot.doors is None else self._network()),
+            *(() if self._mark is None else self._mark.read()),
             *(os.pread(file, READ_MAX, 0) for file in self._files),
             *(line for line in mounted if b" /workspace " not in line),
             *(_whole(name, self._directory) for name in NAMESPACED),
@@ -206,12 +212,15 @@ class Reading:
             *(_whole(path) for path in self._slot.cgroup.procs_files),
         ), workspace
 
-    def _network(self) -> tuple[int, str]:
+    def _open_mark(self, stack: ExitStack) -> Mark:
         namespace = os.open("ns/net", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
         try:
-            return mark(namespace)
+            mark = Mark.open(namespace)
         finally:
             os.close(namespace)
+        for fd in mark.descriptors:
+            stack.callback(os.close, fd)
+        return mark
 
 
 def _whole(path: str, directory: int | None = None) -> bytes:

@@ -51,6 +51,7 @@ RLIMIT_LINES = {  # names of /proc/PID/limits
 LOOPBACK = ("0" * 31 + "1", "80")  # ::1/128 in /proc/net/ipv6_route
 EVERYWHERE = ("0" * 32, "00")  # ::/0
 RTF_REJECT, RTF_LOCAL = 0x0200, 0x80000000  # linux/route.h, linux/ipv6_route.h
+KEEPS = 1 << 5 | 1 << 6 | 1 << 7  # KILL, SETGID, SETUID: capabilities(7)
 NS_GET_USERNS = 0xB701  # linux/nsfs.h
 GONE = {errno.ESRCH, errno.ECHILD, errno.ETIMEDOUT, errno.ENOENT}
 """What ``read_filter`` says of the process, and not of the host."""
@@ -120,6 +121,8 @@ def _process_controls(slot: Slot, process: Parked) -> Iterator[Control]:
     yield _equal("group", " ".join([str(gid)] * 4), " ".join(status["Gid"].split()), "status: Gid")
     yield _equal("supplementary_groups", "none", status["Groups"] or "none", "status: Groups")
     yield _equal("init", *(_same_file(INIT, f"/proc/{slot.init_pid}/exe")), "exe of PID 1")
+    if slot.shape.kept:
+        yield _kept(slot)
     yield _equal("parent", str(slot.init_pid), status["PPid"], "status: PPid")
     yield _equal("umask", f"{tool.umask:04o}", status["Umask"], "status: Umask")
     yield _equal("oom_score_adj", str(OOM_SCORE_ADJ), process.read("oom_score_adj").strip(), "oom_score_adj")
@@ -138,7 +141,7 @@ def _seccomp(slot: Slot, status: dict[str, str]) -> Control:
     shown = True
     if in_force == "mode 2, 1 filter":
         try:
-            found = filters.read_filter(slot.tool_pid, hostile=slot.warm)
+            found = filters.read_filter(slot.tool_pid, hostile=slot.warm or slot.shared)
         except OSError as error:
             if error.errno in GONE:
                 raise
@@ -153,6 +156,22 @@ def _seccomp(slot: Slot, status: dict[str, str]) -> Control:
         in_force=in_force,
         read_from=read_from,
         enforced=shown and asked == in_force,
+    )
+
+
+def _kept(slot: Slot) -> Control:
+    """The container outlives the command, and PID 1 has what it takes to make another, and nothing else."""
+    with Parked(slot.init_pid) as init:
+        status = init.status()
+    asked = f"session: PID 1 has {KEEPS:#x} and no filter"
+    has = " ".join(sorted({status[key].lstrip("0") or "0" for key in ("CapPrm", "CapEff")}))
+    bounding = "" if int(status["CapBnd"], 16) == 0 else f", and may have {status['CapBnd']}"
+    filtered = "no filter" if status["Seccomp"] == "0" else f"a filter of mode {status['Seccomp']}"
+    return _equal(
+        "isolation",
+        asked,
+        f"session: PID 1 has 0x{has}{bounding} and {filtered}",
+        "status of PID 1: Cap*, Seccomp",
     )
 
 
@@ -292,8 +311,18 @@ def _cgroup_controls(slot: Slot, limits: Limits) -> Iterator[Control]:
 
 
 def _members(slot: Slot) -> Iterator[Control]:
-    known = sorted({slot.init_pid, slot.tool_pid})
-    yield _equal("processes", f"{known}", f"{slot.cgroup.processes()}", "cgroup.procs")
+    known, found = sorted({slot.init_pid, slot.tool_pid}), slot.cgroup.processes()
+    if slot.shared:
+        left = len(set(found) - set(known))
+        yield Control(
+            name="processes",
+            asked=f"{known}, and what earlier calls left",
+            in_force=f"{sorted(set(known) & set(found))}, and {left} others",
+            read_from="cgroup.procs",
+            enforced=set(known) <= set(found),
+        )
+    else:
+        yield _equal("processes", f"{known}", f"{found}", "cgroup.procs")
     inside = slot.cgroup.contains(slot.tool_pid) and slot.cgroup.contains(slot.init_pid)
     yield _equal("cgroup", "the slot's own", "the slot's own" if inside else "another", "cgroup")
 

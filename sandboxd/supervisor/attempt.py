@@ -8,6 +8,10 @@ that the tool made is killed, by PID 1 when the command has ended, else with PID
 the streams can be read to their end; then the counters are read, the outcome classified, artifacts
 collected, and the slot destroyed.
 
+In a container that its session keeps, a command that has ended leaves what it likes: its pipes are read as
+far as they were written by then. Where we end the command, all that descends from it is killed, and nothing
+else. Whatever goes wrong beyond that ends the container, and the outcome says so.
+
 A fault of ours is an ``AttemptFailed`` and becomes the outcome ``failed``; it never escapes ``run``.
 """
 
@@ -18,7 +22,7 @@ import base64
 import errno
 import os
 import time
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -37,29 +41,38 @@ from sandboxd.policy import seccomp
 from sandboxd.supervisor import network
 from sandboxd.supervisor.ending import CommandFailed, Ended, Evidence, Lost, Stopped, classify
 from sandboxd.supervisor.ending import limits_reached as reached
+from sandboxd.supervisor.kept import FAULT, told
 from sandboxd.supervisor.meter import Meter
 from sandboxd.supervisor.streams import OutputPipe, Stdin
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from sandboxd.blobs import BlobStore
     from sandboxd.engine.base import Slot
     from sandboxd.init.protocol import Report
     from sandboxd.journal.spool import Spool
-    from sandboxd.models import Artifact, NetworkUse, Receipt, Usage, Withheld
+    from sandboxd.keeping import Seat
+    from sandboxd.models import Artifact, ContainerUse, NetworkUse, Receipt, Usage, Withheld
     from sandboxd.plan import Plan
     from sandboxd.pool import Pool
     from sandboxd.redaction import Stream
     from sandboxd.session import CallSession
     from sandboxd.supervisor.ending import Deadline, Ending
+    from sandboxd.supervisor.kept import Kept
     from sandboxd.supervisor.network import CallNetwork
     from sandboxd.supervisor.secrets import CallSecrets
 
-__all__ = ["Attempt", "Payload", "Result"]
+__all__ = ["Attempt", "Payload", "Result", "denied"]
 
 GRACE = 30_000_000  # microseconds after the wall limit until PID 1 ends by itself
 CPU_POLL_MIN = 0.01  # seconds
+RELEASE = 0.1  # seconds without output, after which the first bytes of what may be a secret go out
+UNFIT = (
+    errors.TooLarge, errors.InvalidRequest,
+    errors.SecretMissing, errors.SecretsUnavailable, errors.SecretUnfit,
+)  # fmt: skip
+"""What keeps a call from running, and says nothing of its container."""
 SOON = 2.0  # seconds that PID 1 gets to end what the command left behind, before it is ended with it
 
 
@@ -88,6 +101,7 @@ class Result:
     limits_reached: list[LimitReached] = field(default_factory=list)
     artifacts: list[Artifact] = field(default_factory=list)
     withheld: list[Withheld] = field(default_factory=list)
+    container: ContainerUse | None = None
 
 
 class Attempt:
@@ -104,6 +118,7 @@ class Attempt:
         network: CallNetwork,
         secrets: CallSecrets,
         session: CallSession | None,
+        seat: Seat | None = None,
         blobs: BlobStore,
         deadline: Deadline | None,
         accepted: anyio.Event,
@@ -111,7 +126,7 @@ class Attempt:
     ) -> None:
         """``deadline`` is that of the call as a whole. Nothing is handed over before ``accepted`` is set.
 
-        ``session`` has its turn for the call, where the call has one.
+        ``session`` has its turn for the call, where the call has one; with a ``seat`` its container is kept.
         """
         self._plan = plan
         self._payload = payload
@@ -120,7 +135,10 @@ class Attempt:
         self._network = network
         self._secrets = secrets
         self._session = session
+        self._seat = seat
+        self._kept: Kept | None = None
         self._filters: dict[Literal["stdout", "stderr"], Stream] = {}
+        self._releases: dict[Literal["stdout", "stderr"], asyncio.TimerHandle] = {}
         self._blobs = blobs
         self._deadline = deadline
         self._accepted = accepted
@@ -133,10 +151,12 @@ class Attempt:
         self._running = False
         self._started = False
         self._alone = anyio.Event()
+        self._reaped = anyio.Event()
         self._written = {"stdout": 0, "stderr": 0}
         self._dropped = {"stdout": 0, "stderr": 0}
         self._stdin = stdin
         self._stack = AsyncExitStack()
+        self._container = AsyncExitStack()
         self._result = Result(_failed(errors.Interrupted("the daemon stopped")))
 
     async def __aenter__(self) -> Self:
@@ -174,18 +194,33 @@ class Attempt:
             result.outcome = _withdrawn(error)
         except (errors.SecretsUnavailable, errors.SecretUnfit) as error:
             result.outcome = _failed(error)
+        except (errors.ContainerLive, errors.QuotaExceeded) as error:
+            result.outcome = denied(error)
         except OSError as error:
             result.outcome = _failed(errors.HostFailed(f"the host refused what the call needs: {error}"))
         finally:
             self._stdin.close()
+        if self._seat is not None:
+            result.container = self._seat.use
+            result.outcome = told(result.outcome, result.container)
         result.outcome = self._secrets.outcome(result.outcome)
         return result
 
     async def _try(self, *, waiting: bool) -> bool:
         """Run in one slot; False when it had waited and is no longer as it was: another may have the call."""
-        plan = self._plan
+        plan, seat = self._plan, self._seat
+        if seat is not None and (kept := await seat.admit()) is not None:
+            await self._try_in(seat, kept)
+            return True
+        # one that is kept lives long: it is made for its first call, and takes no other's place
+        waiting = waiting and seat is None
         slot = self._slot = await self._pool.create(plan.shape, waiting=waiting, memory=plan.limits.memory)
-        self._stack.push_async_callback(self._pool.destroy, slot)
+        await self._stack.enter_async_context(self._container)
+        self._container.push_async_callback(self._pool.destroy, slot)
+        if seat is not None:
+            self._kept = seat.made(slot)
+            await self._try_in(seat, self._kept)
+            return True
         try:
             self._result.receipt = receipt = await self._prepare(slot)
             await self._use(slot, receipt)
@@ -199,18 +234,49 @@ class Attempt:
             raise
         return True
 
+    async def _try_in(self, seat: Seat, kept: Kept) -> None:
+        """Run in a container that is kept afterwards, if nothing is wrong with it then."""
+        self._kept = kept
+        try:
+            slot = self._slot = await kept.admit()
+            self._result.receipt = receipt = await self._prepare(slot)
+            await self._use(slot, receipt)
+            if kept.ended is None:
+                seat.keep(self._container)
+            else:
+                await seat.end(kept.ended)
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                await self._leave(seat, kept, error)
+            raise
+
+    async def _leave(self, seat: Seat, kept: Kept, error: BaseException) -> None:
+        """The call failed: its container is of no more use, unless nothing but the call was at fault."""
+        untouched = isinstance(error, UNFIT) and not self._handed_over and not kept.fresh
+        if untouched and await kept.withdraw():
+            seat.keep(self._container)
+            return
+        try:
+            await self._pool.kill(kept.slot)
+        finally:
+            said = isinstance(error, errors.SandboxdError)
+            await seat.end(f"the call failed: {error}" if said else FAULT)
+
     async def _prepare(self, slot: Slot) -> Receipt:
-        if self._session is not None:
-            files_of = self._stack.enter_context(ExitStack())
+        if self._session is not None and not slot.shared:
+            files_of = self._container.enter_context(ExitStack())
             await anyio.to_thread.run_sync(self._session.attach, slot, files_of)
         if self._payload.inputs or self._payload.tar is not None:
-            await anyio.to_thread.run_sync(self._fill_workspace, slot)
+            async with self._still():
+                await anyio.to_thread.run_sync(self._fill_workspace, slot)
         limits = self._plan.limits
         if limits != self._plan.shape.limits:
             # io is in force already, and cannot be narrowed
             slot.cgroup.set(cgroup_limits(replace(limits, io_read=None, io_write=None), None))
         receipt = None if slot.reading is None else slot.reading.again(limits)
-        if receipt is None and slot.warm:  # the process may be anybody's, and take long to be read in full
+        if receipt is None and (
+            slot.warm or slot.shared
+        ):  # the process may be anybody's, and take long to be read in full
             receipt = await anyio.to_thread.run_sync(receipts.read_receipt, slot, limits)
         elif receipt is None:
             receipt = receipts.read_receipt(slot, limits)
@@ -235,10 +301,21 @@ class Attempt:
                 raise errors.EngineFailed(f"the container's PID 1 was lost: {ending.reason}") from error
             raise
         self._report(slot, ending, evidence, used, self._result)
-        if not isinstance(ending, CommandFailed):
-            await self._collect(slot, self._result)
-        if self._session is not None and self._session.keeps(self._result.outcome):
+        if not isinstance(ending, CommandFailed) and self._plan.artifacts:
+            async with self._still():
+                await self._collect(slot, self._result)
+        if self._seat is None and self._session is not None and self._session.keeps(self._result.outcome):
             await self._keep(slot, self._session, self._result)
+
+    @asynccontextmanager
+    async def _still(self) -> AsyncIterator[None]:
+        """Nothing changes the files of the call's container within the block."""
+        kept = self._kept
+        if kept is None or kept.ended is not None or (kept.fresh and not self._handed_over):
+            yield
+            return
+        async with kept.frozen():
+            yield
 
     async def _keep(self, slot: Slot, session: CallSession, result: Result) -> None:
         """Keep what the command changed of its session's files; all that it began is dead."""
@@ -287,10 +364,13 @@ class Attempt:
             await self._until_over(meter)
             wall.cancel()
             ended = time.monotonic()
-            if not self._alone.is_set() and not await self._left_alone(slot):
-                await self._pool.kill(slot)
+            await self._end_what_is_left(slot, meter)
         for pipe in pipes.values():
-            await pipe.finished()
+            if self._kept is None or self._kept.ended is not None:
+                await pipe.finished()
+            else:
+                self._kept.drain(pipe.leave())
+        self._release_no_more()
         for stream, waiting in self._filters.items():
             self._store(stream, waiting.finish())
         if self._fault is not None:
@@ -304,6 +384,7 @@ class Attempt:
         if self._secrets.redactor is None:
             return receipt
         self._filters = {"stdout": self._secrets.redactor.stream(), "stderr": self._secrets.redactor.stream()}
+        self._stack.callback(self._release_no_more)
         if more := self._secrets.put(slot):
             receipt = receipt.model_copy(update={"controls": [*receipt.controls, *more]})
             self._result.receipt = receipt
@@ -360,8 +441,26 @@ class Attempt:
                 self._store(stream, data)
             else:
                 self._store(stream, searched.feed(data))
+                self._release_soon(stream, searched)
 
         return sink
+
+    def _release_soon(self, stream: Literal["stdout", "stderr"], searched: Stream) -> None:
+        """Let go of what may be no more than the end of a prompt, once nothing has come for a while."""
+        if (before := self._releases.pop(stream, None)) is not None:
+            before.cancel()
+        if not searched.waits:
+            return
+
+        def release() -> None:
+            if released := searched.release():
+                self._store(stream, released)
+
+        self._releases[stream] = asyncio.get_running_loop().call_later(RELEASE, release)
+
+    def _release_no_more(self) -> None:
+        for timer in self._releases.values():
+            timer.cancel()
 
     def _store(self, stream: Literal["stdout", "stderr"], data: memoryview | bytes) -> None:
         if self._fault is not None:
@@ -404,6 +503,7 @@ class Attempt:
             case ExecFailed(number):
                 self._end(CommandFailed(number))
             case Exited(status):
+                self._reaped.set()
                 if report.alone:
                     self._alone.set()
                 self._end(Ended(status) if self._started else Lost("the parked process ended"))
@@ -411,6 +511,18 @@ class Attempt:
                 self._alone.set()
             case Gone(reason):
                 self._end(Lost(reason))
+
+    async def _end_what_is_left(self, slot: Slot, meter: Meter) -> None:
+        kept = self._kept
+        if kept is not None:
+            if self._fault is not None:
+                kept.ended = FAULT
+            elif self._ending is not None:
+                await kept.settle(self._ending, meter, self._reaped)
+            if kept.ended is not None:
+                await self._pool.kill(slot)
+        elif not self._alone.is_set() and not await self._left_alone(slot):
+            await self._pool.kill(slot)
 
     async def _left_alone(self, slot: Slot) -> bool:
         """Wait for PID 1's word that the rest is dead, where it kills it; False: that is for us to do."""
@@ -468,17 +580,16 @@ class Attempt:
 
     async def _collect(self, slot: Slot, result: Result) -> None:
         plan = self._plan
-        if plan.artifacts:
-            result.artifacts, result.withheld = await anyio.to_thread.run_sync(
-                # on disk before the outcome names them
-                partial(artifacts.collect, durable=True, redactor=self._secrets.redactor),
-                slot.workspace_fd,
-                plan.artifacts,
-                plan.narrowed_artifacts,
-                self._blobs,
-            )
-            result.artifacts = self._secrets.artifacts(result.artifacts)
-            result.withheld = self._secrets.withheld(result.withheld)
+        result.artifacts, result.withheld = await anyio.to_thread.run_sync(
+            # on disk before the outcome names them
+            partial(artifacts.collect, durable=True, redactor=self._secrets.redactor),
+            slot.workspace_fd,
+            plan.artifacts,
+            plan.narrowed_artifacts,
+            self._blobs,
+        )
+        result.artifacts = self._secrets.artifacts(result.artifacts)
+        result.withheld = self._secrets.withheld(result.withheld)
 
 
 def _denials(slot: Slot) -> list[Denial]:
@@ -502,6 +613,15 @@ def _decode(item: dict[str, str]) -> bytes:
     if "base64" in item:
         return base64.b64decode(item["base64"])
     return item["text"].encode()
+
+
+def denied(error: errors.SandboxdError) -> Outcome:
+    """For a call that was accepted, and that what came since keeps from running."""
+    return Outcome(
+        cause=Cause.DENIED,
+        message=f"The call had been accepted, and cannot run now: {error}.",
+        error=Failure(code=error.code, message=str(error), details=error.details),
+    )
 
 
 def _withdrawn(error: errors.SecretMissing) -> Outcome:

@@ -26,7 +26,7 @@ class Meter:
             return
         cgroup.reset_peak()
         self._before = cgroup.usage()  # of the runtime and PID 1, which are not the call's
-        if slot.warm:  # nor is what the interpreter met while it started
+        if slot.warm or slot.shared:  # nor is what the interpreter met while it started, or another call
             self._killed, self._denied = cgroup.oom_kills(), cgroup.pids_denied()
 
     def cpu(self) -> int:
@@ -45,7 +45,7 @@ class Meter:
         """All that was used; what no cgroup counts is given."""
         used, before = self._slot.cgroup.usage(), self._before
         # of a warm slot the kernel's peak may be that of its start, and nothing takes it back
-        peak_is_own = not self._slot.warm or used.pids_peak != before.pids_peak
+        peak_is_own = not (self._slot.warm or self._slot.shared) or used.pids_peak != before.pids_peak
         return Usage(
             wall=wall,
             cpu_user=used.cpu_user_us - before.cpu_user_us,

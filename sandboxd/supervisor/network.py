@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from sandboxd import errors
 from sandboxd.models import Denial, Event, LimitReached, NetworkUse
+from sandboxd.network.questions import nobody
 
 if TYPE_CHECKING:
     from sandboxd.engine.base import Slot
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
     from sandboxd.models import NetworkEvent
     from sandboxd.network.entrance import Entrance, Entrances
     from sandboxd.network.gateway import Gateway
+    from sandboxd.network.questions import Answer, Decide, Question
     from sandboxd.reach import NetworkRules
+    from sandboxd.session import CallSession
     from sandboxd.supervisor.secrets import CallSecrets
 
 __all__ = ["CallNetwork"]
@@ -23,7 +26,11 @@ KINDS = {"dns": "name", "http": "request", "https": "request"}
 
 
 class CallNetwork:
-    """Of the call ``id`` of the caller ``uid``; its events go to ``spool``."""
+    """Of the call ``id`` of the caller ``uid``; its events go to ``spool``.
+
+    ``session``: where the call has its turn. ``decide``: who answers what the rules leave open, without
+    secrets in what is asked.
+    """
 
     def __init__(
         self,
@@ -34,6 +41,8 @@ class CallNetwork:
         spool: Spool,
         *,
         secrets: CallSecrets,
+        session: CallSession | None = None,
+        decide: Decide = nobody,
     ) -> None:
         self._gateway = gateway
         self._entrances = entrances
@@ -41,7 +50,9 @@ class CallNetwork:
         self._uid = uid
         self._spool = spool
         self._secrets = secrets
-        self._served = self._ending = False
+        self._session = session
+        self._asked = decide
+        self._served = self._ending = self._inhabited = False
         self._given: set[tuple[str, int]] = set()
         """Names and versions of the secrets that requests may have been given."""
         self.entrance: Entrance | None = None
@@ -54,13 +65,24 @@ class CallNetwork:
 
         Raises HostFailed, EngineFailed.
         """
+        self._inhabited = slot.shape.kept
         if slot.shape.expose:
             self.entrance = self._entrances.enter(self._id, self._uid, slot, self._on_event)
+        if self._session is not None:
+            self._entrances.sessions[self._session.row.id] = self.entrance
         if slot.doors is not None:
             given = self._secrets.proxied
             self._given = {(name, version) for name, (version, _) in given.items()}
             self._secrets.on_rotated(self._on_rotated)
-            await self._gateway.serve(self._id, self._uid, slot, self._on_event, given)
+            left = await self._left(slot)
+            try:
+                await self._gateway.serve(
+                    self._id, self._uid, slot, self._on_event, given, left=left, decide=self._decide
+                )
+            except errors.HostFailed:
+                if self._session is not None:
+                    self._session.used_network(NetworkUse())
+                raise
             self._served = True
             now = self._secrets.proxied  # what changed while it was handed over
             if stale := {name: now.get(name) for name in given if now.get(name) != given[name]}:
@@ -68,11 +90,13 @@ class CallNetwork:
 
     async def begin_end(self) -> None:
         """Cut what is left; ``end`` waits for that, and something else can be done first."""
+        if self._session is not None:
+            self._entrances.sessions.pop(self._session.row.id, None)
         if self.entrance is not None:
             await self.entrance.begin_end()
         if self._served and not self._ending:
             self._ending = True
-            await self._gateway.begin_end(self._id)
+            await self._gateway.begin_end(self._id, inhabited=self._inhabited)
 
     async def end(self) -> NetworkUse:
         """Cut what is left; the sum. Safe to call twice."""
@@ -82,7 +106,20 @@ class CallNetwork:
         if not self._served:
             return NetworkUse()
         self._served = False
-        return await self._gateway.end(self._id)
+        use = await self._gateway.end(self._id)
+        if self._session is not None:
+            self._session.used_network(use)
+        return use
+
+    async def _left(self, slot: Slot) -> dict[str, int]:
+        """What the budget of all calls of its session has left, which is held for it from now on."""
+        rules = slot.shape.network
+        if self._session is None or rules is None:
+            return {}
+        return await self._session.hold_network(dict(rules.budget))
+
+    async def _decide(self, question: Question) -> Answer:
+        return await self._asked(self._secrets.question(question))
 
     def _on_rotated(self, name: str, version: int | None, value: bytes) -> None:
         if version is not None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from sandboxd.engine.base import Slot
     from sandboxd.models import Artifact, Denial, NetworkEvent, Outcome, Withheld
+    from sandboxd.network.questions import Question
     from sandboxd.plan import Shape
     from sandboxd.secrets import SecretStore, Value
 
@@ -202,11 +203,19 @@ class CallSecrets:
         """What the network says, without secrets. Names of hosts have lost their case."""
         if self.redactor is None:
             return event
+        return event.model_copy(update=self._texts(event))
+
+    def question(self, question: Question) -> Question:
+        """The same of what somebody is asked to decide: who asks for it may be anybody."""
+        return question if self.redactor is None else question.model_copy(update=self._texts(question))
+
+    def _texts(self, told: NetworkEvent | Question) -> dict[str, str]:
+        assert self.redactor is not None  # noqa: S101
         cleaned: dict[str, str] = {}
         for field, most in MAX_TEXTS.items():
-            if isinstance(text := getattr(event, field), str):
+            if isinstance(text := getattr(told, field, None), str):
                 cleaned[field] = self.redactor.name(text)[:most]  # a marker may be longer than what it is for
-        return event.model_copy(update=cleaned)
+        return cleaned
 
     def denials(self, denials: list[Denial]) -> list[Denial]:
         """The same of denials."""

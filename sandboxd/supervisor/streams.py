@@ -11,10 +11,12 @@ only when the pipe has room. The pipes belong to the tool's host uid, or it coul
 
 from __future__ import annotations
 
+import array
 import asyncio
 import fcntl
 import os
 import select
+import termios
 from typing import TYPE_CHECKING, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -134,6 +136,41 @@ class OutputPipe:
     def _resume(self) -> None:
         self._timer = None
         self._take()
+
+    def leave(self) -> int | None:
+        """Read what has been written by now, and no more: others than the command may go on writing.
+
+        Returns the descriptor, the caller's to close, from which their words can be read on; None where
+        there is nobody.
+        """
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._pending()
+        if self._read < 0:
+            return None
+        self._watch.remove(self._read)
+        pipe, self._read = self._read, -1
+        self.handed_over()
+        self._done.set()
+        return pipe
+
+    def _pending(self) -> None:
+        waiting = array.array("i", [0])
+        fcntl.ioctl(self._read, termios.FIONREAD, waiting) if self._read >= 0 else None
+        left = waiting[0]
+        while self._read >= 0:
+            try:
+                size = os.readv(self._read, [self._watch.buffer[: min(left, CHUNK) or 1]])
+            except BlockingIOError:
+                return
+            if not size:
+                self.close()
+                return
+            self._sink(self._watch.buffer[:size])
+            left -= size
+            if left <= 0:
+                return
 
     async def finished(self) -> None:
         """Wait until every writer is dead and everything was read."""

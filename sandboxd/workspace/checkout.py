@@ -174,6 +174,23 @@ class Checkout:
             os.close(mount)
         return cls(place, launcher, owner, (found.st_dev, found.st_ino))
 
+    def again(self, place: Path) -> Checkout:
+        """The same directory for another session, kept at a place of its own. Blocks. Raises HostFailed."""
+        try:
+            mount = mounts.clone_tree(self.place)
+            try:
+                place.mkdir(mode=0o700)
+                try:
+                    mounts.attach(mount, place)
+                except BaseException:
+                    place.rmdir()
+                    raise
+            finally:
+                os.close(mount)
+        except OSError as error:
+            raise errors.HostFailed(f"the directory cannot be lent: {error.strerror}") from error
+        return Checkout(place, self.launcher, self.owner, self.identity)
+
     def __enter__(self) -> Self:
         return self
 
@@ -218,7 +235,7 @@ class Checkout:
             if error.errno == errno.EINVAL:
                 raise errors.InvalidRequest(
                     "the directory is on a file system that the kernel cannot map ids of, such as an "
-                    "overlay, NFS or FUSE; upload its files instead",
+                    "overlay, NFS or FUSE; upload its files instead (--upload)",
                     field="directory",
                 ) from error
             raise errors.HostFailed(f"the directory cannot be lent: {error}") from error
@@ -265,7 +282,7 @@ def _groups(owner: Owner, tool: int, slot: int) -> list[Extent]:
     if len(found) > MOST_EXTENTS or text > MOST_TEXT:
         raise errors.InvalidRequest(
             f"you are in too many groups above {RANGE - 1} to lend a directory: the kernel has no room for a "
-            "map of them; leave some, or upload the files",
+            "map of them; leave some, or upload the files (--upload)",
             field="directory",
         )
     return found

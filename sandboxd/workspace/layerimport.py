@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sandboxd import errors, units
@@ -56,13 +56,14 @@ def import_layer(
     below: View,
     *,
     owner: tuple[int, int],
+    own: bool = False,
     limits: ImportLimits | None = None,
 ) -> Imported:
     """Unpack a tar into an empty directory (a descriptor), as a layer over those of a view.
 
-    ``owner`` has what neither the archive nor the view says of. Blocks. What was unpacked when it raises is
-    the caller's to remove. Raises InvalidRequest for what is damaged, hostile or of another kind, TooLarge,
-    HostFailed.
+    ``owner`` has what neither the archive nor the view says of; with ``own`` all of the archive. Blocks. What
+    was unpacked when it raises is the caller's to remove. Raises InvalidRequest for what is damaged, hostile
+    or of another kind, TooLarge, HostFailed.
     """
     budget = Budget(limits or ImportLimits())
     try:
@@ -70,7 +71,7 @@ def import_layer(
         tar = TarStream(stream, budget)
         for entry in tar:
             below.effort.step()
-            unpacked.add(tar, entry)
+            unpacked.add(tar, replace(entry, uid=owner[0], gid=owner[1]) if own else entry)
         unpacked.finish()
     except errors.ImageInvalid as error:
         kind = errors.TooLarge if "limit" in error.details else errors.InvalidRequest

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from sandboxd.workspace.view import Entry, View
 
-__all__ = ["OPAQUE_MARK", "WHITEOUT", "Export", "export_diff", "export_stack"]
+__all__ = ["OPAQUE_MARK", "WHITEOUT", "Export", "export_diff", "export_stack", "header"]
 
 WHITEOUT = b".wh."
 OPAQUE_MARK = b".wh..wh..opq"
@@ -114,7 +114,7 @@ def _written(view: View, members: Callable[[], Iterator[_Member]], *, times: boo
         if entry is None:
             above, _, name = path.rpartition(b"/")
             hidden = above + b"/" + WHITEOUT + name if above else WHITEOUT + name
-            yield _header(hidden, tarfile.REGTYPE)
+            yield header(hidden, tarfile.REGTYPE)
             continue
         if entry.kind not in _TYPES:
             continue
@@ -123,21 +123,21 @@ def _written(view: View, members: Callable[[], Iterator[_Member]], *, times: boo
         if entry.links > 1 and not entry.is_directory:
             first = known.setdefault(entry.inode, path)
             if first != path:
-                yield _header(path, tarfile.LNKTYPE, target=first, ids=ids)
+                yield header(path, tarfile.LNKTYPE, target=first, ids=ids)
                 continue
         if entry.kind == "symlink":
-            yield _header(path, tarfile.SYMTYPE, target=view.target(entry), ids=ids)
+            yield header(path, tarfile.SYMTYPE, target=view.target(entry), ids=ids)
         elif entry.kind == "file":
-            yield _header(path, tarfile.REGTYPE, size=entry.size, ids=ids)
+            yield header(path, tarfile.REGTYPE, size=entry.size, ids=ids)
             yield from view.content(entry)
             if entry.size % _BLOCK:
                 yield bytes(-entry.size % _BLOCK)
         else:
-            yield _header(path, _TYPES[entry.kind], ids=ids)
+            yield header(path, _TYPES[entry.kind], ids=ids)
     yield bytes(2 * _BLOCK)
 
 
-def _header(
+def header(
     path: bytes,
     kind: bytes,
     *,
@@ -145,6 +145,7 @@ def _header(
     size: int = 0,
     ids: tuple[int, int, int, int] = (0o600, 0, 0, 0),
 ) -> bytes:
+    """What stands before a file in a tar; ``ids`` are its mode, uid, gid and time."""
     info = tarfile.TarInfo(path.decode("utf-8", "surrogateescape"))
     info.type, info.size = kind, size
     info.mode, info.uid, info.gid, info.mtime = ids

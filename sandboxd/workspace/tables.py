@@ -30,6 +30,7 @@ __all__ = [
     "due",
     "expired",
     "find",
+    "first_of",
     "going",
     "held",
     "insert_checkpoint",
@@ -77,6 +78,8 @@ class Row:
     calls: int = 0
     checkout: str | None = None
     """Device and inode of its caller's directory, of a session that stands on one."""
+    network: str | None = None
+    """What its calls used of the network, as ``allowance`` has it."""
 
     @property
     def expires(self) -> int | None:
@@ -311,6 +314,17 @@ def within(connection: sqlite3.Connection, row: Row, named: str) -> Checkpoint |
     return None
 
 
+def first_of(connection: sqlite3.Connection, id_: str) -> Checkpoint | None:
+    """The first checkpoint of the line that one is in, whichever session it was made in."""
+    row = connection.execute(
+        "WITH RECURSIVE line(id, parent) AS (SELECT id, parent FROM checkpoints WHERE id = ?"
+        " UNION ALL SELECT c.id, c.parent FROM checkpoints AS c JOIN line ON c.id = line.parent)"
+        " SELECT id FROM line WHERE parent IS NULL",
+        (id_,),
+    ).fetchone()
+    return checkpoint(connection, row[0]) if row else None
+
+
 def stack_of(connection: sqlite3.Connection, id_: str, *, floor: int = -1) -> Stack:
     """The layers of a checkpoint, down to those of a depth above ``floor``."""
     layers: list[str] = []
@@ -440,7 +454,8 @@ def remove_checkpoint(connection: sqlite3.Connection, id_: str) -> None:
 
 
 def remove_session(connection: sqlite3.Connection, id_: str) -> None:
-    """Forget a session, and none of its checkpoints."""
+    """Forget a session and its container, and none of its checkpoints."""
+    connection.execute("DELETE FROM containers WHERE session = ?", (id_,))
     connection.execute("DELETE FROM sessions WHERE id = ?", (id_,))
 
 
@@ -492,7 +507,8 @@ def prune(connection: sqlite3.Connection, session: str | None, *, limit: int = 2
     if queue or len(leaves) == limit:
         return Pruned(layers, freed, removed=removed, complete=False)
     if ended and session is not None:
-        for table, column in (("checkpoints", "session"), ("sessions", "id")):  # as they are, for take_back
+        # as they are, for take_back
+        for table, column in (("checkpoints", "session"), ("sessions", "id"), ("containers", "session")):
             rows = connection.execute(f"SELECT * FROM {table} WHERE {column} = ?", (session,))  # noqa: S608
             removed += [(table, tuple(row)) for row in rows]
         connection.execute("UPDATE checkpoints SET session = NULL WHERE session = ?", (session,))

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["Turns"]
 
@@ -14,6 +19,8 @@ __all__ = ["Turns"]
 class _Line:
     taken: bool = False
     calls: int = 0
+    readers: int = 0
+    unread: anyio.Event = field(default_factory=anyio.Event)
     waiting: deque[anyio.Event] = field(default_factory=deque)
 
 
@@ -31,8 +38,35 @@ class Turns:
         """The call is no longer in it."""
         line = self._lines[session]
         line.calls -= 1
-        if not line.calls:
+        self._forget(session, line)
+
+    @contextmanager
+    def reading(self, session: str) -> Iterator[None]:
+        """Somebody reads what the session has, which does not go meanwhile."""
+        line = self._lines.setdefault(session, _Line())
+        line.readers += 1
+        try:
+            yield
+        finally:
+            line.readers -= 1
+            if not line.readers:
+                line.unread.set()
+                line.unread = anyio.Event()
+            self._forget(session, line)
+
+    def _forget(self, session: str, line: _Line) -> None:
+        if not line.calls and not line.readers:
             del self._lines[session]
+
+    def readers(self, session: str) -> int:
+        """How many read it."""
+        line = self._lines.get(session)
+        return 0 if line is None else line.readers
+
+    async def unread(self, session: str) -> None:
+        """Wait until nobody reads it."""
+        while (line := self._lines.get(session)) is not None and line.readers:
+            await line.unread.wait()
 
     def inside(self, session: str) -> int:
         """How many calls are in a session, running or waiting."""

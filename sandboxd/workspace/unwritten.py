@@ -135,7 +135,7 @@ class Unwritten:
             self.close()
 
     def close(self) -> None:
-        """Let go of the disk; what is not synced is in the journal. Safe to call twice."""
+        """Close what is open. Safe to call twice, and to be used after it."""
         since, self._since = self._since, -1
         if since >= 0:
             os.close(since)

@@ -23,7 +23,7 @@ from sandboxd.api import app, listener
 from sandboxd.config import CallerRule, Config, HttpLimits, Match
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 
     from sandboxd.api.identity import Caller
     from sandboxd.journal.search import Query
@@ -109,6 +109,15 @@ class MemorySessions:
             raise errors.NotFound("there is no such checkpoint")
         return found
 
+    async def checkpoint(self, caller: Caller, named: str) -> models.CheckpointInfo:
+        return self.find(caller, named).head
+
+    async def end(self, caller: Caller, named: str, *, discard: bool) -> models.SessionInfo:
+        found = self.find(caller, named)
+        if not discard:
+            raise errors.StateConflict("it keeps no container")
+        return found
+
     async def discard(self, caller: Caller, named: str) -> models.SessionInfo:
         return self.find(caller, named)
 
@@ -149,7 +158,9 @@ class NoFiles:
         raise errors.NotFound(named)
         yield
 
-    async def bring(self, caller: Caller, named: str, chunks: AsyncIterator[bytes]) -> models.CheckpointInfo:
+    async def bring(
+        self, caller: Caller, named: str, chunks: AsyncIterator[bytes], **_: object
+    ) -> models.CheckpointInfo:
         async for _chunk in chunks:
             pass
         raise errors.NotFound(named)
@@ -370,6 +381,9 @@ class MemoryService:
     async def entrance(self, caller: Caller, id: str) -> Entrance:
         raise errors.CallNotStarted("it does not run yet")
 
+    async def session_entrance(self, caller: Caller, named: str) -> Entrance:
+        raise errors.SessionIdle("nothing runs")
+
     def slots(self, caller: Caller) -> Sequence[models.SlotInfo]:
         if not caller.sees_all:
             raise errors.NotPermitted("only operators")
@@ -387,6 +401,16 @@ class MemoryService:
 
     async def replay(self, caller: Caller, id: str, policy: str | None) -> models.Replay:
         return models.Replay(recorded=id, replayed=self.call(caller, id).invocation)
+
+    async def replay_session(
+        self, caller: Caller, named: str, policy: str | None, *, keep: bool
+    ) -> AsyncGenerator[models.ReplayEvent]:
+        found = self._sessions.find(caller, named)
+
+        async def events() -> AsyncGenerator[models.ReplayEvent]:
+            yield models.ReplayEvent(ended=models.SessionReplay(recorded=found.id))
+
+        return events()
 
     async def lineage(self, caller: Caller, digest: str) -> models.Lineage:
         raise errors.NotFound("no call of yours released that")

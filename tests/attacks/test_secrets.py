@@ -393,6 +393,26 @@ def test_a_call_that_waits_has_what_there_is_when_it_starts(daemon_factory: Call
     assert ended.secrets == []
 
 
+def test_a_prompt_appears_and_a_secret_that_is_written_slowly_does_not(keeper: Daemon) -> None:
+    value = store(keeper)["ENV_SECRET"]
+    script = """
+    s=$ENV_SECRET; printf 'name? %s' "${s%"${s#?}"}"; read answer; echo "got $answer"
+    for pauses in 1 2 3 4 5 6 7; do printf %s "${s%"${s#?}"}"; s=${s#?}; sleep 0.3; done
+    echo "$s end"
+    """
+    client = keeper.client()
+    call = client.start(["sh", "-c", script], policy="both", stdin="stream")
+    prompt = b"name? " + value[:1]
+    until(lambda: b"".join(client.stdout(call.id)) == prompt, "all of the prompt is there", seconds=10)
+    client.write_stdin(call.id, b"it\n", eof=True)
+    done = client.wait(call.id, timeout=60)
+    said = b"".join(client.stdout(call.id))
+    assert said == prompt + b"got it\n" + value[:3] + b"[redacted:ENV_SECRET] end\n"
+    assert done.outcome is not None
+    assert done.outcome.redacted == 1
+    assert not [where for where, found in everywhere(keeper, done) if value[:7] in found]
+
+
 def test_a_daemon_that_is_killed_while_it_stores(daemon_factory: Callable[..., Daemon]) -> None:
     daemon = daemon_factory()
     with_policies(daemon)

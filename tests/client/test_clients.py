@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import socket
 import subprocess
 import sys
@@ -413,3 +414,86 @@ def test_both_clients_have_the_same_methods() -> None:
     assert set(sandboxd.__all__) <= set(dir(sandboxd))
     for name in sandboxd.__all__:
         assert getattr(sandboxd, name) is not None
+
+
+FILE = {
+    "path": "d/%FF",
+    "kind": "file",
+    "mode": 420,
+    "uid": 0,
+    "gid": 0,
+    "size": 1,
+    "mtime": 1,
+    "digest": HEX,
+}
+MADE = {"id": ID, "digest": HEX, "size": 1, "inodes": 1, "created": 1}
+WRITTEN = {"path": "d/%FF", "size": 6, "digest": HEX, "created": True, "checkpoint": ID}
+
+
+def in_pieces(kind: str) -> Any:
+    """A body that comes in pieces, as either client takes it."""
+
+    async def pieces() -> Any:
+        for piece in (b"one", b"two"):
+            yield piece
+
+    return pieces() if kind == "async" else [b"one", b"two"]
+
+
+def test_files_of_sessions_go_both_ways(client: Both, api: ApiServer) -> None:
+    api.json("GET", "sessions/s/files", {"files": [FILE], "truncated": True, "next": "d/%FF"})
+    options: dict[str, Any] = {
+        "checkpoint": "c",
+        "recursive": True,
+        "digest": True,
+        "after": "d/a",
+        "limit": 1,
+    }
+    found = client("session_files", "s", "d", **options)
+    assert (found.next, found.files[0].digest) == ("d/%FF", HEX)
+    assert api.requests[-1].query == {
+        "path": "d", "checkpoint": "c", "recursive": "1", "digest": "1", "after": "d/a", "limit": "1",
+    }  # fmt: skip
+    api.json("PUT", "sessions/s/files/d/%25FF", WRITTEN, 201)
+    assert client("write_file", "s", "d/%FF", in_pieces(client.kind), mode=0o755, match=HEX).checkpoint == ID
+    seen = api.requests[-1]
+    assert (seen.body, seen.headers["If-Match"], seen.query) == (b"onetwo", f'"{HEX}"', {"mode": "755"})
+    api.json("PUT", "sessions/s/files/-d", WRITTEN, 201)
+    assert client("make_directory", "s", "-d").created
+    assert api.requests[-1].query == {"directory": "1"}
+    api.json("POST", "sessions/s/import", MADE, 201)
+    assert client("import_session", "s", in_pieces(client.kind), match=HEX, own=True).digest == HEX
+    seen = api.requests[-1]
+    assert (seen.body, seen.headers["If-Match"], seen.query) == (b"onetwo", f'"{HEX}"', {"own": "1"})
+    api.raw(
+        "GET", "sessions/s/export",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nsandboxd-omitted: 2\r\n\r\ntar",
+    )  # fmt: skip
+    assert client("export_session", "s", since="a", to="b", times=True) == [b"tar"]
+    assert api.requests[-1].query == {"since": "a", "to": "b", "times": "1"}
+    if client.kind == "sync":
+        with Client(api.socket).export_session("s") as stream:
+            assert stream.omitted == 2
+
+
+def test_a_replay_of_a_session_comes_line_by_line(client: Both, api: ApiServer) -> None:
+    lines = (
+        {"call": {"recorded": ID, "skipped": "why"}},
+        {
+            "call": {
+                "recorded": ID,
+                "problem": {"title": "t", "status": 404, "code": "not_found", "detail": "d"},
+            }
+        },
+        {"ended": {"recorded": ID, "skipped": 1, "failed": 1, "not_captured": ["time"]}},
+    )
+    api.events(*(json.dumps(line).encode() + b"\n" for line in lines), path="sessions/s/replay")
+    first, second, last = client("replay_session", "s", policy="p", keep=True)
+    assert (first.call.skipped, second.call.problem.code) == ("why", "not_found")
+    assert (last.ended.skipped, last.ended.not_captured) == (1, ["time"])
+    assert api.requests[-1].json() == {"policy": "p", "keep": True}
+    client("replay_session", "s")
+    assert api.requests[-1].json() == {}
+    api.events(b'{"call": 7}\n', path="sessions/s/replay")
+    with pytest.raises(errors.Unavailable, match="no ReplayEvent"):
+        client("replay_session", "s")

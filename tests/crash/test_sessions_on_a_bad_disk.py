@@ -86,7 +86,7 @@ async def delete(served: Served, session: str, _: str) -> object:
 
 async def merge(served: Served, session: str, _: str) -> object:
     head = (await served.rows())[session].head
-    await served.sessions._merge(head)
+    await served.sessions.layers.merge(head, lent=False)
     return None
 
 
@@ -99,7 +99,7 @@ async def held_is_right(served: Served) -> None:
     with anyio.fail_after(20):
         while True:
             held = await served.journal.read(tables.held)
-            if served.sessions._held.size_of(CALLER.uid) == held.get(CALLER.uid, (0, 0))[0]:
+            if served.sessions.layers.held.size_of(CALLER.uid) == held.get(CALLER.uid, (0, 0))[0]:
                 return
             await anyio.sleep(0.02)
 
@@ -208,14 +208,14 @@ async def test_what_was_written_before_a_sync_that_failed_stays_in_the_journal(
         assert await served.files(head) == {"log": "line 2"}
         disk.fail("syncfs", do="EIO", times=times)
         for _ in range(3):
-            await served.sessions._unwritten._sync()
+            await served.sessions.layers.unwritten._sync()
         packs = await served.journal.read(lambda it: tables.packs(it, after="", limit=10))
         assert len(packs) == 3
         await served.call(made.id, {"log": "line 3"})
         head = (await served.rows())[made.id].head
         assert await served.files(head) == {"log": "line 3"}
         disk.mend()
-        await served.sessions._unwritten._sync()
+        await served.sessions.layers.unwritten._sync()
         packs = await served.journal.read(lambda it: tables.packs(it, after="", limit=10))
         assert len(packs) == 3, "what came after it is on disk"
     async with serving(disk.at / "state", tmp_path / "uppers", attended=False) as served:

@@ -12,6 +12,7 @@ import tomllib
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
+from daemons import until
 from pages import ROOT, code, page
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -108,6 +109,7 @@ def test_every_key_of_the_configuration_is_documented_with_its_default() -> None
     formats |= {
         "callers[].sessions.size": units.format_size,
         "callers[].sessions.inodes": units.format_count,
+        "callers[].sessions.container_idle": units.format_duration,
     }
     formats |= {
         "callbacks.NAME.timeout": units.format_duration,
@@ -140,7 +142,7 @@ def test_the_page_of_system_calls_is_what_the_filters_are_made_of() -> None:
 
 
 def test_every_route_is_documented() -> None:
-    service: Any = type("Service", (), {"config": Config(), "entrance": None})()
+    service: Any = type("Service", (), {"config": Config(), "entrance": None, "session_entrance": None})()
     routes: Any = [
         route
         for route in build(service).app.routes
@@ -287,9 +289,17 @@ def test_every_control_of_a_receipt_is_documented(daemon_factory: Any, tmp_path:
     policy.write_text(EVERYTHING.replace("SOURCE", str(lent)))
     daemon = daemon_factory()
     daemon.client().set_secret("TOKEN", b"a secret that is stored")
-    receipt = daemon.run("true", policy="everything").receipt
-    assert receipt is not None
-    said = (re.sub("^secret .*", "secret NAME", control.name) for control in receipt.controls)
+    shared = "version: 1\nname: shared\nextends: default\nisolation: session\n"
+    policy.with_name("shared.yaml").write_text(shared)
+    until(lambda: "shared" in {one.name for one in daemon.client().policies()}, "it is in force")
+    session = daemon.client().create_session()
+    controls = []
+    for policy_of, fields in (("everything", {}), ("shared", {"session": session.id})):
+        call = daemon.run("true", policy=policy_of, **fields)
+        assert call.receipt is not None, call.outcome
+        controls += call.receipt.controls
+    daemon.client().delete_session(session.id)
+    said = (re.sub("^secret .*", "secret NAME", control.name) for control in controls)
     names = {re.sub("^mount /.*", "mount TARGET", name) for name in said}
     assert names == {name for row in CALLS.rows("control") for name in code(row[0])}
 

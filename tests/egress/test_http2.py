@@ -760,14 +760,14 @@ async def test_a_program_that_reads_nothing_is_sent_no_more_than_its_windows() -
         await world.program.until(lambda: sum(each.size for each in seen.values()) == 65535)
         await settled()
         assert sent <= CONNECTION_WINDOW + 65535 + 20 * 16384
-        held = sum(len(pair.back.data) for pair in world.http._pairs.values())
+        held = sum(len(pair.back.data) for pair in world.http._requests.pairs.values())
         assert CONNECTION_WINDOW // 2 < held <= CONNECTION_WINDOW
-        assert max(len(pair.back.data) for pair in world.http._pairs.values()) <= STREAM_WINDOW
+        assert max(len(pair.back.data) for pair in world.http._requests.pairs.values()) <= STREAM_WINDOW
         for each in numbers:  # what is given up is given back
             world.program.http.reset_stream(each)
         await world.program.flush()
         await settled()
-        assert world.http._pairs == {}
+        assert world.http._requests.pairs == {}
         assert [each.verdict for each in world.told] == ["failed"] * 20
 
 
@@ -782,7 +782,7 @@ async def test_a_server_that_reads_nothing_is_sent_no_more_than_its_windows() ->
         world.server.acknowledges = False
         world.tasks.start_soon(swallow, world.program, number)
         await settled(turns=2000)
-        [pair] = world.http._pairs.values()
+        [pair] = world.http._requests.pairs.values()
         assert 0 < len(pair.out.data) <= STREAM_WINDOW
 
 
@@ -823,7 +823,7 @@ async def test_bytes_of_one_each_cost_what_they_are() -> None:
             await world.program.raw(frame(DATA, 8, number, b"\x01a\0") * 1000)
             await anyio.lowlevel.checkpoint()
         await settled(turns=2000)
-        [pair] = world.http._pairs.values()
+        [pair] = world.http._requests.pairs.values()
         assert len(pair.out.data) == 50_000
 
 
@@ -876,7 +876,7 @@ def test_anything_is_served_or_ended(frames: list[tuple[int, int, int, bytes]], 
                 with suppress(OSError):
                     await world.program.raw(data)
             await settled(turns=30)
-            count = len(world.http._pairs)
+            count = len(world.http._requests.pairs)
             world.program.sock.shutdown(socket.SHUT_WR)
             await world.done.wait()
             assert world.raised is None or isinstance(world.raised, OSError)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from daemons import PATIENCE
+from daemons import PATIENCE, until
 
 from sandboxd import errors
 from sandboxd.kernel import cgroup_v2, cgroupfs
@@ -359,3 +359,64 @@ def test_a_tree_forgets_what_was_removed(tree: CgroupTree) -> None:
     for number in range(3):
         tree.create(f"slot{number}", CgroupLimits(memory=None, pids=None, cpus=None)).remove()
     assert tree._made == set()
+
+
+FORKS = "import os, time\nfor _ in range(3):\n    os.fork()\nprint('forked', flush=True)\ntime.sleep(1000)"
+COUNTS = "import time\nn = 0\nwhile True:\n    n += 1\n    print(n, flush=True)\n    time.sleep(0.001)"
+
+
+def test_nothing_runs_while_a_cgroup_is_frozen(cgroup: Cgroup) -> None:
+    with inside(cgroup, COUNTS) as process:
+        assert process.stdout is not None
+        os.set_blocking(process.stdout.fileno(), False)
+        with cgroup.frozen():
+            while process.stdout.read(1 << 16):
+                pass
+            time.sleep(0.1)
+            assert not process.stdout.read(1 << 16)
+        until(lambda: process.stdout is not None and process.stdout.read(1 << 16), "it goes on")
+
+
+def test_a_part_ends_what_joined_it_and_what_that_forked_and_nothing_else(cgroup: Cgroup) -> None:
+    with inside(cgroup, COUNTS) as other, inside(cgroup, FORKS) as process:
+        part = cgroup.part("one")
+        part.join(process.pid)
+        assert process.pid in part.processes()
+        assert other.pid not in part.processes()
+        assert process.pid in cgroup.processes()  # those of its parts are its own
+        assert cgroup.contains(process.pid)
+        assert not part.remove()  # somebody is in it
+        part.kill()
+        assert part.processes() == []
+        assert process.wait(10) == -signal.SIGKILL
+        assert other.poll() is None
+        assert part.remove()
+
+
+def test_a_part_that_forks_as_fast_as_it_can_ends_too(cgroup: Cgroup) -> None:
+    code = "import os, time\ntime.sleep(1)\n"
+    code += "while True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
+    with inside(cgroup, code) as process:
+        part = cgroup.part("bomb")
+        part.join(process.pid)
+        until(lambda: len(part.processes()) > 5, "it forks")
+        part.kill()
+        assert part.processes() == []
+        assert part.remove()
+
+
+def test_a_cgroup_goes_with_its_parts(tree: CgroupTree) -> None:
+    cgroup = tree.create("whole", LIMITS)
+    with inside(cgroup, COUNTS) as process:
+        cgroup.part("left").join(process.pid)
+        cgroup.part("empty")
+        cgroup.kill()
+        process.wait(10)
+        cgroup.remove()
+    assert not any(Path(path).parent.exists() for path in cgroup.procs_files)
+
+
+def test_a_part_of_a_name_that_is_there_is_refused(cgroup: Cgroup) -> None:
+    cgroup.part("one")
+    with pytest.raises(errors.HostFailed, match="cannot make cgroup"):
+        cgroup.part("one")

@@ -32,7 +32,7 @@ from sandboxd.kernel import (
 )
 from sandboxd.maker import server
 from sandboxd.network import filter as egress_filter
-from sandboxd.network import namespace
+from sandboxd.network import mark, namespace
 from sandboxd.policy import abi, bpf, syscalls
 from sandboxd.receipt import parked, reading
 
@@ -149,11 +149,12 @@ FOR_BOTH = {
     **named(nameserver, "IPV6_PKTINFO"),
     **named(egress_filter, "FIONBIO"),
     **named(namespace, "IP_TRANSPARENT", "IPV6_TRANSPARENT", "IPV6_RECVPKTINFO", "NETLINK_ROUTE",
-            "NETLINK_NETFILTER", "NLM_F_REQUEST", "NLM_F_ACK", "NLMSG_ERROR", "RT_TABLE_LOCAL", "NFTA_GEN_ID",
+            "NETLINK_NETFILTER", "NLM_F_REQUEST", "NLM_F_ACK", "NLMSG_ERROR", "RT_TABLE_LOCAL",
             "NFULA_CFG_CMD", "NFULA_CFG_MODE", "NFULA_CFG_QTHRESH", "NFULNL_CFG_CMD_BIND",
             "NFULNL_COPY_PACKET"),
-    "NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWGEN": namespace.NFT_MSG_NEWGEN,
-    "NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETGEN": namespace.NFT_MSG_GETGEN,
+    **named(mark, "NETLINK_NETFILTER", "NLM_F_REQUEST", "NFTA_GEN_ID"),
+    "NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWGEN": mark.NFT_MSG_NEWGEN,
+    "NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETGEN": mark.NFT_MSG_GETGEN,
     "NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_CONFIG": namespace.NFULNL_MSG_CONFIG,
     "NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET": refused.NFULNL_MSG_PACKET,
     **named(refused, "NFULA_PAYLOAD"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from daemons import PATIENCE, until
-from networked import add_policy, workers
+from networked import TALK, add_policy, out, reached, workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,23 +25,6 @@ network:
   allow: [{{host: echo.example.test, ports: [7]}}]
   budget: {{{budget}}}
 """
-TALK = """
-import socket
-def talk(size):
-    got = 0
-    try:
-        with socket.create_connection(('echo.example.test', 7), timeout=20) as s:
-            data = memoryview(bytes(size))
-            while data:
-                data = data[s.send(data[:4096]):]
-                while got < size - len(data):
-                    read = len(s.recv(65536))
-                    if not read: return got, 'end'
-                    got += read
-            return got, 'whole'
-    except OSError as error:
-        return got, type(error).__name__
-"""
 
 
 @pytest.fixture
@@ -53,19 +36,6 @@ def under(networked: Daemon) -> Callable[[str, str, str], Invocation]:
         return networked.run("python3", "-c", TALK + code, policy=name)
 
     return run
-
-
-def out(call: Invocation) -> str:
-    """What a call printed."""
-    assert call.stdout is not None
-    assert call.stderr is not None
-    assert call.stderr.text == ""
-    return call.stdout.text or ""
-
-
-def reached(call: Invocation) -> list[tuple[str, int, bool]]:
-    """The limits that it reached."""
-    return [(limit.limit, limit.value, limit.ended) for limit in call.limits_reached]
 
 
 @pytest.mark.parametrize(

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import subprocess
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import anyio
+import dns.message
 import pytest
-from gateways import Unconfined, pretend, served
+from gateways import Unconfined, knock, pretend, served
 
 from sandboxd import errors
 from sandboxd.config import NetworkConfig
 from sandboxd.engine.probe import probe_shape
 from sandboxd.journal.spool import Spool
+from sandboxd.kernel.inside import in_network_namespace
 from sandboxd.models import NetworkUse
 from sandboxd.network.authority import Authority
 from sandboxd.network.entrance import Entrances
-from sandboxd.network.gateway import MAX_EVENTS, Gateway
+from sandboxd.network.gateway import Gateway
+from sandboxd.network.questions import Answer, Question
+from sandboxd.network.served import MAX_EVENTS
+from sandboxd.plan import Grant
 from sandboxd.reach import Allow, NetworkRules
 from sandboxd.secrets import SecretStore, place_of
 from sandboxd.supervisor.network import CallNetwork
@@ -28,7 +36,6 @@ if TYPE_CHECKING:
 
     from sandboxd.kernel.cgroup import CgroupLimits
     from sandboxd.models import NetworkEvent
-    from sandboxd.network.questions import Answer, Question
 
 pytestmark = pytest.mark.anyio
 
@@ -83,8 +90,9 @@ async def serve_until_given_up(confining: Unconfined) -> list[NetworkEvent]:
     events: list[NetworkEvent] = []
     async with anyio.create_task_group() as tasks:
         gateway = Gateway(CONFIG, confining, tasks, AUTHORITY)
-        with served(RULES) as (_, made), anyio.fail_after(60):
+        with served(RULES) as (namespace, made), anyio.fail_after(60):
             await gateway.serve("call", 0, made, events.append, decide=undecided)
+            knock(namespace)
             while made.doors.tcp >= 0:  # noqa: ASYNC110  (no event tells)
                 await anyio.sleep(0.01)
             await gateway.begin_end("call")
@@ -151,12 +159,13 @@ async def test_a_process_that_cannot_be_confined_serves_nobody_and_holds_up_nobo
 
 
 async def test_a_last_word_that_does_not_come_is_not_waited_for(hostile: Callable[..., None]) -> None:
-    hostile('["awake", {"id": "ID"}]', EVENT)
+    hostile(EVENT)
     events: list[NetworkEvent] = []
     async with anyio.create_task_group() as tasks:
         gateway = Gateway(NetworkConfig(), Unconfined(), tasks, AUTHORITY)
-        with served(RULES) as (_, made), anyio.fail_after(20):
+        with served(RULES) as (namespace, made), anyio.fail_after(20):
             await gateway.serve("call", 0, made, events.append)
+            knock(namespace)
             while not events:  # noqa: ASYNC110  (no event tells)
                 await anyio.sleep(0.01)
             await gateway.begin_end("call")
@@ -165,23 +174,45 @@ async def test_a_last_word_that_does_not_come_is_not_waited_for(hostile: Callabl
         tasks.cancel_scope.cancel()
 
 
-async def test_where_nothing_happened_nobody_waits_for_it_and_one_that_is_silent_is_ended(
-    hostile: Callable[..., None],
-) -> None:
-    hostile("")
+async def test_where_nothing_happens_no_process_is_told_anything(hostile: Callable[..., None]) -> None:
+    hostile('["nonsense", {"id": "ID"}]')
     events: list[NetworkEvent] = []
     async with anyio.create_task_group() as tasks:
         gateway = Gateway(NetworkConfig(), Unconfined(), tasks, AUTHORITY)
-        with served(RULES) as (_, made), anyio.fail_after(20):
-            await gateway.serve("call", 0, made, events.append)
-            [worker] = gateway._workers[0]
-            with anyio.fail_after(1):
+        for number in range(3):
+            with served(RULES) as (_, made), anyio.fail_after(1 if number else 20):
+                await gateway.serve("call", 0, made, events.append)
+                gateway.renew("call", {"NAME": (1, b"value")})
                 await gateway.begin_end("call")
                 assert await gateway.end("call") == NetworkUse()
-            while worker.process.poll() is None:  # noqa: ASYNC110
-                await anyio.sleep(0.05)
+        [worker] = gateway._workers[0]
+        assert worker.process.poll() is None
+        assert worker.containers == {}
         assert events == []
         tasks.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+async def test_whoever_wanted_something_at_the_very_end_is_served_still(kind: socket.SocketKind) -> None:
+    """And is told of: by a real process, which is given the container when its call has ended."""
+    events: list[NetworkEvent] = []
+    async with anyio.create_task_group() as tasks:
+        gateway = Gateway(CONFIG, Unconfined(), tasks, AUTHORITY)
+        with served(RULES) as (namespace, made), anyio.fail_after(30):
+            await gateway.serve("call", 0, made, events.append)
+            if kind == socket.SOCK_DGRAM:
+                query = dns.message.make_query("refused.test.", "A").to_wire()
+                knock(namespace, query)
+            else:
+                sock = in_network_namespace(namespace, lambda: socket.socket(socket.AF_INET, kind))
+                with sock:
+                    sock.setblocking(False)
+                    sock.connect_ex(("198.18.0.1", 80))
+            await gateway.begin_end("call")
+            use = await gateway.end("call")
+        tasks.cancel_scope.cancel()
+    assert [one.count for one in use.refusals] == [1]
+    assert [one.verdict for one in events] == ["denied"]
 
 
 @pytest.fixture
@@ -207,10 +238,46 @@ async def test_an_event_that_the_disk_has_no_room_for_is_a_fault_of_its_call(
     async with anyio.create_task_group() as tasks:
         gateway = Gateway(NetworkConfig(), Unconfined(), tasks, AUTHORITY)
         network = CallNetwork(gateway, Entrances(gateway), "call", 0, full, secrets=secrets)
-        with served(RULES) as (_, made), anyio.fail_after(20):
+        with served(RULES) as (namespace, made), anyio.fail_after(20):
             await network.begin(made)
+            knock(namespace)
             while network.fault is None:  # noqa: ASYNC110  (no event tells)
                 await anyio.sleep(0.01)
             await network.end()
         assert "no space" in str(network.fault)
         tasks.cancel_scope.cancel()
+
+
+ASK_FOR_A_SECRET = json.dumps(
+    ["ask", {"id": "ID", "number": 1, "protocol": "http", "name": "a.test", "address": "", "port": 80,
+             "method": "GET", "path": "/of/the-value-of-it", "rule": None}]
+)  # fmt: skip
+
+
+async def test_whoever_decides_is_told_no_secret(hostile: Callable[..., None], tmp_path: Path) -> None:
+    hostile(ASK_FOR_A_SECRET)
+    store = SecretStore.open(tmp_path / "secrets", place_of(None, tmp_path, {}))
+    store.set("TOLD", b"the-value-of-it")
+    questions: list[Question] = []
+
+    async def decide(question: Question) -> Answer:
+        questions.append(question)
+        return Answer(allowed=False)
+
+    spool = Spool.create(tmp_path / "spool", {"stdout": 0, "stderr": 0})
+    shape = replace(probe_shape(), secrets=(Grant("TOLD", "proxy"),))
+    async with anyio.create_task_group() as tasks:
+        gateway = Gateway(NetworkConfig(), Unconfined(), tasks, AUTHORITY)
+        with CallSecrets(store, shape) as secrets, served(RULES) as (namespace, made), anyio.fail_after(20):
+            await secrets.take()
+            network = CallNetwork(
+                gateway, Entrances(gateway), "call", 0, spool, secrets=secrets, decide=decide
+            )
+            await network.begin(made)
+            knock(namespace)
+            while not questions:  # noqa: ASYNC110  (no event tells)
+                await anyio.sleep(0.01)
+            await network.end()
+        tasks.cancel_scope.cancel()
+    spool.close(durable=False)
+    assert questions[0].path == "/of/[redacted:TOLD]"

@@ -203,14 +203,22 @@ async def test_a_flood_of_halves_holds_up_nobody_and_has_an_end(hosts: World) ->
                     assert b"200 OK" in await read(sock, b"/other\n")
             assert flooding.process == other.process
             halves = [sock for number, sock in enumerate(socks[1:]) if HALVES[number % len(HALVES)]]
+            reset = 0
             for sock in halves:
-                with suppress(ConnectionResetError):  # the server may have given it up first
+                try:
                     said = await anyio.to_thread.run_sync(sock.recv, 100)
                     assert said[:2] == b"\x15\3"  # an alert, in time
+                except ConnectionResetError:
+                    reset += 1
             with anyio.fail_after(5):
                 use = await flooding.end()
             assert use.connections == 801
-            assert len([event for event in flooding.events if "ClientHello did not" in event.why]) > 100
+            # one event of each; and of each half that was told so in time, that it was: on a busy host the
+            # connection to the server is given up first for some
+            assert len(flooding.events) == 801
+            late = [event for event in flooding.events if "ClientHello did not" in event.why]
+            assert 0 < len(halves) - reset <= len(late) <= len(halves)
+            assert {event.verdict for event in late} == {"denied"}
             with await other.connect(NAME, HTTP) as sock:
                 sock.sendall(b"GET /after HTTP/1.1\r\nHost: www.example.test\r\n\r\n")
                 assert b"200 OK" in await read(sock, b"/after\n")

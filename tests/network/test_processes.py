@@ -130,11 +130,12 @@ def test_one_that_does_not_answer_holds_up_no_call(
 ) -> None:
     worker.send_signal(sent)
     before = time.monotonic()
-    python("print('no connection')")
+    quiet = python("print('no connection')")  # for which nobody asks it anything
+    networked.run(*REFUSED, policy="net")
     assert time.monotonic() - before < 10 * PATIENCE
     until(lambda: not worker.is_running(), "it was ended")
+    assert [event for event in networked.client().events(quiet.id) if event.network is not None] == []
     assert python(FETCH).stdout.text == FOUND  # type: ignore[union-attr]
-    del networked
 
 
 @pytest.mark.parametrize("stopped", [False, True])

@@ -129,6 +129,7 @@ def test_what_follows_another_value_has_the_line_of_that(folder: Any) -> None:
 
 
 ELSEWHERE = {
+    "isolation": "isolation",
     "seccomp": "syscalls.base",
     "user": "process.user",
     "group": "process.group",
@@ -189,3 +190,33 @@ def test_what_every_container_has_is_what_the_engine_gives_it() -> None:
         assert {name: value for name, value in given.items() if name not in own} == fixed.RLIMITS
     assert fixed.OOM_SCORE_ADJ == oci.OOM_SCORE_ADJ
     assert {path.removeprefix("/dev/") for path in DEVICES} == mounted.DEVICES.keys()
+
+
+def test_what_rules_put_into_requests_is_said(folder: Any) -> None:
+    folder.write(
+        "p",
+        "secrets: [{name: A, as: proxy}, {name: B, as: proxy}]\n"
+        "network:\n"
+        "  allow:\n"
+        '    - {host: a.test, ports: [443], inject: {header: X-Key, value: "{secret:A}"}}\n'
+        '    - {host: b.test, ports: [80], inject: {header: X-Key, value: "{secret:A}", plain: true}}\n'
+        "    - {host: c.test, ports: [443], inject: {sigv4: {access_key: A, secret_key: B}}}\n"
+        "  budget: {bytes: 1KiB, session: {bytes: 1MiB, connections: 5}}\n",
+    )
+    found = folder.load()
+    assert found.problems == ()
+    lines = {line["control"]: line["value"] for line in explain(found.get("p"))}
+    assert lines["network.allow.0"] == "a.test 443, any method, any path, with the header X-Key"
+    assert lines["network.allow.1"].endswith("with the header X-Key, also without TLS")
+    assert lines["network.allow.2"].endswith("with a signature of AWS")
+    assert lines["network.budget.session.bytes"] == str(1 << 20)
+    assert lines["network.budget.session.connections"] == "5"
+
+
+def test_a_container_that_is_kept_is_said_to_be(folder: Any) -> None:
+    folder.write("shared", "isolation: session\n")
+    found = rows(folder.load().get("shared"))
+    assert found["isolation"]["value"] == "session"
+    assert "keeps SETUID, SETGID and KILL" in found["isolation.init"]["value"]
+    assert "earlier calls of the session" in found["isolation.cgroup"]["value"]
+    assert "keeps" not in rows(SHIPPED.get("strict"))["isolation.init"]["value"]

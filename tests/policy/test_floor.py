@@ -34,6 +34,21 @@ from sandboxd.reach import Reach
         ("artifacts: {secrets: deny}\n", "artifacts: [{path: a}]\n", "artifacts.0.secrets: allow is wider"),
         ("mounts: [/srv]\n", "mounts: [{source: /srvx, target: /a}]\n", "mounts.0: /srvx is wider"),
         ("mounts: []\n", "mounts: [{source: /srv, target: /a}]\n", "wider than the floor's none"),
+        (
+            "secrets: {names: [A, B]}\n",
+            "secrets: [{name: C, as: proxy}]\n",
+            "secrets.0: secret C is wider than the floor's A, B",
+        ),
+        (
+            "secrets: {names: []}\n",
+            "secrets: [{name: C, as: file}]\n",
+            "secret C is wider than the floor's none",
+        ),
+        (
+            "secrets: {as: [proxy]}\n",
+            "secrets: [{name: C, as: env}]\n",
+            "secrets.0.as: secret C as env is wider than the floor's proxy",
+        ),
         ("commit: exited\n", "commit: always\n", "commit: always is wider than the floor's exited"),
         ("commit: never\n", "", "commit: exited is wider than the floor's never"),
     ],
@@ -47,6 +62,47 @@ def test_a_wider_policy_is_refused_with_both_values(folder: Any, floor: str, pol
     assert f"({where}:2)" in problem.message
     assert problem.line == (3 if policy else 1)
     assert folder.load().names() == []
+
+
+@pytest.mark.parametrize("floor", ["none", "tls", "plain"])
+@pytest.mark.parametrize(
+    ("rule", "has"),
+    [
+        ("", "none"),
+        ("inject: {header: q, value: v}", "tls"),
+        ('inject: {header: q, value: "{secret:S}"}', "tls"),
+        ("inject: {header: q, value: v, plain: true}", "plain"),
+        ("inject: {sigv4: {access_key: S, secret_key: S}}", "tls"),
+        ("inject: {sigv4: {access_key: S, secret_key: S}, plain: true}", "plain"),
+    ],
+)
+def test_what_rules_put_into_requests_lies_within_the_floor(
+    folder: Any, floor: str, rule: str, has: str
+) -> None:
+    target = "host: a.test, ports: [443]"
+    folder.write("floor", f"network: {{allow: [{{{target}}}]}}\ninject: {floor}\n")
+    text = f"network: {{allow: [{{{target}{', ' * bool(rule)}{rule}}}]}}\n"
+    folder.write("p", text + "secrets: [{name: S, as: proxy}]\n" * ("S" in rule))
+    order = ["none", "tls", "plain"]
+    problems = folder.load().problems
+    assert [one.code for one in problems] == ["wider_than_floor"] * (order.index(has) > order.index(floor))
+    assert all(f"{has} is wider than the floor's {floor}" in one.message for one in problems)
+
+
+def test_what_is_within_is_in_force(folder: Any) -> None:
+    folder.write("floor", "secrets: {names: [A, B], as: [proxy, file]}\n")
+    folder.write("p", "secrets: [{name: A, as: proxy}, {name: B, as: file}]\n")
+    assert folder.codes() == []
+
+
+@pytest.mark.parametrize(
+    "text", ["secrets: {names: [lower]}\n", "secrets: {as: [stdin]}\n", "inject: https\n", "secrets: [A]\n"]
+)
+def test_a_floor_that_makes_no_sense_is_an_error(folder: Any, text: str) -> None:
+    folder.write("floor", text)
+    folder.write("p")
+    assert folder.load().floor_failed
+    assert folder.load().problems[0].line == 2
 
 
 @pytest.mark.parametrize(
@@ -106,6 +162,10 @@ network:
         ("{allow: [{host: '*.test', ports: [443]}], budget: {connections: 10}}", ["network.allow.0"]),
         ("{allow: [{cidr: 0.0.0.0/0, ports: [1]}], budget: {connections: 10}}", ["network.allow.0"]),
         ("{allow: [{host: b.test, ports: [443]}]}", ["network.budget.connections"]),
+        (
+            "{allow: [{host: b.test, ports: [443]}], budget: {session: {connections: 5}}}",
+            ["network.budget.connections"],
+        ),
         (
             "{allow: [{host: b.test, ports: [443]}], budget: {connections: 11}}",
             ["network.budget.connections"],
@@ -287,3 +347,20 @@ def test_a_floor_bounds_what_a_retry_raises(folder: Any) -> None:
     (problem,) = loaded.problems
     assert (problem.code, problem.line) == ("wider_than_floor", 4)
     assert "2GiB is wider than the floor's 1GiB" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("budget", "wider"),
+    [
+        ("", ["network.budget.session.bytes"]),
+        (", budget: {bytes: 1KiB}", ["network.budget.session.bytes"]),
+        (", budget: {session: {bytes: 1MiB}}", []),
+        (", budget: {session: {bytes: 2MiB}}", ["network.budget.session.bytes"]),
+        (", budget: {session: {bytes_in: 1KiB}}", ["network.budget.session.bytes"]),
+    ],
+)
+def test_a_floor_bounds_what_sessions_may_use(folder: Any, budget: str, wider: list[str]) -> None:
+    rules = "allow: [{host: a.test, ports: [443]}]"
+    folder.write("floor", f"network: {{{rules}, budget: {{session: {{bytes: 1MiB}}}}}}\n")
+    folder.write("p", f"network: {{{rules}{budget}}}\n")
+    assert [one.message.partition(":")[0] for one in folder.load().problems] == wider

@@ -185,7 +185,6 @@ def test_retries_are_inherited_key_by_key(folder: Any) -> None:
     ("text", "line"),
     [
         ("network: {mode: host}\n", 3),
-        ("isolation: session\n", 3),
         ("mounts:\n  - source: /srv\n    target: /srv\n    mode: read-write\n", 6),
         ("limits: {stdout: {size: 1MiB, on_limit: kill}, stderr: {size: 1MiB, on_limit: truncate}}\n", 3),
     ],
@@ -362,14 +361,22 @@ def test_names_of_system_calls_are_checked_beside_other_errors(tmp_path: Path) -
 
 def test_a_policy_that_only_asks_for_what_is_not_enforced_says_so(tmp_path: Path) -> None:
     file = tmp_path / "net.yaml"
-    text = "version: 1\nname: net\nisolation: session\n"
+    text = "version: 1\nname: net\nnetwork: {mode: host}\n"
     file.write_text(text)
-    with pytest.raises(errors.ControlNotSupported, match=f"{file}:3:.*: isolation: session is not") as caught:
+    with pytest.raises(errors.ControlNotSupported, match=f"{file}:3:.*network") as caught:
         load_policies([tmp_path]).get("net")
     assert caught.value.details["problems"][0]["line"] == 3
     file.write_text(text + "limits: {wall: 5}\n")
     with pytest.raises(errors.PolicyInvalid, match="not in force"):
         load_policies([tmp_path]).get("net")
+
+
+@pytest.mark.parametrize("kind", ["env", "file"])
+def test_a_secret_that_others_in_the_container_would_have_is_refused(problem_of: Found, kind: str) -> None:
+    text = f"isolation: session\nsecrets:\n  - {{name: A, as: {kind}}}\n"
+    code, line, message = problem_of(text)[:3]
+    assert (code, line) == ("impossible", 5)
+    assert "use `as: proxy`" in message
 
 
 def test_an_unknown_name_gets_the_nearest() -> None:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from daemons import start_daemon, until
 from networked import workers
-from ported import POLICY, SERVER, ApiConnection, ask, ended, inward, raw, rest
+from ported import CALLERS, ECHO, HELLO, OTHER, OWNER, POLICY, ApiConnection, ask, ended, inward, raw, rest
 
 from sandboxd import Client, errors
 
@@ -23,18 +23,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from daemons import Daemon
-
-OWNER, OTHER = 54_331, 54_332
-HELLO = SERVER + (
-    "def serve(c):\n head(c); c.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: 5\\r\\n\\r\\nhello')\n"
-)
-ECHO = SERVER + ("def serve(c):\n while data := c.recv(65536): c.sendall(data)\n")
-CALLERS = f"""\
-callers:
-  - {{match: {{uid: 0}}, role: operator}}
-  - {{match: {{uid: {OWNER}}}, role: agent, policies: ["*"]}}
-  - {{match: {{uid: {OTHER}}}, role: agent, policies: ["*"]}}
-"""
 
 
 @pytest.fixture

@@ -8,22 +8,20 @@ import os
 import signal
 import socket
 import stat
-import subprocess
 import threading
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import anyio
 import pytest
-from daemons import SANDBOXD, until
+from daemons import until
 from networked import workers
-from ported import SERVER, ended, inward, raw, rest
+from ported import SERVER, ended, forwarding, inward, raw, rest
 
 from sandboxd import AsyncClient, errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from daemons import Daemon
@@ -218,22 +216,6 @@ def test_a_server_that_upgrades_unasked_is_refused(exposing: Daemon, serving: Ca
             answer = rest(sock)
         assert answer.startswith(b"HTTP/1.1 502 "), headers
         assert b"forged" not in answer
-
-
-@contextmanager
-def forwarding(daemon: Daemon, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """``sandboxd forward``, and the address that it prints."""
-    process = subprocess.Popen(
-        ["env", "--default-signal=INT", SANDBOXD, "forward", *arguments, "--socket", daemon.socket],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        assert process.stdout is not None
-        yield process, process.stdout.readline().decode().strip()
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_forward_listens_on_this_host(exposing: Daemon, serving: Callable[..., str]) -> None:

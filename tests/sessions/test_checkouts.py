@@ -298,11 +298,11 @@ def test_a_restart_takes_the_directory_away_until_it_is_lent_again(
         give_policies(first)
         made = first.client().create_session(directory=directory)
         sh(first, made, "echo kept >kept")
-        with pytest.raises(errors.StateConflict, match="cannot be forked"):
-            first.client().fork_session(made.id)
     with start_daemon(place, config=CONFIG) as second:
         client = second.client()
         assert client.session(made.id).checkout == "missing"
+        fork = client.fork_session(made.id)  # which has to be given it as well
+        assert (fork.checkout, fork.lent) == ("missing", made.created)
         for what in (lambda: sh(second, made, "true"), lambda: client.session_files(made.id)):
             with pytest.raises(errors.StateConflict, match="pass the directory again"):
                 what()
@@ -310,7 +310,10 @@ def test_a_restart_takes_the_directory_away_until_it_is_lent_again(
             client.lend(made.id, directory.parent)
         assert client.lend(made.id, directory).checkout == "lent"
         assert said(sh(second, made, "cat kept public")) == "kept\npublic\n"
+        assert client.lend(fork.id, directory).checkout == "lent"
+        assert said(sh(second, fork, "cat kept public")) == "kept\npublic\n"
         client.delete_session(made.id)
+        client.delete_session(fork.id)
 
 
 def test_the_client_says_where_no_daemon_takes_directories(tmp_path: Path) -> None:

@@ -141,3 +141,17 @@ def test_another_callers_session_is_not_there(
     with by(4243, daemon):
         answer = ask(daemon, method, f"{session.id}/{path}", b"" if method != "GET" else None)
     assert answer.json["code"] == "not_found"
+
+
+def test_whoever_has_read_it_all_may_remove_the_session(daemon: Daemon) -> None:
+    client = daemon.client()
+    for size in (0, 1, 300_000) * 8:
+        made = client.create_session()
+        client.write_file(made.id, "f", b"x" * size)
+        assert sum(map(len, client.read_file(made.id, "f"))) == size
+        client.delete_session(made.id)
+    for _ in range(8):
+        made = client.create_session()
+        client.write_file(made.id, "f", b"x" * 300_000)
+        assert sum(map(len, client.export_session(made.id))) > 300_000
+        client.delete_session(made.id)

@@ -110,7 +110,7 @@ async def test_what_a_fork_stood_on_goes_with_it(tmp_path: Path, number: int, re
         await sessions.fork(share, made.id, models.SessionFork(name="fork"))
         await sessions.rollback(share, "fork", made.head.id)  # it stands on its origin all the same
         await sessions.delete(share, made.id)
-        while sessions._to_prune:
+        while sessions.layers.to_prune:
             await anyio.sleep(0.01)
         assert await known(sessions) == number + 1
 
@@ -317,7 +317,7 @@ async def test_a_directory_is_not_lent_to_a_session_that_is_removed(tmp_path: Pa
 
     def handed(sessions: Sessions) -> str:
         fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-        return sessions._handles.add(Handed(fd, Owner(CALLER.uid, CALLER.gid, os.getpid())))
+        return sessions.checkouts._handles.add(Handed(fd, Owner(CALLER.uid, CALLER.gid, os.getpid())))
 
     for pause in (0, 0.002, 0.005, 0.01, 0.02):
         async with opened(tmp_path / "s") as sessions:
@@ -336,7 +336,7 @@ async def test_a_directory_is_not_lent_to_a_session_that_is_removed(tmp_path: Pa
                     tasks.start_soon(lend)
                     await anyio.sleep(pause)
                     await sessions.delete(CALLER, made.id)
-                assert not sessions._checkouts
+                assert not sessions.checkouts._lent
                 assert not list(sessions._store.mounts.iterdir())
             finally:
                 await sessions.close()

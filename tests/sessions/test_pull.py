@@ -15,7 +15,7 @@ import pytest
 from daemons import needs_containers, start_daemon
 from sessioned import CONFIG, give_policies, sh
 
-from sandboxd import Client, errors
+from sandboxd import Client
 from sandboxd.client.pulling import pull
 
 if TYPE_CHECKING:
@@ -279,13 +279,6 @@ def test_a_tool_makes_nothing_writable_to_others(daemon: Daemon, lent: SessionIn
         "new": "0o750",
         "wide": "0o750",
     }
-
-
-def test_a_session_on_no_directory_has_nothing_to_pull(
-    daemon: Daemon, session: SessionInfo, tmp_path: Path
-) -> None:
-    with pytest.raises(errors.StateConflict, match="stands on no directory"):
-        pull(daemon.client(), session.id, tmp_path)
 
 
 def run(daemon: Daemon, program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

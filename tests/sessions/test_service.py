@@ -310,3 +310,25 @@ def test_an_import_stops_when_its_time_is_over(tmp_path: Path) -> None:
                 effort.within(bring)
     finally:
         os.close(into)
+
+
+def test_whoever_has_read_a_file_may_remove_its_session_at_once(daemon: Daemon) -> None:
+    client = daemon.client()
+    for _ in range(20):
+        made = client.create_session()
+        client.write_file(made.id, "f", b"x" * 100_000)
+        with client.read_file(made.id, "f") as chunks:
+            assert b"".join(chunks) == b"x" * 100_000
+        client.delete_session(made.id)
+
+
+def test_nobody_removes_a_session_whose_files_are_being_read(daemon: Daemon) -> None:
+    client = daemon.client()
+    made = client.create_session()
+    client.write_file(made.id, "f", bytes(64 << 20))
+    with client.read_file(made.id, "f") as chunks:
+        next(iter(chunks))
+        with pytest.raises(errors.SessionBusy, match="being read by 1"):
+            client.delete_session(made.id)
+        assert sum(map(len, chunks)) > 0
+    client.delete_session(made.id)

@@ -173,14 +173,15 @@ class SessionMachine(RuleBasedStateMachine):
 
     async def _look_after(self, what: str) -> None:
         sessions = self.served.sessions
-        if what == "prune" and sessions._to_prune:
-            await sessions._prune(sessions._to_prune.popleft())
-        elif what == "merge" and sessions._to_merge:
-            await sessions._merge(sessions._to_merge.popleft())
+        if what == "prune" and sessions.layers.to_prune:
+            await sessions.layers.prune(sessions.layers.to_prune.popleft())
+        elif what == "merge" and sessions.layers.to_merge:
+            checkpoint, lent = sessions.layers.to_merge.popleft()
+            await sessions.layers.merge(checkpoint, lent=lent)
         elif what == "write":
-            await sessions._unwritten.settle(list(sessions._unwritten._packs))
+            await sessions.layers.unwritten.settle(list(sessions.layers.unwritten._packs))
         elif what == "sync":
-            await sessions._unwritten._sync()
+            await sessions.layers.unwritten._sync()
 
     @rule()
     def restart(self) -> None:
@@ -218,7 +219,7 @@ class SessionMachine(RuleBasedStateMachine):
             assert found is not None
             assert (found.outcome, found.checkpoint_after) == (done.outcome, done.checkpoint_after)
         held = self.portal.call(self.served.journal.read, tables.held).get(CALLER.uid, (0, 0))
-        assert self.served.sessions._held.size_of(CALLER.uid) == held[0]
+        assert self.served.sessions.layers.held.size_of(CALLER.uid) == held[0]
 
     async def _own(self, session: str) -> list[str]:
         def read(connection: object) -> list[tables.Checkpoint]:
@@ -242,8 +243,8 @@ class SessionMachine(RuleBasedStateMachine):
 
     async def _all_pruned(self) -> None:
         sessions = self.served.sessions
-        while sessions._to_prune:
-            await sessions._prune(sessions._to_prune.popleft())
+        while sessions.layers.to_prune:
+            await sessions.layers.prune(sessions.layers.to_prune.popleft())
         assert await self.served.unreferenced() == set()
         assert {one.name for one in self.served.store.layers.iterdir()} == {"empty"}, "all of them are gone"
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import anyio
 import anyio.lowlevel
@@ -17,13 +18,15 @@ from daemons import needs_containers
 
 from sandboxd import errors
 from sandboxd.engine.probe import probe_shape
-from sandboxd.models import Artifact, Cause, Failure, Outcome, Withheld
+from sandboxd.excerpt import excerpt
+from sandboxd.models import Artifact, Cause, Failure, NetworkEvent, Outcome, Withheld
+from sandboxd.network.questions import Question
 from sandboxd.plan import Grant
 from sandboxd.secrets import SecretStore, place_of
 from sandboxd.supervisor.secrets import CallSecrets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.anyio
@@ -214,3 +217,43 @@ async def test_texts(store: SecretStore) -> None:
         withheld = [Withheld(path="value of env", reason="symlink", detail="to value of env")]
         (one,) = found.withheld(withheld)
         assert (one.path, one.detail) == ("[redacted:ENV]", "to [redacted:ENV]")
+
+
+LONG = 2048  # characters of a path, and
+WHY = 384  # of a reason, that a process tells
+
+
+@pytest.mark.parametrize("encode", [bytes.decode, bytes.hex, quote])
+async def test_what_was_cut_amid_a_secret_has_no_beginning_of_it(
+    store: SecretStore, encode: Callable[[bytes], str]
+) -> None:
+    """At whatever place the cut is: of path, reason and name, in events and in questions."""
+    secret = encode(VALUES["PROXIED"])
+    with CallSecrets(store, SHAPE) as found:
+        await found.take()
+        for inside in range(1, len(secret)):
+            path = excerpt("/" + "-" * (LONG - 2 - inside) + secret + "-" * 100, LONG)
+            why = excerpt("-" * (WHY - 1 - inside) + secret + "-" * 100, WHY)
+            assert path.endswith(secret[:inside] + "…"), "else it is not cut there"
+            event = NetworkEvent(verdict="denied", path=path, why=why, name=why)
+            asked = Question(
+                number=1, protocol="http", name=why, address="", port=80, method="GET", path=path, rule=None
+            )
+            for told in (found.event(event), found.question(asked)):
+                assert told.path == "/" + "-" * (LONG - 2 - inside) + "…"
+                assert told.name == "-" * (WHY - 1 - inside) + "…"
+            assert found.event(event).why == "-" * (WHY - 1 - inside) + "…"
+
+
+async def test_a_question_has_no_secret(store: SecretStore) -> None:
+    asked = Question(
+        number=7, protocol="https", name="value of env.test", address="198.18.0.1", port=443, method="GET",
+        path="/value%20of%20env/value of proxied", rule="p.yaml:3",
+    )  # fmt: skip
+    with CallSecrets(store, SHAPE) as found:
+        assert found.question(asked) is asked
+        await found.take()
+        told = found.question(asked)
+    assert (told.name, told.path) == ("[redacted:ENV].test", "/[redacted:ENV]/[redacted:PROXIED]")
+    kept = {"number", "protocol", "address", "port", "method", "rule"}
+    assert told.model_dump(include=kept) == asked.model_dump(include=kept)

@@ -1,0 +1,251 @@
+"""How the container that a session keeps ends, and what is told of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+from typing import TYPE_CHECKING
+
+import pytest
+from daemons import needs_containers, slots_of, until
+from living import first_process, live, living
+from sessioned import by, said, sh
+
+from sandboxd import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from daemons import Daemon
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    needs_containers()
+    with living(tmp_path_factory.mktemp("ends")) as one:
+        yield one
+
+
+def rows(state: Path) -> list[tuple[object, ...]]:
+    with sqlite3.connect(f"file:{state}/journal.sqlite3?mode=ro", uri=True) as journal:
+        return journal.execute("SELECT session, calls, lost IS NOT NULL FROM containers").fetchall()
+
+
+def test_a_daemon_that_is_killed_takes_it_along_and_the_next_one_says_so(tmp_path: Path) -> None:
+    needs_containers()
+    with living(tmp_path) as daemon:
+        client = daemon.client()
+        session = client.create_session("s")
+        first = live(daemon, session, "echo kept > kept; sleep 1000 &")
+        made = client.checkpoint_session(session.id)
+        live(daemon, session, "echo gone > gone; rm kept")
+        daemon.stop(signal.SIGKILL)
+        until(lambda: not slots_of(daemon) or _dead(daemon), "everything in it has ended")
+    with living(tmp_path) as daemon:
+        client = daemon.client()
+        found = client.session(session.id)
+        assert found.head.digest == made.digest
+        assert found.container is not None
+        assert (found.container.state, found.container.since, found.container.calls) == ("lost", first.id, 2)
+        assert "lost" in daemon.sandboxd("session", "show", "s")
+        call = live(daemon, session, "ls; cat kept")
+        assert said(call) == "kept\nkept\n"
+        assert call.container is not None
+        assert call.container.number == 1
+        assert call.container.lost is not None
+        assert call.container.lost.since == first.id
+        assert call.outcome is not None
+        assert f"had lost the container of call {first.id}" in call.outcome.message
+        after = live(daemon, session, "true")
+        assert after.container is not None
+        assert after.container.lost is None  # it was said once
+        assert client.session(session.id).container.state == "live"  # type: ignore[union-attr]
+
+
+def _dead(daemon: Daemon) -> bool:
+    return not any(one.startswith("process") for one in slots_of(daemon))
+
+
+def test_a_daemon_that_is_stopped_keeps_the_files(tmp_path: Path) -> None:
+    needs_containers()
+    with living(tmp_path) as daemon:
+        session = daemon.client().create_session("s")
+        live(daemon, session, "echo kept > kept; sleep 1000 &")
+        assert rows(daemon.state) == [(session.id, 1, 0)]
+    assert rows(daemon.state) == []
+    assert not slots_of(daemon)
+    with living(tmp_path) as daemon:
+        assert daemon.client().session("s").container is None
+        assert said(sh(daemon, session, "cat kept", policy="plain")) == "kept\n"
+
+
+def test_one_that_ends_between_two_calls_is_lost_and_said_so(daemon: Daemon) -> None:
+    client = daemon.client()
+    session = client.create_session()
+    first = live(daemon, session, "echo gone > gone")
+    os.kill(first_process(daemon), signal.SIGKILL)
+    until(lambda: (found := client.session(session.id).container) and found.state == "lost", "it is lost")
+    assert rows(daemon.state) == [(session.id, 1, 1)]
+    until(lambda: not [one for one in client.slots() if one.policy == "live"], "it was cleared away")
+    assert client.end_session(session.id).container is None  # acknowledged
+    assert rows(daemon.state) == []
+    call = live(daemon, session, "ls")
+    assert said(call) == ""
+    assert call.container is not None
+    assert (call.container.since, call.container.lost) == (call.id, None)
+    assert first.id != call.id
+    client.delete_session(session.id)
+    assert rows(daemon.state) == []
+
+
+def test_a_call_that_finds_it_dead_runs_in_another(daemon: Daemon) -> None:
+    client = daemon.client()
+    session = client.create_session()
+    first = live(daemon, session, "true")
+    os.kill(first_process(daemon), signal.SIGKILL)
+    call = live(daemon, session, "echo on")
+    assert said(call) == "on\n"
+    assert call.container is not None
+    assert call.container.lost is not None
+    assert call.container.lost.since == first.id
+    client.delete_session(session.id)
+
+
+def test_one_that_ends_in_a_call_fails_that(daemon: Daemon) -> None:
+    client = daemon.client()
+    session = client.create_session()
+    first = live(daemon, session, "true")
+    running = client.start(["sleep", "30"], policy="live", session=session.id)
+    until(lambda: client.get(running.id).state == "running", "it runs")
+    os.kill(first_process(daemon), signal.SIGKILL)
+    done = client.wait(running.id)
+    assert done.outcome is not None
+    assert done.outcome.cause == "failed"
+    assert done.container is not None
+    assert done.container.ended is not None
+    assert f"kept since call {first.id} ended with it" in done.outcome.message
+    found = client.session(session.id).container
+    assert found is not None
+    assert found.state == "lost"
+    until(lambda: not [one for one in client.slots() if one.policy == "live"], "it was cleared away")
+    following = live(daemon, session, "echo on")
+    assert following.container is not None
+    assert following.container.lost is not None
+    assert following.container.lost.since == first.id
+    client.delete_session(session.id)
+
+
+def test_it_ends_when_it_is_not_used_and_its_files_are_kept(daemon: Daemon) -> None:
+    with by(4242, daemon):
+        client = daemon.client()
+        session = client.create_session()
+        live(daemon, session, "echo kept > kept; sleep 1000 &")
+        until(lambda: client.session(session.id).container is None, "it has ended", seconds=30)
+        assert said(sh(daemon, session, "cat kept", policy="plain")) == "kept\n"
+        client.delete_session(session.id)
+
+
+def test_idle_files_that_are_too_large_are_lost_and_said_so(daemon: Daemon) -> None:
+    with by(4242, daemon):
+        client = daemon.client()
+        session = client.create_session()
+        live(daemon, session, "head -c 6M /dev/zero | tr '\\0' x > big")
+        with pytest.raises(errors.QuotaExceeded):
+            client.checkpoint_session(session.id)
+        with pytest.raises(errors.QuotaExceeded):
+            client.end_session(session.id)
+        assert client.session(session.id).container.state == "live"  # type: ignore[union-attr]
+        until(lambda: client.session(session.id).container.state == "lost", "it is lost", seconds=30)  # type: ignore[union-attr]
+        assert "could not be kept" in client.session(session.id).container.lost.why  # type: ignore[union-attr]
+        client.delete_session(session.id)
+
+
+def test_it_is_not_ended_under_a_call(daemon: Daemon) -> None:
+    client = daemon.client()
+    session = client.create_session()
+    live(daemon, session, "true")
+    running = client.start(["sleep", "2"], policy="live", session=session.id)
+    with pytest.raises(errors.SessionBusy):
+        client.end_session(session.id)
+    with pytest.raises(errors.SessionBusy):
+        client.delete_session(session.id)
+    made = client.checkpoint_session(session.id)  # waits for its turn
+    done = client.get(running.id)
+    assert done.outcome is not None
+    assert made.id == session.head.id
+    client.delete_session(session.id)
+
+
+def test_a_policy_that_changes_lets_it_be_until_its_end(daemon: Daemon) -> None:
+    client = daemon.client()
+    session = client.create_session()
+    file = daemon.policies / "other.yaml"
+    before = file.read_text()
+    live(daemon, session, "sleep 1000 & echo x > x", policy="other")
+    digest = client.policy("other").digest
+    file.write_text(before.replace("wall: 9s", "wall: 8s"))
+    until(lambda: client.policy("other").digest != digest, "it is in force")
+    with pytest.raises(errors.ContainerLive, match="has changed since"):
+        live(daemon, session, "true", policy="other")
+    assert client.session(session.id).container.state == "live"  # type: ignore[union-attr]
+    client.end_session(session.id)
+    assert said(live(daemon, session, "cat x", policy="other")) == "x\n"
+    client.delete_session(session.id)
+    file.write_text(before)
+    until(lambda: client.policy("other").digest == digest, "it is as it was")
+
+
+def test_a_caller_keeps_as_many_as_it_may(daemon: Daemon) -> None:
+    with by(4242, daemon):
+        client = daemon.client()
+        one, two = client.create_session(), client.create_session()
+        live(daemon, one, "true")
+        refused = live(daemon, two, "true")
+        assert refused.outcome is not None
+        assert refused.outcome.error is not None
+        assert (refused.outcome.cause, refused.outcome.error.code) == ("denied", "quota_exceeded")
+        assert refused.outcome.error.details["quota"] == "sessions.containers"
+        client.end_session(one.id)
+        assert said(live(daemon, two, "echo on")) == "on\n"
+        client.delete_session(one.id)
+        client.delete_session(two.id)
+
+
+def test_it_holds_its_part_of_the_budget(daemon: Daemon) -> None:
+    client = daemon.client()
+    session = client.create_session()
+    live(daemon, session, "true")
+    assert client.health().running == 1
+    live(daemon, session, "true")
+    assert client.health().running == 1
+    assert [slot.state for slot in client.slots() if slot.policy == "live"] == ["running"]
+    refused = live(daemon, client.create_session("second"), "true", policy="huge")
+    assert refused.outcome is not None
+    assert refused.outcome.error is not None
+    assert refused.outcome.error.code == "quota_exceeded"
+    assert refused.outcome.error.details["quota"] == "budget"
+    client.end_session(session.id)
+    until(lambda: client.health().running == 0, "it is given back")
+    client.delete_session(session.id)
+    client.delete_session("second")
+
+
+def test_others_calls_run_beside_it(daemon: Daemon) -> None:
+    client = daemon.client()
+    sessions = [client.create_session() for _ in range(3)]
+    for session in sessions:
+        live(daemon, session, "sleep 1000 &")
+    started = [client.start(["sleep", "0.3"], policy="plain") for _ in range(20)]
+    assert {client.wait(one.id).outcome.cause for one in started} == {"exited"}  # type: ignore[union-attr]
+    until(lambda: client.health().running == 3, "they alone hold something")
+    for session in sessions:
+        client.delete_session(session.id)
+    until(lambda: client.health().running == 0, "all is given back")
+
+
+def test_nothing_is_left_of_any(daemon: Daemon) -> None:
+    until(lambda: not slots_of(daemon), "everything is cleared away")
+    assert rows(daemon.state) == []
+    assert daemon.client().health().running == 0

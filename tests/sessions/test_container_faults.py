@@ -1,0 +1,123 @@
+"""A daemon that dies, or a disk that fails, while a session's container is kept, checkpointed or ended."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import pytest
+from daemons import needs_containers, slots_of, until
+from living import live, living
+from sessioned import layers, said, sh
+
+from sandboxd import errors
+from sandboxd.failpoint import VARIABLE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from daemons import Daemon
+
+
+@pytest.fixture
+def failpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    needs_containers()
+    directory = tmp_path / "failpoints"
+    directory.mkdir()
+    monkeypatch.setenv(VARIABLE, str(directory))
+    return directory
+
+
+def files(daemon: Daemon) -> str:
+    return said(sh(daemon, "s", "cat a b 2>/dev/null; true", policy="plain"))
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("layer.write", False),
+        ("layer.synced", True),
+        ("session.commit", False),
+        ("session.committed", False),
+        ("session.committed", True),
+    ],
+)
+def test_a_daemon_that_dies_in_a_checkpoint(
+    tmp_path: Path, failpoints: Path, name: str, *, ends: bool
+) -> None:
+    """All of what the calls changed is kept, or nothing; and what is not kept is said to be lost."""
+    with living(tmp_path) as daemon:
+        client = daemon.client()
+        session = client.create_session("s")
+        call = live(daemon, session, "echo one > a; echo two > b")
+        (failpoints / name).write_text("KILL")
+        with suppress(errors.SandboxdError):
+            client.end_session("s") if ends else client.checkpoint_session("s")
+        assert daemon.process.wait(20) < 0
+    with living(tmp_path) as daemon:
+        client = daemon.client()
+        found = client.session("s")
+        kept = found.head.id != session.head.id
+        assert kept == (name == "session.committed")
+        assert len(layers(daemon)) == int(kept)
+        if ends and kept:  # its end was in the transaction
+            assert found.container is None
+        else:
+            assert found.container is not None
+            assert (found.container.state, found.container.since) == ("lost", call.id)
+        assert files(daemon) == ("one\ntwo\n" if kept else "")
+        client.delete_session("s")
+        until(lambda: not slots_of(daemon), "nothing is left")
+
+
+def test_a_disk_that_fails_leaves_the_container(tmp_path: Path, failpoints: Path) -> None:
+    with living(tmp_path) as daemon:
+        client = daemon.client()
+        session = client.create_session("s")
+        live(daemon, session, "echo one > a; sleep 1000 &")
+        for name in ("layer.write", "layer.sync", "session.commit"):
+            (failpoints / name).write_text("ENOSPC")
+            for attempt in (client.checkpoint_session, client.end_session):
+                with pytest.raises(errors.SandboxdError) as caught:
+                    attempt("s")
+                assert caught.value.code in {"host", "internal"}
+            (failpoints / name).unlink()
+            assert client.session("s").head.id == session.head.id
+            assert not layers(daemon)
+        count = "grep -ls sleep /proc/[0-9]*/comm | wc -l"
+        assert said(live(daemon, session, f"echo two > b; {count}")) == "1\n"  # thawed, and there
+        client.end_session("s")
+        assert files(daemon) == "one\ntwo\n"
+
+
+def test_a_daemon_that_dies_with_the_outcome_of_the_first_call(tmp_path: Path, failpoints: Path) -> None:
+    """The record, and the word that there is a container, are of one transaction."""
+    with living(tmp_path) as daemon:
+        client = daemon.client()
+        client.create_session("s")
+        (failpoints / "outcome.write").write_text("KILL")
+        with suppress(errors.SandboxdError):
+            live(daemon, "s", "echo one > a")
+        assert daemon.process.wait(20) < 0
+    with living(tmp_path) as daemon:
+        client = daemon.client()
+        assert client.session("s").container is None
+        (call,) = client.list().invocations
+        assert call.outcome is not None
+        assert (call.outcome.cause, call.container) == ("failed", None)
+        assert files(daemon) == ""
+
+
+def test_a_call_in_a_container_is_replayed_from_the_checkpoint(tmp_path: Path) -> None:
+    needs_containers()
+    with living(tmp_path) as daemon:
+        client = daemon.client()
+        client.create_session("s")
+        live(daemon, "s", "echo one > a")
+        call = live(daemon, "s", "cat a; echo done")
+        again = client.replay(call.id)
+        assert again.replayed.stdout is not None
+        assert again.replayed.stdout.text == "done\n"
+        assert any("what ran on between its calls" in one for one in again.not_captured)
+        assert said(live(daemon, "s", "cat a")) == "one\n"  # the container is as it was
+        assert len([slot for slot in client.slots() if slot.policy == "live"]) == 1
