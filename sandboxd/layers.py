@@ -12,7 +12,7 @@ from sandboxd import errors
 from sandboxd.session import LONG
 from sandboxd.workspace import tables
 from sandboxd.workspace.layer import Figures
-from sandboxd.workspace.merge import merge
+from sandboxd.workspace.merge import Merged, merge
 from sandboxd.workspace.shares import Shares
 from sandboxd.workspace.unwritten import Unwritten
 
@@ -127,13 +127,16 @@ class Layers:
             return
         await self.unwritten.settle((*upper.layers, *lower.layers))
 
+        found: list[Merged] = []
+
         def fill(into: int, scratch: int) -> Figures:
             paths = tuple(self.paths(upper.layers))
             beneath = tuple(self.paths(lower.layers))
-            return Figures("", *merge(paths, into, below=beneath, scratch=scratch, lent=lent))
+            found.append(merge(paths, into, below=beneath, scratch=scratch, lent=lent))
+            return Figures("", found[0].size, found[0].inodes)
 
-        name, figures = await anyio.to_thread.run_sync(self._store.add, fill)
-        made = tables.Merge(end.id, span, below, name, figures.size, figures.inodes)
+        name, _ = await anyio.to_thread.run_sync(self._store.add, fill)
+        made = tables.Merge(end.id, span, below, name, *found[0])
         written = False
         try:
             written = await self._journal.write(lambda connection: tables.insert_merge(connection, made))
@@ -141,5 +144,7 @@ class Layers:
             written = name in await self._journal.read(tables.referenced)
             raise
         finally:
-            if not written:
+            if written:
+                self.held.charge(end.uid, made.own_size, made.own_inodes + 1)
+            else:
                 await anyio.to_thread.run_sync(self._store.remove, name)

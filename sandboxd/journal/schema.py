@@ -222,6 +222,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             why TEXT
         ) STRICT, WITHOUT ROWID""",
     ),
+    (
+        # what a merged layer does not share with those that it was made of
+        "ALTER TABLE merges ADD COLUMN own_size INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE merges ADD COLUMN own_inodes INTEGER NOT NULL DEFAULT 0",
+    ),
 )
 
 KEPT_BACKUPS = 2

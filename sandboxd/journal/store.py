@@ -11,33 +11,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import os
-import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import structlog
-from pydantic import ValidationError
 
 from sandboxd import canonical, errors, models
 from sandboxd.blobs import BlobStore
 from sandboxd.failpoint import failpoint
-from sandboxd.journal import chain, records, requests, schema, signing, upkeep, verify
+from sandboxd.journal import chain, records, requests, rows, schema, signing, upkeep, verify
+from sandboxd.journal.lock import Lock
 from sandboxd.journal.output import sync_directory
 from sandboxd.journal.writer import Transaction, Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    import sqlite3
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
 __all__ = ["Journal"]
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
-MAX_LIST = 500
 KEPT_REFUSALS = 10_000
 SOURCE = "#source"
 """After the digest of a policy: the key of what makes that policy again."""
@@ -46,30 +43,6 @@ SIGN_SECONDS = 600.0
 SIGN_CHECK = 5.0
 _PRUNE_EVERY = 100
 _READERS = 2
-_MAX_LABELS = 16  # of a filter
-_MAX_PAGE = 8 << 20  # bytes of documents; one has up to some MiB of argv, artifacts and what was withheld
-
-
-class _Lock:
-    """The state directory's lock: one daemon at a time. The kernel lets go of it when the holder dies."""
-
-    def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip()
-            os.close(self._fd)
-            named = f" (pid {holder})" if holder.isdigit() else ""
-            raise errors.ConfigInvalid(
-                f"another sandboxd{named} uses the state directory {path.parent}; stop it, "
-                "or give this one a state directory of its own"
-            ) from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
-
-    def release(self) -> None:
-        os.close(self._fd)
 
 
 class Journal:
@@ -91,7 +64,7 @@ class Journal:
         self._readers: ThreadPoolExecutor | None = None
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
-        self._lock: _Lock | None = None
+        self._lock: Lock | None = None
 
     @classmethod
     def open(cls, state_dir: Path, key: signing.KeyPlace | None = None) -> Self:
@@ -118,7 +91,7 @@ class Journal:
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             sync_directory(self._directory.parent)  # it may have been made a moment ago
-            self._lock = _Lock(self._directory / "lock")
+            self._lock = Lock(self._directory / "lock")
         except OSError as error:
             raise errors.ConfigInvalid(
                 f"the state directory {self._directory} cannot be used: {error.strerror}"
@@ -153,9 +126,9 @@ class Journal:
 
         def operation(transaction: Transaction) -> records.Existing | None:
             if invocation.key is not None:
-                found = _find_key(transaction.connection, invocation.caller.uid, invocation.key)
+                found = rows.find_key(transaction.connection, invocation.caller.uid, invocation.key)
                 if found is not None and found.request_digest != record.request_digest:
-                    raise _conflict(transaction.connection, found, record.request)
+                    raise rows.conflict(transaction.connection, found, record.request)
                 if found is not None:
                     return found
             transaction.connection.execute(
@@ -184,11 +157,11 @@ class Journal:
 
     async def conflict(self, existing: records.Existing, request: requests.Asked) -> errors.KeyConflict:
         """The refusal of a request whose key stands for another one, which says in what they differ."""
-        return await self._read(lambda connection: _conflict(connection, existing, request))
+        return await self._read(lambda connection: rows.conflict(connection, existing, request))
 
     async def find_key(self, uid: int, key: str) -> records.Existing | None:
         """The call that a caller's key stands for, if any; its acceptance is on disk."""
-        found = await self._read(lambda connection: _find_key(connection, uid, key))
+        found = await self._read(lambda connection: rows.find_key(connection, uid, key))
         if found is not None:
             await self._writer.synced()  # it may have been written a moment ago
         return found
@@ -297,34 +270,11 @@ class Journal:
 
         One that was pruned is what its header still knows, with ``pruned``.
         """
-
-        def read(connection: sqlite3.Connection) -> models.Invocation | None:
-            row = connection.execute(
-                "SELECT i.doc, i.policy, i.pruned, i.uid, r.header FROM invocations AS i"
-                " LEFT JOIN records AS r ON r.id = i.id WHERE i.id = ?",
-                (id_,),
-            ).fetchone()
-            if row is None:
-                return None
-            doc, policy, pruned, uid, header = row
-            if doc is not None and header is None:  # whoever asks at the start has to go on
-                return _parse_open(id_, doc, uid, policy)
-            if doc is not None:
-                return _parse(id_, doc)
-            return None if header is None else records.from_header(header, policy, pruned or 0)
-
-        return await self._read(read)
+        return await self._read(lambda connection: rows.get(connection, id_))
 
     async def in_flight(self) -> list[models.Invocation]:
         """Calls that were accepted and have no outcome, oldest first; for the start of a daemon."""
-
-        def read(connection: sqlite3.Connection) -> list[models.Invocation]:
-            rows = connection.execute(
-                "SELECT id, doc, uid, policy FROM invocations WHERE state != 'ended' ORDER BY id"
-            )
-            return [_parse_open(*row) for row in rows]
-
-        return await self._read(read)
+        return await self._read(rows.in_flight)
 
     async def open_calls(self) -> list[requests.Open]:
         """The same calls, by what the queue has to know of them: of a long queue nothing else is read."""
@@ -365,14 +315,14 @@ class Journal:
         await self._writer.run(operation, durable=False)
 
     async def refusals(self, limit: int = 100) -> list[records.Refusal]:
-        """The newest refusals, newest first; at most ``MAX_LIST``."""
+        """The newest refusals, newest first; at most ``rows.MAX_LIST``."""
 
         def read(connection: sqlite3.Connection) -> list[records.Refusal]:
-            rows = connection.execute(
+            found = connection.execute(
                 "SELECT at, uid, code, detail, request FROM refusals ORDER BY n DESC LIMIT ?",
-                (max(1, min(limit, MAX_LIST)),),
+                (max(1, min(limit, rows.MAX_LIST)),),
             )
-            return [records.Refusal(*row) for row in rows]
+            return [records.Refusal(*row) for row in found]
 
         return await self._read(read)
 
@@ -491,41 +441,13 @@ class Journal:
     ) -> list[models.Invocation]:
         """Invocations, newest first, that fit every filter given; ``before`` is an id and not included.
 
-        At most ``MAX_LIST``, and fewer when they are large: the one that passes ``_MAX_PAGE`` is the last.
+        At most ``rows.MAX_LIST``, and fewer when they are large.
         Raises InvalidRequest for too many labels.
         """
-        if labels and len(labels) > _MAX_LABELS:
-            raise errors.InvalidRequest(f"at most {_MAX_LABELS} labels can be filtered by", field="label")
-        filters: dict[str, object] = {
-            "uid = ?": uid,
-            "policy = ?": policy,
-            "cause = ?": cause,
-            "state = ?": state,
-            "id < ?": before,
-        }
-        given = {clause: value for clause, value in filters.items() if value is not None}
-        where = ["doc IS NOT NULL", *given]
-        values: list[object] = [str(v) if isinstance(v, str) else v for v in given.values()]
-        for name, value in (labels or {}).items():
-            where.append("id IN (SELECT id FROM labels WHERE name = ? AND value = ?)")
-            values += [name, value]
-        # Only constant clauses are joined; every value is bound.
-        query = f"SELECT id, doc FROM invocations WHERE {' AND '.join(where)} ORDER BY id DESC LIMIT ?"  # noqa: S608
-        values.append(max(1, min(limit, MAX_LIST)))
-
-        def read(connection: sqlite3.Connection) -> list[models.Invocation]:
-            found, size = [], 0
-            for id_, doc in _each(connection, query, values):
-                try:
-                    found.append(_parse(id_, doc))
-                except errors.JournalCorrupt as error:  # the others are listed; ``get`` says it of this one
-                    log.warning("left out of a list", id=id_, reason=str(error))
-                size += len(doc)
-                if size > _MAX_PAGE:
-                    break
-            return found
-
-        return await self._read(read)
+        query, values = rows.selected(
+            uid=uid, policy=policy, cause=cause, state=state, labels=labels or {}, before=before, limit=limit
+        )
+        return await self._read(lambda connection: rows.listed(connection, query, values))
 
     async def write(
         self,
@@ -572,60 +494,3 @@ class Journal:
                 return read(connection)
 
         return await asyncio.get_running_loop().run_in_executor(self._readers, run)
-
-
-def _find_key(connection: sqlite3.Connection, uid: int, key: str) -> records.Existing | None:
-    row = connection.execute(
-        "SELECT id, request_digest FROM invocations WHERE uid = ? AND key = ?", (uid, key)
-    ).fetchone()
-    return records.Existing(*row) if row else None
-
-
-def _conflict(
-    connection: sqlite3.Connection, existing: records.Existing, now: requests.Asked | None
-) -> errors.KeyConflict:
-    before = requests.read(connection, existing.id)
-    differs = [] if before is None or now is None else requests.differences(before[0], now.doc)
-    named = ", ".join(each["field"] for each in differs[:5]) + (" and more" if len(differs) > 5 else "")
-    return errors.KeyConflict(
-        "this key was used before with another request" + (f": they differ in {named}" if named else ""),
-        id=existing.id,
-        request_digest=existing.request_digest,
-        differs=differs,
-    )
-
-
-def _each(
-    connection: sqlite3.Connection, query: str, values: Sequence[object]
-) -> Iterator[tuple[str, bytes]]:
-    """The rows of a list; where a page is damaged, those that can be read."""
-    try:
-        yield from connection.execute(query, values).fetchall()
-    except sqlite3.DatabaseError as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_CORRUPT:
-            raise
-        log.warning("the database is damaged; what can be read is listed", reason=str(error))
-        for (id_,) in connection.execute(query.replace("SELECT id, doc", "SELECT id", 1), values).fetchall():
-            try:
-                row = connection.execute("SELECT doc FROM invocations WHERE id = ?", (id_,)).fetchone()
-            except sqlite3.DatabaseError as damage:
-                log.warning("left out of a list", id=id_, reason=str(damage))
-                continue
-            if row is not None and row[0] is not None:
-                yield id_, row[0]
-
-
-def _parse_open(id_: str, doc: bytes, uid: int, policy: str) -> models.Invocation:
-    """A call without an outcome; of one whose document is damaged, what its row says."""
-    try:
-        return _parse(id_, doc)
-    except errors.JournalCorrupt as error:
-        log.error("what was accepted is damaged", id=id_, reason=str(error))  # noqa: TRY400  # all there is
-        return records.remains(id_, uid, policy)
-
-
-def _parse(id_: str, doc: bytes) -> models.Invocation:
-    try:
-        return models.Invocation.model_validate_json(doc)
-    except ValidationError as error:
-        raise errors.JournalCorrupt(f"invocation {id_} in the journal cannot be read", id=id_) from error

@@ -24,7 +24,7 @@ import os
 import stat
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sandboxd.workspace.layer import (
     DIRECTORY,
@@ -43,9 +43,21 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["merge"]
+__all__ = ["Merged", "merge"]
 
 ORIGIN = "trusted.overlay.origin"
+
+
+class Merged(NamedTuple):
+    """What a merged layer shows, in bytes on disk as ``Figures`` has them and entries; and what is its own.
+
+    That is what it does not share with the layers that it was made of: directories, and files copied.
+    """
+
+    size: int
+    inodes: int
+    own_size: int
+    own_inodes: int
 
 
 @dataclass
@@ -64,12 +76,11 @@ class _Frame:
 
 def merge(
     layers: Sequence[Path], into: int, *, below: Sequence[Path], scratch: int, lent: bool = False
-) -> tuple[int, int]:
+) -> Merged:
     """Merge layers, the newest first, into an empty directory (a descriptor); ``below`` are those beneath.
 
     ``scratch`` is an empty directory beside it, which is empty again afterwards; with ``lent`` a directory
-    that changes is below them all. Returns bytes on disk as ``Figures`` has them, and entries. Raises
-    OSError.
+    that changes is below them all. Raises OSError.
     """
     return _Merge(into, len(layers), scratch, lent=lent).run([*layers, *below])
 
@@ -87,10 +98,10 @@ class _Merge:
         self._met: set[tuple[int, int]] = set()
         self._at: list[int] = []
         self._target = -1
-        self._size = 0
-        self._entries = 0
+        self._size = self._own_size = 0
+        self._entries = self._own_entries = 0
 
-    def run(self, layers: Sequence[Path]) -> tuple[int, int]:
+    def run(self, layers: Sequence[Path]) -> Merged:
         with ExitStack() as stack:
             stack.callback(self._close)
             stack.callback(self._clear_scratch)
@@ -109,7 +120,7 @@ class _Merge:
                 frames.pop()
                 if frames:
                     self._move(frame.members, "..")
-        return self._size, self._entries
+        return Merged(self._size, self._entries, self._own_size, self._own_entries)
 
     def _close(self) -> None:
         for fd in (*self._at, self._target):
@@ -163,6 +174,7 @@ class _Merge:
         os.mkdir(name, 0o700, dir_fd=self._target)
         frame.made.append(name)
         self._entries += 1
+        self._own_entries += 1
         self._move(members, name)
         return self._frame(name, members, opaque=opaque)
 
@@ -184,6 +196,8 @@ class _Merge:
                 source_name, name, src_dir_fd=self._scratch, dst_dir_fd=self._target, follow_symlinks=False
             )
             self._count_in(status)
+            self._own_entries += 1
+            self._own_size += _size_of(status)
             return
         if status.st_nlink > 1:
             if file in self._met:
@@ -193,10 +207,7 @@ class _Merge:
 
     def _count_in(self, status: os.stat_result) -> None:
         self._entries += 1
-        if stat.S_ISREG(status.st_mode):
-            self._size += whole_blocks(status.st_blocks * 512)
-        elif stat.S_ISLNK(status.st_mode):
-            self._size += link_size(status.st_size)
+        self._size += _size_of(status)
 
     def _copy(self, at: int, name: str, status: os.stat_result) -> str:
         """Copy what is no directory to the scratch directory, where it has one name."""
@@ -239,7 +250,8 @@ class _Merge:
                 value = os.getxattr(newest, name)
                 os.setxattr(self._target, name, value)
                 attributes += len(name) + len(value)
-        self._size += directory_size(frame.made) + whole_blocks(attributes)
+        size = directory_size(frame.made) + whole_blocks(attributes)
+        self._size, self._own_size = self._size + size, self._own_size + size
         if frame.opaque and (len(self._at) > self._count or self._lent):
             os.setxattr(self._target, OPAQUE, b"y")
         if frame.hiding:
@@ -248,6 +260,12 @@ class _Merge:
         os.fchown(self._target, status.st_uid, status.st_gid)
         os.fchmod(self._target, stat.S_IMODE(status.st_mode))
         os.utime(self._target, ns=(status.st_mtime_ns, status.st_mtime_ns))
+
+
+def _size_of(status: os.stat_result) -> int:
+    if stat.S_ISREG(status.st_mode):
+        return whole_blocks(status.st_blocks * 512)
+    return link_size(status.st_size) if stat.S_ISLNK(status.st_mode) else 0
 
 
 def _copied(source: int, target: int, most: int, at: int) -> int:

@@ -48,6 +48,12 @@ class Shares:
                 refuse("sessions.inodes", inodes, share.inodes)
             self._size[uid], self._inodes[uid] = size, inodes
 
+    def charge(self, uid: int, size: int, inodes: int) -> None:
+        """Count what is there whatever the share is: what comes next may find no room."""
+        with self._lock:
+            self._size[uid] += size
+            self._inodes[uid] += inodes
+
     def give(self, uid: int, size: int, inodes: int) -> None:
         """What was counted is gone, or was not kept after all."""
         with self._lock:

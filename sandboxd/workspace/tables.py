@@ -121,6 +121,9 @@ class Merge:
     layer: str
     size: int
     inodes: int
+    own_size: int = 0
+    """Bytes and entries that it does not share with the layers that it was made of."""
+    own_inodes: int = 0
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ def insert_merge(connection: sqlite3.Connection, one: Merge) -> bool:
     values = tuple(getattr(one, field.name) for field in fields(Merge))
     return bool(
         connection.execute(
-            f"INSERT OR IGNORE INTO merges ({_MERGE}) VALUES (?, ?, ?, ?, ?, ?)",  # noqa: S608
+            f"INSERT OR IGNORE INTO merges ({_MERGE}) VALUES ({', '.join('?' * len(values))})",  # noqa: S608
             values,
         ).rowcount
     )
@@ -386,9 +389,15 @@ def due(connection: sqlite3.Connection, id_: str) -> list[tuple[Checkpoint, int,
 
 
 def held(connection: sqlite3.Connection) -> dict[int, tuple[int, int]]:
-    """Bytes and entries of all layers made in the sessions of each caller; a layer is an entry itself."""
+    """Bytes and entries of all layers made in the sessions of each caller; a layer is an entry itself.
+
+    Of those that were merged what is their own: what they share is counted once.
+    """
     rows = connection.execute(
-        "SELECT uid, sum(size), sum(inodes + 1) FROM checkpoints WHERE layer IS NOT NULL GROUP BY uid"
+        "SELECT uid, sum(size), sum(inodes) FROM ("
+        "SELECT uid, size, inodes + 1 AS inodes FROM checkpoints WHERE layer IS NOT NULL UNION ALL"
+        " SELECT c.uid, m.own_size, m.own_inodes + 1 FROM merges AS m JOIN checkpoints AS c"
+        " ON c.id = m.checkpoint) GROUP BY uid"
     )
     return {row[0]: (int(row[1]), int(row[2])) for row in rows}
 
@@ -482,9 +491,12 @@ def prune(connection: sqlite3.Connection, session: str | None, *, limit: int = 2
             continue
         layers += [one.layer] if one.layer is not None else []
         freed += [(one.uid, one.size, one.inodes + 1)] if one.layer is not None else []
-        layers += [
-            row[0] for row in connection.execute("SELECT layer FROM merges WHERE checkpoint = ?", (one.id,))
-        ]
+        merged = connection.execute(
+            "SELECT layer, own_size, own_inodes FROM merges WHERE checkpoint = ?", (one.id,)
+        )
+        for layer, own_size, own_inodes in merged.fetchall():
+            layers.append(layer)
+            freed.append((one.uid, own_size, own_inodes + 1))
         removed += _rows_of(connection, one)
         remove_checkpoint(connection, one.id)
         count += 1

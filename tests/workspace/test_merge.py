@@ -15,7 +15,7 @@ import pytest
 
 from sandboxd.kernel import mounts
 from sandboxd.workspace import layer
-from sandboxd.workspace.merge import merge
+from sandboxd.workspace.merge import Merged, merge
 from sandboxd.workspace.store import LayerStore
 from sandboxd.workspace.tree import step
 
@@ -33,6 +33,7 @@ class Line:
         self.layers: list[Path] = []
         self.figures = layer.Figures("", 0, 0)
         """Of the newest merge."""
+        self.made = Merged(0, 0, 0, 0)
         self._upper = directory / "tmpfs"
         self._merged = directory / "merged"
         self._upper.mkdir()
@@ -78,9 +79,9 @@ class Line:
         """One layer of several."""
 
         def fill(into: int, scratch: int) -> layer.Figures:
-            size, inodes = merge(layers, into, below=below, scratch=scratch, lent=lent)
+            self.made = made = merge(layers, into, below=below, scratch=scratch, lent=lent)
             assert not os.listdir(scratch)
-            return layer.Figures("", size, inodes)
+            return layer.Figures("", made.size, made.inodes)
 
         name, self.figures = self.store.add(fill)
         return self.store.path(name)
@@ -214,6 +215,27 @@ def test_a_deep_tree_and_few_descriptors(line: Line) -> None:
         fd = step(fd, f"directory-{number:010}")
     assert sorted(os.listdir(fd)) == ["leaf0", "leaf1", "leaf2"]
     os.close(fd)
+
+
+def test_what_a_merged_layer_takes_for_itself_is_told(line: Line) -> None:
+    """Its directories, and no file: those it shares with the layers that it was made of."""
+
+    def first(root: Path) -> None:
+        for number in range(5):
+            (root / f"d{number}" / "below").mkdir(parents=True)
+            (root / f"d{number}" / "file").write_bytes(b"x" * 100_000)
+
+    def second(root: Path) -> None:
+        (root / "d0" / "file").write_bytes(b"y" * 50_000)
+
+    line.change(first)
+    line.change(second)
+    one = line.merged(line.layers)
+    directories = [path for path in one.rglob("*") if path.is_dir()]
+    assert len(directories) == line.made.own_inodes == 10
+    assert line.made.own_size == 11 * layer.BLOCK  # the root too, which is no entry
+    assert line.made.size > 450_000
+    assert all(path.stat().st_nlink > 1 for path in one.rglob("file"))
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "fifo"])
