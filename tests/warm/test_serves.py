@@ -54,7 +54,10 @@ def test_by_its_words(command: str, served: bool) -> None:  # noqa: FBT001
     assert serves(WARM, command.encode().split(), ENV) is served
 
 
-@pytest.mark.parametrize("name", [*sorted(ACTING), "PYTHONHASHSEED", "LC_ALL", "LD_PRELOAD", "OMP_NUM_THREADS"])
+NAMES = [*sorted(ACTING), "PYTHONHASHSEED", "LC_ALL", "LD_PRELOAD", "OMP_NUM_THREADS"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_variable_that_has_acted_already(name: str) -> None:
     argv = [b"python3", b"x.py"]
     assert not serves(WARM, argv, {**ENV, name: "other"})
