@@ -25,6 +25,7 @@ warm: !remove
 limits: {wall: 60s, pids: 1k}
 expose: [8080, 8081, 40000]
 """
+LASTING = "version: 1\nname: lasting\nextends: exposing\nisolation: session\n"
 # Listens on 8080, and gives each connection to `serve`, in a thread of its own.
 SERVER = """
 import os, socket, sys, threading, time

@@ -1,10 +1,11 @@
 """The ways into containers: whose servers their callers reach, on the ports that the policy exposes.
 
-Theory of operation.  From hand-over to its end a call has an ``Entrance``, which holds the network
-namespace of its container as a descriptor: no number is looked up that may be another's by then. A connection
-is begun in there, by a thread that joins it, to the loopback of the container, where its packet filter lets
-everything through. Once it stands, it goes with the caller's own to the caller's process of
-``sandboxd.egress``, the only one that reads what the server says. That process says once how it ended.
+Theory of operation.  From hand-over to its end a call has an ``Entrance``, and a container that a session
+keeps has one for as long as it lives. It holds the network namespace of its container as a descriptor: no
+number is looked up that may be another's by then. A connection is begun in there, by a thread that joins
+it, to the loopback of the container, where its packet filter lets everything through. Once it stands, it
+goes with the caller's own to the caller's process of ``sandboxd.egress``, the only one that reads what the
+server says. That process says once how it ended.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Entrances:
         self.open: Counter[int] = Counter()
         """Connections by the uid of the container's caller."""
         self.sessions: dict[str, Entrance | None] = {}
-        """Of each session in whose container something runs now, by its id; None: no port is exposed."""
+        """Of each session that has a container now, by its id; None: no port is exposed."""
         self._last = 0
 
     def next_number(self) -> int:
@@ -113,11 +114,21 @@ class Entrance:
         self._namespace = namespace
         self._on_event = on_event
         self._events = 0
+        self._missed: list[NetworkEvent] = []
         self._open: dict[int, Server | None] = {}
         """Connections by number, and the process that serves each once it does."""
         self._connecting: set[anyio.CancelScope] = set()
         self._empty = anyio.Event()
         self._closed = False
+
+    def tell(self, on_event: Callable[[NetworkEvent], None] | None) -> None:
+        """Who is told from now on, and of what nobody was told; None: nobody, until somebody comes."""
+        self._on_event = self._missed.append if on_event is None else on_event
+        self._events = 0
+        if on_event is not None:
+            missed, self._missed = self._missed, []
+            for event in missed:
+                on_event(event)
 
     async def connect(self, port: int) -> Passage:
         """A connection to a server inside, on its way to a caller; a context manager.
@@ -204,7 +215,7 @@ class Entrance:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise errors.CallEnded(f"call {self._id!r} has ended")
+            raise errors.CallEnded(f"{self._id!r} has ended")
 
     def ended(self, passage: Passage, said: _Ended | None) -> None:
         """Count a connection no more, and tell of it where it was served; None: nobody says how it ended."""
@@ -252,6 +263,8 @@ class Entrance:
         if self._namespace >= 0:
             os.close(self._namespace)
             self._namespace = -1
+        if self._entrances.sessions.get(self._id) is self:
+            del self._entrances.sessions[self._id]
 
 
 @dataclass(eq=False)

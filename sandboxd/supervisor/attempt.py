@@ -399,7 +399,7 @@ class Attempt:
         env += self._secrets.environment()
         named = {**command.env, **dict.fromkeys(slot.shape.granted("env"), "")}
         slot.listener.reset()  # what was denied before was not the command's
-        await self._network.begin(slot)
+        await self._network.begin(slot, self._kept)
         self._handed_over = time.monotonic()
         await slot.control.execute(
             argv,

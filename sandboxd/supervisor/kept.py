@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sandboxd.kernel.cgroup_part import Part
     from sandboxd.kernel.notify import Listener
     from sandboxd.models import ContainerUse, Outcome
+    from sandboxd.network.entrance import Entrance
     from sandboxd.supervisor.ending import Ending
     from sandboxd.supervisor.meter import Meter
 
@@ -85,6 +86,8 @@ class Kept:
         self.calls = 0
         self.ended: str | None = None
         """Why it is to be used no more."""
+        self.way: Entrance | None = None
+        """To the servers inside, for whoever has the session."""
         self._stack: AsyncExitStack | None = None
         self._left: list[_Left] = []
         self._gone = 0
@@ -220,6 +223,9 @@ class Kept:
         stack, self._stack = self._stack, None
         self._drain.close()
         try:
+            if self.way is not None:
+                with anyio.CancelScope(shield=True):
+                    await self.way.end()
             if stack is not None:
                 with anyio.CancelScope(shield=True):
                     await stack.aclose()

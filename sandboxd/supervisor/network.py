@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sandboxd.network.questions import Answer, Decide, Question
     from sandboxd.reach import NetworkRules
     from sandboxd.session import CallSession
+    from sandboxd.supervisor.kept import Kept
     from sandboxd.supervisor.secrets import CallSecrets
 
 __all__ = ["CallNetwork"]
@@ -57,19 +58,28 @@ class CallNetwork:
         """Names and versions of the secrets that requests may have been given."""
         self.entrance: Entrance | None = None
         """The way to the servers inside, where the policy exposes ports."""
+        self._lasting: Entrance | None = None
+        """The one of a container that is kept."""
         self.fault: errors.AttemptFailed | None = None
         """Why not all that happened is among the events."""
 
-    async def begin(self, slot: Slot) -> None:
+    async def begin(self, slot: Slot, kept: Kept | None = None) -> None:
         """Have the connections of a slot served, and let its caller in, as far as the policy says so.
 
-        Raises HostFailed, EngineFailed.
+        Whoever has the session is let into a container that is ``kept`` until that ends. Raises HostFailed,
+        EngineFailed.
         """
         self._inhabited = slot.shape.kept
         if slot.shape.expose:
             self.entrance = self._entrances.enter(self._id, self._uid, slot, self._on_event)
         if self._session is not None:
-            self._entrances.sessions[self._session.row.id] = self.entrance
+            session, way = self._session.row.id, self.entrance
+            if kept is not None and way is not None:
+                if kept.way is None:
+                    kept.way = self._entrances.enter(session, self._uid, slot, self._on_event)
+                way = self._lasting = kept.way
+                way.tell(self._on_event)
+            self._entrances.sessions[session] = way
         if slot.doors is not None:
             given = self._secrets.proxied
             self._given = {(name, version) for name, (version, _) in given.items()}
@@ -90,7 +100,11 @@ class CallNetwork:
 
     async def begin_end(self) -> None:
         """Cut what is left; ``end`` waits for that, and something else can be done first."""
-        if self._session is not None:
+        if self._lasting is not None:
+            self._lasting.tell(None)
+        elif self._session is not None and self.entrance is self._entrances.sessions.get(
+            self._session.row.id
+        ):
             self._entrances.sessions.pop(self._session.row.id, None)
         if self.entrance is not None:
             await self.entrance.begin_end()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from daemons import Daemon, start_daemon, until
-from ported import POLICY
+from ported import LASTING, POLICY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -18,7 +18,8 @@ def exposing(leak_session: object, tmp_path_factory: pytest.TempPathFactory) -> 
     """A daemon with the policy ``exposing``."""
     with start_daemon(tmp_path_factory.mktemp("exposing")) as daemon:
         (daemon.policies / "exposing.yaml").write_text(POLICY)
-        until(lambda: "exposing" in [each.name for each in daemon.client().policies()], "it is in force")
+        (daemon.policies / "lasting.yaml").write_text(LASTING)
+        until(lambda: "lasting" in [each.name for each in daemon.client().policies()], "they are in force")
         yield daemon
 
 

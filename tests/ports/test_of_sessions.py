@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from sandboxd.models import Invocation
+
 PREFIX = (
     "def serve(c):\n lines = head(c).split(b'\\r\\n')\n"
     " said = [each for each in lines if b'prefix' in each.lower() or b'/at' in each]\n"
@@ -74,6 +76,43 @@ def test_each_call_in_turn_is_reached(exposing: Daemon, serving: Callable[..., s
             client.connect_session(session, 8080)
         with pytest.raises(errors.SessionIdle):
             client.session_ports(session)
+
+
+def test_a_container_that_is_kept_is_reached_between_its_calls(exposing: Daemon, session: str) -> None:
+    client = exposing.client()
+
+    def left(code: str) -> Invocation:
+        argv = [
+            "sh",
+            "-c",
+            'python3 -c "$1" > log 2>&1 & until grep -q ready log; do sleep 0.02; done',
+            "-",
+            code,
+        ]
+        return client.run(argv, policy="lasting", session=session)
+
+    first = left(ECHO + "main()")
+    assert first.outcome is not None
+    assert first.outcome.exit_code == 0
+    assert client.session_ports(session) == [8080, 8081, 40000]
+    with client.connect_session(session, 8080) as sock:
+        sock.sendall(b"between")
+        assert sock.recv(10) == b"between"
+        other = left((HELLO + "main()").replace("port=8080", "port=8081"))
+        sock.sendall(b"still")  # the connection is not of a call
+        assert sock.recv(10) == b"still"
+    assert ask(exposing, session, 8081) == (200, b"hello")
+    last = client.run(["true"], policy="lasting", session=session)
+    told = [each.port for call in (first, other, last) for each in inward(exposing, call.id)]
+    assert told == [8080, 8081]
+    assert [each.port for each in inward(exposing, last.id)] == [
+        8080,
+        8081,
+    ]  # what ended since the call before
+    with client.connect_session(session, 8080) as sock:
+        client.end_session(session)
+        assert sock.recv(10) == b""
+    assert json.loads(ask(exposing, session)[1])["code"] == "session_idle"
 
 
 def test_one_that_waits_is_not_reached(exposing: Daemon, serving: Callable[..., str], session: str) -> None:
