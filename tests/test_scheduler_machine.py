@@ -304,15 +304,20 @@ class QueueMachine(RuleBasedStateMachine):
         assert report.records == len(self.done)
 
     def teardown(self) -> None:
-        if hasattr(self, "journal"):
-            self.pressed = False
-            while self.calls:  # everybody comes to an end
-                id_ = self.pick({"running"}, 0) or self.pick({"resting"}, 0)
-                assert id_ is not None, "nobody waits for ever"
-                self.end(id_, models.Cause.EXITED)
-            self._opened.__exit__(None, None, None)
-            self._portal.__exit__(None, None, None)
-        shutil.rmtree(self.directory)
+        try:
+            if hasattr(self, "journal"):
+                self.everybody_comes_to_an_end()
+                self._opened.__exit__(None, None, None)
+                self._portal.__exit__(None, None, None)
+        finally:
+            shutil.rmtree(self.directory)
+
+    def everybody_comes_to_an_end(self) -> None:
+        self.pressed = False
+        while self.calls:
+            id_ = self.pick({"running"}, 0) or self.pick({"resting"}, 0)
+            assert id_ is not None, "nobody waits for ever"
+            self.end(id_, models.Cause.EXITED)
 
 
 TestQueue = QueueMachine.TestCase
