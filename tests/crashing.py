@@ -231,7 +231,7 @@ class Crashing:
             caller.stdin.close()
         for caller in self._callers:
             try:
-                caller.wait(30 * PATIENCE)
+                caller.wait(60 * PATIENCE)  # some wait for a further attempt
             except subprocess.TimeoutExpired:
                 caller.kill()
                 caller.wait()

@@ -72,12 +72,15 @@ def sessions(images: Path, quick: bool, until: float, tell: Callable[[str], None
 
 def _calls(client: Client, rounds: int, until: float) -> dict[str, dict[str, float]]:
     client.create_session("empty")
+    client.create_session("read")
     client.create_session("written")
-    write = ["python3", "-c", TEN]
+    write, nothing = ["python3", "-c", TEN], ["python3", "-c", "pass"]
     return _taken(
         {
             "true": lambda: _ran(client, ["true"]),
             "true, in a session": lambda: _ran(client, ["true"], session="empty"),
+            "no file": lambda: _ran(client, nothing, policy="python"),
+            "no file, in a session": lambda: _ran(client, nothing, session="read", policy="python"),
             "ten files": lambda: _ran(client, write, policy="python"),
             "ten files, in a session": lambda: _ran(client, write, session="written", policy="python"),
         },
