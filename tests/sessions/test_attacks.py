@@ -6,7 +6,7 @@ import os
 import signal
 import sqlite3
 import stat
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -284,15 +284,24 @@ def test_a_session_has_its_own_quota(daemon: Daemon) -> None:
         client.delete_session(made.id)
 
 
-def test_a_disk_that_is_full_keeps_the_session_as_it_was(
-    daemon_factory: Callable[..., Daemon], tmp_path: Path
-) -> None:
-    state = tmp_path / "state"
+@contextmanager
+def disk_of(directory: Path, size: str) -> Iterator[Path]:
+    """A state directory whose sessions have a small disk of their own."""
+    state = directory / "state"
     (state / "sessions").mkdir(parents=True)
-    mount = mounts.new_mount("tmpfs", {"size": "4m", "mode": "0700"})
+    mount = mounts.new_mount("tmpfs", {"size": size, "mode": "0700"})
     mounts.attach(mount, state / "sessions")
     os.close(mount)
     try:
+        yield state
+    finally:
+        mounts.detach(state / "sessions")
+
+
+def test_a_disk_that_is_full_keeps_the_session_as_it_was(
+    daemon_factory: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    with disk_of(tmp_path, "4m") as state:
         daemon = daemon_factory(state=state)
         give_policies(daemon)
         made = daemon.client().create_session()
@@ -308,20 +317,13 @@ def test_a_disk_that_is_full_keeps_the_session_as_it_was(
         assert layers(daemon) == before
         assert said(sh(daemon, made, "cat f; ls; echo y > g")) == "x\nf\n"  # and it goes on
         daemon.stop()
-    finally:
-        mounts.detach(state / "sessions")
 
 
 def test_what_was_recorded_and_has_no_room_as_files_comes_when_there_is(
     daemon_factory: Callable[..., Daemon], tmp_path: Path
 ) -> None:
     """A small change is in the journal first; on another file system there may be none left for its files."""
-    state = tmp_path / "state"
-    (state / "sessions").mkdir(parents=True)
-    mount = mounts.new_mount("tmpfs", {"size": "1m", "mode": "0700"})
-    mounts.attach(mount, state / "sessions")
-    os.close(mount)
-    try:
+    with disk_of(tmp_path, "1m") as state:
         daemon = daemon_factory(state=state)
         give_policies(daemon)
         client = daemon.client()
@@ -344,8 +346,6 @@ def test_what_was_recorded_and_has_no_room_as_files_comes_when_there_is(
         ballast.unlink()
         assert said(sh(daemon, made, "wc -c < f")) == "50000\n"
         daemon.stop()
-    finally:
-        mounts.detach(state / "sessions")
 
 
 def test_killed_at_any_time_there_is_no_change_without_its_record(
