@@ -126,9 +126,13 @@ class Reach:
         self._deny: dict[str, list[Deny]] = {}
         self._networks: list[tuple[Cidr, Allow]] = []
         self._refused: list[tuple[Cidr, Deny]] = []
+        self._named: dict[int, list[Allow]] = {}
+        """Rules for names, by port."""
         for rule in rules.allow:
             if (network := _network(rule.target)) is None:
                 self._allow.setdefault(rule.target, []).append(rule)
+                for port in rule.ports:
+                    self._named.setdefault(port, []).append(rule)
             else:
                 self._networks.append((network, rule))
         for deny in rules.deny:
@@ -249,7 +253,7 @@ class Reach:
         if self._denied(address, port) is not None:
             return False
         never = _never(address)
-        rules = [rule for listed in self._allow.values() for rule in listed if port in rule.ports]
+        rules = self._named.get(port, ())
         if never is None and rules:
             return True
         if never is not None and any(_leads(each, never, address) for rule in rules for each in rule.within):

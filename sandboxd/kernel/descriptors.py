@@ -32,14 +32,17 @@ class Sender:
 
     async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send a message whole. Raises OSError when nobody is at the other end."""
-        while True:
-            try:
-                socket.send_fds(self._sock, [data], list(fds))
-            except BlockingIOError:
-                async with self._full:  # one task alone may wait for a socket
-                    await anyio.wait_writable(self._sock)
-            else:
-                return
+        while not self.send_now(data, fds):
+            async with self._full:  # one task alone may wait for a socket
+                await anyio.wait_writable(self._sock)
+
+    def send_now(self, data: bytes, fds: Sequence[int] = ()) -> bool:
+        """The same, if there is room for it now. Raises OSError when nobody is at the other end."""
+        try:
+            socket.send_fds(self._sock, [data], list(fds))
+        except BlockingIOError:
+            return False
+        return True
 
 
 def receive(sock: socket.socket, size: int, most: int) -> tuple[bytes, list[int], int]:

@@ -249,7 +249,7 @@ class Gateway:
             raise errors.HostFailed("every id of the network's processes is in use; raise network.count")
         nameservers = tuple(map(str, self._config.nameservers)) or _host_nameservers()
         worker = Worker(caller, self._uids.pop(), looks=looks)
-        worker.outward = Outward(self._tasks, worker.send, nameservers, self._config.port)
+        worker.outward = Outward(self._tasks, worker.sender, nameservers, self._config.port)
         workers.append(worker)
         self._tasks.start_soon(self._hear, worker)
         try:

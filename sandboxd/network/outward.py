@@ -21,9 +21,11 @@ from sandboxd.egress.messages import encode
 from sandboxd.egress.outside import MAX_ASKED, MAX_QUERY, MAX_REPLY
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Callable, Sequence
 
     from anyio.abc import TaskGroup
+
+    from sandboxd.kernel.descriptors import Sender
 
 __all__ = ["Outward"]
 
@@ -49,17 +51,17 @@ class _Query(BaseModel):
 
 
 class Outward:
-    """Of one process, which ``send`` tells things. All of what it asks raises ValueError where it may not."""
+    """Of one process, which ``sender`` tells things. What it may not ask for raises ValueError."""
 
     def __init__(
         self,
         tasks: TaskGroup,
-        send: Callable[[bytes, Sequence[int]], Awaitable[None]],
+        sender: Sender,
         nameservers: Sequence[str],
         port: int,
     ) -> None:
         self._tasks = tasks
-        self._send = send
+        self._sender = sender
         self._nameservers = nameservers
         self._port = port
         self._sending = 0
@@ -79,28 +81,25 @@ class Outward:
             raise ValueError(f"no rule leads to {asked.address} at port {asked.port}")
         if self._sending >= 2 * MAX_ASKED:
             raise ValueError("it asks for too many connections at once")
-        self._sending += 1
-        self._tasks.start_soon(self._connect, asked)
+        sock, told = _begun(asked)
+        try:
+            sent = self._sender.send_now(told, [] if sock is None else [sock.fileno()])
+        except OSError:  # the process is gone
+            sent = True
+        if not sent:
+            self._sending += 1
+            self._tasks.start_soon(self._tell, sock, told)
+        elif sock is not None:
+            sock.close()
 
-    async def _connect(self, asked: _Connect) -> None:
+    async def _tell(self, sock: socket.socket | None, told: bytes) -> None:
         try:
             with suppress(OSError):  # the process is gone
-                await self._begin(asked)
+                await self._sender.send(told, [] if sock is None else [sock.fileno()])
         finally:
             self._sending -= 1
-
-    async def _begin(self, asked: _Connect) -> None:
-        family = socket.AF_INET if asked.address.version == 4 else socket.AF_INET6
-        try:
-            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        except OSError as error:  # a host without that family, or without descriptors
-            await self._send(encode("connected", {"number": asked.number, "code": error.errno}), ())
-            return
-        with sock:
-            code = sock.connect_ex((str(asked.address), asked.port))
-            on_its_way = code in (0, errno.EINPROGRESS)
-            told = encode("connected", {"number": asked.number, "code": 0 if on_its_way else code})
-            await self._send(told, [sock.fileno()] if on_its_way else [])
+            if sock is not None:
+                sock.close()
 
     def query(self, content: dict[str, Any]) -> None:
         """Ask a name server, and pass on what it says."""
@@ -140,6 +139,20 @@ class Outward:
                 for _ in range(REPLIES):
                     await anyio.wait_readable(sock)
                     reply = base64.b64encode(sock.recv(MAX_REPLY)).decode()
-                    await self._send(encode("reply", {"number": asked.number, "data": reply}), ())
+                    await self._sender.send(encode("reply", {"number": asked.number, "data": reply}), ())
             except OSError:
-                await self._send(encode("reply", {"number": asked.number, "data": None}), ())
+                await self._sender.send(encode("reply", {"number": asked.number, "data": None}), ())
+
+
+def _begun(asked: _Connect) -> tuple[socket.socket | None, bytes]:
+    """A connection on its way, if there is one, and what is told of it."""
+    family = socket.AF_INET if asked.address.version == 4 else socket.AF_INET6
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as error:  # a host without that family, or without descriptors
+        return None, encode("connected", {"number": asked.number, "code": error.errno})
+    code = sock.connect_ex((str(asked.address), asked.port))
+    if code in (0, errno.EINPROGRESS):
+        return sock, encode("connected", {"number": asked.number, "code": 0})
+    sock.close()
+    return None, encode("connected", {"number": asked.number, "code": code})

@@ -55,7 +55,8 @@ class Worker:
             descriptors.let_wait(sock, 4 * MAX_MESSAGE)
         ours.setblocking(False)
         self.sock = ours
-        self.send = descriptors.Sender(ours).send
+        self.sender = descriptors.Sender(ours)
+        self.send = self.sender.send
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-m", "sandboxd.egress", str(theirs.fileno()), str(uid)],
