@@ -60,8 +60,11 @@ class _Due:
 
     @property
     def who(self) -> Who:
-        """For whom it is told, and by which program."""
-        return self.owed.uid, self.owed.gid, self.owed.groups, self.owed.program
+        """For whom it is told, and by which program: of one caller one at a time, whatever its groups."""
+        owed = self.owed
+        if owed.program is not None:
+            return owed.uid, 0, (), owed.program
+        return owed.uid, owed.gid, owed.groups, None
 
 
 class Callbacks:
@@ -155,7 +158,7 @@ class Callbacks:
                         waiting.setdefault(each.who, []).append(each)
                 for who, due in waiting.items():
                     telling.add(who)
-                    tasks.start_soon(tell, who, due[:AT_ONCE])
+                    tasks.start_soon(tell, who, due[: AT_ONCE if who[-1] is None else 1])
                 with anyio.move_on_after(None if soonest == math.inf else soonest - now):
                     await self._wake.wait()
 

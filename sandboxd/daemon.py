@@ -182,6 +182,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
 
         pool = Pool(engine, config.pool, images=engine.images, room=room, in_force=in_force)
         scheduler.on_grant = pool.give_way
+        scheduler.on_starved = sessions.starve
         tasks = await stack.enter_async_context(anyio.create_task_group())
         service = DaemonService(
             config,

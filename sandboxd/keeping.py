@@ -91,6 +91,8 @@ class Keeping:
     def __init__(self) -> None:
         self._live: dict[str, Live] = {}
         self._making: Counter[int] = Counter()
+        self._memory = self._cpus = 0
+        """Of those that are about to be made."""
 
     def __iter__(self) -> Iterator[Live]:
         return iter(list(self._live.values()))
@@ -133,21 +135,27 @@ class Keeping:
                 asked=count,
                 allowed=share.containers,
             )
-        memory, most = scheduler.kept + plan.limits.memory, scheduler.memory // PART
-        if memory > most or scheduler.holds + self._making.total() >= max(1, scheduler.slots // PART):
+        memory, most = scheduler.kept + self._memory + plan.holds, scheduler.memory // PART
+        cpus, places = scheduler.kept_cpus + self._cpus + plan.limits.cpus, max(1, scheduler.slots // PART)
+        over = memory > most or (scheduler.cpus is not None and cpus > scheduler.cpus // PART)
+        if over or scheduler.holds + self._making.total() >= places:
             raise errors.QuotaExceeded(
-                f"kept containers may hold {units.format_size(most)} and {max(1, scheduler.slots // PART)} "
-                f"places, half of the daemon's budget, and would hold {units.format_size(memory)} in "
+                f"kept containers may hold {units.format_size(most)}, {places} places and half of the CPUs, "
+                f"half of the daemon's budget, and would hold {units.format_size(memory)} in "
                 f"{scheduler.holds + 1}; some have to end first",
                 quota="budget",
                 asked=memory,
                 allowed=most,
             )
         self._making[uid] += 1
+        self._memory += plan.holds
+        self._cpus += plan.limits.cpus
 
-    def unreserve(self, uid: int) -> None:
+    def unreserve(self, uid: int, plan: Plan) -> None:
         """It was made, or never will be."""
         self._making[uid] -= 1
+        self._memory -= plan.holds
+        self._cpus -= plan.limits.cpus
 
     def add(self, live: Live) -> None:
         """A session keeps this one from now on."""
@@ -265,7 +273,7 @@ class Seat:
     def _unreserve(self) -> None:
         if self._reserved:
             self._reserved = False
-            self._keeping.unreserve(self._ticket.uid)
+            self._keeping.unreserve(self._ticket.uid, self._plan)
 
     def leave(self) -> None:
         """The call has ended, however. Safe to call twice."""

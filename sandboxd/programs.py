@@ -53,7 +53,7 @@ async def run(program: CallbackProgram, call: str, line: str, confining: Confini
     Raises nothing but a cancellation, and leaves no process behind.
     """
     try:
-        uid, gid = _ids(program)
+        uid, gid = await anyio.to_thread.run_sync(_ids, program)
     except errors.HostFailed as error:
         return str(error)
     env = {"PATH": PATH, "LANG": "C.UTF-8", "HOME": "/", "SANDBOXD_CALL": call}

@@ -238,7 +238,7 @@ class Redactor:
 
     def text(self, text: str) -> str:
         """A text that is whole."""
-        return self.data(text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
+        return _decoded(self.data(text.encode("utf-8", "surrogatepass")))
 
     def name(self, text: str) -> str:
         """A name of which the case was lost, such as that of a host; and no half of any, where it was cut."""
@@ -249,7 +249,7 @@ class Redactor:
 
     def _whole_name(self, patterns: _Patterns, text: str) -> str:
         data = text.encode("utf-8", "surrogatepass")
-        return self._run(patterns, data, 0, last=True)[0].decode("utf-8", "surrogatepass")
+        return _decoded(self._run(patterns, data, 0, last=True)[0])
 
     def _beginning(self, patterns: _Patterns, text: str) -> str:
         """A text whose end was cut off, without what may have been the beginning of a secret there."""
@@ -330,3 +330,11 @@ class Stream:
         )
         self._shown = max(0, self._shown - (len(raw) - len(self._held)))
         return out
+
+
+def _decoded(data: bytes) -> str:
+    """Text from which something was taken away: a secret may begin or end within a character."""
+    try:
+        return data.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return data.decode("utf-8", "replace")

@@ -317,7 +317,8 @@ class Runner(Ledger):
         except errors.SandboxdError as error:  # it never can
             log.exception("the outcome could not be written", id=done.id)
             if session is not None:
-                await session.spoil("the call's outcome could not be recorded")
+                with suppress(errors.SandboxdError, OSError):
+                    await session.spoil("the call's outcome could not be recorded")
                 await session.abandon()
                 done.checkpoint_after = session.after
             done.outcome = ours("host", f"the outcome could not be recorded: {error}")

@@ -61,6 +61,8 @@ class Ticket:
     on_grant: Callable[[], None] = _nothing
     order: int = 0
     state: Literal["new", "blocked", "waiting", "running", "resting", "gone"] = "new"
+    payer: int | None = None
+    """Whose share has what it holds: another's where it runs on what a series keeps."""
 
     @property
     def granted(self) -> bool:
@@ -149,6 +151,8 @@ class Scheduler:
         self.queued = 0
         self.on_grant: Callable[[], None] = _nothing
         """Called when calls got their turns: who uses what is left over makes room."""
+        self.on_starved: Callable[[], None] = _nothing
+        """Called when a call cannot start beside what series keep between their calls."""
         self.pressed: Callable[[], bool] = lambda: False
         """Whether the host has no room for more than what runs."""
 
@@ -197,7 +201,7 @@ class Scheduler:
     def keep(self, ticket: Ticket) -> Hold:
         """Let what a running call of a series holds stay its series' when it leaves, until ``release``."""
         assert ticket.serial is not None  # noqa: S101
-        hold = Hold(ticket.uid, ticket.serial, ticket.memory, ticket.cpus, ticket)
+        hold = Hold(self._payer(ticket), ticket.serial, ticket.memory, ticket.cpus, ticket)
         self._holds[ticket.serial] = hold
         return hold
 
@@ -217,12 +221,18 @@ class Scheduler:
         return sum(hold.memory for hold in self._holds.values())
 
     @property
+    def kept_cpus(self) -> int:
+        """The same of thousandths of CPUs."""
+        return sum(hold.cpus for hold in self._holds.values())
+
+    @property
     def holds(self) -> int:
         """How many there are."""
         return len(self._holds)
 
     def _ride(self, share: _Share, ticket: Ticket, hold: Hold) -> None:
         ticket.memory, ticket.cpus, ticket.state = hold.memory, hold.cpus, "running"
+        ticket.payer = hold.uid
         hold.rider = ticket
         share.waiting -= 1
         self.queued -= 1
@@ -286,12 +296,18 @@ class Scheduler:
         self.cpus_used -= cpus
         self._list(share)
 
+    @staticmethod
+    def _payer(ticket: Ticket) -> int:
+        return ticket.uid if ticket.payer is None else ticket.payer
+
     def _give_back(self, ticket: Ticket) -> None:
         hold = None if ticket.serial is None else self._holds.get(ticket.serial)
         if hold is not None and hold.rider is ticket:
             hold.rider = None  # what it held stays where it is
         else:
-            self._return(ticket.uid, ticket.memory, ticket.cpus)
+            payer = self._payer(ticket)
+            self._return(payer, ticket.memory, ticket.cpus)
+            self._forget(payer)
         now = time.monotonic()
         if self._busy_since is not None:
             self._pace += PACE * (now - self._busy_since - self._pace)
@@ -321,6 +337,8 @@ class Scheduler:
         while not self._paused and self.running < self.slots and (share := self._next()) is not None:
             ticket = share.head()
             if ticket is None or not self._fits(ticket):
+                if ticket is not None and self._is_kept_from(ticket):
+                    self.on_starved()
                 break
             heapq.heappop(share.ready)
             self._start(share, ticket)
@@ -341,8 +359,15 @@ class Scheduler:
         self.running += 1
         self.memory_used += ticket.memory
         self.cpus_used += ticket.cpus
-        ticket.state = "running"
+        ticket.state, ticket.payer = "running", ticket.uid
         self._list(share)
+
+    def _is_kept_from(self, ticket: Ticket) -> bool:
+        """Whether a call would not fit beside what is kept that no call runs on, if nothing else ran."""
+        idle = [hold for hold in self._holds.values() if hold.rider is None]
+        memory, cpus = sum(hold.memory for hold in idle), sum(hold.cpus for hold in idle)
+        over = self.cpus is not None and cpus + ticket.cpus > self.cpus
+        return bool(idle) and (over or memory + ticket.memory > self.memory)
 
     def _fits(self, ticket: Ticket) -> bool:
         """Whether a call may start beside those that run. One may always run alone."""

@@ -75,6 +75,7 @@ class DaemonService(Calls):
             room=Room(config.http.spool, "bodies of files for sessions"),
             body_time=config.http.body_time,
         )
+        self._lines = anyio.CapacityLimiter(1)
         self._archive = archive
         archive.references.append(self.released)
         self._version = version
@@ -218,7 +219,8 @@ class DaemonService(Calls):
         """
         if policy is not None:
             self._planner.policy_for(caller, policy)
-        line = await line_of(self._journal, self.sessions, caller, named)
+        async with self._lines:  # each looks at all records
+            line = await line_of(self._journal, self.sessions, caller, named)
         return replayed(self, self.sessions, caller, line, policy=policy, keep=keep)
 
     async def rerun(

@@ -394,6 +394,7 @@ class CallSession:
             tables.insert_checkpoint(connection, self._made)
             if self._pack is not None and self._made.layer is not None:
                 tables.insert_pack(connection, self._made.layer, self._pack)
+                self._unwritten.add(self._made.layer, self._pack)  # whoever sees the checkpoint needs it
         if since.id != to.id and not tables.move(connection, start.row.id, since=since.id, to=to.id):
             raise errors.StateConflict(f"session {start.row.id} was changed while a call ran in it")
 
@@ -401,8 +402,6 @@ class CallSession:
         """The transaction is on disk."""
         failpoint("session.committed")
         if self._made is not None and self._start is not None:
-            if self._pack is not None and self._made.layer is not None:
-                self._unwritten.add(self._made.layer, self._pack)
             self._on_kept(self._made, len(self._start.stack.layers) + 1)
 
     def undo(self) -> Callable[[sqlite3.Connection], None]:
@@ -418,6 +417,7 @@ class CallSession:
             tables.move(connection, start.row.id, since=(made or start.head).id, to=since.id)
             if made is not None:
                 tables.remove_checkpoint(connection, made.id)
+                tables.remove_packs(connection, [made.layer or ""])
                 self._give_back(made)
 
         return take_back
@@ -443,5 +443,6 @@ class CallSession:
         except errors.SandboxdError:
             return  # it is removed at the next start, if nothing refers to it
         if found is None:
+            await self._unwritten.forget([made.layer])
             self._give_back(made)
             await anyio.to_thread.run_sync(self._store.remove, made.layer)

@@ -56,7 +56,8 @@ __all__ = ["Sessions", "Standing"]
 LOOK = 1.0  # seconds between two looks for sessions whose time is over
 MOST = 500  # of a page
 END_AGAIN = 60.0  # seconds until it is tried again to end a container
-LAST_CHECKPOINT = 60.0  # seconds, of one container, at the end of the daemon
+LAST_CHECKPOINTS = 60.0  # seconds, of all containers, at the end of the daemon
+LAST_AT_ONCE = 8
 
 log = structlog.get_logger("sandboxd.sessions")
 
@@ -93,6 +94,7 @@ class Sessions:
         self._wake = anyio.Event()
         self.layers = Layers(journal, store, self._stir)
         self.keeping = Keeping()
+        self._is_starved = False
         self._removing: set[str] = set()
 
     async def open(self) -> None:
@@ -116,6 +118,11 @@ class Sessions:
                 await self._look_after()
             finally:
                 self.checkouts.tasks = None
+
+    def starve(self) -> None:
+        """A call cannot start beside what containers hold that no call is in."""
+        self._is_starved = True
+        self._stir()
 
     def _stir(self) -> None:
         self._wake.set()
@@ -405,12 +412,19 @@ class Sessions:
 
     async def end_all(self) -> None:
         """End all that are kept, at the end of the daemon. What cannot be checkpointed is lost."""
-        for live in self.keeping:
-            with anyio.move_on_after(LAST_CHECKPOINT):
-                try:
+
+        async def end(live: Live) -> None:
+            try:
+                async with at_once:
                     await self._end(live, discard=False, why="the daemon was stopped")
-                except errors.SandboxdError:
-                    log.exception("a container's files were not kept", session=live.session)
+            except errors.SandboxdError:
+                log.exception("a container's files were not kept", session=live.session)
+
+        at_once = anyio.CapacityLimiter(LAST_AT_ONCE)
+        with anyio.move_on_after(LAST_CHECKPOINTS):
+            async with anyio.create_task_group() as tasks:
+                for live in self.keeping:
+                    tasks.start_soon(end, live)
 
     def _live(self, row: Row, named: str) -> Live:
         live = self.keeping.of(row.id)
@@ -445,11 +459,16 @@ class Sessions:
             raise
         return at
 
-    async def _end(self, live: Live, *, discard: bool, why: str) -> None:
-        """End a container in its session's turn; what it raises leaves it as it was."""
+    async def _end(self, live: Live, *, discard: bool, why: str, unused: bool = False) -> None:
+        """End a container in its session's turn; what it raises leaves it as it was.
+
+        ``unused``: not if a call is in it, or waits for it.
+        """
         row = await self._journal.read(lambda connection: tables.find(connection, live.session, None))
         if row is None:
             await self.keeping.end(live, why)
+            return
+        if unused and self._turns.inside(live.session):
             return
         hold = self._hold_of(row, live.share, None)
         try:
@@ -466,15 +485,21 @@ class Sessions:
             hold.leave()
 
     async def _look_at_containers(self) -> None:
-        """End those that are idle for too long, and note those that have ended themselves."""
-        for live in self.keeping:
+        """End those that are idle for too long, and note those that have ended themselves.
+
+        Where a call cannot start beside what they hold, the one that was not used for longest ends too.
+        """
+        unused = [live for live in self.keeping if not self._turns.inside(live.session)]
+        starving = min(unused, key=lambda live: live.since_used, default=None) if self._is_starved else None
+        self._is_starved = False
+        for live in unused:
             if self._turns.inside(live.session):
                 continue
             try:
                 if not live.kept.alive:
                     await self._lose(live, "it ended while no call was in it")
-                elif live.idle:
-                    await self._end(live, discard=False, why="it was not used for so long")
+                elif live.idle or live is starving:
+                    await self._end(live, discard=False, why="it was not used for so long", unused=True)
             except (errors.QuotaExceeded, errors.WorkspaceUnfit) as error:
                 why = f"it was not used for so long, and its files could not be kept: {error}"
                 await self._lose(live, why)
@@ -483,6 +508,8 @@ class Sessions:
                 live.since_used += END_AGAIN
 
     async def _lose(self, live: Live, why: str) -> None:
+        if self._turns.inside(live.session):
+            return  # whoever is in there finds it, or it is looked at again
         lost = live.entry.lost(_now(), why)
         self._turns.enter(live.session)
         try:

@@ -381,3 +381,59 @@ async def test_a_hold_counts_to_its_callers_share() -> None:
     assert granted == ["first"]
     scheduler.release(hold)
     assert granted == ["first", "alone"]
+
+
+async def test_what_is_kept_stays_its_callers_whoever_runs_on_it() -> None:
+    """As an operator does, in somebody else's session."""
+    scheduler = Scheduler(memory=100, slots=4, queue=10)
+    first = Ticket(1, 30, serial="s")
+    scheduler.enqueue(first)
+    hold = scheduler.keep(first)
+    scheduler.leave(first)
+    riding, other = Ticket(0, 5, serial="s"), Ticket(0, 10)
+    scheduler.enqueue(riding)
+    scheduler.enqueue(other)
+    assert (riding.granted, other.granted) == (True, True)
+    scheduler.leave(other)
+    scheduler.release(hold)  # its container ended under the call
+    assert (scheduler.running, scheduler.memory_used) == (1, 30)
+    scheduler.leave(riding)
+    assert (scheduler.running, scheduler.memory_used, scheduler._shares) == (0, 0, {})
+
+
+async def test_whoever_cannot_start_beside_what_is_kept_is_told_of() -> None:
+    scheduler = Scheduler(memory=100, slots=4, queue=10, cpus=2000)
+    starved: list[str] = []
+    scheduler.on_starved = lambda: starved.append("yes")
+    first = Ticket(1, 30, serial="s")
+    scheduler.enqueue(first)
+    hold = scheduler.keep(first)
+    running = Ticket(2, 10)
+    scheduler.enqueue(running)
+    large = Ticket(3, 95)
+    scheduler.enqueue(large)
+    small = Ticket(4, 60)
+    scheduler.enqueue(small)
+    assert not large.granted
+    assert starved == []  # a call runs on it
+    scheduler.leave(first)
+    assert starved == ["yes"]
+    scheduler.leave(running)
+    scheduler.release(hold)
+    assert large.granted
+
+
+async def test_whoever_waits_for_calls_that_run_is_not() -> None:
+    scheduler = Scheduler(memory=100, slots=4, queue=10)
+    starved: list[str] = []
+    scheduler.on_starved = lambda: starved.append("yes")
+    first = Ticket(1, 30, serial="s")
+    scheduler.enqueue(first)
+    scheduler.keep(first)
+    scheduler.leave(first)
+    running, waiting = Ticket(2, 60), Ticket(3, 60)
+    scheduler.enqueue(running)
+    scheduler.enqueue(waiting)
+    assert starved == []
+    scheduler.leave(running)
+    assert waiting.granted

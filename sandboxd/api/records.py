@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 import pydantic_core
+from starlette.responses import Response
 
 from sandboxd import models
 from sandboxd.api import body, queries
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
     from starlette.requests import Request
-    from starlette.responses import Response
 
     from sandboxd.api.service import Service
 
@@ -91,8 +91,14 @@ class Records:
         body.query(request, queries.NoQuery)
         asked = await body.decode(request, queries.SessionReplayBody, self.small)
         named = session_of(request)
-        events = await self.service.replay_session(caller_of(request), named, asked.policy, keep=asked.keep)
-        return StreamResponse(_lines(events), NDJSON)
+        pieces: AsyncIterator[bytes] | None = None
+        async with until_gone(request.receive) as watched:
+            asking = self.service.replay_session(caller_of(request), named, asked.policy, keep=asked.keep)
+            pieces = _lines(await asking)
+        del watched
+        if pieces is None:  # nobody is there any more
+            return Response(status_code=204)
+        return StreamResponse(pieces, NDJSON)
 
     async def prune(self, request: Request) -> Response:
         """Remove the oldest bodies and files now; for operators."""

@@ -162,10 +162,10 @@ def lend(
 @contextmanager
 def standing(
     socket: str | None, directory: str, policy: str | None, *, upload: bool, say: Callable[[str], None]
-) -> Iterator[tuple[Client, models.SessionInfo]]:
+) -> Iterator[tuple[Client, models.SessionInfo, Callable[[str], None]]]:
     """A session on a directory, or of a copy of it, for one call, and removed afterwards.
 
-    Raises as the client does.
+    Unless what is yielded last was called, with what it stays for. Raises as the client does.
     """
     from sandboxd.client.agreement import forget  # noqa: PLC0415 - only with --workspace
     from sandboxd.client.sync import Client  # noqa: PLC0415 - same
@@ -181,11 +181,15 @@ def standing(
                 made = client.create_session(policy=policy, idle=KEPT, directory=directory)
             except OSError as error:
                 raise _cannot_open(directory, "workspace", error) from error
+        keep: list[str] = []
         try:
-            yield client, made
+            yield client, made, keep.append
         finally:
-            _remove(client, made.id)
-            forget(made.id)
+            if keep:
+                say(f"session {made.id} stays for {KEPT} with {keep[0]}: sandboxd session pull {made.id} DIR")
+            else:
+                _remove(client, made.id)
+                forget(made.id)
 
 
 def _remove(client: Client, session: str) -> None:

@@ -273,7 +273,7 @@ def _run_on_directory(call: Call, options: argparse.Namespace) -> int:
     try:
         with checkout.standing(
             options.socket, options.workspace, options.policy, upload=options.upload, say=say
-        ) as (client, session):
+        ) as (client, session, keep):
             options.session = session.id
             status = _run(call, options)
             if call.interrupted:
@@ -281,6 +281,8 @@ def _run_on_directory(call: Call, options: argparse.Namespace) -> int:
             with contextlib.suppress(errors.StateConflict):  # there is none but under few policies
                 client.end_session(session.id)
             brought = checkout.report(client, session, options.workspace, say, pull=options.pull)
+            if not brought:
+                keep("what was refused")
     except errors.SandboxdError as error:
         return fail(error, as_json=options.json)
     return status or (0 if brought else OURS)

@@ -32,6 +32,9 @@ __all__ = ["Ignore", "Rule", "rules_of"]
 NAME = b".gitignore"
 MAX_FILE = 1 << 20
 """Bytes of a file of rules."""
+MAX_RULES = 20_000  # of a directory and all beneath
+MAX_LOOKS = 200_000_000  # of a rule at a path: some minutes
+MAX_NAME = 255  # bytes: what matches only longer ones matches nothing
 _BYTES = range(256)
 _CLASSES: dict[bytes, Callable[[bytes], bool]] = {
     b"alnum": bytes.isalnum, b"alpha": bytes.isalpha, b"digit": bytes.isdigit, b"lower": bytes.islower,
@@ -81,10 +84,13 @@ class Glob:
 
 def _pieces_of(text: bytes) -> Iterable[tuple[bytes, int]]:
     """The pieces between stars as regular expressions, and how long what they match is."""
-    pattern, length, at = b"", 0, 0
+    pattern, length, at, total = b"", 0, 0, 0
     while at < len(text):
         one = text[at : at + 1]
         at += 1
+        total += one != b"*"
+        if total > MAX_NAME:
+            raise _Never
         if one == b"*":
             yield pattern, length
             pattern, length = b"", 0
@@ -253,6 +259,8 @@ class Ignore:
         self._above: list[tuple[tuple[bytes, ...], tuple[Rule, ...]]] = []
         """Rules from above, the nearest first, each with the names that lead from them to the directory."""
         self._within: dict[tuple[bytes, ...], tuple[Rule, ...]] = {}
+        self._deepest = -1
+        self._count = self._looks = 0
         self._tracked: set[bytes] = set()
         self._on_the_way: set[bytes] = set()
         """Directories that what is tracked is in."""
@@ -275,6 +283,7 @@ class Ignore:
                 own, common = _repository(one / ".git")
                 found.append((names, rules_of(read(common / "info" / "exclude"))))
                 ignore._above = [each for each in found if each[1]]
+                ignore._check(sum(len(rules) for _, rules in found))
                 # A stranger's rules, as in /tmp, can but ignore more; a stranger's index could ignore less.
                 if (one / ".git").lstat().st_uid in {os.geteuid(), place.stat().st_uid}:
                     ignore._track(tracked(own), b"".join(name + b"/" for name in names))
@@ -288,9 +297,16 @@ class Ignore:
                 self._on_the_way.add(path)
 
     def add(self, directory: Sequence[bytes], text: bytes) -> None:
-        """Take the rules of a directory, whose path are its names."""
+        """Take the rules of a directory, whose path are its names. Raises TooLarge."""
         if rules := rules_of(text):
+            self._check(len(rules))
             self._within[tuple(directory)] = rules
+            self._deepest = max(self._deepest, len(directory))
+
+    def _check(self, more: int) -> None:
+        self._count += more
+        if self._count > MAX_RULES:
+            raise errors.TooLarge(f"files of ignored names have over {MAX_RULES} rules", limit=MAX_RULES)
 
     def has(self, path: Sequence[bytes], *, is_directory: bool, within: bool = False) -> bool:
         """Whether a path is ignored, by the rules or, ``within``, since a directory that it is in is.
@@ -304,13 +320,20 @@ class Ignore:
         return within or self.ruled_out(path, is_directory=is_directory)
 
     def ruled_out(self, path: Sequence[bytes], *, is_directory: bool) -> bool:
-        """Whether the rules say so of a path, of which they say it of no directory."""
+        """Whether the rules say so of a path, of which they say it of no directory. Raises TooLarge."""
         path = tuple(path)
-        for depth in range(len(path) - 1, -1, -1):
-            for rule in self._within.get(path[:depth], ()):
+        if self._looks > MAX_LOOKS:
+            raise errors.TooLarge(
+                "there are too many files for so many rules of ignored names", limit=MAX_LOOKS
+            )
+        for depth in range(min(len(path) - 1, self._deepest), -1, -1):
+            rules = self._within.get(path[:depth], ())
+            self._looks += len(rules)
+            for rule in rules:
                 if rule.matches(path[depth:], is_directory=is_directory):
                     return not rule.negated
         for names, rules in self._above:
+            self._looks += len(rules)
             for rule in rules:
                 if rule.matches((*names, *path), is_directory=is_directory):
                     return not rule.negated

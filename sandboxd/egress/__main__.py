@@ -72,6 +72,11 @@ class Worker:
                 self._take(tasks, kind, content, fds)
             tasks.cancel_scope.cancel()
 
+    def _end(self, id_: str) -> None:
+        container = self._containers.pop(id_, None)
+        if container is not None:
+            container.end()
+
     def _take(  # noqa: C901  (a line for each kind)
         self, tasks: TaskGroup, kind: str, content: dict[str, Any], fds: list[int]
     ) -> None:
@@ -110,7 +115,7 @@ class Worker:
             case "cut":
                 self._inward.cut(content["id"])
             case "end":
-                self._containers.pop(content["id"]).end()
+                self._end(content["id"])
             case _:
                 for fd in fds:
                     os.close(fd)

@@ -193,7 +193,8 @@ class Control:
         self._sock.settimeout(timeout)
         try:
             self._sock.sendall(self._frame(Type.SETUP, setup.pack()))
-            fds = self._expect(Type.PARKED)
+            # of a process that was killed before it had its command
+            fds = self._expect(Type.PARKED, late=Type.EXEC_FAILED)
         except OSError as error:
             raise errors.EngineFailed(f"PID 1 did not answer: {error}") from error
         if len(fds) != 1 + setup.keep:
@@ -306,10 +307,13 @@ class Control:
         del self._buffer[: HEADER.size + length]
         return Type(kind), payload
 
-    def _expect(self, wanted: Type) -> list[int]:
+    def _expect(self, wanted: Type, *, late: Type | None = None) -> list[int]:
+        """The descriptors of a frame; one that is ``late`` is of what came before. Raises EngineFailed."""
         fds: list[int] = []
         try:
-            while (frame := self._parse()) is None:
+            while (frame := self._parse()) is None or frame[0] is late:
+                if frame is not None:
+                    continue
                 data, received, _ = descriptors.receive(self._sock, 4096, 3)
                 fds += received
                 if not data:

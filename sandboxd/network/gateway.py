@@ -103,7 +103,10 @@ class Gateway:
         rules, doors = slot.shape.network, slot.doors
         assert rules is not None  # noqa: S101
         assert doors is not None  # noqa: S101
-        doors.begin()
+        try:
+            doors.begin()
+        except OSError as error:
+            raise errors.HostFailed(f"the container's connections cannot be served: {error}") from error
         await self._worker_for(uid, looks=rules.look_inside)  # there is one, or nothing runs
         questions = Questions(id, decide, self._tasks)
         served = Served(
@@ -248,7 +251,12 @@ class Gateway:
         if not self._uids:
             raise errors.HostFailed("every id of the network's processes is in use; raise network.count")
         nameservers = tuple(map(str, self._config.nameservers)) or _host_nameservers()
-        worker = Worker(caller, self._uids.pop(), looks=looks)
+        uid = self._uids.pop()
+        try:
+            worker = Worker(caller, uid, looks=looks)
+        except OSError as error:
+            self._uids.append(uid)
+            raise errors.HostFailed(f"a process for the network could not be started: {error}") from error
         worker.outward = Outward(self._tasks, worker.sender, nameservers, self._config.port)
         workers.append(worker)
         self._tasks.start_soon(self._hear, worker)
@@ -345,18 +353,23 @@ class Gateway:
             if served.ending or served.crashes > MAX_CRASHES or served.counts:
                 served.give_up()
         for served in left:
-            if served.ended.is_set():
-                continue
-            try:
-                worker = await self._worker_for(served.uid, looks=served.rules.look_inside)
-                if served.ending:
-                    served.give_up()
-                    continue
-                served.worker = worker
-                await self._hand_over(served, worker)
-            except errors.HostFailed:
-                log.exception("a container's connections are not served any more", id=served.id)
+            async with served.handing:  # or its end could be told before it
+                await self._hand_on(served, worker)
+
+    async def _hand_on(self, served: Served, gone: Worker) -> None:
+        """Give a container whose process is gone to another, if it has none yet."""
+        if served.ended.is_set() or served.worker is not gone:
+            return
+        try:
+            worker = await self._worker_for(served.uid, looks=served.rules.look_inside)
+            if served.ending:
                 served.give_up()
+                return
+            served.worker = worker
+            await self._hand_over(served, worker)
+        except errors.HostFailed:
+            log.exception("a container's connections are not served any more", id=served.id)
+            served.give_up()
 
 
 def _failed(why: str) -> NetworkEvent:

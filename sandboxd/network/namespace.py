@@ -71,6 +71,8 @@ class Doors:
 
         Raises OSError.
         """
+        if self.tcp < 0:
+            raise OSError(errno.EBADF, "nobody serves the container's connections any more")
         for fd in (self.tcp, self.tcp6, self.dns_tcp):
             with _borrowed(fd, socket.AF_INET) as listener:
                 listener.listen(BACKLOG)
@@ -103,7 +105,7 @@ class Doors:
         if self.tcp >= 0:
             for fd in self.descriptors:
                 os.close(fd)
-            self.tcp = -1
+            self.tcp = self.tcp6 = self.dns = self.dns_tcp = self.refused = -1
 
 
 @contextmanager

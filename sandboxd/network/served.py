@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from sandboxd import units
 from sandboxd.egress.messages import MAX_NAMES
 from sandboxd.models import NetworkEvent, NetworkRefusal, NetworkUse
 from sandboxd.reach import Reach
@@ -30,6 +31,7 @@ __all__ = ["MAX_EVENTS", "Secrets", "Served", "told_secrets"]
 MAX_EVENTS = 2000  # of a call, by one process
 MAX_KINDS = 256  # of refusals that are told apart
 MAX_REFUSALS = 1000  # in the sum of a call's
+MAX_LIMITS = 16  # names of those that were reached
 MAX_NAME = 255
 
 Secrets = Mapping[str, tuple[int, bytes] | None]
@@ -97,7 +99,7 @@ class Served:
             case "name" if len(self.names) < MAX_NAMES:
                 name, address = content["name"], ipaddress.IPv4Address(content["address"])
                 self.names[str(name)[:MAX_NAME]] = str(address)
-            case "ask":
+            case "ask" if any(rule.ask for rule in self.rules.allow):
                 if not self.ending:  # else it has not heard yet that the call is over
                     self.questions.ask(content, self.worker.send)
             case "connect":
@@ -145,14 +147,17 @@ class Served:
 
     def _add(self, use: NetworkUse) -> None:
         before = self.use
+        counts = {
+            name: min(
+                units.MAX, getattr(before, name) + getattr(use, name)
+            )  # each process says what it likes
+            for name in ("connections", "requests", "bytes_in", "bytes_out")
+        }
         self.use = NetworkUse(
             refusals=[*before.refusals, *use.refusals][:MAX_REFUSALS],
-            limits=sorted({*before.limits, *use.limits}),
-            connections=before.connections + use.connections,
-            requests=before.requests + use.requests,
-            bytes_in=before.bytes_in + use.bytes_in,
-            bytes_out=before.bytes_out + use.bytes_out,
+            limits=sorted({*before.limits, *use.limits})[:MAX_LIMITS],
             whole=before.whole,
+            **counts,
         )
         self.told, self.refused = NetworkUse(), {}
 

@@ -12,6 +12,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from sandboxd import units
+
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Mapping
@@ -102,4 +104,6 @@ def _store(connection: sqlite3.Connection, session: str, column: _Column) -> Non
 
 
 def _sum(*parts: Mapping[str, int]) -> dict[str, int]:
-    return {name: total for name in NAMES if (total := sum(part.get(name, 0) for part in parts))}
+    # a process that was taken over says what it likes
+    sums = {name: min(units.MAX, sum(part.get(name, 0) for part in parts)) for name in NAMES}
+    return {name: total for name, total in sums.items() if total}

@@ -23,6 +23,7 @@ __all__ = ["MOST", "pack", "unpack"]
 
 MOST = 128 * 1024
 """Bytes of a pack: about as many as the log of the journal takes in the time of one sync."""
+MOST_OF_A_LINK = 1000  # bytes, which every file system can hold
 LATEST = 1 << 31  # seconds: what every file system can hold as a time
 
 _STEP = struct.Struct("<cII")
@@ -110,7 +111,10 @@ class _Pack:
         self._add(_WHITEOUT, name)
 
     def symlink(self, name: str, aim: str, owner: Owner) -> Owner:
-        return self._owned(_SYMLINK, owner, name, os.fsencode(aim))
+        target = os.fsencode(aim)
+        if len(target) > MOST_OF_A_LINK:
+            raise _Unfit
+        return self._owned(_SYMLINK, owner, name, target)
 
     def node(self, name: str, kind: int, owner: Owner) -> Owner:  # noqa: ARG002
         raise _Unfit

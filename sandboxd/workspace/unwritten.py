@@ -105,8 +105,9 @@ class Unwritten:
                 await self._wake.wait()
                 self._wake = anyio.Event()
                 await anyio.sleep(SOON)
-                with suppress(errors.SandboxdError):  # whoever needs them tries again, and is told
-                    await self.settle(list(self._packs))
+                for name in list(self._packs):
+                    with suppress(errors.SandboxdError):  # whoever needs it tries again, and is told
+                        await self.settle((name,))
                 await anyio.sleep(PAUSE)
                 await self._sync()
         finally:

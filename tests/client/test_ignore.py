@@ -239,6 +239,18 @@ def test_rules_of_a_stranger_take_no_time(tmp_path: Path) -> None:
     assert time.monotonic() - start < 20
 
 
+def test_rules_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = rules_of(b"[!a]" * 200_000 + b"\n" + b"?" * 255)  # the first matches only what no name can be
+    assert [rule.matches([b"b" * 255], is_directory=False) for rule in rules] == [True, False]
+    make(tmp_path, {".gitignore": "x\n" * 15_000, "a/.gitignore": "y\n" * 6_000, "a/b": ""})
+    with pytest.raises(errors.TooLarge, match="have over 20000 rules"):
+        scanned(tmp_path)
+    (tmp_path / "a" / ".gitignore").unlink()
+    monkeypatch.setattr("sandboxd.client.ignore.MAX_LOOKS", 20_000)
+    with pytest.raises(errors.TooLarge, match="too many files for so many rules"):
+        scanned(tmp_path)
+
+
 def test_files_of_rules_that_are_none(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_text("*\n")

@@ -39,8 +39,8 @@ PROGRAMS = SOURCES / OTHER
 WITHOUT_FILTERS = (
     ("int listener = (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &program);",
      "int listener = eventfd(0, (int)(flags & program.len & 0));"),
-    ("(1u << CAP_KILL) < 0 || syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &own) < 0",
-     "(1u << CAP_KILL) < 0 || own.len == 0"),
+    ("kept < 0 || syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &own) < 0",
+     "kept < 0 || own.len == 0"),
 )  # fmt: skip
 
 

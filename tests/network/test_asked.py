@@ -198,6 +198,7 @@ async def test_the_calls_end_is_the_end_of_what_waits(hosts: World, port: int) -
             with anyio.fail_after(4):
                 await served.end()
             assert await somebody.gone() == [question]
+            sock.settimeout(10)
             with pytest.raises(ConnectionResetError):
                 sock.recv(1)
         assert {event.verdict for event in served.events} == {"failed"}

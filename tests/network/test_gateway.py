@@ -41,6 +41,7 @@ pytestmark = pytest.mark.anyio
 
 AUTHORITY = Authority.make()
 RULES = NetworkRules((Allow("www.example.test", (80,), "net.yaml:1"),), ())
+ASKING = NetworkRules((Allow("www.example.test", (80,), "net.yaml:1", ask=True),), ())
 CONFIG = NetworkConfig.model_validate({"nameservers": ["192.0.2.53"]})
 EVENT = '["event", {"id": "ID", "verdict": "denied"}]'
 
@@ -268,7 +269,7 @@ async def test_whoever_decides_is_told_no_secret(hostile: Callable[..., None], t
     shape = replace(probe_shape(), secrets=(Grant("TOLD", "proxy"),))
     async with anyio.create_task_group() as tasks:
         gateway = Gateway(NetworkConfig(), Unconfined(), tasks, AUTHORITY)
-        with CallSecrets(store, shape) as secrets, served(RULES) as (namespace, made), anyio.fail_after(20):
+        with CallSecrets(store, shape) as secrets, served(ASKING) as (namespace, made), anyio.fail_after(20):
             await secrets.take()
             network = CallNetwork(
                 gateway, Entrances(gateway), "call", 0, spool, secrets=secrets, decide=decide

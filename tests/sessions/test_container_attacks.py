@@ -12,7 +12,7 @@ import psutil
 import pytest
 from daemons import needs_containers, slots_of, until
 from living import live, living
-from sessioned import said
+from sessioned import layers, said
 
 from sandboxd import errors
 from sandboxd.workspace import layer
@@ -148,6 +148,7 @@ def test_a_checkpoint_is_a_copy_that_nothing_changes_afterwards(daemon: Daemon, 
     with sqlite3.connect(f"file:{daemon.state}/journal.sqlite3?mode=ro", uri=True) as journal:
         found = journal.execute("SELECT layer, content FROM checkpoints WHERE layer IS NOT NULL").fetchall()
     assert len(found) >= 2
+    assert {name for name, _ in found} <= layers(daemon)
     for name, digest in found:
         fd = os.open(daemon.state / "sessions/layers" / name, layer.DIRECTORY)
         try:

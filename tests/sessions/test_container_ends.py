@@ -74,7 +74,7 @@ def test_a_daemon_that_is_stopped_keeps_the_files(tmp_path: Path) -> None:
         session = daemon.client().create_session("s")
         live(daemon, session, "echo kept > kept; sleep 1000 &")
         assert rows(daemon.state) == [(session.id, 1, 0)]
-    assert rows(daemon.state) == []
+    until(lambda: rows(daemon.state) == [], "nothing says that there is one")
     assert not slots_of(daemon)
     with living(tmp_path) as daemon:
         assert daemon.client().session("s").container is None
@@ -90,14 +90,14 @@ def test_one_that_ends_between_two_calls_is_lost_and_said_so(daemon: Daemon) -> 
     assert rows(daemon.state) == [(session.id, 1, 1)]
     until(lambda: not [one for one in client.slots() if one.policy == "live"], "it was cleared away")
     assert client.end_session(session.id).container is None  # acknowledged
-    assert rows(daemon.state) == []
+    until(lambda: rows(daemon.state) == [], "nothing says that there is one")
     call = live(daemon, session, "ls")
     assert said(call) == ""
     assert call.container is not None
     assert (call.container.since, call.container.lost) == (call.id, None)
     assert first.id != call.id
     client.delete_session(session.id)
-    assert rows(daemon.state) == []
+    until(lambda: rows(daemon.state) == [], "nothing says that there is one")
 
 
 def test_a_call_that_finds_it_dead_runs_in_another(daemon: Daemon) -> None:
@@ -247,5 +247,5 @@ def test_others_calls_run_beside_it(daemon: Daemon) -> None:
 
 def test_nothing_is_left_of_any(daemon: Daemon) -> None:
     until(lambda: not slots_of(daemon), "everything is cleared away")
-    assert rows(daemon.state) == []
+    until(lambda: rows(daemon.state) == [], "nothing says that there is one")
     assert daemon.client().health().running == 0

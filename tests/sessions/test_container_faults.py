@@ -49,7 +49,8 @@ def test_a_daemon_that_dies_in_a_checkpoint(
     with living(tmp_path) as daemon:
         client = daemon.client()
         session = client.create_session("s")
-        call = live(daemon, session, "echo one > a; echo two > b")
+        # what has a second name is made as files at once
+        call = live(daemon, session, "echo one > a; echo two > b; ln a c")
         (failpoints / name).write_text("KILL")
         with suppress(errors.SandboxdError):
             client.end_session("s") if ends else client.checkpoint_session("s")
@@ -74,7 +75,7 @@ def test_a_disk_that_fails_leaves_the_container(tmp_path: Path, failpoints: Path
     with living(tmp_path) as daemon:
         client = daemon.client()
         session = client.create_session("s")
-        live(daemon, session, "echo one > a; sleep 1000 &")
+        live(daemon, session, "echo one > a; ln a c; sleep 1000 &")
         for name in ("layer.write", "layer.sync", "session.commit"):
             (failpoints / name).write_text("ENOSPC")
             for attempt in (client.checkpoint_session, client.end_session):

@@ -328,3 +328,14 @@ def test_inputs_that_do_not_fit_fail_their_call_alone(daemon: Daemon, session: S
     assert call.container is not None
     assert call.container.ended is None
     assert said(live(daemon, session, "grep -ls sleep /proc/[0-9]*/comm | wc -l; ls big")) == "1\nbig\n"
+
+
+def test_a_call_that_waits_for_what_is_kept_has_it(daemon: Daemon, session: SessionInfo) -> None:
+    live(daemon, session, "echo kept > file")
+    whole = "version: 1\nname: whole\nextends: default\nlimits: {memory: 2000MiB}\n"
+    (daemon.policies / "whole.yaml").write_text(whole)
+    client = daemon.client()
+    until(lambda: "whole" in {one.name for one in client.policies()}, "it is in force")
+    assert said(client.run(["echo", "ran"], policy="whole")) == "ran\n"
+    assert client.session(session.id).container is None
+    assert said(sh(daemon, session, "cat file", policy="plain")) == "kept\n"  # a checkpoint was made
