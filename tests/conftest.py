@@ -23,8 +23,8 @@ settings.register_profile(
 )
 settings.load_profile("nightly" if "SANDBOXD_HYPOTHESIS_EXAMPLES" in os.environ else "tests")
 
-TOGETHER = {"docker", "hostile", "network", "ports"}
-"""Directories whose tests share what their session has once: an engine, an internet, a daemon."""
+TOGETHER = {"docker", "hostile", "init", "network", "ports"}
+"""Directories whose tests share what there is once: an engine, an internet, a daemon, a user of the host."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
