@@ -25,10 +25,13 @@ settings.load_profile("nightly" if "SANDBOXD_HYPOTHESIS_EXAMPLES" in os.environ 
 
 TOGETHER = {"docker", "hostile", "init", "network", "ports"}
 """Directories whose tests share what there is once: an engine, an internet, a daemon, a user of the host."""
+FIRST = {"docker", "network"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say which tests stay in one process where several share them (pytest-xdist's loadgroup)."""
+    # the longest first, in a process that has done nothing else
+    items.sort(key=lambda item: item.path.parent.name not in FIRST)
     for item in items:
         directory = item.path.parent.name
         item.add_marker(pytest.mark.xdist_group(directory if directory in TOGETHER else str(item.path)))

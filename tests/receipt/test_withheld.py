@@ -103,7 +103,8 @@ ABSENT = {
 WITH_A_CALL = {"secret_files", "secret NAME"}  # of what comes with it: tests/supervisor/test_secrets.py
 A_FACT = {"secrets_swap"}  # the kernel can promise it or not
 NOT_A_LINE = {"process"}  # a tool process that is gone: there is no receipt
-ELSEWHERE = {"expose"}  # what it compares is of our own programs, and nobody changes it: see test_exposed.py
+# what they compare is of our own programs, and nobody changes it: test_exposed.py, tests/init/test_kept.py
+ELSEWHERE = {"expose", "isolation"}
 
 
 @pytest.mark.parametrize("what", CONTROLS)
