@@ -28,6 +28,7 @@ TOGETHER = {"docker", "hostile", "init", "network", "ports"}
 FIRST = {"docker", "network"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say which tests stay in one process where several share them (pytest-xdist's loadgroup)."""
     # the longest first, in a process that has done nothing else
