@@ -25,14 +25,20 @@ settings.load_profile("nightly" if "SANDBOXD_HYPOTHESIS_EXAMPLES" in os.environ 
 
 TOGETHER = {"docker", "hostile", "init", "network", "ports"}
 """Directories whose tests share what there is once: an engine, an internet, a daemon, a user of the host."""
-FIRST = {"docker", "network"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests stay in one process where several share them (pytest-xdist's loadgroup)."""
-    # the longest first, in a process that has done nothing else
-    items.sort(key=lambda item: item.path.parent.name not in FIRST)
-    for item in items:
-        directory = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(directory if directory in TOGETHER else str(item.path)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Where several processes share the tests, each has whole files, or all of a directory's.
+
+    (pytest-xdist 3.8 has ``loadgroup`` for that, which does nothing with pytest 9.2.)
+    """
+    from xdist.scheduler import LoadScopeScheduling  # noqa: PLC0415  -- not everybody has it
+
+    class ByDirectory(LoadScopeScheduling):  # type: ignore[misc]  # it says no types
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            directory = Path(file).parent.name
+            return directory if directory in TOGETHER else file
+
+    return ByDirectory(config, log)
