@@ -12,7 +12,6 @@ that ends the container by a word; where one ends otherwise, it says what was lo
 from __future__ import annotations
 
 import time
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -90,9 +89,8 @@ class Keeping:
 
     def __init__(self) -> None:
         self._live: dict[str, Live] = {}
-        self._making: Counter[int] = Counter()
-        self._memory = self._cpus = 0
-        """Of those that are about to be made."""
+        self._making: list[Seat] = []
+        """Places of calls whose containers are about to be made."""
 
     def __iter__(self) -> Iterator[Live]:
         return iter(list(self._live.values()))
@@ -103,7 +101,9 @@ class Keeping:
 
     def count(self, uid: int) -> int:
         """How many a caller's sessions keep, or are about to."""
-        return sum(live.hold.uid == uid for live in self._live.values()) + self._making[uid]
+        return sum(live.hold.uid == uid for live in self._live.values()) + sum(
+            seat.uid == uid for seat in self._making
+        )
 
     def refuse(self, session: str, named: str, shape: Shape | None = None) -> None:
         """Raise ContainerLive where a session keeps a container that is none of this shape."""
@@ -124,9 +124,9 @@ class Keeping:
             policy=live.shape.policy,
         )
 
-    def reserve(self, uid: int, share: SessionShare, plan: Plan, scheduler: Scheduler) -> None:
+    def reserve(self, seat: Seat, share: SessionShare, scheduler: Scheduler) -> None:
         """A place for one more; ``unreserve`` gives it back. Raises QuotaExceeded."""
-        count = self.count(uid) + 1
+        count, plans = self.count(seat.uid) + 1, [one.plan for one in (*self._making, seat)]
         if count > share.containers:
             raise errors.QuotaExceeded(
                 f"your sessions keep {count - 1} containers, and may keep {share.containers}; end one: "
@@ -135,10 +135,11 @@ class Keeping:
                 asked=count,
                 allowed=share.containers,
             )
-        memory, most = scheduler.kept + self._memory + plan.holds, scheduler.memory // PART
-        cpus, places = scheduler.kept_cpus + self._cpus + plan.limits.cpus, max(1, scheduler.slots // PART)
+        memory, most = scheduler.kept + sum(plan.holds for plan in plans), scheduler.memory // PART
+        cpus = scheduler.kept_cpus + sum(plan.limits.cpus for plan in plans)
+        places = max(1, scheduler.slots // PART)
         over = memory > most or (scheduler.cpus is not None and cpus > scheduler.cpus // PART)
-        if over or scheduler.holds + self._making.total() >= places:
+        if over or scheduler.holds + len(plans) > places:
             raise errors.QuotaExceeded(
                 f"kept containers may hold {units.format_size(most)}, {places} places and half of the CPUs, "
                 f"half of the daemon's budget, and would hold {units.format_size(memory)} in "
@@ -147,15 +148,12 @@ class Keeping:
                 asked=memory,
                 allowed=most,
             )
-        self._making[uid] += 1
-        self._memory += plan.holds
-        self._cpus += plan.limits.cpus
+        self._making.append(seat)
 
-    def unreserve(self, uid: int, plan: Plan) -> None:
-        """It was made, or never will be."""
-        self._making[uid] -= 1
-        self._memory -= plan.holds
-        self._cpus -= plan.limits.cpus
+    def unreserve(self, seat: Seat) -> None:
+        """It was made, or never will be. Safe to call twice."""
+        if seat in self._making:
+            self._making.remove(seat)
 
     def add(self, live: Live) -> None:
         """A session keeps this one from now on."""
@@ -195,22 +193,26 @@ class Seat:
         self._session = session
         self._named = named
         self._call = call
-        self._plan = plan
+        self.plan = plan
         self._share = share
         self._base = base
         self._scheduler = scheduler
         self._ticket = ticket
         self._lost = lost
-        self._reserved = False
         self._live: Live | None = None
         self.kept: Kept | None = None
+
+    @property
+    def uid(self) -> int:
+        """Whose call it is."""
+        return self._ticket.uid
 
     async def admit(self) -> Kept | None:
         """The container that there is; None: one has to be made, and ``made`` is to be told.
 
         Raises ContainerLive, QuotaExceeded.
         """
-        self._keeping.refuse(self._session, self._named, self._plan.shape)
+        self._keeping.refuse(self._session, self._named, self.plan.shape)
         live = self._keeping.of(self._session)
         if live is not None and not live.kept.alive:
             entry = live.entry
@@ -220,8 +222,7 @@ class Seat:
         self._live = live
         self.kept = None if live is None else live.kept
         if live is None:
-            self._keeping.reserve(self._ticket.uid, self._share, self._plan, self._scheduler)
-            self._reserved = True
+            self._keeping.reserve(self, self._share, self._scheduler)
         return self.kept
 
     def made(self, slot: Slot) -> Kept:
@@ -238,8 +239,8 @@ class Seat:
             self._live = Live(
                 self._session,
                 self.kept,
-                self._plan.shape,
-                self._plan.commit,
+                self.plan.shape,
+                self.plan.commit,
                 self._share,
                 self._base,
                 self._scheduler.keep(self._ticket),
@@ -250,11 +251,11 @@ class Seat:
             self._keeping.add(self._live)
         self._live.used, self._live.since_used = now, at
         self.kept.rest(self._call)
-        self._unreserve()
+        self.leave()
 
     async def end(self, why: str) -> None:
         """The container is of no more use: everything in it ends."""
-        self._unreserve()
+        self.leave()
         if self.kept is None:
             return
         self.kept.ended = self.kept.ended or why
@@ -270,14 +271,9 @@ class Seat:
         elif self.kept is not None:
             self.kept.calls -= 1
 
-    def _unreserve(self) -> None:
-        if self._reserved:
-            self._reserved = False
-            self._keeping.unreserve(self._ticket.uid, self._plan)
-
     def leave(self) -> None:
         """The call has ended, however. Safe to call twice."""
-        self._unreserve()
+        self._keeping.unreserve(self)
 
     @property
     def use(self) -> ContainerUse | None:
@@ -292,7 +288,7 @@ class Seat:
         """What comes about with the call's outcome, in its transaction."""
         if self.kept is None:
             return
-        entry = containers.Entry(self.kept.since, self.kept.calls, self._plan.shape.policy)
+        entry = containers.Entry(self.kept.since, self.kept.calls, self.plan.shape.policy)
         if self.kept.ended is None:
             containers.note(connection, self._session, entry)
         else:

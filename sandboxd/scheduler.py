@@ -61,8 +61,13 @@ class Ticket:
     on_grant: Callable[[], None] = _nothing
     order: int = 0
     state: Literal["new", "blocked", "waiting", "running", "resting", "gone"] = "new"
-    payer: int | None = None
-    """Whose share has what it holds: another's where it runs on what a series keeps."""
+    on: Hold | None = None
+    """What its series keeps, where it runs on that."""
+
+    @property
+    def payer(self) -> int:
+        """Whose share has what it holds."""
+        return self.uid if self.on is None else self.on.uid
 
     @property
     def granted(self) -> bool:
@@ -201,7 +206,7 @@ class Scheduler:
     def keep(self, ticket: Ticket) -> Hold:
         """Let what a running call of a series holds stay its series' when it leaves, until ``release``."""
         assert ticket.serial is not None  # noqa: S101
-        hold = Hold(self._payer(ticket), ticket.serial, ticket.memory, ticket.cpus, ticket)
+        hold = Hold(ticket.payer, ticket.serial, ticket.memory, ticket.cpus, ticket)
         self._holds[ticket.serial] = hold
         return hold
 
@@ -232,7 +237,7 @@ class Scheduler:
 
     def _ride(self, share: _Share, ticket: Ticket, hold: Hold) -> None:
         ticket.memory, ticket.cpus, ticket.state = hold.memory, hold.cpus, "running"
-        ticket.payer = hold.uid
+        ticket.on = hold
         hold.rider = ticket
         share.waiting -= 1
         self.queued -= 1
@@ -296,18 +301,13 @@ class Scheduler:
         self.cpus_used -= cpus
         self._list(share)
 
-    @staticmethod
-    def _payer(ticket: Ticket) -> int:
-        return ticket.uid if ticket.payer is None else ticket.payer
-
     def _give_back(self, ticket: Ticket) -> None:
         hold = None if ticket.serial is None else self._holds.get(ticket.serial)
         if hold is not None and hold.rider is ticket:
             hold.rider = None  # what it held stays where it is
         else:
-            payer = self._payer(ticket)
-            self._return(payer, ticket.memory, ticket.cpus)
-            self._forget(payer)
+            self._return(ticket.payer, ticket.memory, ticket.cpus)
+            self._forget(ticket.payer)
         now = time.monotonic()
         if self._busy_since is not None:
             self._pace += PACE * (now - self._busy_since - self._pace)
@@ -359,7 +359,7 @@ class Scheduler:
         self.running += 1
         self.memory_used += ticket.memory
         self.cpus_used += ticket.cpus
-        ticket.state, ticket.payer = "running", ticket.uid
+        ticket.state, ticket.on = "running", None
         self._list(share)
 
     def _is_kept_from(self, ticket: Ticket) -> bool:

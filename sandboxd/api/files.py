@@ -14,8 +14,9 @@ from sandboxd.api import body
 from sandboxd.api.invocations import caller_of, json_response
 from sandboxd.api.openapi import OCTETS, Doc
 from sandboxd.api.queries import Flag, Parameters
+from sandboxd.api.sessions import session_of
 from sandboxd.api.streams import StreamResponse, until_gone
-from sandboxd.errors import InvalidRequest, NotFound, RequestTimeout
+from sandboxd.errors import InvalidRequest, RequestTimeout
 from sandboxd.workspace.edit import Condition
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ __all__ = ["Files"]
 T = TypeVar("T")
 
 LAYER = "application/vnd.oci.image.layer.v1.tar"
-MAX_NAME = 128
 _ETAG = re.compile(r'"(sha256:[0-9a-f]{64})"')
 
 Named = Annotated[str, Field(min_length=1, max_length=128)]
@@ -104,7 +104,7 @@ class Files:
         asked = body.query(request, DiffQuery)
         work = self.service.files.diff(
             caller_of(request),
-            _named(request),
+            session_of(request),
             since=asked.since,
             to=asked.to,
             text=asked.text,
@@ -117,7 +117,7 @@ class Files:
         asked = body.query(request, FilesQuery)
         work = self.service.files.list(
             caller_of(request),
-            _named(request),
+            session_of(request),
             asked.path,
             checkpoint=asked.checkpoint,
             recursive=asked.recursive,
@@ -137,7 +137,7 @@ class Files:
                 stack,
                 self.service.files.read(
                     caller_of(request),
-                    _named(request),
+                    session_of(request),
                     request.path_params["path"],
                     checkpoint=asked.checkpoint,
                 ),
@@ -152,7 +152,7 @@ class Files:
     async def put(self, request: Request) -> Response:
         """Write a file of the body, on a condition if one is given, or make a directory."""
         asked = body.query(request, PutQuery)
-        caller, named, path = caller_of(request), _named(request), request.path_params["path"]
+        caller, named, path = caller_of(request), session_of(request), request.path_params["path"]
         if asked.directory:
             return json_response(await self.service.files.make_directory(caller, named, path), 201)
         made = await self.service.files.write(
@@ -170,7 +170,7 @@ class Files:
         asked = body.query(request, RemoveQuery)
         work = self.service.files.remove(
             caller_of(request),
-            _named(request),
+            session_of(request),
             request.path_params["path"],
             condition=_condition(request),
             recursive=asked.recursive,
@@ -186,7 +186,7 @@ class Files:
                 request,
                 stack,
                 self.service.files.export(
-                    caller_of(request), _named(request), since=asked.since, to=asked.to, times=asked.times
+                    caller_of(request), session_of(request), since=asked.since, to=asked.to, times=asked.times
                 ),
             )
             headers = {"sandboxd-omitted": str(export.unfit)}
@@ -197,7 +197,7 @@ class Files:
         asked = body.query(request, ImportQuery)
         made = await self.service.files.bring(
             caller_of(request),
-            _named(request),
+            session_of(request),
             body.chunks(request),
             match=_condition(request).match,
             own=asked.own,
@@ -268,10 +268,3 @@ def _condition(request: Request) -> Condition:
     if match is not None and found is None:
         raise InvalidRequest('If-Match is a digest in quotes, "sha256:…", of one file', field="If-Match")
     return Condition(match=found[1] if found is not None else None, absent=new is not None)
-
-
-def _named(request: Request) -> str:
-    name: str = request.path_params["session"]
-    if len(name) > MAX_NAME:
-        raise NotFound("there is no such session")
-    return name

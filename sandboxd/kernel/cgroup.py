@@ -21,12 +21,12 @@ import contextlib
 import errno
 import os
 import re
-import signal
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Self
 
 from sandboxd import errors
-from sandboxd.kernel import cgroupfs
+from sandboxd.kernel import cgroupfs, pidfd
 from sandboxd.kernel.cgroup_part import Part
 from sandboxd.kernel.cgroup_v1 import FilesV1
 from sandboxd.kernel.cgroup_v2 import FilesV2
@@ -216,26 +216,16 @@ class Cgroup:
                 self._files.forbid_forks()
             if passes or spare is not None or not self._files.kill_all():
                 for pid in pids:
-                    self._kill_one(pid)
+                    pidfd.kill_if(pid, partial(self._has, pid))
             if not passes:
                 self.thaw_and_unthrottle()
             passes += 1
             time.sleep(POLL_SECONDS)
 
-    def _kill_one(self, pid: int) -> None:
-        try:
-            fd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return
-        try:
-            # A process can be between two of the hierarchies while it joins: one that names us is enough.
-            found = cgroupfs.parse_self_cgroup(cgroupfs.read_or_none(f"/proc/{pid}/cgroup") or "")
-            if any(f"{found.get(key, '')}/".startswith(f"{name}/") for key, name in self._members.items()):
-                signal.pidfd_send_signal(fd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        finally:
-            os.close(fd)
+    def _has(self, pid: int) -> bool:
+        # A process can be between two of the hierarchies while it joins: one that names us is enough.
+        found = cgroupfs.parse_self_cgroup(cgroupfs.read_or_none(f"/proc/{pid}/cgroup") or "")
+        return any(f"{found.get(key, '')}/".startswith(f"{name}/") for key, name in self._members.items())
 
     def remove(self) -> None:
         """Remove the cgroup from every hierarchy, also those that only a runtime used. Safe twice.

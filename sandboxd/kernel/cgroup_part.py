@@ -8,11 +8,11 @@ from __future__ import annotations
 
 # ruff: noqa: PTH102, PTH110  -- building a Path costs more than these calls
 import os
-import signal
 import time
+from functools import partial
 
 from sandboxd import errors
-from sandboxd.kernel import cgroupfs
+from sandboxd.kernel import cgroupfs, pidfd
 
 __all__ = ["Part"]
 
@@ -64,23 +64,13 @@ class Part:
             pids = self.processes()
         try:
             for pid in pids:
-                self._kill_one(pid)
+                pidfd.kill_if(pid, partial(self._has, pid))
         finally:
             if os.path.exists(state):
                 self._write(state, "THAWED")
 
-    def _kill_one(self, pid: int) -> None:
-        try:
-            fd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return
-        try:
-            if pid in self.processes():  # else another process has the number by now
-                signal.pidfd_send_signal(fd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        finally:
-            os.close(fd)
+    def _has(self, pid: int) -> bool:
+        return pid in self.processes()
 
     def remove(self) -> bool:
         """Take it away, if nobody is in it; whether it is gone."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import select
+import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["ended", "number_of"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["ended", "kill_if", "number_of"]
 
 
 def number_of(pidfd: int) -> int:
@@ -25,3 +31,18 @@ def ended(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
+
+
+def kill_if(pid: int, is_ours: Callable[[], bool]) -> None:
+    """Kill a process, if ``is_ours`` still says so once no other can have its number."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if is_ours():
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(fd)
