@@ -41,6 +41,16 @@ HISTORIES = st.lists(st.lists(OPERATIONS, max_size=8), min_size=1, max_size=5)
 
 
 @contextlib.contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A directory as a descriptor."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
 def mounted(layers: Sequence[Path], upper: Path | None = None) -> Iterator[int]:
     """An overlay of the layers, the uppermost first, as a descriptor of its root; it is at no path."""
     lower = list(layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
 import socket
 import subprocess
 from typing import TYPE_CHECKING
@@ -58,6 +59,13 @@ callers:
   - {{match: {{uid: {OWNER}}}, role: agent, policies: ["*"]}}
   - {{match: {{uid: {OTHER}}}, role: agent, policies: ["*"]}}
 """
+
+
+def become(uid: int) -> None:
+    """Be this user for good, and of no group but its own."""
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
 
 
 class ApiConnection(http.client.HTTPConnection):

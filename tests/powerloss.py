@@ -14,10 +14,11 @@ import os
 import stat
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     import random
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 __all__ = ["How", "Replay"]
@@ -221,6 +222,19 @@ class Replay:
         (source, old_name), (target, new_name) = self._parent(old), self._parent(new)
         there = target.change(_Change(new_name, source.names[old_name]))
         source.change(_Change(old_name, None, after=there))
+
+    def losses(
+        self, record: Sequence[tuple[Any, ...]], number: int, directory: Path, chance: random.Random
+    ) -> Iterator[tuple[Path, int, str]]:
+        """What the power left at so many moments of a record, 0: at each: where, when, and which that was."""
+        moments = set(chance.sample(range(len(record)), number) if number else range(len(record)))
+        for at, (moment, *what) in enumerate(record):
+            if at in moments:
+                how: How = chance.choice(get_args(How))
+                left = directory / f"{at}-{how}"
+                self.leave(left, how, chance)
+                yield left, moment, f"moment {at} of {len(record)}, {how}"
+            self.step(*what)
 
     def leave(self, directory: Path, how: How, chance: random.Random) -> None:
         """Write to a directory what the disk may hold if the power goes now."""

@@ -10,14 +10,14 @@ import os
 import random
 import shutil
 import time
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import pytest
 from crashing import Crashing
 from daemons import IMAGES, needs_containers
 from disks import mounted
 from invocations import DIGEST, call, ended
-from powerloss import How, Replay
+from powerloss import Replay
 
 from sandboxd import models
 from sandboxd.journal import Accepted, Journal, outcome_header
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 LOSSES = int(os.environ.get("SANDBOXD_POWER_LOSSES", "40"))
 WHOLE = max(2, LOSSES // 20) if LOSSES else 100  # of them, how many a whole daemon starts from
-HOWS: tuple[How, ...] = get_args(How)
 
 
 @pytest.fixture
@@ -95,16 +94,10 @@ async def test_a_journal_starts_from_whatever_the_power_left(tmp_path: Path) -> 
             await asyncio.gather(*(several(uid) for uid in range(4)))
     record = disk.record()
     chance = random.Random(time.time_ns())
-    moments = set(chance.sample(range(len(record)), LOSSES) if LOSSES else range(len(record)))
     replay = Replay()
-    for number, (moment, *what) in enumerate(record):
-        if number in moments:
-            how = chance.choice(HOWS)
-            left = tmp_path / f"{number}-{how}"
-            replay.leave(left, how, chance)
-            await told.check(left / "state", moment)
-            shutil.rmtree(left)
-        replay.step(*what)
+    for left, moment, _ in replay.losses(record, LOSSES, tmp_path, chance):
+        await told.check(left / "state", moment)
+        shutil.rmtree(left)
     left = tmp_path / "whole"
     replay.leave(left, "nothing", chance)
     await told.check(left / "state", time.monotonic_ns())
@@ -124,19 +117,11 @@ def test_a_daemon_starts_from_whatever_the_power_left(place: Path, no_leaks: Non
             crashing.drop_callers()
         crashing.forget_runs()
         record = disk.record()
-        chance = crashing.random
-        moments = set(chance.sample(range(len(record)), WHOLE))
-        replay = Replay()
-        for number, (moment, *what) in enumerate(record):
-            if number in moments:
-                how = chance.choice(HOWS)
-                left = place / f"{number}-{how}"
-                replay.leave(left, how, chance)
-                crashing.state = left / "state"
-                crashing.state.mkdir(exist_ok=True)
-                (crashing.state / "images").unlink(missing_ok=True)
-                (crashing.state / "images").symlink_to(IMAGES)
-                assert crashing.start(), crashing.said()
-                crashing.check_at_rest(before=moment)
-                crashing.kill()
-            replay.step(*what)
+        for left, moment, _ in Replay().losses(record, WHOLE, place, crashing.random):
+            crashing.state = left / "state"
+            crashing.state.mkdir(exist_ok=True)
+            (crashing.state / "images").unlink(missing_ok=True)
+            (crashing.state / "images").symlink_to(IMAGES)
+            assert crashing.start(), crashing.said()
+            crashing.check_at_rest(before=moment)
+            crashing.kill()

@@ -12,11 +12,11 @@ import random
 import shutil
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import pytest
 from disks import Syncing, mounted
-from powerloss import How, Replay
+from powerloss import Replay
 from sessioncalls import CALLER, Served, serving
 
 from sandboxd import models
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from sandboxd.workspace import tables
 
 LOSSES = int(os.environ.get("SANDBOXD_POWER_LOSSES", "30"))
-HOWS: tuple[How, ...] = get_args(How)
 
 
 @pytest.fixture
@@ -161,17 +160,10 @@ async def test_sessions_start_from_whatever_the_power_left(
     monkeypatch.undo()
     record = disk.record()
     chance = random.Random(seed)
-    moments = set(chance.sample(range(len(record)), LOSSES) if LOSSES else range(len(record)))
-    replay = Replay()
-    for number, (moment, *what) in enumerate(record):
-        if number in moments:
-            how = chance.choice(HOWS)
-            left = tmp_path / f"{number}-{how}"
-            replay.leave(left, how, chance)
-            try:
-                await check(load.told, left / "state", tmp_path / "uppers", moment)
-            except Exception as error:
-                error.add_note(f"seed {seed}, moment {number} of {len(record)}, {how}: {left}")
-                raise
-            shutil.rmtree(left)
-        replay.step(*what)
+    for left, moment, which in Replay().losses(record, LOSSES, tmp_path, chance):
+        try:
+            await check(load.told, left / "state", tmp_path / "uppers", moment)
+        except Exception as error:
+            error.add_note(f"seed {seed}, {which}: {left}")
+            raise
+        shutil.rmtree(left)

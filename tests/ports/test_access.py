@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,21 @@ import psutil
 import pytest
 from daemons import start_daemon, until
 from networked import workers
-from ported import CALLERS, ECHO, HELLO, OTHER, OWNER, POLICY, ApiConnection, ask, ended, inward, raw, rest
+from ported import (
+    CALLERS,
+    ECHO,
+    HELLO,
+    OTHER,
+    OWNER,
+    POLICY,
+    ApiConnection,
+    ask,
+    become,
+    ended,
+    inward,
+    raw,
+    rest,
+)
 
 from sandboxd import Client, errors
 
@@ -37,9 +50,7 @@ def shared(tmp_path: Path) -> Iterator[Daemon]:
 
 def as_uid(uid: int, path: str, call: str | None, queue: multiprocessing.Queue[object]) -> None:
     """Start a server as this user where no call is given, else try to reach it."""
-    os.setgroups([])
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
+    become(uid)
     client = Client(path)
     if call is None:
         queue.put(client.start(["python3", "-c", HELLO + "main()"], policy="exposing").id)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import os
 import socket
 import uuid
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from ported import (
     POLICY,
     SERVER,
     ApiConnection,
+    become,
     ended,
     forwarding,
     inward,
@@ -173,9 +173,7 @@ def test_a_session_that_is_not_there(exposing: Daemon, named: str) -> None:
 
 def as_uid(uid: int, path: str, session: str | None, queue: multiprocessing.Queue[object]) -> None:
     """Start a server in a session of one's own where none is given, else try to reach that."""
-    os.setgroups([])
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
+    become(uid)
     client = Client(path)
     if session is None:
         made = client.create_session("mine")

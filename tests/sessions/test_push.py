@@ -29,11 +29,7 @@ if TYPE_CHECKING:
     from sandboxd.models import SessionInfo
 
 BIN = Path(sys.executable).parent
-
-
-@pytest.fixture(autouse=True)
-def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
+pytestmark = pytest.mark.usefixtures("agreements")
 
 
 @pytest.fixture

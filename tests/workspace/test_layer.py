@@ -8,11 +8,11 @@ import os
 import socket
 import stat
 import struct
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from layered import opened
 
 from sandboxd import errors
 from sandboxd.kernel import mounts
@@ -24,15 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 BASE = 1_000_000
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 @pytest.fixture

@@ -5,29 +5,20 @@ from __future__ import annotations
 import os
 import random
 import stat
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from layered import opened
 
 from sandboxd.workspace import layer, layerpack
 from sandboxd.workspace.store import LayerStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 BASE = 1_000_000
 NAMES = [b"a", b"b \n", b"\xff\xfe", b".wh.c", b"-rf", b"x" * 255]
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from layered import opened
 
 from sandboxd.workspace.tree import remove_tree, step
 
@@ -16,11 +17,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def parent(tmp_path: Path) -> Iterator[int]:
-    fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with opened(tmp_path) as fd:
         yield fd
-    finally:
-        os.close(fd)
 
 
 def test_whatever_its_names_are(tmp_path: Path, parent: int) -> None:
