@@ -200,26 +200,22 @@ class Denied(Target, Http):
     """Without it, all ports."""
 
 
-class SessionBudget(Section):
+class _Amounts(Section):
+    bytes: Size | None = None
+    """Bytes in both directions together."""
+    bytes_in: Size | None = None
+    bytes_out: Size | None = None
+    connections: Number | None = None
+    requests: Number | None = None
+
+
+class SessionBudget(_Amounts):
     """How much of the network all calls of a session may use, one after another."""
 
-    bytes: Size | None = None
-    """Bytes in both directions together."""
-    bytes_in: Size | None = None
-    bytes_out: Size | None = None
-    connections: Number | None = None
-    requests: Number | None = None
 
-
-class Budget(Section):
+class Budget(_Amounts):
     """How much of the network a call may use."""
 
-    bytes: Size | None = None
-    """Bytes in both directions together."""
-    bytes_in: Size | None = None
-    bytes_out: Size | None = None
-    connections: Number | None = None
-    requests: Number | None = None
     connection_rate: Number | None = None
     """New connections per second."""
     bandwidth: Rate | None = None

@@ -117,16 +117,9 @@ class OutputPipe:
             self._take()
 
     def _take(self) -> None:
-        if self._read < 0:
-            return
-        try:
-            size = os.readv(self._read, [self._watch.buffer])
-        except BlockingIOError:
-            return
+        size = self._pass_on(CHUNK) if self._read >= 0 else 0
         if not size:
-            self.close()
             return
-        self._sink(self._watch.buffer[:size])
         self._at_once -= 1
         if self._ended or size == CHUNK:
             self._loop.call_soon(self._take)
@@ -160,17 +153,22 @@ class OutputPipe:
         fcntl.ioctl(self._read, termios.FIONREAD, waiting) if self._read >= 0 else None
         left = waiting[0]
         while self._read >= 0:
-            try:
-                size = os.readv(self._read, [self._watch.buffer[: min(left, CHUNK) or 1]])
-            except BlockingIOError:
-                return
-            if not size:
-                self.close()
-                return
-            self._sink(self._watch.buffer[:size])
+            size = self._pass_on(min(left, CHUNK) or 1)
             left -= size
-            if left <= 0:
+            if not size or left <= 0:
                 return
+
+    def _pass_on(self, most: int) -> int:
+        """Read once; how many bytes came. None do at the end, of which it takes note, or if none is there."""
+        try:
+            size = os.readv(self._read, [self._watch.buffer[:most]])
+        except BlockingIOError:
+            return 0
+        if size:
+            self._sink(self._watch.buffer[:size])
+        else:
+            self.close()
+        return size
 
     async def finished(self) -> None:
         """Wait until every writer is dead and everything was read."""

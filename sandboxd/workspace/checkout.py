@@ -162,12 +162,7 @@ class Checkout:
             ) from error
         try:
             mounts.set_attributes(mount, read_only=True, userns=None, follow_links=False)
-            place.mkdir(mode=0o700)
-            try:
-                mounts.attach(mount, place)
-            except BaseException:
-                place.rmdir()
-                raise
+            _attach(mount, place)
         except OSError as error:
             raise errors.HostFailed(f"the directory cannot be lent: {error.strerror}") from error
         finally:
@@ -179,12 +174,7 @@ class Checkout:
         try:
             mount = mounts.clone_tree(self.place)
             try:
-                place.mkdir(mode=0o700)
-                try:
-                    mounts.attach(mount, place)
-                except BaseException:
-                    place.rmdir()
-                    raise
+                _attach(mount, place)
             finally:
                 os.close(mount)
         except OSError as error:
@@ -296,6 +286,16 @@ def _gaps(taken: Iterable[int]) -> list[tuple[int, int]]:
             found.append((start, one))
         start = one + 1
     return found
+
+
+def _attach(mount: int, place: Path) -> None:
+    """Attach a mount where there is nothing yet. Raises OSError; then there is nothing."""
+    place.mkdir(mode=0o700)
+    try:
+        mounts.attach(mount, place)
+    except BaseException:
+        place.rmdir()
+        raise
 
 
 def _cloned(directory: int, pid: int) -> int:
