@@ -137,7 +137,7 @@ def _take(parent: int, name: bytes, path: bytes, tree: Tree) -> bool:
     if tree.rules.has(parts, is_directory=is_directory, within=within):
         tree.ignored += 1
         return False
-    if is_directory and (within or tree.rules.ruled_out(parts, is_directory=True)):
+    if tree.rules.tracks_in(path) and (within or tree.rules.ruled_out(parts, is_directory=True)):
         tree.ruled_out.add(path)
     text = encode_path(path)
     if (why := _unfit(path, status)) is not None:

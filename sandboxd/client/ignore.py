@@ -315,9 +315,13 @@ class Ignore:
         """
         path = tuple(path)
         name = b"/".join(path)
-        if name in self._tracked or (is_directory and name in self._on_the_way):
+        if name in self._tracked or (is_directory and self.tracks_in(name)):
             return False
         return within or self.ruled_out(path, is_directory=is_directory)
+
+    def tracks_in(self, directory: bytes) -> bool:
+        """Whether git tracks anything in a directory."""
+        return directory in self._on_the_way
 
     def ruled_out(self, path: Sequence[bytes], *, is_directory: bool) -> bool:
         """Whether the rules say so of a path, of which they say it of no directory. Raises TooLarge."""

@@ -66,12 +66,17 @@ class Doors:
     refused: int
     """The log of what the packet filter refused (nfnetlink_log)."""
 
+    @property
+    def closed(self) -> bool:
+        """Whether nobody serves them any more, and everything is refused."""
+        return self.tcp < 0
+
     def begin(self) -> None:
         """Take connections from now on, which are refused before, and forget what was asked and refused.
 
         Raises OSError.
         """
-        if self.tcp < 0:
+        if self.closed:
             raise OSError(errno.EBADF, "nobody serves the container's connections any more")
         for fd in (self.tcp, self.tcp6, self.dns_tcp):
             with _borrowed(fd, socket.AF_INET) as listener:
@@ -82,7 +87,7 @@ class Doors:
 
     def rest(self) -> None:
         """Refuse connections from now on, until ``begin``. Raises OSError."""
-        if self.tcp < 0:  # nobody serves them any more, and everything is refused
+        if self.closed:
             return
         for fd in (self.tcp, self.tcp6, self.dns_tcp):
             with _borrowed(fd, socket.AF_INET) as listener:
@@ -102,7 +107,7 @@ class Doors:
 
     def close(self) -> None:
         """Close all. Safe to call twice."""
-        if self.tcp >= 0:
+        if not self.closed:
             for fd in self.descriptors:
                 os.close(fd)
             self.tcp = self.tcp6 = self.dns = self.dns_tcp = self.refused = -1

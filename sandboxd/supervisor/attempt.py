@@ -293,7 +293,7 @@ class Attempt:
         try:
             evidence = self._evidence(slot, meter, tmp)
             used = await self._network.end()
-            if self._kept is not None and slot.doors is not None and slot.doors.tcp < 0:
+            if self._kept is not None and slot.doors is not None and slot.doors.closed:
                 self._kept.ended = "its network is not served any more"
                 await self._pool.kill(slot)
             if self._network.fault is not None:
