@@ -142,7 +142,7 @@ class Callbacks:
             async def tell(who: Who, due: list[_Due]) -> None:
                 try:
                     async with sending if who[-1] is None else running:
-                        await (self._tell(due) if who[-1] is None else self._start(due))
+                        await (self._tell(due[:AT_ONCE]) if who[-1] is None else self._start(due[0]))
                 finally:
                     telling.discard(who)
                     self._wake.set()
@@ -158,7 +158,7 @@ class Callbacks:
                         waiting.setdefault(each.who, []).append(each)
                 for who, due in waiting.items():
                     telling.add(who)
-                    tasks.start_soon(tell, who, due[: AT_ONCE if who[-1] is None else 1])
+                    tasks.start_soon(tell, who, due)
                 with anyio.move_on_after(None if soonest == math.inf else soonest - now):
                     await self._wake.wait()
 
@@ -167,14 +167,13 @@ class Callbacks:
         for each, failed in zip(due, results, strict=True):
             await self._note(each, failed)
 
-    async def _start(self, due: list[_Due]) -> None:
-        for each in due:
-            name = each.owed.program or ""
-            program = self._programs.get(name)
-            if program is None:
-                await self._note(each, f"the configuration's `callbacks` has no program {name!r}")
-            else:
-                await self._note(each, await programs.run(program, each.owed.id, each.line, self._confining))
+    async def _start(self, due: _Due) -> None:
+        name = due.owed.program or ""
+        program = self._programs.get(name)
+        if program is None:
+            await self._note(due, f"the configuration's `callbacks` has no program {name!r}")
+        else:
+            await self._note(due, await programs.run(program, due.owed.id, due.line, self._confining))
 
     async def _note(self, each: _Due, failed: str | None) -> None:
         """Write down what became of a try."""
