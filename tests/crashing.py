@@ -110,7 +110,7 @@ class Crashing:
         counter.start()
         self._stack.callback(counter.join)
         self._stack.callback(self._counting.set)
-        self._stack.callback(self.kill)
+        self._stack.callback(self.leave)
         self._stack.callback(self.stop_callers)
         return self
 
@@ -178,6 +178,16 @@ class Crashing:
         """Kill -9."""
         if self.daemon is not None:
             self.daemon.process.kill()
+            self._forget()
+
+    def leave(self) -> None:
+        """Have a daemon end by itself, which takes away what killed ones left."""
+        for armed in self.failpoints.iterdir():
+            if armed.name != "hits":
+                armed.unlink()
+        if self.daemon is not None or self.start():
+            assert self.daemon is not None
+            self.daemon.stop()
             self._forget()
 
     def _forget(self) -> None:

@@ -115,6 +115,7 @@ def test_a_daemon_starts_from_whatever_the_power_left(place: Path, no_leaks: Non
             time.sleep(3)
             crashing.kill()
             crashing.drop_callers()
+            crashing.leave()
         crashing.forget_runs()
         record = disk.record()
         for left, moment, _ in Replay().losses(record, WHOLE, place, crashing.random):
@@ -124,4 +125,4 @@ def test_a_daemon_starts_from_whatever_the_power_left(place: Path, no_leaks: Non
             (crashing.state / "images").symlink_to(IMAGES)
             assert crashing.start(), crashing.said()
             crashing.check_at_rest(before=moment)
-            crashing.kill()
+            crashing.leave()
