@@ -8,7 +8,7 @@ in.
 from __future__ import annotations
 
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from sandboxd.workspace.turns import Turns
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from sandboxd.api.identity import Caller
     from sandboxd.checkouts import Checkouts
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Holds"]
 
-UNREAD = 1.0  # seconds that whoever reads a session's files gets to end
+MOMENT = 1.0  # seconds that whoever is in a session for no call gets to end
 
 
 class Holds:
@@ -51,6 +51,7 @@ class Holds:
         self._keeping = keeping
         self.turns = Turns()
         self._removing: set[str] = set()
+        self._brief: dict[str, anyio.Event] = {}
 
     # Of calls.
 
@@ -100,10 +101,13 @@ class Holds:
     async def alone(self, row: Row, *, removing: bool = False) -> AsyncIterator[None]:
         """For the time of a block nobody else is in a session. Raises SessionBusy.
 
-        Whoever reads its files gets a moment to end. ``removing``: and nobody enters it meanwhile.
+        Whoever reads its files, or is in it ``briefly``, gets a moment to end. ``removing``: and nobody
+        enters it meanwhile.
         """
-        if not self.turns.inside(row.id):
-            with anyio.move_on_after(UNREAD):
+        with anyio.move_on_after(MOMENT):
+            if (over := self._brief.get(row.id)) is not None:
+                await over.wait()
+            if not self.turns.inside(row.id):
                 await self.turns.unread(row.id)
         named, inside = row.name or row.id, self.turns.inside(row.id)
         if inside:
@@ -126,6 +130,17 @@ class Holds:
         finally:
             self._removing.discard(row.id)
             self.turns.leave(row.id)
+
+    @contextmanager
+    def briefly(self, session: str) -> Iterator[None]:
+        """What is done in this block is soon over: whoever wants the session to himself waits for that."""
+        over = self._brief[session] = anyio.Event()
+        try:
+            yield
+        finally:
+            over.set()
+            if self._brief.get(session) is over:
+                del self._brief[session]
 
     # Which session that is.
 

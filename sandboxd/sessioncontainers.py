@@ -9,7 +9,7 @@ killed. What cannot be kept so is lost, and the session says it.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import anyio
 import anyio.to_thread
@@ -21,6 +21,8 @@ from sandboxd.workspace import containers, tables
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Callable
+
+    from anyio.abc import TaskGroup
 
     from sandboxd.api.identity import Caller
     from sandboxd.holds import Holds
@@ -35,15 +37,14 @@ END_AGAIN = 60.0  # seconds until it is tried again to end a container
 LAST_CHECKPOINTS = 60.0  # seconds, of all containers, at the end of the daemon
 LAST_AT_ONCE = 8
 
+Files = Literal["kept", "kept or lost", "discarded", "lost"]
+"""What becomes of a container's files at its end; "kept": or it does not end."""
+
 log = structlog.get_logger("sandboxd.sessions")
 
 
 def _now() -> int:
     return time.time_ns() // 1000
-
-
-def _nothing(_: sqlite3.Connection) -> None:
-    """Nothing comes about beside it."""
 
 
 class SessionContainers:
@@ -55,6 +56,8 @@ class SessionContainers:
         self._keeping = keeping
         self._wake = wake
         self._is_starved = False
+        self.tasks: TaskGroup | None = None
+        """Where ends wait for their turn; None: nobody looks after them."""
 
     async def open(self) -> None:
         """What an earlier daemon did not end is lost. Raises HostFailed, JournalCorrupt."""
@@ -123,7 +126,7 @@ class SessionContainers:
             if self._keeping.of(row.id) is None and await self._has_lost(row.id):
                 await self._journal.write(lambda connection: containers.forget(connection, row.id))
             else:
-                await self._end(self._live(row), discard=discard, why="its session ended it")
+                await self._end(self._live(row), "its session ended it", "discarded" if discard else "kept")
 
     async def end_all(self) -> None:
         """End all that are kept, at the end of the daemon. What cannot be checkpointed is lost."""
@@ -131,7 +134,7 @@ class SessionContainers:
         async def end(live: Live) -> None:
             try:
                 async with at_once:
-                    await self._end(live, discard=False, why="the daemon was stopped")
+                    await self._end(live, "the daemon was stopped", "kept")
             except errors.SandboxdError:
                 log.exception("a container's files were not kept", session=live.session)
 
@@ -154,19 +157,27 @@ class SessionContainers:
     async def _has_lost(self, session: str) -> bool:
         return await self._journal.read(lambda connection: containers.find(connection, session)) is not None
 
-    async def _take(
-        self, hold: CallSession, live: Live, also: Callable[[sqlite3.Connection], None] = _nothing
-    ) -> str:
-        """Checkpoint a container, in its session's turn; returns where the session stands then."""
+    async def _take(self, hold: CallSession, live: Live, *, last: bool = False) -> str:
+        """Checkpoint a container, in its session's turn; returns where the session stands then.
 
-        def write(connection: sqlite3.Connection) -> None:
-            hold.commit(connection)
-            also(connection)
-
+        ``last``: and the session keeps it no more.
+        """
         try:
             at = await anyio.to_thread.run_sync(hold.keep_of, live)
+            undo = hold.undo()
+
+            def write(connection: sqlite3.Connection) -> None:
+                hold.commit(connection)
+                if last:
+                    containers.forget(connection, live.session)
+
+            def take_back(connection: sqlite3.Connection) -> None:
+                undo(connection)
+                if last:
+                    containers.note(connection, live.session, live.entry)
+
             with anyio.CancelScope(shield=True):  # what is on disk is also told
-                await self._journal.write(write, undo=hold.undo())
+                await self._journal.write(write, undo=take_back)
                 hold.committed()
         except BaseException:
             with anyio.CancelScope(shield=True):
@@ -174,10 +185,10 @@ class SessionContainers:
             raise
         return at
 
-    async def _end(self, live: Live, *, discard: bool, why: str, unused: bool = False) -> None:
+    async def _end(self, live: Live, why: str, files: Files, *, unused: bool = False) -> None:
         """End a container in its session's turn; what it raises leaves it as it was.
 
-        ``unused``: not if a call is in it, or waits for it.
+        ``unused``: not if a call is in it, or waits for it; else before those that wait.
         """
         row = await self._journal.read(lambda connection: tables.find(connection, live.session, None))
         if row is None:
@@ -186,59 +197,77 @@ class SessionContainers:
         if unused and self._holds.turns.inside(live.session):
             return
         hold = self._holds.of(row, live.share, None)
-        try:
-            await hold.begin()
-            if self._keeping.of(row.id) is not live:
-                return
-            if discard or live.commit == "never":
-                await self._journal.write(lambda connection: containers.forget(connection, row.id))
-            else:
-                await self._take(hold, live, lambda connection: containers.forget(connection, row.id))
-            with anyio.CancelScope(shield=True):
-                await self._keeping.end(live, why)
-        finally:
-            hold.leave()
+        with self._holds.briefly(row.id):
+            try:
+                await hold.begin(first=True)
+                if self._keeping.of(row.id) is live:
+                    await self._end_now(hold, live, why, files)
+            finally:
+                hold.leave()
+
+    async def _end_now(self, hold: CallSession, live: Live, why: str, files: Files) -> None:
+        if files == "lost":
+            await self._lose(live, why)
+        elif files == "discarded" or live.commit == "never":
+            await self._forget(live)
+        else:
+            try:
+                await self._take(hold, live, last=True)
+            except (errors.QuotaExceeded, errors.WorkspaceUnfit) as error:
+                if files == "kept":
+                    raise
+                await self._lose(live, f"{why}, and its files could not be kept: {error}")
+        with anyio.CancelScope(shield=True):
+            await self._keeping.end(live, why)
+
+    async def _forget(self, live: Live) -> None:
+        await self._journal.write(
+            lambda connection: containers.forget(connection, live.session),
+            undo=lambda connection: containers.note(connection, live.session, live.entry),
+        )
+
+    async def _lose(self, live: Live, why: str) -> None:
+        lost = live.entry.lost(_now(), why)
+        await self._journal.write(
+            lambda connection: containers.lose(connection, live.session, lost),
+            undo=lambda connection: containers.note(connection, live.session, live.entry),
+        )
 
     async def look_after(self) -> None:
-        """End those that are idle for too long, and note those that have ended themselves.
+        """End those that are idle for too long or have had their time, and note those that have ended.
 
         Where a call cannot start beside what they hold, the one that was not used for longest ends too.
         """
-        unused = [live for live in self._keeping if not self._holds.turns.inside(live.session)]
+        for live in self._keeping:
+            if live.over and not live.spared and not live.ending and self.tasks is not None:
+                live.ending = True  # a call may be in it for long, and the others are looked after meanwhile
+                self.tasks.start_soon(self._end_in_turn, live)
+        unused = [live for live in self._keeping if self._is_unused(live)]
         starving = min(unused, key=lambda live: live.since_used, default=None) if self._is_starved else None
         self._is_starved = False
         for live in unused:
-            if self._holds.turns.inside(live.session):
-                continue
-            try:
-                if not live.kept.alive:
-                    await self._lose(live, "it ended while no call was in it")
-                elif live.idle or live is starving:
-                    await self._end(live, discard=False, why="it was not used for so long", unused=True)
-            except (errors.QuotaExceeded, errors.WorkspaceUnfit) as error:
-                why = f"it was not used for so long, and its files could not be kept: {error}"
-                await self._lose(live, why)
-            except errors.SandboxdError:  # the disk may be full: there may be room later
-                log.exception("a container that is not used cannot be ended yet", session=live.session)
-                live.since_used += END_AGAIN
+            if not live.kept.alive:
+                await self._try(live, "it ended while no call was in it", "lost", unused=True)
+            elif live.idle or live is starving:
+                await self._try(live, "it was not used for so long", "kept or lost", unused=True)
 
-    async def _lose(self, live: Live, why: str) -> None:
-        if self._holds.turns.inside(live.session):
-            return  # whoever is in there finds it, or it is looked at again
-        lost = live.entry.lost(_now(), why)
-        self._holds.turns.enter(live.session)
+    def _is_unused(self, live: Live) -> bool:
+        return not live.ending and not live.spared and not self._holds.turns.inside(live.session)
+
+    async def _end_in_turn(self, live: Live) -> None:
         try:
-            await self._holds.turns.take(live.session)
-            try:
-                if self._keeping.of(live.session) is live:
-                    await self._journal.write(
-                        lambda connection: containers.lose(connection, live.session, lost)
-                    )
-                    await self._keeping.end(live, why)
-            finally:
-                self._holds.turns.give(live.session)
+            await self._try(live, "it had lived for as long as it may", "kept or lost")
+        except Exception:
+            log.exception("a container could not be ended", session=live.session)
         finally:
-            self._holds.turns.leave(live.session)
+            live.ending = False
+
+    async def _try(self, live: Live, why: str, files: Files, *, unused: bool = False) -> None:
+        try:
+            await self._end(live, why, files, unused=unused)
+        except errors.SandboxdError:  # the disk may be full: there may be room later
+            log.exception("a container cannot be ended yet", session=live.session)
+            live.spared_until = time.monotonic() + END_AGAIN
 
     async def info(self, session: str) -> models.SessionContainer | None:
         """What is told of the one of a session, or of one that it has lost."""

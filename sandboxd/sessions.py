@@ -96,12 +96,12 @@ class Sessions:
     async def run(self) -> None:
         """Look after sessions until cancelled. No fault in here ends a call."""
         async with anyio.create_task_group() as tasks:
-            self.checkouts.tasks = tasks
+            self.checkouts.tasks = self.containers.tasks = tasks
             tasks.start_soon(self.layers.unwritten.run)
             try:
                 await self._look_after()
             finally:
-                self.checkouts.tasks = None
+                self.checkouts.tasks = self.containers.tasks = None
 
     def _stir(self) -> None:
         self._wake.set()
