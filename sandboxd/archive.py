@@ -16,6 +16,7 @@ import os
 import shutil
 import sqlite3
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -25,6 +26,7 @@ import structlog
 from sandboxd import canonical, errors, models
 from sandboxd.journal.search import Entry, Query, SearchIndex, command_text, readable
 from sandboxd.journal.store import SOURCE
+from sandboxd.lanes import Lanes
 from sandboxd.policy.load import recorded
 
 if TYPE_CHECKING:
@@ -50,7 +52,8 @@ BREATH = 0.01  # seconds between two steps
 _READ = 2048
 PIECE = 256 * 1024  # bytes of an artifact that are read at once
 MOST_RELEASES = 100
-SEARCHES = 2  # threads that search at once: those that everything else needs are not for it
+SEARCHES = 2  # threads that search at once, one for each caller
+WAITING = 64  # searches of a caller
 
 log = structlog.get_logger(__name__)
 
@@ -109,7 +112,7 @@ class Archive:
         self._indexing = anyio.Lock()  # between a call that is indexed and the same one that is pruned
         self._left = True  # something of pruned calls may still be there
         self._sweeping = anyio.Lock()
-        self._searching = anyio.CapacityLimiter(SEARCHES)
+        self._searching = Lanes("searches", most=SEARCHES, each=1, waiting=WAITING)
         self.references: list[Callable[[Collection[str]], Awaitable[set[str]]]] = [journal.referenced]
 
     async def keep_policies(self) -> None:
@@ -232,9 +235,12 @@ class Archive:
         except OSError:  # nothing was written, or it was pruned meanwhile
             return ""
 
-    async def search(self, query: Query) -> models.SearchResults:
-        """A page of calls that fit, without those that were pruned. Raises InvalidRequest, HostFailed."""
-        found = await anyio.to_thread.run_sync(self._index.find, query, limiter=self._searching)
+    async def search(self, uid: int, query: Query) -> models.SearchResults:
+        """A page of calls that fit, without those that were pruned, for a caller.
+
+        Raises InvalidRequest, HostFailed, QueueFull.
+        """
+        found = await self._searching.run(uid, partial(self._index.find, query))
         gone = set(await self._journal.pruned_among([hit.id for hit in found.hits]))  # and not yet in there
         found.hits = [hit for hit in found.hits if hit.id not in gone]
         return found

@@ -198,7 +198,7 @@ class DaemonService(Calls):
             if query.uid not in {None, caller.uid}:
                 raise errors.NotPermitted("only operators search the calls of others", uid=query.uid)
             query = replace(query, uid=caller.uid)
-        return await self._archive.search(query)
+        return await self._archive.search(caller.uid, query)
 
     async def replay(self, caller: Caller, id: str, policy: str | None) -> models.Replay:  # noqa: A002
         """Run a recorded call again, and say what differs. Its going away cancels it.

@@ -7,6 +7,7 @@ import os
 import sqlite3
 import threading
 import time
+from collections import Counter
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -69,7 +70,7 @@ async def indexed(journal: Journal, archive: Archive) -> None:
         with anyio.fail_after(20):
             while True:
                 try:
-                    if (await archive.search(Query())).indexed == journal.count:
+                    if (await archive.search(0, Query())).indexed == journal.count:
                         break
                 except errors.HostFailed:  # it is not made yet
                     pass
@@ -84,15 +85,15 @@ async def test_ended_calls_are_indexed_after_the_fact_and_at_the_next_start(tmp_
                 journal, tmp_path, argv=["echo", f"first{number}"], stdout=b"needle\x00\xff %d" % number
             )
         await indexed(journal, archive)
-        found = await archive.search(Query("needle", limit=500))
+        found = await archive.search(0, Query("needle", limit=500))
         assert len(found.hits) == 60
-        assert [hit.command for hit in (await archive.search(Query("first7"))).hits] == ["echo first7"]
+        assert [hit.command for hit in (await archive.search(0, Query("first7"))).hits] == ["echo first7"]
         for _ in range(3):
             await record(journal, tmp_path, argv=["echo", "later"])
     async with opened(tmp_path) as (journal, archive):
-        assert (await archive.search(Query("later"))).hits == []
+        assert (await archive.search(0, Query("later"))).hits == []
         await indexed(journal, archive)
-        assert len((await archive.search(Query("later"))).hits) == 3
+        assert len((await archive.search(0, Query("later"))).hits) == 3
 
 
 async def test_an_index_of_another_journal_is_thrown_away(tmp_path: Path) -> None:
@@ -106,8 +107,8 @@ async def test_an_index_of_another_journal_is_thrown_away(tmp_path: Path) -> Non
         for _ in range(6):
             await record(journal, tmp_path, argv=["new"])
         await indexed(journal, archive)
-        assert (await archive.search(Query("old"))).hits == []
-        assert len((await archive.search(Query("new"))).hits) == 6
+        assert (await archive.search(0, Query("old"))).hits == []
+        assert len((await archive.search(0, Query("new"))).hits) == 6
 
 
 async def test_a_damaged_body_does_not_stop_the_index(tmp_path: Path) -> None:
@@ -116,7 +117,7 @@ async def test_a_damaged_body_does_not_stop_the_index(tmp_path: Path) -> None:
     behind(tmp_path, f"UPDATE invocations SET doc = x'ff00' WHERE id = '{calls[1].id}'")
     async with opened(tmp_path) as (journal, archive):
         await indexed(journal, archive)
-        assert [hit.id for hit in (await archive.search(Query("word"))).hits] == [calls[2].id, calls[0].id]
+        assert [hit.id for hit in (await archive.search(0, Query("word"))).hits] == [calls[2].id, calls[0].id]
 
 
 async def test_policies_are_kept_by_digest(tmp_path: Path) -> None:
@@ -163,8 +164,8 @@ async def test_bodies_go_and_records_stay(tmp_path: Path) -> None:
         existing = await journal.find_key(1, "k3")  # a key lives as long as its record
         assert existing is not None
         assert existing.id == old[3].id
-        assert (await archive.search(Query("true"))).hits[0].id == new.id
-        assert len((await archive.search(Query("true"))).hits) == 1
+        assert (await archive.search(0, Query("true"))).hits[0].id == new.id
+        assert len((await archive.search(0, Query("true"))).hits) == 1
         assert await archive.prune(HOUR, None) == models.Pruning()
 
 
@@ -229,7 +230,7 @@ async def test_files_go_though_the_index_cannot_be_written(
         assert (await archive.prune(HOUR, None)).calls == 30
         assert os.listdir(tmp_path / "calls") == []  # noqa: PTH208
         assert len(archive._index.find(Query("gone", limit=500)).hits) == 30
-        assert (await archive.search(Query("gone", limit=500))).hits == []
+        assert (await archive.search(0, Query("gone", limit=500))).hits == []
         archive._index.forget = forget  # type: ignore[method-assign]
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(archive.run)
@@ -246,7 +247,7 @@ async def test_pruned_calls_are_in_no_index(tmp_path: Path) -> None:
             await record(journal, tmp_path, argv=["gone"], stdout=b"x")
         await indexed(journal, archive)
         await journal.prune([(kept.n, kept.id) for kept in await journal.oldest(2)])  # and then: a kill
-        assert len((await archive.search(Query())).hits) == 1
+        assert len((await archive.search(0, Query())).hits) == 1
     async with opened(tmp_path) as (journal, archive):
         await archive._forget_leftovers()
         assert len(archive._index.find(Query()).hits) == 1
@@ -375,35 +376,57 @@ async def test_a_blob_that_is_collected_again_is_not_swept(tmp_path: Path) -> No
     assert blobs.has(digest)
 
 
-async def test_searches_do_not_take_the_threads_of_all_else(tmp_path: Path) -> None:
+async def test_searches_of_one_caller_take_neither_all_threads_nor_those_of_others(tmp_path: Path) -> None:
     async with opened(tmp_path) as (journal, archive):
         await record(journal, tmp_path)
         await indexed(journal, archive)
-        running, most = 0, 0
+        running: Counter[str] = Counter()
+        most: Counter[str] = Counter()
         counting = threading.Lock()
         find, free = archive._index.find, threading.Event()
 
         def slow(query: Query) -> models.SearchResults:
-            nonlocal running, most
             with counting:
-                running += 1
-                most = max(most, running)
+                running[query.text] += 1
+                most[query.text] = max(most[query.text], running[query.text])
             free.wait(20)
             with counting:
-                running -= 1
+                running[query.text] -= 1
             return find(query)
 
         archive._index.find = slow  # type: ignore[method-assign]
         async with anyio.create_task_group() as tasks:
             for _ in range(60):
-                tasks.start_soon(archive.search, Query())
+                tasks.start_soon(archive.search, 1, Query("greedy"))
+            await anyio.sleep(0.05)
+            tasks.start_soon(archive.search, 2, Query("modest"))
             with anyio.fail_after(20):
-                while running < archive_module.SEARCHES:  # noqa: ASYNC110
+                while running.total() < archive_module.SEARCHES:  # noqa: ASYNC110
                     await anyio.sleep(0.01)
                 await anyio.sleep(0.1)
                 await anyio.to_thread.run_sync(time.monotonic)  # there are threads left
             free.set()
-        assert most == archive_module.SEARCHES
+        assert most == {"greedy": 1, "modest": 1}
+
+
+async def test_more_searches_of_a_caller_than_may_wait_are_refused(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (journal, archive):
+        await record(journal, tmp_path)
+        await indexed(journal, archive)
+        find, free = archive._index.find, threading.Event()
+
+        def slow(query: Query) -> models.SearchResults:
+            free.wait(20)
+            return find(query)
+
+        archive._index.find = slow  # type: ignore[method-assign]
+        async with anyio.create_task_group() as tasks:
+            for _ in range(archive_module.WAITING + 1):
+                tasks.start_soon(archive.search, 1, Query())
+            await anyio.sleep(0.05)
+            with pytest.raises(errors.QueueFull):
+                await archive.search(1, Query())
+            free.set()
 
 
 async def test_sweeps_at_once_do_not_hinder_each_other(tmp_path: Path) -> None:
@@ -460,7 +483,7 @@ async def test_what_goes_wrong_in_the_background_ends_nothing(
                 archive.references.remove(failing)
                 while (await journal.verify()).pruned != 1:  # noqa: ASYNC110
                     await anyio.sleep(0.01)
-                while (await archive.search(Query())).indexed != 1:  # noqa: ASYNC110
+                while (await archive.search(0, Query())).indexed != 1:  # noqa: ASYNC110
                     await anyio.sleep(0.01)
             tasks.cancel_scope.cancel()
 

@@ -1,14 +1,14 @@
 """The index of the records: full text over commands and the heads of output, with filters.
 
 Theory of operation: a database of its own, ``search.sqlite3``, written by one thread after calls have ended,
-so that no call waits for it. All of it can be made again from the records: what is damaged, or of another
-journal, is thrown away. A filter is a word of the column ``facts``, so that SQLite's FTS5 narrows by it
-before it looks at a row; a caller's words never reach that column, and whose calls are seen is checked by a
-column of its own besides. FTS5 looks at no clock: what it does at once is bounded by the number of words,
-and by asking it for some rows after the others; it has a snippet function too, whose time grows with the
-square of what is found in a row, so snippets are made here. Times of rows never go back, so that a range of
-time is a range of rows even where
-the host's clock was set back.
+so that no call waits for it. All of it can be made again from the records: what is damaged, of another
+journal or of another version, is thrown away. Each caller's texts are in a table of their own, so that what
+others ran decides neither what a caller finds nor how long that takes. A filter is a word of the column
+``facts``, so that SQLite's FTS5 narrows by it before it looks at a row; a caller's words never reach that
+column. FTS5 looks at no clock while it passes over rows that do not fit: that is bounded by the number of
+words and of the caller's rows. It has a snippet function too, whose time grows with the square of what is
+found in a row, so snippets are made here. Times of rows never go back, so that a range of time is a range of
+rows even where the host's clock was set back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import threading
 import time
 import unicodedata
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
 
@@ -34,25 +34,26 @@ if TYPE_CHECKING:
 
 __all__ = ["Entry", "Query", "SearchIndex", "command_text"]
 
-VERSION = 1
+VERSION = 2
 HEAD = 2048  # bytes of a command or a stream that are indexed
 MAX_QUERY = 1000
 MAX_WORDS = 32  # each costs time at each row
 MAX_WITH_PREFIX = 8  # of them beside a ``word*``, for which all rows are asked at once: see ``_matching``
 SECONDS = 5.0  # that one search may take
 _STEPS = 100  # of SQLite's machine between two looks at the clock: one that asks FTS5 can take 100 ms
-_ROWS = 500  # that FTS5 looks at between two looks at the clock
 _SNIPPET = 24  # words
 _BEFORE = 4  # of them before the first that was found
 _WORD = re.compile(r"[^\W_]+")
 _SCHEMA = (
     """CREATE TABLE calls (
         n INTEGER PRIMARY KEY, id TEXT NOT NULL, at INTEGER NOT NULL, ended INTEGER NOT NULL,
-        uid INTEGER NOT NULL, policy TEXT NOT NULL, cause TEXT NOT NULL, image TEXT NOT NULL
+        uid INTEGER NOT NULL, policy TEXT NOT NULL, cause TEXT NOT NULL, image TEXT NOT NULL,
+        texts INTEGER NOT NULL DEFAULT TRUE
     ) STRICT""",
     "CREATE INDEX calls_times ON calls (at)",
-    "CREATE VIRTUAL TABLE texts USING fts5(command, stdout, stderr, facts, tokenize = 'unicode61')",
+    "CREATE TABLE callers (uid INTEGER PRIMARY KEY) STRICT",
 )
+_TEXTS = "CREATE VIRTUAL TABLE {} USING fts5(command, stdout, stderr, facts, tokenize = 'unicode61')"
 
 log = structlog.get_logger(__name__)
 
@@ -71,9 +72,9 @@ class Entry(NamedTuple):
     stdout: str
     stderr: str
 
-    def query(self) -> Query:
-        """The filters that it fits."""
-        return Query(uid=self.uid, policy=self.policy, cause=self.cause, image=self.image)
+    def facts(self) -> str:
+        """The words of the filters that it fits."""
+        return " ".join(Query(policy=self.policy, cause=self.cause, image=self.image).facts())
 
 
 @dataclass(frozen=True)
@@ -97,18 +98,18 @@ class Query:
         """The words of the filters."""
         return [
             _word(kind, value)
-            for kind, value in (
-                ("u", self.uid),
-                ("p", self.policy),
-                ("c", self.cause),
-                ("i", self.image),
-            )
+            for kind, value in (("p", self.policy), ("c", self.cause), ("i", self.image))
             if value is not None
         ]
 
 
-def _word(kind: str, value: object) -> str:
-    return kind + hashlib.sha256(str(value).encode()).hexdigest()[:20]
+def _word(kind: str, value: str) -> str:
+    return kind + hashlib.sha256(value.encode()).hexdigest()[:20]
+
+
+def _texts(uid: int) -> str:
+    """The name of the table of a caller's texts."""
+    return f"texts_{uid:d}"
 
 
 def command_text(argv: Sequence[str | models.Bytes]) -> str:
@@ -210,8 +211,7 @@ class SearchIndex:
         """Numbers and ids of the calls whose texts are in it, after number ``n``. Raises what SQLite does."""
         with self._writing:
             return self._open().execute(
-                "SELECT n, id FROM calls WHERE n > ? AND n IN (SELECT rowid FROM texts) ORDER BY n LIMIT ?",
-                (n, limit),
+                "SELECT n, id FROM calls WHERE n > ? AND texts ORDER BY n LIMIT ?", (n, limit)
             ).fetchall()  # fmt: skip
 
     def add(self, entries: Iterable[Entry], without: Collection[int] = ()) -> None:
@@ -229,15 +229,15 @@ class SearchIndex:
                     " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                     (entry.n, entry.id, at, *entry[2:7]),
                 )
-                if entry.n in without:
-                    continue
-                facts = Query(
-                    uid=entry.uid, policy=entry.policy, cause=entry.cause, image=entry.image
-                ).facts()
-                connection.execute(
-                    "INSERT INTO texts (rowid, command, stdout, stderr, facts) VALUES (?, ?, ?, ?, ?)",
-                    (entry.n, entry.command, entry.stdout, entry.stderr, " ".join(facts)),
-                )
+                table = _texts(entry.uid)
+                if connection.execute("INSERT OR IGNORE INTO callers VALUES (?)", (entry.uid,)).rowcount:
+                    connection.execute(_TEXTS.format(table))
+                if entry.n not in without:
+                    connection.execute(
+                        f"INSERT INTO {table} (rowid, command, stdout, stderr, facts)"  # noqa: S608
+                        " VALUES (?, ?, ?, ?, ?)",
+                        (entry.n, entry.command, entry.stdout, entry.stderr, entry.facts()),
+                    )
             self._forget(connection, without)
 
     def forget(self, numbers: Sequence[int]) -> None:
@@ -248,7 +248,12 @@ class SearchIndex:
     @staticmethod
     def _forget(connection: sqlite3.Connection, numbers: Collection[int]) -> None:
         for n in numbers:
-            connection.execute("DELETE FROM texts WHERE rowid = ?", (n,))
+            row = connection.execute(
+                "UPDATE calls SET texts = FALSE WHERE n = ? RETURNING uid", (n,)
+            ).fetchone()
+            if row is not None:
+                (uid,) = row
+                connection.execute(f"DELETE FROM {_texts(uid)} WHERE rowid = ?", (n,))  # noqa: S608
             connection.execute("DELETE FROM calls WHERE n = ? AND n < (SELECT max(n) FROM calls)", (n,))
 
     def find(self, query: Query) -> models.SearchResults:
@@ -315,55 +320,52 @@ def _match(query: Query) -> str | None:
 def _page(
     connection: sqlite3.Connection, query: Query, match: str | None, until: float
 ) -> models.SearchResults:
+    connection.execute("BEGIN")
     indexed = connection.execute("SELECT max(n) FROM calls").fetchone()[0] or 0
     first, last = _range(connection, query)
-    where, values = ["c.n BETWEEN ? AND ?"], [first, last]
-    if query.uid is not None:
-        where.append("c.uid = ?")
-        values.append(query.uid)
     limit = max(1, min(query.limit, 500))
-    columns = "c.n, c.id, c.ended, c.uid, c.policy, c.cause, c.image, t.command, t.stdout, t.stderr"
-    # Only constant clauses are joined; every value is bound.
-    if match is None:
-        rows = connection.execute(
-            f"SELECT {columns} FROM calls AS c JOIN texts AS t ON t.rowid = c.n"  # noqa: S608
-            f" WHERE {' AND '.join(where)} ORDER BY c.n DESC LIMIT ?",
-            (*values, limit + 1),
-        ).fetchall()
-    else:
-        statement = (
-            f"SELECT {columns} FROM texts AS t CROSS JOIN calls AS c ON c.n = t.rowid"  # noqa: S608
-            f" WHERE texts MATCH ? AND t.rowid BETWEEN ? AND ? AND {' AND '.join(where)}"
-            " ORDER BY t.rowid DESC LIMIT ?"
-        )
-        rows = []
-        for low, high in _spans(first, min(last, indexed), _ROWS if "*" not in match else max(1, indexed)):
-            left = limit + 1 - len(rows)
-            rows += connection.execute(statement, (match, low, high, *values, left)).fetchall()
-            if len(rows) > limit:
-                break
+    newest: list[tuple[int, int]] = []
+    """Numbers of the newest calls that fit, and whose they are."""
+    for (uid,) in connection.execute("SELECT uid FROM callers").fetchall():
+        if query.uid in {None, uid}:
             if time.monotonic() > until:
                 raise _TooLongError
-    found = _Found(query.text)
+            low = newest[limit][0] if len(newest) > limit else first
+            found = _numbers(connection, uid, match, (low, min(last, indexed), limit + 1))
+            newest = sorted([*newest, *((n, uid) for n in found)], reverse=True)[: limit + 1]
+    rows = [_row(connection, uid, n) for n, uid in newest]
+    places = _Found(query.text)
     hits = [
         models.Hit(
             n=row[0], id=row[1], at=row[2], uid=row[3], policy=row[4], cause=models.Cause(row[5]),
             image=row[6],
-            command=row[7], snippet=found.snippet(row[7:10]),
+            command=row[7], snippet=places.snippet(row[7:10]),
         )
         for row in rows[:limit]
     ]  # fmt: skip
     return models.SearchResults(hits=hits, next=hits[-1].n if len(rows) > limit else None, indexed=indexed)
 
 
-def _spans(first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
-    """Parts of a range of rows, the newest first.
+def _numbers(
+    connection: sqlite3.Connection, uid: int, match: str | None, bounds: tuple[int, int, int]
+) -> list[int]:
+    """Of the newest calls of one caller that fit: ``bounds`` are the first and the last, and how many."""
+    table = _texts(uid)
+    statement = f"SELECT rowid FROM {table} WHERE rowid BETWEEN ? AND ?"  # noqa: S608
+    values: tuple[int | str, ...] = bounds[:2]
+    if match is not None:
+        statement, values = f"{statement} AND {table} MATCH ?", (*values, match)
+    found = connection.execute(f"{statement} ORDER BY rowid DESC LIMIT ?", (*values, bounds[2]))
+    return [n for (n,) in found]
 
-    For ``word*`` it is better one: FTS5 puts all such words together each time it is asked.
-    """
-    while last >= first:
-        yield max(first, last - step + 1), last
-        last -= step
+
+def _row(connection: sqlite3.Connection, uid: int, n: int) -> tuple[Any, ...]:
+    statement = (
+        "SELECT c.n, c.id, c.ended, c.uid, c.policy, c.cause, c.image, t.command, t.stdout, t.stderr"  # noqa: S608
+        f" FROM calls AS c JOIN {_texts(uid)} AS t ON t.rowid = c.n WHERE c.n = ?"
+    )
+    row: tuple[Any, ...] = connection.execute(statement, (n,)).fetchone()
+    return row
 
 
 class _Found:

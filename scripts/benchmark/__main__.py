@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import docker_engine
+import durable
 import flow
 import growth
 import measure
@@ -242,6 +243,10 @@ class Bench:
         """The daemon's start."""
         return flow.starts(self.images, 3 if self.quick else 10, self.until(), tell)
 
+    def durable(self) -> dict[str, Any]:
+        """What the syncs of a call cost."""
+        return durable.durable(self.images, self.quick, self.until(), tell)
+
     def queue(self) -> dict[str, Any]:
         """A long queue, across a restart."""
         return waiting.queue(self.images, 2_000 if self.quick else 100_000, tell)
@@ -263,6 +268,7 @@ MODES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "network": Bench.network,
     "sessions": Bench.sessions,
     "start": Bench.start,
+    "durable": Bench.durable,
     "queue": Bench.queue,
 }
 LONG = {"row", "journal", "queue"}

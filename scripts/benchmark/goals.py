@@ -19,7 +19,7 @@ Goal = tuple[str, str, str, bool]
 def rows(found: Figures) -> list[list[str]]:
     """What, reach, measured, met."""
     good = {name: one for name, one in found.items() if "error" not in one}
-    made = [*_latency(good), *_load(good), *_growth(good), *_network(good), *_sessions(good)]
+    made = [*_latency(good), *_load(good), *_growth(good), *_network(good), *_sessions(good), *_records(good)]
     return [[what, reach, measured, "yes" if met else "**no**"] for what, reach, measured, met in made]
 
 
@@ -126,3 +126,24 @@ def _sessions(found: Figures) -> Iterator[Goal]:
     for name in ("many files", "many calls"):
         times = taken[name] / taken["empty"]
         yield f"`true` in a session with {name}, times one that is empty", "1.1", f"{times:.2f}", times <= 1.1
+
+
+def _records(found: Figures) -> Iterator[Goal]:
+    if "disk" in (one := found.get("durable", {})):
+        more = one["disk"]["p50"] - one["tmpfs"]["p50"]
+        yield "`true`, warm, on disk, more than without a disk, p50", "1 ms", f"{more:.2f} ms", more <= 1
+    if "start_s" in (one := found.get("queue", {})):
+        rate, ready, calls = one["accepted_per_s"], one["start_s"], f"{one['calls']:,}"
+        yield "acceptances by the journal alone", "2,000 a second", f"{rate:,} a second", rate >= 2000
+        yield f"restart with {calls} calls in the queue, to ready", "2 s", f"{ready:.2f} s", ready < 2
+    if "verify_s" in (one := found.get("records", {})):
+        taken = one["verify_s"]
+        yield f"`journal verify` of {one['records']:,} records", "5 s", f"{taken:.2f} s", taken <= 5
+    if "ms" in (one := found.get("search", {})):
+        slowest = max(one["ms"].values())
+        yield (
+            f"a search among {one['calls']:,} calls, the slowest",
+            "100 ms",
+            f"{slowest:.0f} ms",
+            slowest < 100,
+        )

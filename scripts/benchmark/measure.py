@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Contestant", "Rounds", "Workload", "percentile", "run", "summary"]
+__all__ = ["Contestant", "Rounds", "Workload", "in_turn", "percentile", "run", "summary"]
+
+PAUSE = 0.03  # seconds after each call: see docs/benchmarks.md
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,21 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     """Median and tails of seconds, in milliseconds, and how many there were."""
     found = {f"p{percent}": round(percentile(values, percent) * 1000, 3) for percent in (50, 95, 99)}
     return {**found, "n": len(values)}
+
+
+def in_turn(steps: dict[str, Callable[[], object]], rounds: int, until: float) -> dict[str, dict[str, float]]:
+    """Milliseconds of each step, once in each round, another one first each time. ``until`` is monotonic."""
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for number in range(rounds):
+        if time.monotonic() > until:
+            break
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            began = time.perf_counter()
+            steps[name]()
+            taken[name].append(time.perf_counter() - began)
+            time.sleep(PAUSE)
+    return {name: summary(values) for name, values in taken.items()}
 
 
 @dataclass

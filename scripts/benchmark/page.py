@@ -211,6 +211,9 @@ def _others(found: Figures) -> Iterator[str]:
     if (one := found.get("start")) and "first" in one:
         text = f"Daemon from start to its first answer: {one['first']['p50'] / 1000:.2f} s"
         yield f"{text}, {one['again']['p50'] / 1000:.2f} s where it ran before (medians)."
+    if (one := found.get("durable")) and "disk" in one:
+        text = f"`true`, warm: {one['disk']['p50']:.1f} ms"
+        yield f"{text}, and {one['tmpfs']['p50']:.1f} ms where the state is on a tmpfs."
     if (one := found.get("queue")) and "start_s" in one:
         text = f"With {one['calls']:,} calls in the queue: {one['start_s']} s, {one['empty_s']} s with none"
         yield f"{text}; to join it {one['step_us']['join']} µs, a turn {one['step_us']['turn']} µs."

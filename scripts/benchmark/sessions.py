@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import sandboxes
-from measure import summary
+from measure import in_turn
 
 from sandboxd import Client
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["sessions"]
 
-PAUSE = 0.03  # seconds between two calls, as in `sequential`
 TEN = "import os\nfor n in range(10): open(f'f{n}', 'w').write(str(os.getpid()) * 500)"
 FILES = 100_000
 MANY = """
@@ -45,7 +44,7 @@ def sessions(images: Path, quick: bool, until: float, tell: Callable[[str], None
                 break
             _ran(client, ["sh", "-c", f"echo {number} > f{number % 50}"], session="long")
         found["files"], found["length"] = files, client.session("long").calls
-        found["grown"] = _taken(
+        found["grown"] = in_turn(
             {
                 "none": lambda: _ran(client, ["true"]),
                 "empty": lambda: _ran(client, ["true"], session="empty"),
@@ -57,7 +56,7 @@ def sessions(images: Path, quick: bool, until: float, tell: Callable[[str], None
         )
         tell(f"{found['grown']}\n")
         origin = client.checkpoints("large").checkpoints[0].id
-        found["moves"] = _taken(
+        found["moves"] = in_turn(
             {
                 "fork": lambda: client.fork_session("large"),
                 "rollback": lambda: client.rollback_session("large", origin),
@@ -75,7 +74,7 @@ def _calls(client: Client, rounds: int, until: float) -> dict[str, dict[str, flo
     client.create_session("read")
     client.create_session("written")
     write, nothing = ["python3", "-c", TEN], ["python3", "-c", "pass"]
-    return _taken(
+    return in_turn(
         {
             "true": lambda: _ran(client, ["true"]),
             "true, in a session": lambda: _ran(client, ["true"], session="empty"),
@@ -94,18 +93,3 @@ def _ran(client: Client, argv: list[str], **options: Any) -> Invocation:
     if call.outcome is None or call.outcome.exit_code != 0:
         raise RuntimeError(f"{argv[:2]}: {call.outcome} {call.stderr}")
     return call
-
-
-def _taken(steps: dict[str, Callable[[], object]], rounds: int, until: float) -> dict[str, dict[str, float]]:
-    """Each step once in each round, another one first each time."""
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for number in range(rounds):
-        if time.monotonic() > until:
-            break
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            began = time.perf_counter()
-            steps[name]()
-            taken[name].append(time.perf_counter() - began)
-            time.sleep(PAUSE)
-    return {name: summary(values) for name, values in taken.items()}

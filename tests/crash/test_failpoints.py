@@ -29,8 +29,7 @@ AT_START = {
 }  # fmt: skip
 """Where a daemon is only when it starts, or does what the one before it left undone."""
 LEFT_BY = {"layer.restore": ("layer.settled", "KILL")}
-"""Where the daemon before has to die, so that something is left to do; else a spool that is not closed is, and
-more by chance."""
+"""Where the daemon before has to die to leave something to do. Else it leaves a spool that is not closed."""
 OLDER = {"journal.backup"}
 """Where a daemon is that finds the state of an older version: the last test."""
 TRIES = 30

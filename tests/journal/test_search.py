@@ -92,7 +92,7 @@ def test_what_is_no_search_is_said(index: SearchIndex, text: str) -> None:
 def test_nobody_elses_calls_are_found_whatever_is_written(index: SearchIndex) -> None:
     index.add([entry(1, "mine"), *(entry(n, f"secret{n} theirs", uid=2000) for n in range(2, 30))])
     words = ["mine", "theirs", "secret3", "AND", "OR", "NOT", "(", ")", "*", ":", "facts", "command", '"',
-             "{", "}", "NEAR", "-", "^", "+", ",", search._word("u", 2000), ";", "--", "'"]  # fmt: skip
+             "{", "}", "NEAR", "-", "^", "+", ",", search._word("p", "default"), ";", "--", "'"]  # fmt: skip
     rng = random.Random(7)
     asked = 0
     for _ in range(5000):
@@ -104,6 +104,20 @@ def test_nobody_elses_calls_are_found_whatever_is_written(index: SearchIndex) ->
         asked += 1
         assert set(found) <= {1}, text
     assert asked > 100
+
+
+def test_pages_of_several_callers_are_one_line(index: SearchIndex) -> None:
+    index.add([entry(n, f"word {'even' if n % 2 == 0 else ''}", uid=n % 7) for n in range(1, 101)])
+    evens = list(range(100, 0, -2))
+    found, before = [], None
+    while True:
+        page = index.find(Query("even", limit=7, before=before))
+        found += [hit.n for hit in page.hits]
+        if (before := page.next) is None:
+            break
+    assert found == evens
+    assert ids(index, "even", uid=3, limit=500) == [n for n in evens if n % 7 == 3]
+    assert ids(index, "even", uid=77) == []
 
 
 def test_times_go_on_where_the_clock_was_set_back(index: SearchIndex) -> None:
@@ -125,7 +139,7 @@ def test_a_search_that_takes_too_long_ends(index: SearchIndex, monkeypatch: pyte
 def test_one_that_is_slow_at_each_row_ends_too(
     index: SearchIndex, monkeypatch: pytest.MonkeyPatch, distance: int
 ) -> None:
-    """FTS5 looks at no clock, neither in a row that fits nor while it passes over those that do not."""
+    """FTS5 looks at no clock in a row: between two that fit, we do."""
     monkeypatch.setattr(search, "SECONDS", 0.02)
     text = "a " * (search.HEAD // 2 - 10) + "b " * 10
     index.add([entry(n, text, stdout=text, stderr=text) for n in range(1, 2001)])
@@ -149,8 +163,7 @@ def test_too_many_words_are_refused(index: SearchIndex, text: str) -> None:
         index.find(Query(text))
 
 
-def test_all_rows_are_asked_a_few_at_a_time(index: SearchIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "_ROWS", 7)
+def test_pages_of_a_search_are_its_whole(index: SearchIndex) -> None:
     index.add([entry(n, f"word{n} " + ("third" if n % 3 == 0 else "")) for n in range(1, 101)])
     thirds = list(range(99, 0, -3))
     assert ids(index, "third", limit=500) == thirds
