@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from sandboxd import canonical, models
@@ -79,3 +80,14 @@ def behind(state: Path, *statements: str) -> None:
     for statement in statements:
         connection.execute(statement)
     connection.close()
+
+
+def spoiled(state: Path, table: str) -> None:
+    """Make the first page of a table unreadable."""
+    path = state / "journal.sqlite3"
+    with closing(sqlite3.connect(path)) as connection:
+        query = "SELECT rootpage FROM sqlite_schema WHERE name = ?"
+        page = connection.execute(query, (table,)).fetchone()[0]
+    data = bytearray(path.read_bytes())
+    data[(page - 1) * 4096] = 0x77  # its kind
+    path.write_bytes(data)

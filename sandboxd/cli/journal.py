@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sandboxd.journal.signing import KeyPlace
     from sandboxd.journal.verify import VerifyReport
 
-__all__ = ["export", "head", "key", "records", "show", "verify"]
+__all__ = ["export", "head", "key", "records", "reindex", "show", "verify"]
 
 FlatFormat = Annotated[Format, Parameter(name="*")]
 State = Annotated[Path | None, Parameter(help="The state directory, before the configuration's.")]
@@ -56,16 +56,21 @@ def records(config: Path | None, state: Path | None) -> Iterator[Records]:
 
     loaded = None if state is not None and config is None else load_config(config)
     directory = state or (loaded.state if loaded else Path())
-    path = directory / "journal.sqlite3"
+    path = _present(directory)
+    place = signing.place_of(loaded.journal.key if loaded else None, directory, os.environ)
+    with mapped(), closing(connect_reader(path)) as connection:
+        yield Records(connection, directory, place)
+
+
+def _present(state: Path) -> Path:
+    path = state / "journal.sqlite3"
     try:
         present = path.is_file()
     except PermissionError:
         raise errors.NotPermitted(f"no permission for {path}: journal commands run as root") from None
     if not present:
         raise errors.NotFound(f"there is no journal at {path}; name its directory with --state or --config")
-    place = signing.place_of(loaded.journal.key if loaded else None, directory, os.environ)
-    with mapped(), closing(connect_reader(path)) as connection:
-        yield Records(connection, directory, place)
+    return path
 
 
 def verify(
@@ -110,9 +115,11 @@ def told(report: VerifyReport, *, json: bool) -> int:
     if report.problem is not None:
         terminal.complain(f"{report.problem}; the {report.records} records before it are good")
     for damage in report.damaged[:SHOWN]:
-        terminal.complain(f"record {damage.n}, call {damage.id}: {damage.what}")
+        terminal.complain(f"record {damage.n}, call {damage.id or 'unknown'}: {damage.what}")
     if len(report.damaged) > SHOWN:
-        terminal.complain(f"{len(report.damaged) - SHOWN} more files differ; --json lists them")
+        terminal.complain(f"{len(report.damaged) - SHOWN} more differ; --json lists them")
+    if any("index of sessions" in damage.what for damage in report.damaged):
+        terminal.complain("`sandboxd journal reindex` makes the index again from the records")
     if report.problem is None:
         read = f", {report.files} files were read" if report.files else ""
         print(f"{report.records} records are as they were recorded{read}; head {report.head}")
@@ -140,6 +147,8 @@ def _bundle(path: Path, named: tuple[Path, ...], *, json: bool) -> int:
         print(f"{report.calls} calls, {report.records} records, {report.files} files; head {report.head}")
         trust = "a key that you named" if named else "the key in the bundle: compare its id with the node's"
         print(f"signed with {report.key}, {trust}")
+        for session in report.sessions:
+            print(f"all calls of session {session} among these records are in it")
         if report.pruned:
             print(f"{report.pruned} of the calls have only their headers there, as after pruning")
         for what in report.gone[:SHOWN]:
@@ -173,6 +182,38 @@ def export(
         terminal.print_json(asdict(done))
     else:
         print(f"{done.calls} calls and {done.records} records in {to}; head {done.head}")
+
+
+def reindex(*, config: ConfigFile = None, state: State = None, output: FlatFormat = FORMAT) -> None:
+    """Make the index of sessions again, when `sandboxd journal verify` says that it differs from the records.
+
+    The daemon has to be stopped. Nothing else is changed.
+    """
+    from sandboxd.config import load_config  # noqa: PLC0415 - `--help` must not pay for it
+    from sandboxd.journal import schema, sessioncalls  # noqa: PLC0415 - same
+    from sandboxd.journal.lock import Lock  # noqa: PLC0415 - same
+
+    directory = load_config(config).state if state is None else state
+    path = _present(directory)
+    try:
+        lock = Lock(directory / "lock")
+    except OSError as error:
+        raise errors.HostFailed(f"{directory} cannot be locked: {error.strerror}") from error
+    try:
+        with (
+            schema.mapped(),
+            closing(schema.connect_writer(path)) as connection,
+            closing(schema.connect_reader(path)) as reader,
+        ):
+            connection.execute("BEGIN IMMEDIATE")
+            found = sessioncalls.fill(connection, reader)
+            connection.execute("COMMIT")
+    finally:
+        lock.release()
+    if output.json:
+        terminal.print_json({"records": found})
+    else:
+        print(f"{found} records are of a session; the index has them")
 
 
 def show(

@@ -107,6 +107,7 @@ GROUPS = {
             "key": "journal:key",
             "export": "journal:export",
             "show": "journal:show",
+            "reindex": "journal:reindex",
             "search": "search:search",
             "prune": "search:prune",
         },

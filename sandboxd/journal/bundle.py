@@ -4,7 +4,8 @@ Theory of operation: a bundle is a plain tar (POSIX ustar) of regular files, so 
 one pass without unpacking it: ``manifest.json``, ``key.pem``, ``records.jsonl`` (the headers from the first
 that is needed to the signed head, as they are in the chain), then ``policies/HEX.json``,
 ``calls/ID/body.json``, ``calls/ID/stdout`` and ``stderr``, and ``blobs/HEX``. Whoever checks one believes
-nothing in it but a signature of a key that they know, and what follows from it by digests.
+nothing in it but a signature of a key that they know, and what follows from it by digests. If all calls of a
+session were asked for, the manifest names it in ``sessions``, and no header may be of another call of it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from sandboxd import canonical, errors
 from sandboxd.journal.chain import Head, read_head
 from sandboxd.journal.evidence import Evidence, opened
+from sandboxd.journal.sessioncalls import numbers_of, session_of
 
 if TYPE_CHECKING:
     import sqlite3
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     from sandboxd.journal.signing import NodeKey
 
-__all__ = ["Exported", "export", "select"]
+__all__ = ["Chosen", "Exported", "export", "select"]
 
 _STEP = 500
 
@@ -44,48 +46,79 @@ class Exported:
     head: Head
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Numbers and ids of records, in order, and the newest record; ``sessions`` are whole."""
+
+    calls: list[tuple[int, str]]
+    sessions: list[str]
+    head: Head
+
+
 def select(
     connection: sqlite3.Connection,
     ids: Sequence[str],
     *,
     session: str | None = None,
     everything: bool = False,
-) -> list[tuple[int, str]]:
-    """The numbers and ids of the records of calls, in order. Raises NotFound for a call that has none."""
+) -> Chosen:
+    """Choose calls. Raises NotFound for one that has no record, InvalidRequest for a name of two sessions."""
+    connection.execute("BEGIN")  # one moment of the journal
+    try:
+        return _select(connection, ids, session, everything=everything)
+    finally:
+        connection.execute("ROLLBACK")
+
+
+def _select(
+    connection: sqlite3.Connection, ids: Sequence[str], session: str | None, *, everything: bool
+) -> Chosen:
+    head = read_head(connection)
     if everything:
-        return connection.execute("SELECT n, id FROM records ORDER BY n").fetchall()
+        return Chosen(connection.execute("SELECT n, id FROM records ORDER BY n").fetchall(), [], head)
     found: dict[int, str] = {}
     for id_ in ids:
         row = connection.execute("SELECT n FROM records WHERE id = ?", (id_,)).fetchone()
         if row is None:
             raise errors.NotFound(f"call {id_!r} has no record here; one that still runs has none yet")
         found[row[0]] = id_
-    if session is not None:
-        rows = connection.execute(
-            "SELECT r.n, r.id FROM records AS r JOIN invocations AS i ON i.id = r.id"
-            " WHERE json_valid(CAST(i.doc AS TEXT)) AND (json_extract(CAST(i.doc AS TEXT), '$.session') = ?1"
-            " OR json_extract(CAST(i.doc AS TEXT), '$.session')"
-            " IN (SELECT id FROM sessions WHERE name = ?1))",
-            (session,),
-        ).fetchall()
-        if not rows:
-            raise errors.NotFound(f"no call of session {session!r} has a record here")
-        found.update(rows)
-    return sorted(found.items())
+    if session is None:
+        return Chosen(sorted(found.items()), [], head)
+    named = _session(connection, session)
+    of_session = numbers_of(connection, named)
+    if not of_session:
+        raise errors.NotFound(f"no call of session {session!r} has a record here")
+    found.update(of_session)
+    return Chosen(sorted(found.items()), [named], head)
+
+
+def _session(connection: sqlite3.Connection, named: str) -> str:
+    """The id of a session; what is no name of one is an id, also of one that was removed."""
+    rows = connection.execute("SELECT id, uid FROM sessions WHERE name = ? ORDER BY id", (named,)).fetchall()
+    if len(rows) > 1:
+        shown = ", ".join(f"{id_} of uid {uid}" for id_, uid in rows)
+        raise errors.InvalidRequest(
+            f"several sessions have the name {named!r}; give the id of one: {shown}", field="session"
+        )
+    return str(rows[0][0]) if rows else named
 
 
 def export(
-    connection: sqlite3.Connection, state: Path, key: NodeKey, calls: Sequence[tuple[int, str]], output: Path
+    connection: sqlite3.Connection, state: Path, key: NodeKey, chosen: Chosen, output: Path
 ) -> Exported:
-    """Write a bundle of these calls, whole or not at all. Raises InvalidRequest, HostFailed, NotFound."""
-    if not calls:
+    """Write a bundle of these calls, whole or not at all.
+
+    Raises InvalidRequest, HostFailed; JournalCorrupt where a record cannot be read, or the index of sessions
+    has left one out.
+    """
+    if not chosen.calls:
         raise errors.InvalidRequest("there is no call to export", field="calls")
     temporary = output.with_name(f".{output.name}.{secrets.token_hex(8)}")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             with os.fdopen(fd, "wb") as file:
-                done = _Writer(connection, Evidence(state), file).write(calls, key)
+                done = _Writer(connection, Evidence(state), file, chosen).write(key)
                 file.flush()
                 os.fsync(fd)
             temporary.replace(output)
@@ -99,17 +132,23 @@ def export(
 
 
 class _Writer:
-    def __init__(self, connection: sqlite3.Connection, evidence: Evidence, file: io.BufferedWriter) -> None:
+    def __init__(
+        self, connection: sqlite3.Connection, evidence: Evidence, file: io.BufferedWriter, chosen: Chosen
+    ) -> None:
         self._connection = connection
+        self._chosen = chosen
+        self._numbers = {n for n, _ in chosen.calls}
         self._evidence = evidence
         self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115  # closed in write
         self._files = 0
 
-    def write(self, calls: Sequence[tuple[int, str]], key: NodeKey) -> Exported:
-        first, head, now = calls[0][0], read_head(self._connection), time.time_ns() // 1000
-        signed = json.loads(key.sign(head, now))
-        manifest = {"v": 1, "type": "bundle", "first": first, "head": signed}
-        self._add("manifest.json", canonical.canonical(manifest | {"calls": [id_ for _, id_ in calls]}))
+    def write(self, key: NodeKey) -> Exported:
+        calls, sessions, head = self._chosen.calls, self._chosen.sessions, self._chosen.head
+        first, now = calls[0][0], time.time_ns() // 1000
+        manifest: dict[str, Any] = {"v": 1, "type": "bundle", "first": first}
+        manifest |= {"head": json.loads(key.sign(head, now)), "calls": [id_ for _, id_ in calls]}
+        manifest |= {"sessions": sessions} if sessions else {}
+        self._add("manifest.json", canonical.canonical(manifest))
         self._add("key.pem", key.pem())
         self._add_records(first, head)
         headers = [self._header(n) for n, _ in calls]
@@ -142,15 +181,31 @@ class _Writer:
     def _headers(self, first: int, last: int) -> Iterator[bytes]:
         for at in range(first, last + 1, _STEP):
             rows = self._connection.execute(
-                "SELECT header FROM records WHERE n BETWEEN ? AND ? ORDER BY n",
+                "SELECT n, header FROM records WHERE n BETWEEN ? AND ? ORDER BY n",
                 (at, min(last, at + _STEP - 1)),
             ).fetchall()
-            yield from (row[0] + b"\n" for row in rows)
+            for n, header in rows:
+                if self._chosen.sessions and n not in self._numbers:
+                    self._belongs_to_none(n, header)
+                yield header + b"\n"
+
+    def _belongs_to_none(self, n: int, header: bytes) -> None:
+        if (session := session_of(header)) in self._chosen.sessions:
+            raise errors.JournalCorrupt(
+                f"the index of sessions has left out record {n} of session {session}; stop the daemon and "
+                "make it again with `sandboxd journal reindex`",
+                session=session,
+            )
 
     def _header(self, n: int) -> dict[str, Any]:
-        header: dict[str, Any] = json.loads(
-            self._connection.execute("SELECT header FROM records WHERE n = ?", (n,)).fetchone()[0]
-        )
+        data = self._connection.execute("SELECT header FROM records WHERE n = ?", (n,)).fetchone()[0]
+        try:
+            header: dict[str, Any] = json.loads(data)
+        except (ValueError, RecursionError):
+            raise errors.JournalCorrupt(
+                f"record {n} was damaged: nothing vouches for it or for what is before it; calls after it "
+                "can be exported by their ids"
+            ) from None
         return header
 
     def _add_policies(self, headers: Sequence[dict[str, Any]]) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sandboxd import canonical, errors
+from sandboxd.journal import sessioncalls
 
 if TYPE_CHECKING:
     import sqlite3
@@ -59,8 +60,13 @@ def read_head(connection: sqlite3.Connection) -> Head:
     return Head(*row) if row else Head(0, GENESIS)
 
 
-def append(connection: sqlite3.Connection, head: Head, header: dict[str, Any], body: bytes) -> Head:
-    """Add a record after ``head`` and return the new head. ``header`` gets ``n``, ``prev`` and ``body``."""
+def append(
+    connection: sqlite3.Connection, head: Head, header: dict[str, Any], body: bytes, *, indexed: bool = True
+) -> Head:
+    """Add a record after ``head`` and return the new head. ``header`` gets ``n``, ``prev`` and ``body``.
+
+    ``indexed``: whether the index of sessions gets it.
+    """
     streams = [header.get(name) or {} for name in ("stdout", "stderr")]
     held = len(body) + sum(stream.get("size", 0) for stream in streams)
     whole = {**header, "n": head.n + 1, "prev": head.digest, "body": canonical.digest_bytes(body)}
@@ -70,6 +76,8 @@ def append(connection: sqlite3.Connection, head: Head, header: dict[str, Any], b
         "INSERT INTO records (n, id, digest, header, at, bytes) VALUES (?, ?, ?, ?, ?, ?)",
         (new.n, header["id"], new.digest, data, header["at"], held),
     )
+    if indexed and (session := header.get("session")) is not None:
+        sessioncalls.add(connection, session, new.n)
     return new
 
 

@@ -50,6 +50,8 @@ class BundleReport:
     """When it was signed, by the node's clock."""
     records: int = 0
     calls: int = 0
+    sessions: list[str] = field(default_factory=list)
+    """Sessions of which the bundle has all calls whose records it has: those from the first record on."""
     pruned: int = 0
     """Calls whose body had been pruned: their headers still hold."""
     files: int = 0
@@ -104,6 +106,7 @@ class _Check:
         self._policies: dict[str, bool] = {}
         self._blobs: dict[str, bool] = {}
         self._inputs: set[str] = set()
+        self._sessions: set[str] = set()
 
     def run(self) -> None:
         manifest = self._manifest()
@@ -115,11 +118,15 @@ class _Check:
     def _manifest(self) -> dict[str, Any]:
         manifest = _object(self._whole("manifest.json", _MAX_MANIFEST), "manifest.json", _MAX_CALLS + 100)
         calls, first = manifest.get("calls"), manifest.get("first")
-        known = set(manifest) == {"v", "type", "first", "head", "calls"}
+        sessions = manifest.setdefault("sessions", [])
+        known = set(manifest) == {"v", "type", "first", "head", "calls", "sessions"}
         if not known or (manifest["v"], manifest["type"]) != (1, "bundle") or not isinstance(calls, list):
             raise _bad("manifest.json is not that of a bundle of this version")
         if type(first) is not int or not 1 <= first < 2**53 or not calls:
             raise _bad("manifest.json does not say where its records begin")
+        if not isinstance(sessions, list) or not all(isinstance(one, str) for one in sessions):
+            raise _bad("manifest.json does not name sessions")
+        self._sessions.update(sessions)
         for id_ in calls:
             if not isinstance(id_, str) or not re.fullmatch(_ID, id_) or id_ in self._calls:
                 raise _bad("manifest.json lists what is no call, or one twice")
@@ -153,6 +160,7 @@ class _Check:
         if missing:
             raise Broken(0, f"call {missing[0]} has no record in the bundle")
         self._report.calls = len(self._calls)
+        self._report.sessions = sorted(self._sessions)
 
     def _record(self, head: Head | None, data: bytes, first: int) -> Head:
         header = _object(data, f"record {first + self._report.records}")
@@ -164,6 +172,8 @@ class _Check:
         body = follow(head, n, id_, digest, data)
         if id_ in self._calls:
             self._expect(id_, n, body, header)
+        elif isinstance(session := header.get("session"), str) and session in self._sessions:
+            raise Broken(n, f"record {n} is of call {id_} of session {session}, which is not in the bundle")
         self._report.records += 1
         return Head(n, digest)
 

@@ -10,24 +10,36 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 import structlog
 
-from sandboxd import errors
+from sandboxd import errors, systemd
 from sandboxd.failpoint import failpoint
+from sandboxd.journal import sessioncalls
 from sandboxd.journal.output import sync_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 __all__ = ["connect_mover", "connect_reader", "connect_writer", "mapped"]
 
 APPLICATION_ID = 0x73626F78  # "sbox", so that file(1) and we know whose file it is
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (
+
+def _fill_sessions(connection: sqlite3.Connection, path: Path) -> None:
+    with closing(connect_reader(path)) as reader:
+        sessioncalls.fill(connection, reader, _still_starting)
+
+
+def _still_starting() -> None:
+    """A large journal takes a while: a service manager waits for as long as it is told that it goes on."""
+    systemd.notify(f"EXTEND_TIMEOUT_USEC={PATIENCE * 10**6}")
+
+
+MIGRATIONS: tuple[tuple[str | Callable[[sqlite3.Connection, Path], None], ...], ...] = (
     (
         # doc is the invocation's JSON, its streams without their heads. Once it has ended, doc is the
         # body that its record's header has the digest of, and is not written again; NULL: pruned.
@@ -227,9 +239,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE merges ADD COLUMN own_size INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE merges ADD COLUMN own_inodes INTEGER NOT NULL DEFAULT 0",
     ),
+    (sessioncalls.TABLE, _fill_sessions),
 )
 
 KEPT_BACKUPS = 2
+PATIENCE = 120  # seconds that a service manager is asked to wait for the next sign of life
+PAGES = 20_000  # of a backup that are copied between two of them
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 log = structlog.get_logger(__name__)
@@ -321,8 +336,11 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
         _back_up(connection, path, version)
     for number in range(version + 1, known + 1):
         connection.execute("BEGIN IMMEDIATE")
-        for statement in MIGRATIONS[number - 1]:
-            connection.execute(statement)
+        for step in MIGRATIONS[number - 1]:
+            if isinstance(step, str):
+                connection.execute(step)
+            else:
+                step(connection, path)
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {number}")
         failpoint("journal.migrate")
@@ -343,13 +361,7 @@ def _back_up(connection: sqlite3.Connection, path: Path, version: int) -> None:
                 f"the journal has to be migrated from schema {version}, and a backup of it in {directory} "
                 f"needs {2 * needed} bytes of free space; make room and start again"
             )
-        connection.execute("VACUUM INTO ?", (str(temporary),))
-        temporary.chmod(0o600)
-        fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        _copy(connection, temporary)
         failpoint("journal.backup")
         temporary.replace(target)
         for each in (directory, path.parent):
@@ -359,6 +371,18 @@ def _back_up(connection: sqlite3.Connection, path: Path, version: int) -> None:
     except OSError as error:
         raise errors.HostFailed(f"the journal cannot be backed up: {error.strerror}") from error
     log.info("the journal is migrated", backup=str(target), schema=version, to=len(MIGRATIONS))
+
+
+def _copy(connection: sqlite3.Connection, to: Path) -> None:
+    """Page for page, so that what is damaged is copied as it is. Raises OSError."""
+    fd = os.open(to, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with closing(sqlite3.connect(to, isolation_level=None)) as target:
+            connection.backup(target, pages=PAGES, progress=lambda *_: _still_starting())
+            target.execute("PRAGMA journal_mode = DELETE")
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _written(path: Path) -> float:

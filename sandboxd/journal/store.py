@@ -14,6 +14,7 @@ import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import structlog
@@ -232,7 +233,7 @@ class Journal:
             raise ValueError("only an ended invocation with an outcome can be recorded as ended")
         row = self._row(invocation)
 
-        def operation(transaction: Transaction) -> chain.Head:
+        def operation(transaction: Transaction, *, indexed: bool = True) -> chain.Head:
             changed = transaction.connection.execute(
                 "UPDATE invocations SET state = ?, policy = ?, cause = ?, doc = ?"
                 " WHERE id = ? AND state != 'ended'",
@@ -248,7 +249,9 @@ class Journal:
             if also is not None:
                 also(transaction.connection)
             transaction.connection.execute("DELETE FROM queue WHERE id = ?", (invocation.id,))
-            transaction.head = chain.append(transaction.connection, transaction.head, header, row[3])
+            transaction.head = chain.append(
+                transaction.connection, transaction.head, header, row[3], indexed=indexed
+            )
             if output is not None:
                 transaction.connection.execute(
                     "INSERT INTO unsynced (id, files) VALUES (?, ?)", (invocation.id, output)
@@ -261,7 +264,15 @@ class Journal:
                 )
             return transaction.head
 
-        head = await self._writer.run(operation, durable=True, patient=True)
+        try:
+            head = await self._writer.run(operation, durable=True, patient=True)
+        except errors.JournalCorrupt:
+            if invocation.session is None:
+                raise
+            # the index of sessions can be made again, an outcome cannot
+            unindexed = partial(operation, indexed=False)
+            head = await self._writer.run(unindexed, durable=True, patient=True)
+            log.error("the index of sessions is damaged", session=invocation.session, record=head.n)  # noqa: TRY400
         failpoint("outcome.durable")
         return head
 

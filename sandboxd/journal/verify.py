@@ -1,7 +1,8 @@
 """Checking a journal: its chain, the heads that were signed, and on request the files that it names.
 
 Theory of operation: the chain is one line, so the first record that differs ends the check of it. Files are
-each on their own: all that are damaged are named, with their call, and the check goes on.
+each on their own: all that are damaged are named, with their call, and the check goes on. So is what differs
+of the index by which the calls of a session are found.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import json
 import sqlite3
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from sandboxd import canonical, errors
-from sandboxd.journal import chain, signing
+from sandboxd.journal import chain, sessioncalls, signing
 from sandboxd.journal.chain import GENESIS, Broken, Head
 from sandboxd.journal.evidence import Evidence
 from sandboxd.journal.upkeep import within
@@ -34,7 +36,7 @@ _QUERY = (
 
 @dataclass(frozen=True)
 class Damage:
-    """Something that a record names by digest and that is not what it was: which record and what."""
+    """What is beside a record and not as it was, such as a file that it names: of which record, and what."""
 
     n: int
     id: str
@@ -60,7 +62,8 @@ class VerifyReport:
     files: int = 0
     """Streams and artifacts that were read, with ``deep``."""
     damaged: list[Damage] = field(default_factory=list)
-    """Streams and artifacts that differ or are gone, with ``deep``; at most 1,000."""
+    """Streams and artifacts that differ or are gone, with ``deep``, and records that the index of sessions
+    has not, or has wrongly; at most 1,000."""
 
     @property
     def ok(self) -> bool:
@@ -84,6 +87,7 @@ def verify(
     """
     report = VerifyReport()
     wanted, seen, signer = _wanted(expected, keys)
+    sessions = sessioncalls.Check(connection)
     try:
         heads = _heads(connection, keys)
         for n, id_, digest, data, row, state, body, pruned in _rows(connection, report):
@@ -94,6 +98,7 @@ def verify(
                 _check_signed(n, digest, vouched)
                 report.signed, report.key = n, vouched.key
             report.head, report.records = Head(n, digest), n
+            sessions.one(n, data)
             report.pruned += body is None
             if digest == wanted[1] and wanted[0] in {None, n}:
                 seen = True
@@ -114,6 +119,7 @@ def verify(
         _check_strays(connection, last)
     except Broken as broken:
         report.at, report.problem = broken.n, str(broken)
+    _look_at_sessions(connection, sessions, report)
     return report
 
 
@@ -220,5 +226,22 @@ def _look(evidence: Evidence, n: int, header: dict[str, Any], report: VerifyRepo
     """Read every file that a record names."""
     for what, problem in evidence.problems(header):
         report.files += 1
-        if problem and len(report.damaged) < _MAX_DAMAGE:
-            report.damaged.append(Damage(n, header["id"], f"{what} {problem}"))
+        if problem:
+            _note(report, Damage(n, header["id"], f"{what} {problem}"))
+
+
+def _note(report: VerifyReport, damage: Damage) -> None:
+    if len(report.damaged) < _MAX_DAMAGE:
+        report.damaged.append(damage)
+
+
+def _look_at_sessions(
+    connection: sqlite3.Connection, check: sessioncalls.Check, report: VerifyReport
+) -> None:
+    """What differs of the index by which the calls of a session are found."""
+    try:
+        for n, problem in islice(check.rest(report.head.n), _MAX_DAMAGE):
+            row = connection.execute("SELECT id FROM records WHERE n = ?", (n,)).fetchone()
+            _note(report, Damage(n, row[0] if row else "", problem))
+    except sqlite3.DatabaseError as error:
+        _note(report, Damage(report.head.n, "", f"the index of sessions cannot be read: {error}"))

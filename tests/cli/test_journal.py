@@ -8,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from journals import behind, record
+from journals import behind, record, spoiled
 
 from sandboxd.journal import Journal
+from sandboxd.journal.lock import Lock
 
 SANDBOXD = Path(sys.executable).with_name("sandboxd")
 
@@ -125,3 +126,35 @@ def test_a_body_that_is_gone_is_shown_as_damage(tmp_path: Path) -> None:
     assert (found.returncode, "not retention" in found.stderr) == (1, True)
     found = run("journal", "verify", "--state", tmp_path)
     assert (found.returncode, "the body of record 2 is gone" in found.stderr) == (1, True)
+
+
+def test_the_index_of_sessions_is_made_again(tmp_path: Path) -> None:
+    async def fill() -> list[str]:
+        async with Journal.open(tmp_path) as journal:
+            return [(await record(journal, tmp_path, session="s")).id for _ in range(3)]
+
+    ids = asyncio.run(fill())
+    behind(tmp_path, "DELETE FROM session_records WHERE n = 2")
+    found = run("journal", "verify", "--state", tmp_path)
+    assert found.returncode == 1
+    assert f"record 2, call {ids[1]}: the index of sessions does not have it" in found.stderr
+    assert "sandboxd journal reindex" in found.stderr
+    refused = run("journal", "export", "--session", "s", "-o", tmp_path / "x", "--state", tmp_path)
+    assert refused.returncode != 0
+    assert "sandboxd journal reindex" in refused.stderr
+    lock = Lock(tmp_path / "lock")
+    assert "another sandboxd" in run("journal", "reindex", "--state", tmp_path).stderr
+    lock.release()
+    done = run("journal", "reindex", "--state", tmp_path)
+    assert (done.returncode, done.stdout) == (0, "3 records are of a session; the index has them\n")
+    assert run("journal", "verify", "--state", tmp_path).returncode == 0
+    spoiled(tmp_path, "session_records")
+    assert "the index of sessions cannot be read" in run("journal", "verify", "--state", tmp_path).stderr
+    assert run("journal", "reindex", "--state", tmp_path).returncode == 0
+    assert run("journal", "verify", "--state", tmp_path).returncode == 0
+    assert (
+        run("journal", "export", "--session", "s", "-o", tmp_path / "x", "--state", tmp_path).returncode == 0
+    )
+    told = run("journal", "verify", "--bundle", tmp_path / "x")
+    assert "all calls of session s among these records are in it" in told.stdout
+    assert run("journal", "reindex", "--state", tmp_path / "nowhere").returncode != 0

@@ -16,7 +16,8 @@ import pytest
 from journals import behind, record
 
 from sandboxd import canonical, errors
-from sandboxd.journal import Journal, bundle, proof, schema, signing
+from sandboxd.journal import Head, Journal, bundle, proof, schema, signing
+from sandboxd.journal.chain import GENESIS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +39,7 @@ async def made(tmp_path: Path, *numbers: int, everything: bool = False) -> tuple
             )
         key = journal.key
     with closing(schema.connect_reader(state / "journal.sqlite3")) as connection:
-        rows = bundle.select(connection, [], everything=True)
+        rows = bundle.select(connection, [], everything=True).calls
         ids = [rows[number][1] for number in numbers]
         chosen = bundle.select(connection, ids, everything=everything)
         done = bundle.export(connection, state, key, chosen, tmp_path / "bundle.tar")
@@ -76,9 +77,10 @@ async def test_all_calls_and_pruned_ones(tmp_path: Path) -> None:
         with pytest.raises(errors.NotFound):
             bundle.select(connection, [], session="nope")
         with pytest.raises(errors.InvalidRequest):
-            bundle.export(connection, state, found, [], path)
+            bundle.export(connection, state, found, bundle.Chosen([], [], Head(0, GENESIS)), path)
+        chosen = bundle.select(connection, [], everything=True)
         with pytest.raises(errors.HostFailed):
-            bundle.export(connection, state, found, [(1, "x")], tmp_path / "no" / "such" / "place")
+            bundle.export(connection, state, found, chosen, tmp_path / "no" / "such" / "place")
     assert sorted(os.listdir(tmp_path)) == ["bundle.tar", "state"]  # noqa: PTH208
 
 
