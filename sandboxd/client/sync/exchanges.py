@@ -23,7 +23,7 @@ T = TypeVar("T")
 class Exchanges(Endpoint):
     """Exchanges with the daemon."""
 
-    def _open(self, exchange: wire.Exchange, chunks: Iterable[bytes] | None = None) -> transport.Answer:
+    def _open(self, exchange: wire.Exchange, chunks: Iterable[bytes] | None = None) -> transport.Body:
         return transport.exchange(
             self._paths,
             exchange,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from sandboxd.client.calls.invocations import PageFields
     from sandboxd.client.calls.request import Argv, RequestFields
-    from sandboxd.client.transport import Answer
+    from sandboxd.client.transport import Body
 
 __all__ = ["Invocations"]
 
@@ -46,7 +46,7 @@ class Invocations(Exchanges):
                 cut = error
         return self._outcome(id_, cut, patience)
 
-    def _ask(self, exchange: wire.Exchange, key: str | None, patience: Patience) -> Answer:
+    def _ask(self, exchange: wire.Exchange, key: str | None, patience: Patience) -> Body:
         """The answer to a request; one with a key may be sent again when it is not known to have arrived."""
         try:
             return self._open(exchange)
@@ -61,7 +61,7 @@ class Invocations(Exchanges):
         error: errors.SandboxdError,
         patience: Patience,
         limit: float | None = None,
-    ) -> Answer:
+    ) -> Body:
         """The answer of the next daemon to an exchange. Raises what is not going to pass."""
         until = None if limit is None else time.monotonic() + limit
         while True:
@@ -162,7 +162,7 @@ class Invocations(Exchanges):
     def _resumed(
         self,
         stream: Stream[models.Event],
-        answer: Answer,
+        answer: Body,
         id: str | None,  # noqa: A002
         after: int,
         patience: Patience,

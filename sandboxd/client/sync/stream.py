@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-    from sandboxd.client.transport import Answer
+    from sandboxd.client.transport import Body
 
 __all__ = ["Stream"]
 
@@ -22,7 +22,7 @@ class Stream(Generic[T]):
     the call unless it has a key.
     """
 
-    def __init__(self, answer: Answer, items: Iterator[T] | None = None) -> None:
+    def __init__(self, answer: Body, items: Iterator[T] | None = None) -> None:
         self._answer = answer
         self._items: Iterator[T] = iter(()) if items is None else items
         self._limit: float | None = None
@@ -32,7 +32,7 @@ class Stream(Generic[T]):
         self._limit = timeout
         self._answer.set_timeout(timeout)
 
-    def continue_with(self, answer: Answer) -> None:
+    def continue_with(self, answer: Body) -> None:
         """Go on with another answer, in the place of one that was cut."""
         self._answer.close()
         self._answer = answer
