@@ -175,6 +175,13 @@ class Events:
         self.finish()
 
 
+def ended(event: models.Event, id: str) -> models.Invocation | None:  # noqa: A002 - the field's name
+    """The invocation that an event ends a call with. Raises HostFailed where that is not told yet."""
+    if event.type == "unrecorded":
+        raise errors.HostFailed(event.error.message if event.error else "its outcome is not on disk", id=id)
+    return event.invocation
+
+
 def _none(_: bytes) -> None:
     return None
 
