@@ -28,7 +28,7 @@ from daemons import PATIENCE, Daemon, slots_of, start_daemon, until
 from sandboxd import canonical, errors, models
 from sandboxd.failpoint import VARIABLE
 from sandboxd.journal import schema, signing, verify
-from sandboxd.workspace import layer, tables
+from sandboxd.workspace import layer, stacks, tables
 from sandboxd.workspace.view import View
 
 if TYPE_CHECKING:
@@ -370,7 +370,7 @@ class Crashing:
                 "SELECT layer, content, digest, call FROM checkpoints WHERE layer IS NOT NULL"
             ).fetchall()
             stacks = {
-                id_: [layers / name for name in tables.stack_of(connection, head).layers]
+                id_: [layers / name for name in stacks.stack_of(connection, head).layers]
                 for id_, head in sessions
             }
         finally:
