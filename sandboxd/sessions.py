@@ -377,14 +377,14 @@ class Sessions:
         checkout = self.checkouts.of(row)
         with self.holds.turns.reading(row.id):
             ids = [await self._named(row, one) for one in checkpoints]
-            stacks = await self._journal.read(
+            below = await self._journal.read(
                 lambda connection: [stacks.stack_of(connection, one) for one in ids]
             )
-            for stack in stacks:
+            for stack in below:
                 await self.layers.unwritten.settle(stack.layers)
             yield tuple(
                 Standing(id_, tuple(self.layers.paths(stack.layers)), checkout)
-                for id_, stack in zip(ids, stacks, strict=True)
+                for id_, stack in zip(ids, below, strict=True)
             )
 
     async def keeps(self, session: str, checkpoint: str | None) -> bool:

@@ -369,14 +369,14 @@ class Crashing:
             kept = connection.execute(
                 "SELECT layer, content, digest, call FROM checkpoints WHERE layer IS NOT NULL"
             ).fetchall()
-            stacks = {
+            below = {
                 id_: [layers / name for name in stacks.stack_of(connection, head).layers]
                 for id_, head in sessions
             }
         finally:
             connection.close()
         of_call = {call: digest for _, _, digest, call in kept}
-        for id_, stack in stacks.items():
+        for id_, stack in below.items():
             done = [
                 one
                 for one in calls
