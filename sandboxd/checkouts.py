@@ -124,7 +124,8 @@ class Checkouts:
         if row.checkout is not None and found is None:
             raise errors.StateConflict(
                 f"session {row.name or row.id!r} stands on a directory of its caller's, which the daemon "
-                "has no more since it was restarted; pass the directory again",
+                "has no more since it was restarted; pass it again: `sandboxd session lend "
+                f"{row.name or row.id} DIRECTORY`",
                 session=row.id,
             )
         return found

@@ -15,21 +15,16 @@ from starlette.responses import Response
 
 from sandboxd.errors import InvalidRequest, RangeNotSatisfiable, Refused, SandboxdError, TooLarge
 from sandboxd.models import Problem
+from sandboxd.models.refusal import OVER, place_of, said_of
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
-    from pydantic_core import ErrorDetails
 
 __all__ = ["MEDIA_TYPE", "document", "internal", "invalid", "of", "of_fault", "respond"]
 
 log = structlog.get_logger(__name__)
 MEDIA_TYPE = "application/problem+json"
 MAX_ERRORS = 20
-MAX_TEXT = 300  # characters of one message
-OVER = {"too_long", "string_too_long", "bytes_too_long"}
-"""What pydantic calls a value that is over its bound."""
-COUNTED: dict[type, str] = {str: "characters", bytes: "bytes", dict: "members"}
-"""What the bound of a value counts, by its type; of a list it is items."""
 
 
 def document(status: int, code: str, detail: str, details: dict[str, Any] | None = None) -> bytes:
@@ -88,27 +83,12 @@ def invalid(error: ValidationError) -> InvalidRequest | TooLarge:
     if count > 1000:  # listing them would cost more than the request did
         return InvalidRequest(f"{count} fields are wrong")
     found = error.errors(include_url=False)
-    wrong = [{"field": _field(each), "message": _said(each)} for each in found[:MAX_ERRORS]]
+    wrong = [{"field": place_of(each), "message": said_of(each)} for each in found[:MAX_ERRORS]]
     over = next((each for each in found if each["type"] in OVER), None)
     if over is not None:
         limit = over["ctx"]["max_length"]
-        said = f"{_field(over)}: {_said(over)}"
-        return TooLarge(said, field=_field(over), limit=limit, errors=wrong)
+        said = f"{place_of(over)}: {said_of(over)}"
+        return TooLarge(said, field=place_of(over), limit=limit, errors=wrong)
     first = wrong[0]
     message = f"{first['field']}: {first['message']}" if first["field"] else first["message"]
     return InvalidRequest(message, field=first["field"], errors=wrong)
-
-
-def _field(error: ErrorDetails) -> str:
-    # one of several types that a value may have is a step of pydantic's, not of the request's
-    steps = [str(step)[:128] for step in error["loc"]]
-    return ".".join(step for step in steps if not step.startswith("function-"))
-
-
-def _said(error: ErrorDetails) -> str:
-    """One message without the words that only somebody who knows our models understands."""
-    if error["type"] == "extra_forbidden":
-        return "there is no such field"
-    if error["type"] in OVER:
-        return f"has more than {error['ctx']['max_length']} {COUNTED.get(type(error['input']), 'items')}"
-    return error["msg"].removeprefix("Value error, ")[:MAX_TEXT]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -11,7 +11,12 @@ from sandboxd import errors, units
 from sandboxd.cli import terminal
 from sandboxd.cli.options import REMOTE, Remote
 
+if TYPE_CHECKING:
+    from sandboxd import models
+
 __all__ = ["prune", "search"]
+
+WIDTH = 100  # characters of a command, or of what was found
 
 AlsoRemote = Annotated[Remote, Parameter(name="*")]
 
@@ -47,11 +52,17 @@ def search(
             hit.cause.value,
             hit.policy,
             terminal.age(hit.at),
-            " ".join((hit.snippet or hit.command).split()),
+            _line(hit),
         )
         for hit in found.hits
     ]
     terminal.print_rows(("ID", "CAUSE", "POLICY", "AGE", "FOUND"), rows, empty="no call fits")
+
+
+def _line(hit: models.Hit) -> str:
+    """Where the words are, or the beginning of the command."""
+    text = " ".join((hit.snippet or hit.command).split())
+    return text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"
 
 
 def prune(

@@ -236,6 +236,10 @@ def told(info: models.SessionInfo, remote: Remote) -> None:
         f"calls       {info.calls}" + (f", {info.in_flight} in flight" if info.in_flight else ""),
         f"made        {terminal.age(info.created)} ago, used {terminal.age(info.used)} ago",
     ]
+    if info.checkout == "lent":
+        lines.append("directory   of its caller's, lent")
+    elif info.checkout == "missing":
+        lines.append(f"directory   missing: `sandboxd session lend {info.name or info.id} DIRECTORY`")
     if (kept := info.container) is not None and kept.lost is not None:
         lines.append(f"container   lost, with what its {kept.calls} calls had changed: {kept.lost.why}")
     elif kept is not None:

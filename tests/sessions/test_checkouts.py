@@ -315,7 +315,7 @@ def test_a_restart_takes_the_directory_away_until_it_is_lent_again(
         fork = client.fork_session(made.id)  # which has to be given it as well
         assert (fork.checkout, fork.lent) == ("missing", made.created)
         for what in (lambda: sh(second, made, "true"), lambda: client.session_files(made.id)):
-            with pytest.raises(errors.StateConflict, match="pass the directory again"):
+            with pytest.raises(errors.StateConflict, match="sandboxd session lend"):
                 what()
         with pytest.raises(errors.StateConflict, match="another directory"):
             client.lend(made.id, directory.parent)

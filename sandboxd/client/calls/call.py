@@ -9,6 +9,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from sandboxd import errors
 from sandboxd.client import wire
+from sandboxd.models.refusal import place_of, said_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -78,5 +79,5 @@ def _foreign(what: str, error: ValidationError) -> errors.Unavailable:
 
 def _first(error: ValidationError) -> tuple[str, str]:
     """Where the first thing is that does not fit, and what is wrong with it."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    return ".".join(str(part) for part in first["loc"]), first["msg"]
+    first = error.errors(include_url=False)[0]
+    return place_of(first), said_of(first)
