@@ -76,8 +76,8 @@ RECEIPT: dict[str, str] = {
         ],
         "always",
     ),
-    "user_namespace": "user_namespace: slot",
-    "user_namespace_gids": "user_namespace: slot",
+    "user_namespace": "maps ids",
+    "user_namespace_gids": "maps ids",
     "sockets": "cgroup v1",  # v2 counts the buffers of sockets as memory
     "mount /lent": "policy proof",
     "rlimit_file_size": "policy proof",

@@ -251,6 +251,7 @@ def _policies(subject: Subject, lent: Path) -> Iterator[None]:
             if not refusal:
                 subject.user_namespace = choice
                 subject.traits |= {f"user_namespace: {choice}"}
+                subject.traits |= {"maps ids"} if choice != "none" else set()
                 yield
                 return
             refusals.append(f"user_namespace: {choice}: {refusal}")
