@@ -119,7 +119,8 @@ class BlobStore:
         self.root = root
         self.changing = threading.Lock()  # between a blob that comes again and one that is removed
         with _mapped():
-            (root / "tmp").mkdir(mode=0o700, parents=True, exist_ok=True)
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (root / "tmp").mkdir(mode=0o700, exist_ok=True)
             (root / "sha256").mkdir(mode=0o700, exist_ok=True)
             _sync_directories(root, root.parent)  # once: a blob syncs what is below
 

@@ -104,7 +104,8 @@ def _account(value: str) -> str:
 
 Size = Annotated[int, BeforeValidator(_size), Field(gt=0, le=units.MAX)]
 Duration = Annotated[int, BeforeValidator(_duration), Field(gt=0, le=24 * 3600 * 10**6)]
-LongDuration = Annotated[int, BeforeValidator(_duration), Field(ge=60 * 10**6, le=3650 * 24 * 3600 * 10**6)]
+YEARS = 3650 * 24 * 3600 * 10**6
+LongDuration = Annotated[int, BeforeValidator(_duration), Field(ge=60 * 10**6, le=YEARS)]
 Count = Annotated[int, BeforeValidator(_count), Field(strict=True, ge=0)]
 AbsolutePath = Annotated[Path, BeforeValidator(_path)]
 Account = Annotated[str, AfterValidator(_account)]
@@ -227,6 +228,8 @@ class SessionShare(Section):
     """Containers that they keep at once (``isolation: session``)."""
     container_idle: Duration = 30 * 60 * 10**6
     """After so long without a call one of them is ended."""
+    container_life: Annotated[int, BeforeValidator(_duration), Field(gt=0, le=YEARS)] = 24 * 3600 * 10**6
+    """So long after it was made one of them is ended, as soon as no call runs in it."""
 
 
 class CallerRule(Section):

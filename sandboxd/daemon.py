@@ -182,7 +182,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
 
         pool = Pool(engine, config.pool, images=engine.images, room=room, in_force=in_force)
         scheduler.on_grant = pool.give_way
-        scheduler.on_starved = sessions.starve
+        scheduler.on_starved = sessions.containers.starve
         tasks = await stack.enter_async_context(anyio.create_task_group())
         service = DaemonService(
             config,
@@ -307,7 +307,7 @@ async def _until_stopped(service: DaemonService, signals: asyncio.Queue[signal.S
             await service.all_ended()
         service.cancel_all()
         await service.all_ended()
-        await service.sessions.end_all()
+        await service.sessions.containers.end_all()
         waiting.cancel_scope.cancel()
 
 

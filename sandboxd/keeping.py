@@ -57,6 +57,10 @@ class Live:
     """Microseconds since the epoch: when a call in it ended last."""
     since_used: float
     """The same, of ``time.monotonic()``."""
+    spared_until: float = 0.0
+    """Of ``time.monotonic()``: until then it is not ended again, where that failed."""
+    ending: bool = False
+    """Whether its end waits for its turn already."""
 
     @property
     def entry(self) -> containers.Entry:
@@ -68,6 +72,16 @@ class Live:
         """Whether it was not used for so long that it is to be ended, where no call is in it."""
         return time.monotonic() - self.since_used > self.share.container_idle / 1e6
 
+    @property
+    def over(self) -> bool:
+        """Whether it has lived for so long that it is to be ended, once no call runs in it."""
+        return time.monotonic() - self.kept.born > self.share.container_life / 1e6
+
+    @property
+    def spared(self) -> bool:
+        """Whether it was tried to end it just now, and could not be done."""
+        return time.monotonic() < self.spared_until
+
     def info(self) -> SessionContainer:
         """What is told of it."""
         return SessionContainer(
@@ -77,7 +91,7 @@ class Live:
             calls=self.kept.calls,
             started=self.kept.started,
             used=self.used,
-            expires=self.used + self.share.container_idle,
+            expires=min(self.used + self.share.container_idle, self.kept.started + self.share.container_life),
             memory=self.hold.memory,
             cpus=self.hold.cpus,
             denied=self.kept.denied,

@@ -134,7 +134,7 @@ class Recovery(Runner):
         self._rows[row.id] = row
         self._dormant[row.id] = ticket
         if row.serial is not None:
-            self.sessions.hold(row.serial)
+            self.sessions.holds.wait(row.serial)
         self._scheduler.enqueue(ticket)
         if row.deadline is not None:  # whoever is awake by then sees to it itself
             left = (row.deadline - now()) / 1e6
@@ -151,7 +151,7 @@ class Recovery(Runner):
 
         Raises NotFound, NotPermitted.
         """
-        session = await self.sessions.enter(caller, named, policy)
+        session = await self.sessions.holds.enter(caller, named, policy)
         if session.row.policy is not None:
             request = request.model_copy(update={"policy": session.row.policy})
         return session, request
@@ -291,7 +291,7 @@ class Recovery(Runner):
         except BaseException:
             session.leave()
             raise
-        self.sessions.let_go(row.serial)
+        self.sessions.holds.let_go(row.serial)
 
     async def _wake_in(
         self,
@@ -363,7 +363,7 @@ class Recovery(Runner):
         else:
             outcome = ours(error.code, str(error))
         if (serial := self._rows[id].serial) is not None:
-            self.sessions.let_go(serial)
+            self.sessions.holds.let_go(serial)
         try:
             invocation = await self._journal.get(id)
             if invocation is not None:

@@ -143,10 +143,13 @@ class CallSession:
         self._turn = False
         self._inside = True
 
-    async def begin(self) -> None:
-        """Wait for the call's turn and see where the session stands. Raises JournalCorrupt, HostFailed."""
+    async def begin(self, *, first: bool = False) -> None:
+        """Wait for the call's turn and see where the session stands; ``first``: before all who wait already.
+
+        Raises JournalCorrupt, HostFailed.
+        """
         if not self._turn:  # else it is tried again
-            await self._turns.take(self.row.id)
+            await self._turns.take(self.row.id, first=first)
             self._turn = True
 
         def read(connection: sqlite3.Connection) -> Start | None:

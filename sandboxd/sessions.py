@@ -6,8 +6,8 @@ then one transaction of the journal writes the outcome, the checkpoint and the s
 is no change in a session without its record, and no record of a change that is not there. Fork and rollback
 only move pointers. What nothing refers to any more is removed in the background, and at start.
 
-A session may keep a container over its calls (``keeping``). Then what they change is in that alone; a
-checkpoint of it, and its end, wait for their turn as a call does, and nothing else may change the session.
+A session may keep a container over its calls (``sessioncontainers``). Then what they change is in that alone,
+and nothing else may change the session.
 
 One task makes layers into one where they have become many, removes sessions whose time is over, and clears
 away.
@@ -28,12 +28,12 @@ from uuid6 import uuid7
 
 from sandboxd import errors, models, units
 from sandboxd.checkouts import Checkouts
+from sandboxd.holds import Holds
 from sandboxd.keeping import Keeping
 from sandboxd.lanes import Lanes
 from sandboxd.layers import Layers
-from sandboxd.session import CallSession
-from sandboxd.workspace import allowance, containers, tables
-from sandboxd.workspace.turns import Turns
+from sandboxd.sessioncontainers import SessionContainers
+from sandboxd.workspace import allowance, tables
 
 if TYPE_CHECKING:
     import sqlite3
@@ -41,9 +41,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sandboxd.api.identity import Caller
-    from sandboxd.config import SessionShare
     from sandboxd.journal import Journal
-    from sandboxd.keeping import Live
     from sandboxd.workspace.checkout import Checkout
     from sandboxd.workspace.effort import Effort
     from sandboxd.workspace.handles import Handles
@@ -54,10 +52,9 @@ if TYPE_CHECKING:
 __all__ = ["Sessions", "Standing"]
 
 LOOK = 1.0  # seconds between two looks for sessions whose time is over
+CLOCK_REALTIME_COARSE = 5  # <linux/time.h>: the clock of what file systems note
+TICKS = 50  # milliseconds, and some ticks of it
 MOST = 500  # of a page
-END_AGAIN = 60.0  # seconds until it is tried again to end a container
-LAST_CHECKPOINTS = 60.0  # seconds, of all containers, at the end of the daemon
-LAST_AT_ONCE = 8
 
 log = structlog.get_logger("sandboxd.sessions")
 
@@ -66,8 +63,12 @@ def _now() -> int:
     return time.time_ns() // 1000
 
 
-def _nothing(_: sqlite3.Connection) -> None:
-    """Nothing comes about beside it."""
+async def _past(moment: int) -> None:
+    """Wait until a file that is changed is given a time after this one: that clock is some ms behind."""
+    for _ in range(TICKS):  # no longer where the clock is set back meanwhile
+        if time.clock_gettime_ns(CLOCK_REALTIME_COARSE) // 1000 > moment:
+            return
+        await anyio.sleep(0.001)
 
 
 class Sessions:
@@ -90,39 +91,27 @@ class Sessions:
         self.work = Lanes("file operations", most=8, each=2, waiting=64)
         self.checkouts = Checkouts(handles, lanes, mounts=store.mounts, kept=kept)
         self._store = store
-        self._turns = Turns()
         self._wake = anyio.Event()
         self.layers = Layers(journal, store, self._stir)
-        self.keeping = Keeping()
-        self._is_starved = False
-        self._removing: set[str] = set()
+        keeping = Keeping()
+        self.holds = Holds(journal, store, layers=self.layers, checkouts=self.checkouts, keeping=keeping)
+        self.containers = SessionContainers(journal, self.holds, keeping, self._stir)
 
     async def open(self) -> None:
         """Remove what nothing refers to, and go on with what an earlier daemon began."""
         await self.layers.open()
-        lost = await self._journal.write(
-            lambda connection: containers.lose_all(
-                connection, _now(), "the daemon ended, and with it the container"
-            )
-        )
-        if lost:
-            log.warning("containers that sessions kept are lost", count=lost)
+        await self.containers.open()
         await self._journal.write(allowance.charge)
 
     async def run(self) -> None:
         """Look after sessions until cancelled. No fault in here ends a call."""
         async with anyio.create_task_group() as tasks:
-            self.checkouts.tasks = tasks
+            self.checkouts.tasks = self.containers.tasks = tasks
             tasks.start_soon(self.layers.unwritten.run)
             try:
                 await self._look_after()
             finally:
-                self.checkouts.tasks = None
-
-    def starve(self) -> None:
-        """A call cannot start beside what containers hold that no call is in."""
-        self._is_starved = True
-        self._stir()
+                self.checkouts.tasks = self.containers.tasks = None
 
     def _stir(self) -> None:
         self._wake.set()
@@ -132,7 +121,7 @@ class Sessions:
             self._wake = anyio.Event()
             try:
                 await self._expire()
-                await self._look_at_containers()
+                await self.containers.look_after()
                 await self.layers.look_after()
             except Exception:
                 log.exception("sessions could not be looked after")
@@ -153,6 +142,7 @@ class Sessions:
             return await self._insert(caller, row, first)
         lent = await self.checkouts.take(id_, asked.checkout, caller)
         try:
+            await _past(now)
             return await self._insert(caller, replace(row, checkout=lent), first)
         except BaseException:
             with anyio.CancelScope(shield=True):
@@ -161,14 +151,14 @@ class Sessions:
 
     async def lend(self, caller: Caller, named: str, handle: str) -> models.SessionInfo:
         """Give a session its directory again. Raises NotFound, StateConflict for another one."""
-        row = await self._find(caller, named)
+        row = await self.holds.find(caller, named)
         if row.checkout is None or row.uid != caller.uid:
             raise errors.StateConflict(f"session {named!r} stands on no directory of yours")
         if row.id in self.checkouts:
             return await self._info(row)
         await self.checkouts.take(row.id, handle, caller, expected=row.checkout)
         try:
-            return await self._info(await self._find(caller, row.id))  # it may have gone meanwhile
+            return await self._info(await self.holds.find(caller, row.id))  # it may have gone meanwhile
         except errors.NotFound:
             await self.checkouts.let_go(row.id)
             raise
@@ -178,11 +168,7 @@ class Sessions:
 
         So do containers that are there still: who they were of is told so by the next daemon.
         """
-        for live in self.keeping:
-            try:
-                await self.keeping.end(live, "the daemon ended")
-            except errors.SandboxdError:
-                log.exception("a container of a session was not cleared away", session=live.session)
+        await self.containers.close()
         await self.checkouts.close()
         self.layers.unwritten.close()
 
@@ -192,10 +178,10 @@ class Sessions:
         One of a session on a directory stands on it too. Raises NotFound, SessionExists, QuotaExceeded,
         NotPermitted, StateConflict for a directory that somebody else lends.
         """
-        source = await self._find(caller, named)
+        source = await self.holds.find(caller, named)
         start = source.head
         if asked.checkpoint is not None:
-            start = (await self._checkpoint(source, asked.checkpoint)).id
+            start = (await self.holds.checkpoint(source, asked.checkpoint)).id
         row = self._row(caller, asked, id_=str(uuid7()), at=start, now=_now())
         row = replace(row, policy=asked.policy or source.policy, network=allowance.begun_with(source.network))
         if source.checkout is None:
@@ -278,11 +264,11 @@ class Sessions:
 
     async def get(self, caller: Caller, named: str) -> models.SessionInfo:
         """One session, by its id or name. Raises NotFound."""
-        return await self._info(await self._find(caller, named))
+        return await self._info(await self.holds.find(caller, named))
 
     async def id_of(self, caller: Caller, named: str) -> str:
         """The id of one, by that or its name. Raises NotFound."""
-        return (await self._find(caller, named)).id
+        return (await self.holds.find(caller, named)).id
 
     async def list(self, caller: Caller, *, before: str | None, limit: int) -> models.SessionList:
         """A page of the caller's sessions, or of everybody's for an operator; newest first."""
@@ -299,7 +285,7 @@ class Sessions:
 
         Raises NotFound.
         """
-        row, most = await self._find(caller, named), min(limit, MOST)
+        row, most = await self.holds.find(caller, named), min(limit, MOST)
 
         def read(connection: sqlite3.Connection) -> tuple[list[Checkpoint], Checkpoint | None]:
             found = tables.checkpoints(connection, row.id, before=before, limit=most + 1)
@@ -311,16 +297,16 @@ class Sessions:
         if not more and origin is not None and origin.session != row.id:
             page.append(origin)  # of the session that this one was forked from
         return models.CheckpointList(
-            checkpoints=[_checkpoint_info(one, row.head) for one in page],
+            checkpoints=[one.info(row.head) for one in page],
             next=page[-1].id if more else None,
         )
 
     async def rollback(self, caller: Caller, named: str, checkpoint: str) -> models.SessionInfo:
         """Let a session stand on another of its checkpoints. Raises NotFound, SessionBusy."""
-        row = await self._find(caller, named)
-        wanted = await self._checkpoint(row, checkpoint)
-        async with self._alone(row):
-            self.keeping.refuse(row.id, named)
+        row = await self.holds.find(caller, named)
+        wanted = await self.holds.checkpoint(row, checkpoint)
+        async with self.holds.alone(row):
+            self.containers.refuse(row.id, named)
 
             def move(connection: sqlite3.Connection) -> bool:
                 if tables.checkpoint(connection, wanted.id) is None:
@@ -341,199 +327,40 @@ class Sessions:
 
         Raises NotFound, SessionBusy.
         """
-        row = await self._find(caller, named)
-        async with self._alone(row):
+        row = await self.holds.find(caller, named)
+        async with self.holds.alone(row):
             await self.layers.prune(row.id)
         return await self.get(caller, row.id)
 
     async def delete(self, caller: Caller, named: str) -> None:
         """Remove a session; what forks of it stand on stays. Raises NotFound, SessionBusy."""
-        row = await self._find(caller, named)
+        row = await self.holds.find(caller, named)
         await self._delete(row)
         log.info("session removed", id=row.id, uid=caller.uid)
 
     async def _delete(self, row: Row, *, over: int | None = None) -> bool:
         """Whether it went; with ``over`` only where its time is over then."""
-        async with self._alone(row):
-            self._removing.add(row.id)
-            try:
-                gone = await self._journal.write(
-                    lambda connection: tables.mark_gone(connection, row.id, over=over),
-                    undo=lambda connection: tables.mark_there(connection, row.id),
-                )
-            finally:
-                self._removing.discard(row.id)
+        async with self.holds.alone(row, removing=True):
+            gone = await self._journal.write(
+                lambda connection: tables.mark_gone(connection, row.id, over=over),
+                undo=lambda connection: tables.mark_there(connection, row.id),
+            )
         if gone:
-            if (live := self.keeping.of(row.id)) is not None:
-                await self.keeping.end(live, "its session was removed")
+            await self.containers.end_of(row.id, "its session was removed")
             await self.checkouts.let_go(row.id)
             self.layers.to_prune.append(row.id)
             self._wake.set()
         return gone
 
-    # The container that it keeps.
-
     async def checkpoint(self, caller: Caller, named: str) -> models.CheckpointInfo:
-        """A checkpoint of the files in the container that a session keeps; it waits for its turn.
-
-        Where nothing has changed, the one that there is. Raises NotFound, StateConflict where it keeps none,
-        QuotaExceeded, WorkspaceUnfit, HostFailed; then nothing has changed.
-        """
-        row = await self._find(caller, named)
-        hold = self._hold_of(row, self._live(row, named).share, None)
-        try:
-            await hold.begin()
-            live = self._live(row, named)  # it may have ended meanwhile
-            if live.commit == "never":
-                raise errors.StateConflict(
-                    f"policy {live.shape.policy!r} keeps no files: it says `commit: never`", session=row.id
-                )
-            at = await self._take(hold, live)
-        finally:
-            hold.leave()
-        found = await self._journal.read(lambda connection: tables.checkpoint(connection, at))
-        if found is None:
-            raise errors.NotFound(f"the checkpoint of session {named!r} was removed")
-        return _checkpoint_info(found, at)
+        """As ``SessionContainers.checkpoint``."""
+        return await self.containers.checkpoint(caller, named)
 
     async def end(self, caller: Caller, named: str, *, discard: bool) -> models.SessionInfo:
-        """End the container that a session keeps, after a checkpoint of its files, unless they are discarded.
-
-        Where one was lost, that is acknowledged. Raises NotFound, SessionBusy, StateConflict where it keeps
-        none, and what ``checkpoint`` does; then the container is there as before.
-        """
-        row = await self._find(caller, named)
-        async with self._alone(row):
-            if self.keeping.of(row.id) is None and await self._has_lost(row.id):
-                await self._journal.write(lambda connection: containers.forget(connection, row.id))
-            else:
-                await self._end(self._live(row, named), discard=discard, why="its session ended it")
+        """As ``SessionContainers.end``."""
+        row = await self.holds.find(caller, named)
+        await self.containers.end(row, discard=discard)
         return await self.get(caller, row.id)
-
-    async def end_all(self) -> None:
-        """End all that are kept, at the end of the daemon. What cannot be checkpointed is lost."""
-
-        async def end(live: Live) -> None:
-            try:
-                async with at_once:
-                    await self._end(live, discard=False, why="the daemon was stopped")
-            except errors.SandboxdError:
-                log.exception("a container's files were not kept", session=live.session)
-
-        at_once = anyio.CapacityLimiter(LAST_AT_ONCE)
-        with anyio.move_on_after(LAST_CHECKPOINTS):
-            async with anyio.create_task_group() as tasks:
-                for live in self.keeping:
-                    tasks.start_soon(end, live)
-
-    def _live(self, row: Row, named: str) -> Live:
-        live = self.keeping.of(row.id)
-        if live is None:
-            raise errors.StateConflict(
-                f"session {named!r} keeps no container; a call in it under a policy with "
-                "`isolation: session` makes one",
-                session=row.id,
-            )
-        return live
-
-    async def _has_lost(self, session: str) -> bool:
-        return await self._journal.read(lambda connection: containers.find(connection, session)) is not None
-
-    async def _take(
-        self, hold: CallSession, live: Live, also: Callable[[sqlite3.Connection], None] = _nothing
-    ) -> str:
-        """Checkpoint a container, in its session's turn; returns where the session stands then."""
-
-        def write(connection: sqlite3.Connection) -> None:
-            hold.commit(connection)
-            also(connection)
-
-        try:
-            at = await anyio.to_thread.run_sync(hold.keep_of, live)
-            with anyio.CancelScope(shield=True):  # what is on disk is also told
-                await self._journal.write(write, undo=hold.undo())
-                hold.committed()
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await hold.abandon()
-            raise
-        return at
-
-    async def _end(self, live: Live, *, discard: bool, why: str, unused: bool = False) -> None:
-        """End a container in its session's turn; what it raises leaves it as it was.
-
-        ``unused``: not if a call is in it, or waits for it.
-        """
-        row = await self._journal.read(lambda connection: tables.find(connection, live.session, None))
-        if row is None:
-            await self.keeping.end(live, why)
-            return
-        if unused and self._turns.inside(live.session):
-            return
-        hold = self._hold_of(row, live.share, None)
-        try:
-            await hold.begin()
-            if self.keeping.of(row.id) is not live:
-                return
-            if discard or live.commit == "never":
-                await self._journal.write(lambda connection: containers.forget(connection, row.id))
-            else:
-                await self._take(hold, live, lambda connection: containers.forget(connection, row.id))
-            with anyio.CancelScope(shield=True):
-                await self.keeping.end(live, why)
-        finally:
-            hold.leave()
-
-    async def _look_at_containers(self) -> None:
-        """End those that are idle for too long, and note those that have ended themselves.
-
-        Where a call cannot start beside what they hold, the one that was not used for longest ends too.
-        """
-        unused = [live for live in self.keeping if not self._turns.inside(live.session)]
-        starving = min(unused, key=lambda live: live.since_used, default=None) if self._is_starved else None
-        self._is_starved = False
-        for live in unused:
-            if self._turns.inside(live.session):
-                continue
-            try:
-                if not live.kept.alive:
-                    await self._lose(live, "it ended while no call was in it")
-                elif live.idle or live is starving:
-                    await self._end(live, discard=False, why="it was not used for so long", unused=True)
-            except (errors.QuotaExceeded, errors.WorkspaceUnfit) as error:
-                why = f"it was not used for so long, and its files could not be kept: {error}"
-                await self._lose(live, why)
-            except errors.SandboxdError:  # the disk may be full: there may be room later
-                log.exception("a container that is not used cannot be ended yet", session=live.session)
-                live.since_used += END_AGAIN
-
-    async def _lose(self, live: Live, why: str) -> None:
-        if self._turns.inside(live.session):
-            return  # whoever is in there finds it, or it is looked at again
-        lost = live.entry.lost(_now(), why)
-        self._turns.enter(live.session)
-        try:
-            await self._turns.take(live.session)
-            try:
-                if self.keeping.of(live.session) is live:
-                    await self._journal.write(
-                        lambda connection: containers.lose(connection, live.session, lost)
-                    )
-                    await self.keeping.end(live, why)
-            finally:
-                self._turns.give(live.session)
-        finally:
-            self._turns.leave(live.session)
-
-    async def _container_of(self, row: Row) -> models.SessionContainer | None:
-        if (live := self.keeping.of(row.id)) is not None:
-            return live.info()
-        lost = await self._journal.read(lambda connection: containers.find(connection, row.id))
-        if lost is None:
-            return None
-        return models.SessionContainer(
-            state="lost", since=lost.since, policy=lost.policy, calls=lost.calls, lost=lost
-        )
 
     # What its files are read and changed for.
 
@@ -545,9 +372,9 @@ class Sessions:
 
         The session is not removed meanwhile. Raises NotFound.
         """
-        row = await self._find(caller, named)
+        row = await self.holds.find(caller, named)
         checkout = self.checkouts.of(row)
-        with self._turns.reading(row.id):
+        with self.holds.turns.reading(row.id):
             ids = [await self._named(row, one) for one in checkpoints]
             stacks = await self._journal.read(
                 lambda connection: [tables.stack_of(connection, one) for one in ids]
@@ -583,7 +410,7 @@ class Sessions:
         if checkpoint == "root":
             first = await self._journal.read(lambda connection: tables.first_of(connection, row.origin))
             return row.origin if first is None else first.id
-        return (await self._checkpoint(row, checkpoint)).id
+        return (await self.holds.checkpoint(row, checkpoint)).id
 
     async def change(
         self,
@@ -601,7 +428,7 @@ class Sessions:
         QuotaExceeded, WorkspaceUnfit, HostFailed, QueueFull, RequestTimeout, and what ``fill`` raises; then
         nothing has changed.
         """
-        hold = await self.enter(caller, named, None)
+        hold = await self.holds.enter(caller, named, None)
         try:
             await hold.begin()
             if match is not None and hold.before != match:
@@ -622,102 +449,9 @@ class Sessions:
                 raise
         finally:
             hold.leave()
-        return _checkpoint_info(made, made.id)
-
-    # What calls ask for.
-
-    async def enter(self, caller: Caller, named: str, policy: str | None) -> CallSession:
-        """A call's hold on a session, which lives on until the call has left it.
-
-        ``policy`` is what the request names. Raises NotFound, NotPermitted.
-        """
-        row = await self._find(caller, named)
-        if row.policy is not None and policy not in {None, row.policy}:
-            raise errors.NotPermitted(
-                f"calls in session {named!r} run under policy {row.policy!r}, and the request asks for "
-                f"{policy!r}; leave it out, or take another session",
-                policies=[row.policy],
-            )
-        if row.id in self._removing:
-            raise errors.NotFound(f"no session {named!r} of yours")
-        return self._hold_of(row, caller.sessions, self.checkouts.of(row))
-
-    def _hold_of(self, row: Row, share: SessionShare, checkout: Checkout | None) -> CallSession:
-        self._turns.enter(row.id)
-        return CallSession(
-            row,
-            share,
-            journal=self._journal,
-            store=self._store,
-            turns=self._turns,
-            held=self.layers.held,
-            unwritten=self.layers.unwritten,
-            kept=partial(self.layers.kept, lent=row.checkout is not None),
-            keeping=self.keeping,
-            checkout=checkout,
-        )
-
-    def hold(self, id_: str) -> None:
-        """Keep a session for a call that waits since an earlier daemon, until ``let_go``."""
-        self._turns.enter(id_)
-
-    def let_go(self, id_: str) -> None:
-        """The call has entered it, or never will."""
-        self._turns.leave(id_)
+        return made.info(made.id)
 
     # Within.
-
-    async def _find(self, caller: Caller, named: str) -> Row:
-        def read(connection: sqlite3.Connection) -> Row | None:
-            found = tables.find(connection, named, caller.uid)
-            if found is None and caller.sees_all:
-                found = tables.find(connection, named, None)
-            return found
-
-        row = await self._journal.read(read)
-        if row is None or self._is_over(row):
-            raise errors.NotFound(f"no session {named!r} of yours; `sandboxd session create` makes one")
-        return row
-
-    def _is_over(self, row: Row) -> bool:
-        return row.expires is not None and row.expires <= _now() and not self._is_used(row)
-
-    def _is_used(self, row: Row) -> bool:
-        return bool(self._turns.inside(row.id) or self._turns.readers(row.id))
-
-    async def _checkpoint(self, row: Row, named: str) -> Checkpoint:
-        found = await self._journal.read(lambda connection: tables.within(connection, row, named))
-        if found is None:
-            raise errors.NotFound(f"session {row.name or row.id!r} has no checkpoint {named!r}")
-        return found
-
-    @asynccontextmanager
-    async def _alone(self, row: Row) -> AsyncIterator[None]:
-        """For the time of a block nobody else is in a session. Raises SessionBusy.
-
-        Whoever reads its files gets a moment to end.
-        """
-        if not self._turns.inside(row.id):
-            with anyio.move_on_after(LOOK):
-                await self._turns.unread(row.id)
-        named, inside = row.name or row.id, self._turns.inside(row.id)
-        if inside:
-            raise errors.SessionBusy(
-                f"{inside} calls run in session {named!r} or wait for it; wait for them, or cancel them",
-                session=row.id,
-                calls=inside,
-            )
-        if readers := self._turns.readers(row.id):
-            raise errors.SessionBusy(
-                f"files of session {named!r} are being read by {readers}; wait for them",
-                session=row.id,
-                calls=0,
-            )
-        self._turns.enter(row.id)
-        try:
-            yield
-        finally:
-            self._turns.leave(row.id)
 
     async def _info(self, row: Row) -> models.SessionInfo:
         def read(connection: sqlite3.Connection) -> tuple[Checkpoint | None, Stack, Checkpoint | None]:
@@ -739,16 +473,16 @@ class Sessions:
             ttl=row.ttl,
             idle=row.idle,
             quota=models.SessionQuota(size=row.quota_size, inodes=row.quota_inodes),
-            head=_checkpoint_info(head, row.head),
+            head=head.info(row.head),
             size=stack.size,
             inodes=stack.inodes,
             layers=len(stack.layers),
             checkout=self.checkouts.state(row),
             lent=None if first is None else first.created,
-            container=await self._container_of(row),
+            container=await self.containers.info(row.id),
             calls=row.calls,
             network=models.SessionNetwork(**allowance.used_of(row.network)),
-            in_flight=self._turns.inside(row.id),
+            in_flight=self.holds.turns.inside(row.id),
         )
 
     async def _expire(self) -> None:
@@ -764,7 +498,7 @@ class Sessions:
     async def _remove_all(self, over: Sequence[str]) -> None:
         for id_ in over:
             row = await self._journal.read(lambda connection, id_=id_: tables.find(connection, id_, None))  # type: ignore[misc]
-            if row is None or not self._is_over(row):
+            if row is None or not self.holds.is_over(row):
                 continue
             try:
                 if await self._delete(row, over=_now()):
@@ -780,16 +514,3 @@ class Standing:
     checkpoint: str
     layers: tuple[Path, ...]
     checkout: Checkout | None
-
-
-def _checkpoint_info(one: Checkpoint, head: str) -> models.CheckpointInfo:
-    return models.CheckpointInfo(
-        id=one.id,
-        parent=one.parent,
-        digest=one.digest,
-        size=one.size,
-        inodes=one.inodes,
-        created=one.created,
-        call=one.call,
-        head=one.id == head,
-    )

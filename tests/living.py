@@ -29,6 +29,10 @@ callers:
     policies: [live, plain]
     concurrent: 2
     sessions: {containers: 1, container_idle: 2s, size: 4MiB}
+  - match: {uid: 4243}
+    role: agent
+    policies: [live, plain, other, nothing]
+    sessions: {container_life: 3s, size: 4MiB}
 """
 POLICIES = {
     "live": (

@@ -67,7 +67,7 @@ class Served:
     ) -> models.Invocation:
         """A call that changes files; ``linked``: in a way that is made as files at once."""
         invocation = call(uid=CALLER.uid, key=key)
-        hold = await self.sessions.enter(CALLER, session, None)
+        hold = await self.sessions.holds.enter(CALLER, session, None)
         try:
             invocation.session = hold.row.id
             hold.call, hold.policy = invocation.id, "exited"

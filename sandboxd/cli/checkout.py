@@ -77,15 +77,13 @@ def pull(
     remote: FlatRemote = REMOTE,
 ) -> None:
     """Bring what a session changed into a directory of yours; files changed on both sides stay."""
-    from sandboxd.client.pulling import pull as bring  # noqa: PLC0415 - only for this command
-
     try:
         size = units.parse_size(most)
     except ValueError as error:
         raise errors.InvalidRequest(f"--most: {error}", field="most") from error
     client = remote.client()
     place = _directory(client, session, directory)
-    pulled = bring(client, session, place, git=git, force=force, most=size)
+    pulled = client.pull(session, place, git=git, force=force, most=size)
     if remote.json:
         refused = [{"path": one.path, "reason": one.reason} for one in pulled.refused]
         terminal.print_json({"applied": pulled.applied, "already": pulled.already, "refused": refused})
@@ -107,10 +105,8 @@ def push(
     remote: FlatRemote = REMOTE,
 ) -> None:
     """Bring what changed in a directory of yours into a session; files changed on both sides stay."""
-    from sandboxd.client.pushing import push as bring  # noqa: PLC0415 - only for this command
-
     client = remote.client()
-    found = bring(client, session, _directory(client, session, directory), git=git, force=force)
+    found = client.push(session, _directory(client, session, directory), git=git, force=force)
     if remote.json:
         document = {key: getattr(found, key) for key in ("sent", "removed", "ignored", "size", "checkpoint")}
         for key, refused in (("refused", found.refused), ("left", found.left)):
@@ -218,12 +214,11 @@ def pushed(
 ) -> Iterator[tuple[models.SessionInfo, Pushed]]:
     """A new session with what a directory has; it is removed where that, or the block, fails."""
     from sandboxd.client.agreement import forget  # noqa: PLC0415 - only where files are sent
-    from sandboxd.client.pushing import push as bring  # noqa: PLC0415 - same
 
     made = client.create_session(fields.pop("name", None), **fields)
     try:
         try:
-            found = bring(client, made.id, directory, git=git)
+            found = client.push(made.id, directory, git=git)
         except OSError as error:
             raise _cannot_open(directory, "directory", error) from error
         yield made, found
@@ -250,9 +245,7 @@ def report(
         if found.changes:
             say("these changes are not in the directory; --pull brings them")
         return True
-    from sandboxd.client.pulling import pull as bring  # noqa: PLC0415 - only with --pull
-
-    pulled = bring(client, session.id, directory)
+    pulled = client.pull(session.id, directory)
     told(pulled, say)
     return not pulled.refused
 

@@ -92,6 +92,10 @@ class AsyncAnswer:
         self.omitted = 0
         self._framed = False
 
+    def set_timeout(self, timeout: float | None) -> None:
+        """Bound each further read to so many seconds; None waits for ever."""
+        self._timeout = timeout
+
     async def _next(self) -> h11.Event | type[h11.PAUSED]:
         while True:
             try:

@@ -1,7 +1,7 @@
 """The paths that git tracks, read from a repository's index (gitformat-index(5), versions 2 to 4).
 
-A file that is tracked is never ignored, whatever the rules say. git itself is not run: what a repository
-configures is run by it. What is no index, or is damaged, tracks nothing.
+A file that is tracked is never ignored, whatever the rules say. git itself is not asked: what a repository
+configures is run by what would say it. What is no index, or is damaged, tracks nothing.
 """
 
 from __future__ import annotations

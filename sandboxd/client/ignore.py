@@ -1,255 +1,34 @@
-"""What git would ignore in a directory: ``.gitignore`` there and above, and ``.git/info/exclude``.
+"""What git would ignore in a directory.
 
-Theory of operation (gitignore(5); ``dir.c`` and ``wildmatch.c`` of git).  A path is asked about from the top
-down, each directory before what is in it, and nothing in an ignored directory is asked about. The file of
-rules nearest to it decides, and in it the last rule that matches; ``info/exclude`` is asked last. What is
-tracked is not ignored (``gitindex``). Names are bytes. What git's configuration names
-(``core.excludesFile``) counts for nothing here.
-
-The rules may be a tool's, and so may be the names, so matching takes no longer than both are long: a glob is
-cut at its stars into pieces of fixed length, and each but the last is taken where it is found first. (The
-regular expressions that pathspec makes of rules go back over every star, for ever if somebody wishes so, and
-match a rule for a directory against what is in it, which is wrong where rules are in several files.)
+Theory of operation (gitignore(5); ``dir.c`` of git).  A path is asked about from the top down, each directory
+before what is in it, and nothing in an ignored directory is asked about. The file of rules nearest to it
+decides, ``.gitignore`` there and above, and in it the last rule that matches (``rule``); ``info/exclude`` of
+the repository is asked next, and last what ``core.excludesFile`` names (``gitconfig``). What is tracked is
+not ignored (``gitindex``). A directory in no repository is as one that was made of it just now.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from sandboxd import errors
+from sandboxd.client import gitconfig
 from sandboxd.client.gitindex import tracked
+from sandboxd.client.rule import Rule, rules_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-__all__ = ["Ignore", "Rule", "rules_of"]
+__all__ = ["Ignore"]
 
 NAME = b".gitignore"
 MAX_FILE = 1 << 20
 """Bytes of a file of rules."""
 MAX_RULES = 20_000  # of a directory and all beneath
 MAX_LOOKS = 200_000_000  # of a rule at a path: some minutes
-MAX_NAME = 255  # bytes: what matches only longer ones matches nothing
-_BYTES = range(256)
-_CLASSES: dict[bytes, Callable[[bytes], bool]] = {
-    b"alnum": bytes.isalnum, b"alpha": bytes.isalpha, b"digit": bytes.isdigit, b"lower": bytes.islower,
-    b"upper": bytes.isupper, b"space": bytes.isspace,
-    b"blank": lambda one: one in b" \t",
-    b"cntrl": lambda one: one < b" " or one == b"\x7f",
-    b"graph": lambda one: b"!" <= one <= b"~",
-    b"print": lambda one: b" " <= one <= b"~",
-    b"punct": lambda one: b"!" <= one <= b"~" and not one.isalnum(),
-    b"xdigit": lambda one: one in b"0123456789abcdefABCDEF",
-}  # fmt: skip
-
-
-class _Never(Exception):
-    """Raised for a glob that matches nothing: a bracket or an escape that does not end."""
-
-
-class Glob:
-    """The part of a rule between two slashes."""
-
-    def __init__(self, text: bytes) -> None:
-        self.any_depth = len(text) > 1 and not text.strip(b"*")
-        self._pieces: list[tuple[re.Pattern[bytes], int]] | None
-        try:
-            self._pieces = [(re.compile(pattern, re.DOTALL), length) for pattern, length in _pieces_of(text)]
-        except _Never:
-            self._pieces = None
-
-    def matches(self, name: bytes) -> bool:
-        """Whether all of a name is matched."""
-        if self._pieces is None:
-            return False
-        (first, length), *rest = self._pieces
-        if not rest:
-            return len(name) == length and first.match(name) is not None
-        last, tail = rest.pop()
-        if first.match(name) is None:
-            return False
-        at, end = length, len(name) - tail
-        for piece, long in rest:
-            found = piece.search(name, at)
-            if found is None:
-                return False
-            at = found.start() + long
-        return at <= end and last.match(name, end) is not None
-
-
-def _pieces_of(text: bytes) -> Iterable[tuple[bytes, int]]:
-    """The pieces between stars as regular expressions, and how long what they match is."""
-    pattern, length, at, total = b"", 0, 0, 0
-    while at < len(text):
-        one = text[at : at + 1]
-        at += 1
-        total += one != b"*"
-        if total > MAX_NAME:
-            raise _Never
-        if one == b"*":
-            yield pattern, length
-            pattern, length = b"", 0
-            continue
-        length += 1
-        if one == b"?":
-            pattern += b"."
-        elif one == b"[":
-            members, at = _bracket(text, at)
-            pattern += b"[%s]" % b"".join(b"\\x%02x" % member for member in members) if members else b"(?!)"
-        else:
-            if one == b"\\":
-                one = text[at : at + 1]
-                at += 1
-                if not one:
-                    raise _Never
-            pattern += re.escape(one)
-    yield pattern, length
-
-
-def _bracket(text: bytes, at: int) -> tuple[list[int], int]:
-    """The bytes that a bracket has, and where it ends."""
-    inverted = text[at : at + 1] in {b"!", b"^"}
-    at += inverted
-    members: set[int] = set()
-    before: int | None = None
-    start = at
-    while (one := text[at : at + 1]) != b"]" or at == start:
-        found, end = _class_of(text, at) if one == b"[" else (None, at)
-        if found is not None:
-            members |= found
-            before, at = None, end
-        elif one == b"-" and before is not None and text[at + 1 : at + 2] not in {b"", b"]"}:
-            upto, at = _member(text, at + 1)
-            members |= set(range(before, upto + 1))
-            before = None
-        else:
-            before, at = _member(text, at)
-            members.add(before)
-    return [each for each in _BYTES if (each in members) != inverted], at + 1
-
-
-def _member(text: bytes, at: int) -> tuple[int, int]:
-    """One byte in a bracket, and where the next one is."""
-    at += text[at : at + 1] == b"\\"
-    if at >= len(text):
-        raise _Never
-    return text[at], at + 1
-
-
-def _class_of(text: bytes, at: int) -> tuple[set[int] | None, int]:
-    """What ``[:name:]`` in a bracket stands for, and where it ends; None where it is none."""
-    if text[at + 1 : at + 2] != b":":
-        return None, at
-    end = text.find(b"]", at + 2)
-    if end < 0:
-        raise _Never
-    if text[end - 1 : end] != b":" or end - 1 == at + 1:
-        return None, at
-    kind = _CLASSES.get(text[at + 2 : end - 1])
-    if kind is None:
-        raise _Never
-    return {each for each in _BYTES if kind(bytes([each]))}, end + 1
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One line: what it matches is ignored, or with ``negated`` is not."""
-
-    globs: tuple[Glob, ...]
-    negated: bool
-    directories: bool
-    """Whether it is about directories alone."""
-    anchored: bool
-    """Whether it is about paths from its file on, and not about names anywhere beneath."""
-
-    @classmethod
-    def of(cls, line: bytes) -> Self | None:
-        """The rule of a line; None for one that is empty or a comment."""
-        if line.startswith(b"#"):
-            return None
-        line = _trimmed(line.removesuffix(b"\r"))
-        negated = line.startswith(b"!")
-        line = line[negated:]
-        directories = line.endswith(b"/")
-        line = line[: len(line) - directories]
-        if not line:
-            return None
-        anchored = b"/" in line
-        parts = _parts(line.removeprefix(b"/")) if anchored else [line]
-        return cls(tuple(map(Glob, parts)), negated, directories, anchored)
-
-    def matches(self, path: Sequence[bytes], *, is_directory: bool) -> bool:
-        """Whether it is about a path, as names from its file's directory on."""
-        if self.directories and not is_directory:
-            return False
-        if not self.anchored:
-            return self.globs[0].matches(path[-1])
-        return _walk(self.globs, path)
-
-
-def _parts(line: bytes) -> list[bytes]:
-    """What is between the slashes that are in no bracket."""
-    found, start, at = [], 0, 0
-    while at < len(line):
-        one = line[at : at + 1]
-        escaped = line[at : at + 2] == b"\\/"
-        if one == b"/" or escaped:
-            found.append(line[start:at])
-            start = at + 1 + escaped
-        if one == b"[":
-            try:
-                _, at = _bracket(line, at + 1)
-            except _Never:
-                return [b"["]
-        else:
-            at += 2 if one == b"\\" else 1
-    return [*found, line[start:]]
-
-
-def _trimmed(line: bytes) -> bytes:
-    """Without the spaces at the end that no backslash stands before."""
-    end, at = 0, 0
-    while at < len(line):
-        if line[at : at + 1] == b"\\":
-            at += 2
-            end = at
-            continue
-        if line[at : at + 1] != b" ":
-            end = at + 1
-        at += 1
-    return line[:end]
-
-
-def _walk(globs: Sequence[Glob], path: Sequence[bytes]) -> bool:
-    """Match names one by one; ``**`` is any number of them, and at the end at least one."""
-    at = here = 0
-    star, back = -1, 0
-    while here < len(path):
-        if at < len(globs) and globs[at].any_depth:
-            if at == len(globs) - 1:
-                return True
-            star, back = at, here
-            at += 1
-        elif at < len(globs) and globs[at].matches(path[here]):
-            at, here = at + 1, here + 1
-        elif star >= 0:
-            back += 1
-            at, here = star + 1, back
-        else:
-            return False
-    return at == len(globs)
-
-
-def rules_of(text: bytes) -> tuple[Rule, ...]:
-    """The rules of a file, the last first."""
-    lines = text.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    found = [rule for line in lines if (rule := Rule.of(line)) is not None]
-    return tuple(reversed(found))
 
 
 class Ignore:
@@ -267,14 +46,15 @@ class Ignore:
 
     @classmethod
     def above(cls, directory: Path) -> Self:
-        """With the rules of the repository that a directory is in, but for those that are in it or beneath.
+        """With the rules that count in a directory, but for those that are in it or beneath.
 
-        Raises TooLarge, OSError.
+        Raises TooLarge, OSError, and InvalidRequest where git's configuration cannot be read.
         """
         ignore = cls()
         place = directory.resolve()
+        top = place
         names: tuple[bytes, ...] = ()
-        found = []
+        found: list[tuple[tuple[bytes, ...], tuple[Rule, ...]]] = []
         for one in (place, *place.parents):
             if one != place:
                 names = (os.fsencode(place.relative_to(one).parts[0]), *names)
@@ -282,12 +62,18 @@ class Ignore:
             if os.path.lexists(one / ".git"):
                 own, common = _repository(one / ".git")
                 found.append((names, rules_of(read(common / "info" / "exclude"))))
-                ignore._above = [each for each in found if each[1]]
-                ignore._check(sum(len(rules) for _, rules in found))
                 # A stranger's rules, as in /tmp, can but ignore more; a stranger's index could ignore less.
                 if (one / ".git").lstat().st_uid in {os.geteuid(), place.stat().st_uid}:
                     ignore._track(tracked(own), b"".join(name + b"/" for name in names))
+                top = one
                 break
+        else:
+            names, found = (), []
+        excluded = gitconfig.excludes_file(place)
+        if excluded is not None:
+            found.append((names, rules_of(read_named(top / excluded))))
+        ignore._above = [each for each in found if each[1]]
+        ignore._check(sum(len(rules) for _, rules in found))
         return ignore
 
     def _track(self, paths: Iterable[bytes], above: bytes) -> None:
@@ -354,6 +140,29 @@ def read(path: Path) -> bytes:
         return read_fd(fd, os.fspath(path))
     finally:
         os.close(fd)
+
+
+def read_named(path: Path) -> bytes:
+    """The same of a file that a configuration names: its links are followed, as its owner wants.
+
+    The repository may be a stranger's, who may name a device: nothing is opened that is no regular file.
+    """
+    try:
+        handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return b""
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            return b""
+        fd = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return read_fd(fd, os.fspath(path))
+        finally:
+            os.close(fd)
+    except OSError:  # also of what is a file in name alone, as in /proc
+        return b""
+    finally:
+        os.close(handle)
 
 
 def read_fd(fd: int, name: str) -> bytes:

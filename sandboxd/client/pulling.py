@@ -20,7 +20,7 @@ import os
 import stat
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from sandboxd import errors, models, units
 from sandboxd.artifacts import decode_path
@@ -31,11 +31,11 @@ from sandboxd.kernel import files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import Literal
+    from typing import Literal, Unpack
 
     from sandboxd.client.sync import Client
 
-__all__ = ["MOST_BYTES", "Pulled", "Refusal", "pull"]
+__all__ = ["MOST_BYTES", "PullFields", "Pulled", "Refusal", "pull"]
 
 MOST = 10_000
 """Changes that one pull brings."""
@@ -59,14 +59,16 @@ class _Refused(Exception):
     """Raised for a change that is not brought."""
 
 
+class PullFields(TypedDict):
+    """``git``: also what is in ``.git``. ``force``: also what changed on both sides. ``most``: bytes read."""
+
+    git: NotRequired[bool]
+    force: NotRequired[bool]
+    most: NotRequired[int]
+
+
 def pull(
-    client: Client,
-    session: str,
-    directory: str | os.PathLike[str],
-    *,
-    git: bool = False,
-    force: bool = False,
-    most: int = MOST_BYTES,
+    client: Client, session: str, directory: str | os.PathLike[str], **fields: Unpack[PullFields]
 ) -> Pulled:
     """Apply what a session changed to a directory: that which it stands on, one that was pushed, or any.
 
@@ -84,7 +86,7 @@ def pull(
                 to, changes, unnamed = _since_agreed(client, info, agreement)
             else:
                 to, changes, unnamed = _since_lent(client, info)
-            one = _Pull(client, info, to, root, agreement, git=git, force=force, most=most)
+            one = _Pull(client, info, to, root, agreement, **fields)
             pulled = one.run(changes)
     finally:
         os.close(root)
@@ -140,9 +142,9 @@ class _Pull:
         root: int,
         agreement: Agreement,
         *,
-        git: bool,
-        force: bool,
-        most: int,
+        git: bool = False,
+        force: bool = False,
+        most: int = MOST_BYTES,
     ) -> None:
         self._client = client
         self._info = info

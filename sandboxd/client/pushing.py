@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import tarfile
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from sandboxd import errors, units
 from sandboxd.artifacts import decode_path, encode_path
@@ -26,11 +26,12 @@ from sandboxd.workspace.layertar import WHITEOUT, header
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Unpack
 
     from sandboxd import models
     from sandboxd.client.sync import Client
 
-__all__ = ["Pushed", "Refusal", "files_there", "push"]
+__all__ = ["PushFields", "Pushed", "Refusal", "files_there", "push"]
 
 MOST = 10_000
 """Changes of a session on the directory that are compared; also files in a page of a list."""
@@ -74,13 +75,15 @@ class _There:
     mark: str
 
 
+class PushFields(TypedDict):
+    """``git``: also what is in ``.git``. ``force``: also what changed on both sides."""
+
+    git: NotRequired[bool]
+    force: NotRequired[bool]
+
+
 def push(
-    client: Client,
-    session: str,
-    directory: str | os.PathLike[str],
-    *,
-    git: bool = False,
-    force: bool = False,
+    client: Client, session: str, directory: str | os.PathLike[str], **fields: Unpack[PushFields]
 ) -> Pushed:
     """Bring what changed in a directory into a session, in one checkpoint.
 
@@ -95,7 +98,7 @@ def push(
         for left in reversed(range(TRIES)):
             info = client.session(session)
             with Agreement(info.id, root) as agreement:
-                one = _Push(client, info, root, agreement, git=git, force=force)
+                one = _Push(client, info, root, agreement, **fields)
                 try:
                     return one.run(directory)
                 except errors.PreconditionFailed:
@@ -141,8 +144,8 @@ class _Push:
         root: int,
         agreement: Agreement,
         *,
-        git: bool,
-        force: bool,
+        git: bool = False,
+        force: bool = False,
     ) -> None:
         self._client = client
         self._info = info

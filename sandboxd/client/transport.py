@@ -18,7 +18,7 @@ from sandboxd.client import http1, location, wire
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-__all__ = ["Answer", "connect", "exchange", "switch"]
+__all__ = ["Answer", "Body", "connect", "exchange", "switch"]
 
 MAX_PROBLEM = 2**20
 
@@ -62,27 +62,24 @@ def mapped(timeout: float | None, what: str) -> Iterator[None]:
         raise errors.Unavailable(f"the socket failed {what}: {error.strerror}", reason="host") from None
 
 
-class Answer:
-    """One answer whose body has not been read yet; closing it closes the connection."""
+class Body:
+    """What an answer brings, not read yet; closing it hangs up."""
 
-    def __init__(self, sock: socket.socket, response: http1.Response, timeout: float | None) -> None:
-        self._sock = sock
-        self._response = response
-        self._timeout = timeout
-        self.status = response.status
-        self.content_type = response.headers.get("content-type", "")
-        self.location = response.headers.get("location", "")
-        self.omitted = wire.count(response.headers.get("sandboxd-omitted", ""))
+    def __init__(self, location: str, omitted: int) -> None:
+        self.location = location
+        self.omitted = omitted
 
     def set_timeout(self, timeout: float | None) -> None:
         """Bound each further read to so many seconds; None waits for ever."""
-        self._timeout = timeout
-        self._sock.settimeout(timeout)
+        raise NotImplementedError
 
     def chunks(self) -> Iterator[bytes]:
         """The body as it arrives. Raises Unavailable if it ends before its framing says so."""
-        with mapped(self._timeout, "in the middle of an answer"):
-            yield from self._response.body()
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close the connection."""
+        raise NotImplementedError
 
     def read(self, limit: int = wire.MAX_DOCUMENT) -> bytes:
         """The whole body. Raises Unavailable if it is longer than ``limit`` bytes."""
@@ -102,15 +99,38 @@ class Answer:
             yield from lines.feed(data)
         lines.finish()
 
-    def close(self) -> None:
-        """Close the connection."""
-        self._sock.close()
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Answer(Body):
+    """One answer on a socket of its own."""
+
+    def __init__(self, sock: socket.socket, response: http1.Response, timeout: float | None) -> None:
+        headers = response.headers
+        super().__init__(headers.get("location", ""), wire.count(headers.get("sandboxd-omitted", "")))
+        self._sock = sock
+        self._response = response
+        self._timeout = timeout
+        self.status = response.status
+        self.content_type = headers.get("content-type", "")
+
+    def set_timeout(self, timeout: float | None) -> None:
+        """Bound each further read to so many seconds; None waits for ever."""
+        self._timeout = timeout
+        self._sock.settimeout(timeout)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The body as it arrives. Raises Unavailable if it ends before its framing says so."""
+        with mapped(self._timeout, "in the middle of an answer"):
+            yield from self._response.body()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._sock.close()
 
 
 def exchange(

@@ -66,9 +66,13 @@ class Exchange:
 
 
 def target(*segments: str, **query: str | int | None) -> str:
-    """``/v1/…`` with each segment and each query value quoted; a query value of None is left out."""
+    """``/v1/…`` with each segment and each query value quoted; None is left out, a bool is 1 or 0."""
     path = "/v1/" + "/".join(quote(segment, safe="", errors="surrogateescape") for segment in segments)
-    pairs = {key: str(value) for key, value in query.items() if value is not None}
+    pairs = {
+        key: f"{value:d}" if isinstance(value, int) else value
+        for key, value in query.items()
+        if value is not None
+    }
     return f"{path}?{urlencode(pairs)}" if pairs else path
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-__all__ = ["connect_mover", "connect_reader", "connect_writer", "mapped"]
+__all__ = ["connect_mover", "connect_reader", "connect_writer", "keep_private", "mapped"]
 
 APPLICATION_ID = 0x73626F78  # "sbox", so that file(1) and we know whose file it is
 
@@ -276,7 +276,7 @@ def connect_writer(path: Path) -> sqlite3.Connection:
     Raises ConfigInvalid when a newer version wrote it, JournalCorrupt, HostFailed.
     """
     with mapped():
-        _keep_private(path)
+        keep_private(path)
         connection = sqlite3.connect(path, isolation_level=None, timeout=1.0, check_same_thread=False)
         try:
             connection.execute("PRAGMA journal_mode = WAL")
@@ -305,15 +305,18 @@ def connect_reader(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _keep_private(path: Path) -> None:
-    """Make the file, or take it from all others: it has what callers asked for. Its log gets its mode."""
+def keep_private(path: Path) -> None:
+    """Make a database's file, or take it from all others: it has what callers asked for.
+
+    Its log gets its mode. Raises HostFailed.
+    """
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         for each in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
             if each.exists():
                 each.chmod(0o600)
     except OSError as error:
-        raise errors.HostFailed(f"the journal cannot be made: {error.strerror}") from error
+        raise errors.HostFailed(f"{path.name} cannot be made: {error.strerror}") from error
 
 
 def _text(data: bytes) -> str:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import structlog
 
 from sandboxd import errors, models
+from sandboxd.journal.schema import keep_private
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -160,6 +161,7 @@ class SearchIndex:
         return self._writer
 
     def _prepared(self) -> sqlite3.Connection:
+        keep_private(self._path)
         connection = sqlite3.connect(self._path, isolation_level=None, timeout=5.0, check_same_thread=False)
         try:
             connection.execute("PRAGMA journal_mode = WAL")
@@ -177,7 +179,6 @@ class SearchIndex:
         except BaseException:
             connection.close()
             raise
-        self._path.chmod(0o600)
         return connection
 
     def remove(self) -> None:

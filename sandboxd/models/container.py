@@ -46,7 +46,7 @@ class SessionContainer(Wire):
     used: int | None = None
     """When a call in it ended last."""
     expires: int | None = None
-    """When it is ended, as by ``end``, if nothing uses it until then."""
+    """When it is ended, as by ``end``: it was not used for so long then, or has had its time."""
     memory: int | None = None
     """Bytes of the daemon's budget that it holds; and so are the CPUs, in thousandths."""
     cpus: int | None = None

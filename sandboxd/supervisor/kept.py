@@ -81,6 +81,7 @@ class Kept:
         self.slot = slot
         self.since = since
         self.started = time.time_ns() // 1000
+        self.born = time.monotonic()
         self.last = since
         """The call that ended in it last."""
         self.calls = 0

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from sandboxd import canonical
+from sandboxd.models import CheckpointInfo
 
 if TYPE_CHECKING:
     import sqlite3
@@ -109,6 +110,19 @@ class Checkpoint:
     inodes: int
     created: int
     call: str | None
+
+    def info(self, head: str) -> CheckpointInfo:
+        """What is told of it; ``head`` is where its session stands."""
+        return CheckpointInfo(
+            id=self.id,
+            parent=self.parent,
+            digest=self.digest,
+            size=self.size,
+            inodes=self.inodes,
+            created=self.created,
+            call=self.call,
+            head=self.id == head,
+        )
 
 
 @dataclass(frozen=True)

@@ -73,14 +73,17 @@ class Turns:
         line = self._lines.get(session)
         return 0 if line is None else line.calls
 
-    async def take(self, session: str) -> None:
-        """Wait for the turn, in a session that was entered."""
+    async def take(self, session: str, *, first: bool = False) -> None:
+        """Wait for the turn, in a session that was entered; ``first``: before all who wait already."""
         line = self._lines[session]
         if not line.taken and not line.waiting:
             line.taken = True
             return
         mine = anyio.Event()
-        line.waiting.append(mine)
+        if first:
+            line.waiting.appendleft(mine)
+        else:
+            line.waiting.append(mine)
         try:
             await mine.wait()
         except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import socket
 import subprocess
@@ -407,13 +408,43 @@ def test_closing_a_stream_hangs_up(api: ApiServer) -> None:
 
 
 def test_both_clients_have_the_same_methods() -> None:
-    def names(kind: type) -> set[str]:
-        return {name for name in vars(kind) if not name.startswith("_")}
+    def methods(kind: type) -> dict[str, list[tuple[str, object, object]]]:
+        """Each by its name: the names, kinds and defaults of what it takes."""
+        found = inspect.getmembers(kind, inspect.isfunction)
+        return {
+            name: [(one.name, one.kind, one.default) for one in inspect.signature(method).parameters.values()]
+            for name, method in found
+            if not name.startswith("_")
+        }
 
-    assert names(Client) == names(AsyncClient)
+    assert methods(Client) == methods(AsyncClient)
+    assert "create_session" in methods(Client)
+    assert inspect.signature(Client) == inspect.signature(AsyncClient)
     assert set(sandboxd.__all__) <= set(dir(sandboxd))
     for name in sandboxd.__all__:
         assert getattr(sandboxd, name) is not None
+
+
+@pytest.mark.parametrize(
+    ("method", "route", "answer"),
+    [
+        ("list", "invocations", {"invocations": []}),
+        ("search", "search", {"hits": []}),
+        ("sessions", "sessions", {"sessions": []}),
+    ],
+)
+def test_options_go_as_they_are_named(
+    client: Both, api: ApiServer, method: str, route: str, answer: dict[str, Any]
+) -> None:
+    api.json("GET", route, answer)
+    client(method, before="7", limit=3)
+    client(method, before=None)
+    assert [one.query for one in api.requests] == [{"before": "7", "limit": "3"}, {}]
+
+
+def test_an_option_that_there_is_not_is_refused(client: Both) -> None:
+    with pytest.raises(errors.InvalidRequest, match="tll"):
+        client("create_session", tll="1h")
 
 
 FILE = {

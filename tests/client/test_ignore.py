@@ -7,21 +7,20 @@ from __future__ import annotations
 import os
 import random
 import re
-import shutil
-import subprocess
 import time
 from typing import TYPE_CHECKING
 
 import pytest
+from ignoring import compared, git, home, make, scanned
 
 from sandboxd import errors
-from sandboxd.client.checkout import scan
-from sandboxd.client.ignore import Ignore, rules_of
+from sandboxd.client.ignore import Ignore
+from sandboxd.client.rule import rules_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sandboxd.client.checkout import Tree
+__all__ = ["home"]
 
 NAMES = (
     b"a",
@@ -45,62 +44,6 @@ PIECES = (
     b" ", b"[", b"]", b"[]a]", b"\\", b"[[:alpha:]]", b"**/", b"/**", b"\\ ", b"-", b"[a-", b"[[:foo:]]", b"[[:a]",
     b"\xff",
 )  # fmt: skip
-
-
-def git(directory: Path, *arguments: str, stdin: bytes = b"") -> bytes:
-    if shutil.which("git") is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("CI must have git")
-        pytest.skip("needs git")
-    environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "GIT_CONFIG_NOSYSTEM": "1"}
-    done = subprocess.run(
-        ["git", "-C", directory, *arguments],
-        input=stdin,
-        capture_output=True,
-        env=environ,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode in {0, 1}, done.stderr  # 1: check-ignore has found none
-    return done.stdout
-
-
-def scanned(directory: Path) -> Tree:
-    root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        return scan(root, directory, git=False)
-    finally:
-        os.close(root)
-
-
-def everything(directory: Path) -> set[bytes]:
-    found = set()
-    for place, directories, names in os.walk(os.fsencode(directory)):
-        if b".git" in directories:
-            directories.remove(b".git")
-        found |= {
-            os.path.relpath(os.path.join(place, one), os.fsencode(directory)) for one in directories + names
-        }
-    return found - {b".git"}  # a file, in a work tree
-
-
-def compared(directory: Path, at: Path | None = None) -> set[bytes]:
-    """What is not ignored, after it was found to be the same as git says."""
-    at = at or directory
-    tree = scanned(at)
-    assert tree.left == {}
-    ours = {one.path for one in tree.files.values()}
-    paths = everything(at)
-    ignored = git(at, "check-ignore", "-z", "--stdin", stdin=b"".join(path + b"\0" for path in sorted(paths)))
-    theirs = paths - set(ignored.split(b"\0"))
-    assert ours == theirs, {path: path in theirs for path in ours ^ theirs}
-    return ours
-
-
-def make(directory: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_text(text)
 
 
 def test_a_checkout_as_people_have_them(tmp_path: Path) -> None:
@@ -128,7 +71,7 @@ def test_a_checkout_as_people_have_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_rules_and_names_at_random(tmp_path: Path, seed: int) -> None:
+def test_rules_and_names_at_random(tmp_path: Path, home: Path, seed: int) -> None:
     chosen = random.Random(seed)
     git(tmp_path, "init", "-q")
     top = os.fsencode(tmp_path)
@@ -161,6 +104,8 @@ def test_rules_and_names_at_random(tmp_path: Path, seed: int) -> None:
                 file.write(rules)
     with open(os.path.join(top, b".git/info/exclude"), "wb") as file:
         file.write(rule())
+    (home / ".config" / "git").mkdir(parents=True)
+    (home / ".config" / "git" / "ignore").write_bytes(rule() + b"\n" + rule())
     compared(tmp_path)
 
 

@@ -110,6 +110,7 @@ def test_every_key_of_the_configuration_is_documented_with_its_default() -> None
         "callers[].sessions.size": units.format_size,
         "callers[].sessions.inodes": units.format_count,
         "callers[].sessions.container_idle": units.format_duration,
+        "callers[].sessions.container_life": units.format_duration,
     }
     formats |= {
         "callbacks.NAME.timeout": units.format_duration,

@@ -20,7 +20,8 @@ from sessioned import CONFIG, by, give_policies, said, sh
 
 from sandboxd import AsyncClient, errors
 from sandboxd.api.descriptors import path_beside
-from sandboxd.client import calls, lending
+from sandboxd.client import lending
+from sandboxd.client.calls import sessions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -284,7 +285,7 @@ def test_handles(daemon: Daemon, directory: Path) -> None:
 
 def create(handle: str) -> Any:
     rest = dict.fromkeys(("policy", "labels", "ttl", "idle", "size", "inodes"))
-    return calls.create_session(None, checkout=handle, **rest)
+    return sessions.create_session(None, checkout=handle, **rest)
 
 
 def gone(daemon: Daemon, handle: str) -> None:

@@ -152,14 +152,100 @@ def test_idle_files_that_are_too_large_are_lost_and_said_so(daemon: Daemon) -> N
         client = daemon.client()
         session = client.create_session()
         live(daemon, session, "head -c 6M /dev/zero | tr '\\0' x > big")
-        with pytest.raises(errors.QuotaExceeded):
-            client.checkpoint_session(session.id)
-        with pytest.raises(errors.QuotaExceeded):
-            client.end_session(session.id)
-        assert client.session(session.id).container.state == "live"  # type: ignore[union-attr]
         until(lambda: client.session(session.id).container.state == "lost", "it is lost", seconds=30)  # type: ignore[union-attr]
         assert "could not be kept" in client.session(session.id).container.lost.why  # type: ignore[union-attr]
         client.delete_session(session.id)
+
+
+def test_one_that_has_lived_for_so_long_ends_after_its_call_and_before_those_that_wait(
+    daemon: Daemon,
+) -> None:
+    with by(4243, daemon):
+        client = daemon.client()
+        session = client.create_session()
+        first = live(daemon, session, "sleep 1000 & echo x > /tmp/x; echo kept > kept")
+        found = client.session(session.id).container
+        assert found is not None
+        assert found.started is not None
+        assert found.expires == found.started + 3_000_000
+        running = client.start(["sh", "-c", "sleep 4; echo more >> kept"], policy="live", session=session.id)
+        code = "cat kept; ls /tmp; cat /proc/[0-9]*/comm | grep -c sleep"
+        waiting = [client.start(["sh", "-c", code], policy="live", session=session.id) for _ in range(2)]
+        uncut = client.wait(running.id)
+        assert uncut.outcome is not None
+        assert uncut.outcome.cause == "exited"
+        assert uncut.container is not None
+        assert (uncut.container.since, uncut.container.number) == (first.id, 2)
+        fresh, after = (client.wait(one.id) for one in waiting)
+        assert said(fresh) == "kept\nmore\n0\n", "its files, and no process of it nor /tmp"
+        assert fresh.container is not None
+        assert (fresh.container.since, fresh.container.number) == (fresh.id, 1)
+        assert (fresh.container.lost, fresh.container.ended) == (None, None)
+        assert fresh.checkpoint_before != uncut.checkpoint_before
+        assert after.container is not None
+        assert (after.container.since, after.container.number) == (fresh.id, 2)
+        client.delete_session(session.id)
+
+
+def test_calls_without_a_pause_do_not_prolong_its_life(daemon: Daemon) -> None:
+    with by(4243, daemon):
+        client = daemon.client()
+        session = client.create_session()
+        begun = [
+            client.start(["sh", "-c", "echo x >> lines; sleep 0.4"], policy="live", session=session.id)
+            for _ in range(12)
+        ]
+        done = [client.wait(one.id) for one in begun]
+        used = [one.container for one in done if one.container is not None]
+        assert len({one.since for one in used}) in {2, 3}
+        assert [one.lost for one in used] == [None] * 12
+        client.end_session(session.id)
+        assert said(sh(daemon, session, "wc -l < lines", policy="plain")) == "12\n"
+        client.delete_session(session.id)
+
+
+def test_files_of_one_that_has_lived_too_long_are_lost_where_they_are_too_large(daemon: Daemon) -> None:
+    with by(4243, daemon):
+        client = daemon.client()
+        session = client.create_session()
+        first = live(daemon, session, "head -c 6M /dev/zero | tr '\\0' x > big")
+        running = client.start(["sleep", "4"], policy="live", session=session.id)
+        waiting = client.start(["ls"], policy="live", session=session.id)
+        assert client.wait(running.id).container.since == first.id  # type: ignore[union-attr]
+        told = client.wait(waiting.id)
+        assert said(told) == ""
+        assert told.container is not None
+        assert told.container.lost is not None
+        assert told.container.lost.since == first.id
+        assert "lived for as long as it may, and its files could not be kept" in told.container.lost.why
+        client.delete_session(session.id)
+
+
+def test_one_that_has_lived_for_so_long_ends_without_a_call(daemon: Daemon) -> None:
+    with by(4243, daemon):
+        client = daemon.client()
+        kept, never = client.create_session(), client.create_session()
+        live(daemon, kept, "echo kept > kept; sleep 1000 &")
+        live(daemon, never, "echo gone > gone; sleep 1000 &", policy="nothing")
+        until(lambda: client.session(kept.id).container is None, "it has ended", seconds=20)
+        assert said(sh(daemon, kept, "cat kept", policy="plain")) == "kept\n"
+        until(lambda: client.session(never.id).container is None, "it has ended", seconds=20)
+        assert said(sh(daemon, never, "ls", policy="plain")) == ""
+        client.delete_session(kept.id)
+        client.delete_session(never.id)
+
+
+def test_files_that_are_too_large_leave_it_as_it_was(daemon: Daemon) -> None:
+    client = daemon.client()
+    session = client.create_session(size="1MiB")
+    live(daemon, session, "head -c 2M /dev/zero | tr '\\0' x > big; sleep 1000 &")
+    with pytest.raises(errors.QuotaExceeded):
+        client.checkpoint_session(session.id)
+    with pytest.raises(errors.QuotaExceeded):
+        client.end_session(session.id)
+    assert client.session(session.id).container.state == "live"  # type: ignore[union-attr]
+    assert said(live(daemon, session, "wc -c < big")) == f"{2 << 20}\n"
+    client.delete_session(session.id)
 
 
 def test_it_is_not_ended_under_a_call(daemon: Daemon) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,14 @@ def failpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def files(daemon: Daemon) -> str:
     return said(sh(daemon, "s", "cat a b 2>/dev/null; true", policy="plain"))
+
+
+def writes(daemon: Daemon) -> bool:
+    try:
+        daemon.client().create_session()
+    except errors.HostFailed:
+        return False
+    return True
 
 
 @pytest.mark.parametrize(
@@ -89,6 +98,30 @@ def test_a_disk_that_fails_leaves_the_container(tmp_path: Path, failpoints: Path
         assert said(live(daemon, session, f"echo two > b; {count}")) == "1\n"  # thawed, and there
         client.end_session("s")
         assert files(daemon) == "one\ntwo\n"
+
+
+@pytest.mark.parametrize("discard", [False, True])
+def test_an_end_that_was_not_synced_is_none(tmp_path: Path, failpoints: Path, *, discard: bool) -> None:
+    """What was written of it is taken back: the container is there, and lost with the daemon."""
+    with living(tmp_path) as daemon:
+        client = daemon.client()
+        session = client.create_session("s")
+        first = live(daemon, session, "echo one > a; ln a c")
+        (failpoints / "journal.sync").write_text("EIO")
+        with pytest.raises(errors.HostFailed):
+            client.end_session("s", discard=discard)
+        (failpoints / "journal.sync").unlink()
+        assert client.session("s").container.state == "live"  # type: ignore[union-attr]
+        until(lambda: writes(daemon), "the journal writes again, and has taken that back")
+        daemon.stop(signal.SIGKILL)
+    with living(tmp_path) as daemon:
+        client = daemon.client()
+        found = client.session("s")
+        assert found.head.id == session.head.id
+        assert found.container is not None
+        assert (found.container.state, found.container.since) == ("lost", first.id)
+        assert files(daemon) == ""
+        client.delete_session("s")
 
 
 def test_a_daemon_that_dies_with_the_outcome_of_the_first_call(tmp_path: Path, failpoints: Path) -> None:

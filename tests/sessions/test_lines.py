@@ -267,7 +267,7 @@ async def test_a_session_that_was_used_since_is_not_over(tmp_path: Path) -> None
         await anyio.sleep(1.1)
         row = await sessions._journal.read(lambda connection: tables.find(connection, made.id, None))
         assert row is not None
-        assert sessions._is_over(row)
+        assert sessions.holds.is_over(row)
         now = time.time_ns() // 1000
         await sessions._journal.write(lambda connection: tables.touch(connection, row, at=now))
         assert not await sessions._delete(row, over=now)

@@ -16,8 +16,9 @@ import pytest
 from sessioned import by, layers, said, sh
 
 from sandboxd import Client, errors, models
-from sandboxd.client import calls, checkout, pushing, wire
+from sandboxd.client import checkout, pushing, wire
 from sandboxd.client.agreement import Agreement
+from sandboxd.client.calls.call import Call
 from sandboxd.client.pulling import pull
 from sandboxd.client.pushing import push
 
@@ -425,7 +426,7 @@ def test_a_fork_of_a_session_on_a_directory(daemon: Daemon, lent: SessionInfo, d
 def _fork_on(session: str) -> Any:
     body = json.dumps({"checkout": "a handle"}).encode()
     exchange = wire.Exchange("POST", wire.target("sessions", session, "fork"), body)
-    return calls.Call(exchange, models.SessionInfo.model_validate_json)
+    return Call(exchange, models.SessionInfo.model_validate_json)
 
 
 def test_a_fork_outlives_what_it_was_made_of(daemon: Daemon, directory: Path) -> None:

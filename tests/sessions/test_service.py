@@ -21,6 +21,7 @@ from daemons import needs_containers, start_daemon
 from sessioned import ask, by, sh
 
 from sandboxd import errors
+from sandboxd import sessions as sessions_module
 from sandboxd.api.descriptors import path_beside
 from sandboxd.lanes import Lanes
 from sandboxd.workspace import tables
@@ -332,3 +333,13 @@ def test_nobody_removes_a_session_whose_files_are_being_read(daemon: Daemon) -> 
             client.delete_session(made.id)
         assert sum(map(len, chunks)) > 0
     client.delete_session(made.id)
+
+
+async def test_what_changes_right_after_a_directory_was_lent_is_newer(tmp_path: Path) -> None:
+    """A file system's clock has ticks: what changed within one would count as older than the session."""
+    for number in range(50):
+        lent = sessions_module._now()
+        await sessions_module._past(lent)
+        file = tmp_path / f"file-{number}"
+        file.touch()
+        assert file.stat().st_ctime_ns // 1000 >= lent

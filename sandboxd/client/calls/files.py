@@ -1,33 +1,42 @@
-"""The calls of the API that are about the files of sessions, as typed data: see ``calls``."""
+"""The calls of the API that are about the files of sessions."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 from urllib.parse import quote
-
-from pydantic import BaseModel, ValidationError
 
 from sandboxd import models
 from sandboxd.client import wire
-from sandboxd.client.calls import Call
+from sandboxd.client.calls.call import BYTES_IN, BYTES_OUT, Call, body_of, one
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from typing import Unpack
 
-M = TypeVar("M", bound=BaseModel)
+__all__ = [
+    "ListingFields",
+    "bring",
+    "diff",
+    "export",
+    "lend",
+    "listing",
+    "make_directory",
+    "put",
+    "read",
+    "remove",
+]
 
-__all__ = ["bring", "diff", "export", "lend", "listing", "make_directory", "put", "read", "remove"]
 
+class ListingFields(TypedDict):
+    """Of which checkpoint, how deep, with digests; ``after`` is the ``next`` of the page before.
 
-def _one(model: type[M]) -> Callable[[bytes], M]:
-    def decode(body: bytes) -> M:
-        try:
-            return model.model_validate_json(body)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            raise wire.protocol_error(f"an answer that is no {model.__name__} ({first['msg']})") from None
+    ``limit`` is how many files a page has.
+    """
 
-    return decode
+    checkpoint: NotRequired[str | None]
+    recursive: NotRequired[bool]
+    digest: NotRequired[bool]
+    after: NotRequired[str | None]
+    limit: NotRequired[int]
 
 
 def _file(session: str, path: str, **query: str | int | None) -> str:
@@ -41,32 +50,20 @@ def diff(
     session: str, since: str | None, to: str | None, *, text: bool, limit: int
 ) -> Call[models.SessionDiff]:
     """What differs between two checkpoints."""
-    target = wire.target("sessions", session, "diff", since=since, to=to, text=int(text), limit=limit)
-    return Call(wire.Exchange("GET", target), _one(models.SessionDiff))
+    target = wire.target("sessions", session, "diff", since=since, to=to, text=text, limit=limit)
+    return Call(wire.Exchange("GET", target), one(models.SessionDiff))
 
 
-def listing(
-    session: str,
-    path: str,
-    checkpoint: str | None,
-    *,
-    recursive: bool,
-    digest: bool,
-    after: str | None,
-    limit: int,
-) -> Call[models.FileList]:
+def listing(session: str, path: str, **fields: Unpack[ListingFields]) -> Call[models.FileList]:
     """What a directory has."""
-    target = wire.target(
-        "sessions", session, "files", path=path, checkpoint=checkpoint, recursive=int(recursive),
-        digest=int(digest), after=after, limit=limit,
-    )  # fmt: skip
-    return Call(wire.Exchange("GET", target), _one(models.FileList))
+    target = wire.target("sessions", session, "files", path=path, **fields)
+    return Call(wire.Exchange("GET", target), one(models.FileList))
 
 
 def read(session: str, path: str, checkpoint: str | None) -> wire.Exchange:
     """The bytes of a file."""
     target = _file(session, path, checkpoint=checkpoint)
-    return wire.Exchange("GET", target, headers={"Accept": "application/octet-stream"})
+    return wire.Exchange("GET", target, headers=BYTES_OUT)
 
 
 def put(
@@ -76,35 +73,35 @@ def put(
 
     ``data`` is None where it is sent in chunks.
     """
-    headers = {"Content-Type": "application/octet-stream"} | _match(match)
+    headers = BYTES_IN | _match(match)
     headers |= {"If-None-Match": "*"} if new else {}
     target = _file(session, path, mode=None if mode is None else f"{mode & 0o777:03o}")
-    return Call(wire.Exchange("PUT", target, data, headers), _one(models.FileWritten))
+    return Call(wire.Exchange("PUT", target, data, headers), one(models.FileWritten))
 
 
 def remove(session: str, path: str, *, recursive: bool, match: str | None) -> Call[models.FileWritten]:
     """Remove a file or directory."""
-    target = _file(session, path, recursive=int(recursive))
-    return Call(wire.Exchange("DELETE", target, headers=_match(match)), _one(models.FileWritten))
+    target = _file(session, path, recursive=recursive)
+    return Call(wire.Exchange("DELETE", target, headers=_match(match)), one(models.FileWritten))
 
 
 def make_directory(session: str, path: str) -> Call[models.FileWritten]:
     """Make a directory."""
-    return Call(wire.Exchange("PUT", _file(session, path, directory=1), b""), _one(models.FileWritten))
+    return Call(wire.Exchange("PUT", _file(session, path, directory=1), b""), one(models.FileWritten))
 
 
 def export(session: str, since: str | None, to: str | None, *, times: bool) -> wire.Exchange:
     """A layer of the files."""
-    target = wire.target("sessions", session, "export", since=since, to=to, times=int(times))
+    target = wire.target("sessions", session, "export", since=since, to=to, times=times)
     return wire.Exchange("GET", target, headers={"Accept": "*/*"})
 
 
 def bring(session: str, *, match: str | None, own: bool) -> Call[models.CheckpointInfo]:
     """Put a layer, which is sent in chunks, over the files; ``match`` is the digest of a checkpoint."""
-    target = wire.target("sessions", session, "import", own=int(own))
+    target = wire.target("sessions", session, "import", own=own)
     # All of it is on the disk before an answer comes, which may take as long as there are files.
     exchange = wire.Exchange("POST", target, headers=_match(match), waits=True)
-    return Call(exchange, _one(models.CheckpointInfo))
+    return Call(exchange, one(models.CheckpointInfo))
 
 
 def _match(digest: str | None) -> dict[str, str]:
@@ -113,7 +110,7 @@ def _match(digest: str | None) -> dict[str, str]:
 
 def lend(session: str, handle: str) -> Call[models.SessionInfo]:
     """Give a session its directory again."""
-    body = models.SessionLend(checkout=handle).model_dump_json().encode()
+    body = body_of(models.SessionLend(checkout=handle))
     return Call(
-        wire.Exchange("POST", wire.target("sessions", session, "checkout"), body), _one(models.SessionInfo)
+        wire.Exchange("POST", wire.target("sessions", session, "checkout"), body), one(models.SessionInfo)
     )
