@@ -64,13 +64,6 @@ event: Callable[[bytes], models.Event] = one(models.Event)
 """Decodes one line of an event stream."""
 
 
-def ended(event: models.Event, id: str) -> models.Invocation | None:  # noqa: A002 - the field's name
-    """The invocation that an event ends a call with. Raises HostFailed where that is not told yet."""
-    if event.type == "unrecorded":
-        raise errors.HostFailed(event.error.message if event.error else "its outcome is not on disk", id=id)
-    return event.invocation
-
-
 class Events:
     """Decodes the lines of an event stream and knows whether it is whole.
 
