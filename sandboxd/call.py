@@ -10,7 +10,7 @@ import anyio
 import anyio.to_thread
 
 from sandboxd.models import Bytes
-from sandboxd.supervisor.attempt import Payload
+from sandboxd.supervisor.payload import Payload
 from sandboxd.supervisor.streams import Stdin
 
 if TYPE_CHECKING:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from sandboxd.models import Request
     from sandboxd.policy import Policy
     from sandboxd.session import CallSession
-    from sandboxd.supervisor.attempt import Payload
+    from sandboxd.supervisor.payload import Payload
 
 __all__ = ["Again", "Calls"]
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Holds"]
 
-MOMENT = 1.0  # seconds that whoever is in a session for no call gets to end
+MOMENT = 3.0  # seconds that whoever is in a session for no call gets to end
 
 
 class Holds:

@@ -10,7 +10,7 @@ import structlog
 
 from sandboxd import errors
 from sandboxd.session import LONG
-from sandboxd.workspace import tables
+from sandboxd.workspace import pruning, stacks, tables
 from sandboxd.workspace.layer import Figures
 from sandboxd.workspace.merge import Merged, merge
 from sandboxd.workspace.shares import Shares
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sandboxd.journal import Journal
+    from sandboxd.workspace.stacks import Stack
     from sandboxd.workspace.store import LayerStore
-    from sandboxd.workspace.tables import Checkpoint, Stack
+    from sandboxd.workspace.tables import Checkpoint
 
 __all__ = ["Layers"]
 
@@ -73,7 +74,7 @@ class Layers:
 
     def kept(self, checkpoint: Checkpoint, layers: int, *, lent: bool) -> None:
         """A call was kept: where there are enough layers, they are made into one."""
-        wanted = checkpoint.depth % tables.FAN == 0 or layers > LONG
+        wanted = checkpoint.depth % stacks.FAN == 0 or layers > LONG
         if wanted and (checkpoint.id, lent) not in self.to_merge:
             self.to_merge.append((checkpoint.id, lent))
             self._wake()
@@ -95,12 +96,12 @@ class Layers:
         if session is not None and steps > 1:  # what is nobody's may have been left between them
             await self.prune(None)
 
-    async def _forgotten(self, session: str | None) -> tables.Pruned:
+    async def _forgotten(self, session: str | None) -> pruning.Pruned:
         """One step of that. Raises HostFailed; then it was not made, or is taken back."""
-        steps: list[tables.Pruned] = []
+        steps: list[pruning.Pruned] = []
 
-        def prune(connection: sqlite3.Connection) -> tables.Pruned:
-            steps.append(tables.prune(connection, session))
+        def prune(connection: sqlite3.Connection) -> pruning.Pruned:
+            steps.append(pruning.prune(connection, session))
             return steps[0]
 
         def undo(connection: sqlite3.Connection) -> None:
@@ -110,7 +111,7 @@ class Layers:
 
     async def merge(self, checkpoint: str, *, lent: bool) -> None:
         """Make layers below a checkpoint into fewer; what goes wrong is tried again with a later call."""
-        wanted = await self._journal.read(lambda connection: tables.due(connection, checkpoint))
+        wanted = await self._journal.read(lambda connection: stacks.due(connection, checkpoint))
         for end, span, below in wanted:
             try:
                 await self._merge_one(end, span, below, lent=lent)
@@ -120,7 +121,7 @@ class Layers:
     async def _merge_one(self, end: Checkpoint, span: int, below: str, *, lent: bool) -> None:
         def read(connection: sqlite3.Connection) -> tuple[Stack, Stack]:
             floor = end.depth - span
-            return tables.stack_of(connection, end.id, floor=floor), tables.stack_of(connection, below)
+            return stacks.stack_of(connection, end.id, floor=floor), stacks.stack_of(connection, below)
 
         upper, lower = await self._journal.read(read)
         if len(upper.layers) < 2:
@@ -136,10 +137,10 @@ class Layers:
             return Figures("", found[0].size, found[0].inodes)
 
         name, _ = await anyio.to_thread.run_sync(self._store.add, fill)
-        made = tables.Merge(end.id, span, below, name, *found[0])
+        made = stacks.Merge(end.id, span, below, name, *found[0])
         written = False
         try:
-            written = await self._journal.write(lambda connection: tables.insert_merge(connection, made))
+            written = await self._journal.write(lambda connection: stacks.insert_merge(connection, made))
         except errors.HostFailed:  # it may be there all the same
             written = name in await self._journal.read(tables.referenced)
             raise

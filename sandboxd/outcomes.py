@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sandboxd import units
 from sandboxd.journal import records
 from sandboxd.models import Cause, Event, FailedAttempt, Failure, LimitReached, Outcome, State
-from sandboxd.supervisor.attempt import Result
+from sandboxd.supervisor.result import Result
 
 if TYPE_CHECKING:
     from sandboxd import plan

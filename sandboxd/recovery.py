@@ -37,8 +37,8 @@ from sandboxd.retries import Retries
 from sandboxd.room import Held
 from sandboxd.runner import RECORD_AGAIN, Runner, now
 from sandboxd.scheduler import Ticket
-from sandboxd.supervisor.attempt import Result
 from sandboxd.supervisor.ending import Deadline
+from sandboxd.supervisor.result import Result
 from sandboxd.supervisor.secrets import CallSecrets
 
 if TYPE_CHECKING:

@@ -23,8 +23,9 @@ from sandboxd.ledger import Ledger, finish, streams_of, unrecorded
 from sandboxd.models import Cause, Event, Failure, State
 from sandboxd.network.entrance import Entrances
 from sandboxd.outcomes import cancelled, followed, header, ours, too_late
-from sandboxd.supervisor.attempt import Attempt, Result, denied
+from sandboxd.supervisor.attempt import Attempt
 from sandboxd.supervisor.network import CallNetwork
+from sandboxd.supervisor.result import Result, denied
 from sandboxd.supervisor.streams import Stdin
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from sandboxd.engine.stacked import attach_stack
 from sandboxd.failpoint import failpoint
 from sandboxd.keeping import Seat
 from sandboxd.models import Cause, NetworkUse
-from sandboxd.workspace import allowance, containers, layer, tables
+from sandboxd.workspace import allowance, containers, layer, stacks, tables
 from sandboxd.workspace.shares import refuse
 from sandboxd.workspace.view import Lent
 
@@ -36,14 +36,15 @@ if TYPE_CHECKING:
     from sandboxd.workspace.allowance import Hold
     from sandboxd.workspace.checkout import Checkout
     from sandboxd.workspace.shares import Shares
+    from sandboxd.workspace.stacks import Stack
     from sandboxd.workspace.store import LayerStore
-    from sandboxd.workspace.tables import Checkpoint, Row, Stack
+    from sandboxd.workspace.tables import Checkpoint, Row
     from sandboxd.workspace.turns import Turns
     from sandboxd.workspace.unwritten import Unwritten
 
 __all__ = ["LONG", "MOST_LAYERS", "OWNER", "CallSession", "Commit", "Start", "lowest"]
 
-LONG = 3 * tables.FAN
+LONG = 3 * stacks.FAN
 """Layers of a stack whose merges were missed."""
 MOST_LAYERS = 200
 """Layers of a stack on which nothing more is kept: overlayfs takes 500, and each is a descriptor for us."""
@@ -158,7 +159,7 @@ class CallSession:
             if row is None or head is None:
                 return None
             self._lost = containers.find(connection, row.id)
-            return Start(row, head, tables.stack_of(connection, head.id))
+            return Start(row, head, stacks.stack_of(connection, head.id))
 
         self._start = await self._journal.read(read)
         if self._start is None:

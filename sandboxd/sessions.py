@@ -33,7 +33,7 @@ from sandboxd.keeping import Keeping
 from sandboxd.lanes import Lanes
 from sandboxd.layers import Layers
 from sandboxd.sessioncontainers import SessionContainers
-from sandboxd.workspace import allowance, tables
+from sandboxd.workspace import allowance, stacks, tables
 
 if TYPE_CHECKING:
     import sqlite3
@@ -45,8 +45,9 @@ if TYPE_CHECKING:
     from sandboxd.workspace.checkout import Checkout
     from sandboxd.workspace.effort import Effort
     from sandboxd.workspace.handles import Handles
+    from sandboxd.workspace.stacks import Stack
     from sandboxd.workspace.store import LayerStore
-    from sandboxd.workspace.tables import Checkpoint, Row, Stack
+    from sandboxd.workspace.tables import Checkpoint, Row
     from sandboxd.workspace.view import Lent
 
 __all__ = ["Sessions", "Standing"]
@@ -376,14 +377,14 @@ class Sessions:
         checkout = self.checkouts.of(row)
         with self.holds.turns.reading(row.id):
             ids = [await self._named(row, one) for one in checkpoints]
-            stacks = await self._journal.read(
-                lambda connection: [tables.stack_of(connection, one) for one in ids]
+            below = await self._journal.read(
+                lambda connection: [stacks.stack_of(connection, one) for one in ids]
             )
-            for stack in stacks:
+            for stack in below:
                 await self.layers.unwritten.settle(stack.layers)
             yield tuple(
                 Standing(id_, tuple(self.layers.paths(stack.layers)), checkout)
-                for id_, stack in zip(ids, stacks, strict=True)
+                for id_, stack in zip(ids, below, strict=True)
             )
 
     async def keeps(self, session: str, checkpoint: str | None) -> bool:
@@ -455,7 +456,7 @@ class Sessions:
 
     async def _info(self, row: Row) -> models.SessionInfo:
         def read(connection: sqlite3.Connection) -> tuple[Checkpoint | None, Stack, Checkpoint | None]:
-            head, stack = tables.checkpoint(connection, row.head), tables.stack_of(connection, row.head)
+            head, stack = tables.checkpoint(connection, row.head), stacks.stack_of(connection, row.head)
             return head, stack, tables.first_of(connection, row.origin) if row.checkout else None
 
         head, stack, first = await self._journal.read(read)

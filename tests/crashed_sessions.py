@@ -19,7 +19,7 @@ from daemons import until
 
 from sandboxd import Client, canonical, errors, models
 from sandboxd.journal import schema
-from sandboxd.workspace import layer, tables
+from sandboxd.workspace import layer, stacks, tables
 from sandboxd.workspace.view import View
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class CrashedSessions:
                 "SELECT layer, content, digest, call, session FROM checkpoints WHERE layer IS NOT NULL"
             ).fetchall()
             stacks = {
-                id_: [layers / name for name in tables.stack_of(connection, head).layers]
+                id_: [layers / name for name in stacks.stack_of(connection, head).layers]
                 for id_, head in sessions
             }
         finally:

@@ -26,7 +26,7 @@ from sandboxd.api.identity import Caller
 from sandboxd.journal import Accepted, Journal, outcome_header
 from sandboxd.lanes import Lanes
 from sandboxd.sessions import Sessions
-from sandboxd.workspace import layer, tables
+from sandboxd.workspace import layer, stacks, tables
 from sandboxd.workspace.handles import Handles
 from sandboxd.workspace.store import LayerStore
 from sandboxd.workspace.view import View
@@ -147,7 +147,7 @@ class Served:
 
     async def files(self, at: str) -> dict[str, str]:
         """What a checkpoint shows."""
-        stack = await self.journal.read(lambda connection: tables.stack_of(connection, at))
+        stack = await self.journal.read(lambda connection: stacks.stack_of(connection, at))
         await self.sessions.layers.unwritten.settle(stack.layers)
         return files_of([self.store.path(one) for one in stack.layers])
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from sandboxd import config
 from sandboxd.config import Config, default_socket, load_config
 from sandboxd.errors import ConfigInvalid
 
@@ -156,7 +155,7 @@ def test_an_unquoted_mode_means_what_it_says(tmp_path: Path) -> None:
 
 
 def test_the_socket_that_both_sides_meet_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(config, "SYSTEM_SOCKET", tmp_path / "system.sock")
+    monkeypatch.setattr("sandboxd.config.file.SYSTEM_SOCKET", tmp_path / "system.sock")
     assert default_socket({"SANDBOXD_SOCKET": "/x"}) == Path("/x")
     assert default_socket({"XDG_RUNTIME_DIR": "/run/user/1"}) == tmp_path / "system.sock"  # we are root
     monkeypatch.setattr(os, "geteuid", lambda: 1)

@@ -20,7 +20,7 @@ from sandboxd.errors import InvalidRequest, RequestTimeout
 from sandboxd.workspace.edit import Condition
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from starlette.requests import Request
@@ -130,24 +130,18 @@ class Files:
     async def get(self, request: Request) -> Response:
         """The bytes of a file; its digest is the ETag."""
         asked = body.query(request, FileQuery)
-        stack = AsyncExitStack()
-        async with stack:
-            info, chunks = await _begun(
-                request,
-                stack,
-                self.service.files.read(
-                    caller_of(request),
-                    session_of(request),
-                    request.path_params["path"],
-                    checkpoint=asked.checkpoint,
-                ),
-            )
-            headers = {
+        work = self.service.files.read(
+            caller_of(request), session_of(request), request.path_params["path"], checkpoint=asked.checkpoint
+        )
+
+        def headers(info: models.FileInfo) -> dict[str, str]:
+            return {
                 "content-length": str(info.size),
                 "content-disposition": "attachment",  # a tool made it: no browser shall render it
                 "etag": f'"{info.digest}"',
             }
-            return _HeldResponse(chunks, OCTETS, headers, stack.pop_all())
+
+        return await _streamed(request, work, OCTETS, headers)
 
     async def put(self, request: Request) -> Response:
         """Write a file of the body, on a condition if one is given, or make a directory."""
@@ -180,17 +174,10 @@ class Files:
     async def export(self, request: Request) -> Response:
         """A layer of the OCI image format."""
         asked = body.query(request, ExportQuery)
-        stack = AsyncExitStack()
-        async with stack:
-            export, chunks = await _begun(
-                request,
-                stack,
-                self.service.files.export(
-                    caller_of(request), session_of(request), since=asked.since, to=asked.to, times=asked.times
-                ),
-            )
-            headers = {"sandboxd-omitted": str(export.unfit)}
-            return _HeldResponse(chunks, LAYER, headers, stack.pop_all())
+        work = self.service.files.export(
+            caller_of(request), session_of(request), since=asked.since, to=asked.to, times=asked.times
+        )
+        return await _streamed(request, work, LAYER, lambda export: {"sandboxd-omitted": str(export.unfit)})
 
     async def bring(self, request: Request) -> Response:
         """Put a layer of the OCI image format over what the session has."""
@@ -245,10 +232,16 @@ class _HeldResponse(StreamResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _begun(request: Request, stack: AsyncExitStack, held: AbstractAsyncContextManager[T]) -> T:
-    """Enter what a response holds; it is given up when the peer goes away."""
-    async with until_gone(request.receive):
-        return await stack.enter_async_context(held)
+async def _streamed(
+    request: Request,
+    work: AbstractAsyncContextManager[tuple[T, AsyncIterator[bytes]]],
+    kind: str,
+    headers: Callable[[T], dict[str, str]],
+) -> Response:
+    """What it tells piece by piece, with the headers of what that is; it ends when the peer goes away."""
+    async with AsyncExitStack() as stack, until_gone(request.receive):
+        found, chunks = await stack.enter_async_context(work)
+        return _HeldResponse(chunks, kind, headers(found), stack.pop_all())
     raise RequestTimeout("the peer has gone")
 
 

@@ -2,8 +2,7 @@
 
 Theory of operation.  The slot is made or given, the inputs are put into its workspace, the request's
 narrowing into its cgroup, and the receipt is read; only then is the command handed over. From there
-five things watch at once, and the first that speaks decides how the call ended: PID 1 (exit, exec
-failure), the wall clock, the CPU clock, an output cap that kills, and whoever cancels. Then everything
+it is watched (``Watch``), until the first that speaks has decided how the call ended. Then everything
 that the tool made is killed, by PID 1 when the command has ended, else with PID 1; that ends the pipes, so
 the streams can be read to their end; then the counters are read, the outcome classified, artifacts
 collected, and the slot destroyed.
@@ -17,15 +16,13 @@ A fault of ours is an ``AttemptFailed`` and becomes the outcome ``failed``; it n
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import errno
 import os
 import time
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import anyio
 import anyio.to_thread
@@ -33,75 +30,44 @@ import anyio.to_thread
 from sandboxd import artifacts, errors
 from sandboxd import receipt as receipts
 from sandboxd.engine.oci import cgroup_limits
-from sandboxd.init.protocol import Alone, ExecFailed, Exited, Gone, Started
 from sandboxd.init.warm import serves
-from sandboxd.kernel import files, tar
-from sandboxd.models import Cause, Denial, Event, Failure, LimitReached, Outcome
-from sandboxd.policy import seccomp
+from sandboxd.models import Event, LimitReached
 from sandboxd.supervisor import network
 from sandboxd.supervisor.ending import CommandFailed, Ended, Evidence, Lost, Stopped, classify
 from sandboxd.supervisor.ending import limits_reached as reached
 from sandboxd.supervisor.kept import FAULT, told
 from sandboxd.supervisor.meter import Meter
-from sandboxd.supervisor.streams import OutputPipe, Stdin
+from sandboxd.supervisor.output import Output
+from sandboxd.supervisor.result import Result, denied, failed, not_kept, withdrawn
+from sandboxd.supervisor.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from sandboxd.blobs import BlobStore
     from sandboxd.engine.base import Slot
-    from sandboxd.init.protocol import Report
     from sandboxd.journal.spool import Spool
     from sandboxd.keeping import Seat
-    from sandboxd.models import Artifact, ContainerUse, NetworkUse, Receipt, Usage, Withheld
+    from sandboxd.models import NetworkUse, Receipt
     from sandboxd.plan import Plan
     from sandboxd.pool import Pool
-    from sandboxd.redaction import Stream
     from sandboxd.session import CallSession
     from sandboxd.supervisor.ending import Deadline, Ending
     from sandboxd.supervisor.kept import Kept
     from sandboxd.supervisor.network import CallNetwork
+    from sandboxd.supervisor.payload import Payload
     from sandboxd.supervisor.secrets import CallSecrets
+    from sandboxd.supervisor.streams import Stdin
 
-__all__ = ["Attempt", "Payload", "Result", "denied"]
+__all__ = ["Attempt"]
 
 GRACE = 30_000_000  # microseconds after the wall limit until PID 1 ends by itself
-CPU_POLL_MIN = 0.01  # seconds
-RELEASE = 0.1  # seconds without output, after which the first bytes of what may be a secret go out
 UNFIT = (
     errors.TooLarge, errors.InvalidRequest,
     errors.SecretMissing, errors.SecretsUnavailable, errors.SecretUnfit,
 )  # fmt: skip
-"""What keeps a call from running, and says nothing of its container."""
+"""What keeps a call from running, and says nothing of its container: its inputs or its secrets."""
 SOON = 2.0  # seconds that PID 1 gets to end what the command left behind, before it is ended with it
-
-
-@dataclass(frozen=True)
-class Payload:
-    """The bytes that travel beside a plan."""
-
-    inputs: tuple[tuple[str, bytes, int], ...] = ()
-    tar: bytes | None = None
-    stdin: bytes | None = None
-
-    @property
-    def size(self) -> int:
-        """Bytes that it holds in memory."""
-        return sum(len(data) for _, data, _ in self.inputs) + len(self.tar or b"") + len(self.stdin or b"")
-
-
-@dataclass
-class Result:
-    """What an attempt leaves. Only ``outcome`` is always there."""
-
-    outcome: Outcome
-    receipt: Receipt | None = None
-    usage: Usage | None = None
-    denials: list[Denial] = field(default_factory=list)
-    limits_reached: list[LimitReached] = field(default_factory=list)
-    artifacts: list[Artifact] = field(default_factory=list)
-    withheld: list[Withheld] = field(default_factory=list)
-    container: ContainerUse | None = None
 
 
 class Attempt:
@@ -137,27 +103,19 @@ class Attempt:
         self._session = session
         self._seat = seat
         self._kept: Kept | None = None
-        self._filters: dict[Literal["stdout", "stderr"], Stream] = {}
-        self._releases: dict[Literal["stdout", "stderr"], asyncio.TimerHandle] = {}
         self._blobs = blobs
         self._deadline = deadline
         self._accepted = accepted
         self._on_state = on_state
-        self._over = anyio.Event()
-        self._ending: Ending | None = None
+        self._watch = Watch()
+        self._output = Output(spool, self._watch, kills=plan.limits.on_output == "kill")
         self._slot: Slot | None = None
-        self._fault: errors.AttemptFailed | None = None
         self._handed_over = 0.0
         self._running = False
-        self._started = False
-        self._alone = anyio.Event()
-        self._reaped = anyio.Event()
-        self._written = {"stdout": 0, "stderr": 0}
-        self._dropped = {"stdout": 0, "stderr": 0}
         self._stdin = stdin
         self._stack = AsyncExitStack()
         self._container = AsyncExitStack()
-        self._result = Result(_failed(errors.Interrupted("the daemon stopped")))
+        self._result = Result(failed(errors.Interrupted("the daemon stopped")))
 
     async def __aenter__(self) -> Self:
         return self
@@ -173,11 +131,11 @@ class Attempt:
 
     def cancel(self) -> None:
         """End the call with the outcome ``cancelled``, unless it has ended."""
-        self._end(Stopped("cancelled"))
+        self._watch.end(Stopped("cancelled"))
 
     async def signal(self, number: int) -> None:
         """Send a signal to the tool's process group. Raises StateConflict when nothing runs."""
-        if self._slot is None or not self._running or self._ending is not None:
+        if self._slot is None or not self._running or self._watch.ending is not None:
             raise errors.StateConflict("the call is not running; a signal needs a running command")
         await self._slot.control.signal(number)
 
@@ -187,17 +145,14 @@ class Attempt:
         try:
             if not await self._try(waiting=True):
                 await self._try(waiting=False)
-        except (errors.AttemptFailed, errors.TooLarge, errors.InvalidRequest) as error:
-            # the latter two: the workspace cannot hold the inputs, or members of the tar are in their own way
-            result.outcome = _failed(error)
         except errors.SecretMissing as error:
-            result.outcome = _withdrawn(error)
-        except (errors.SecretsUnavailable, errors.SecretUnfit) as error:
-            result.outcome = _failed(error)
+            result.outcome = withdrawn(error)
+        except (errors.AttemptFailed, *UNFIT) as error:
+            result.outcome = failed(error)
         except (errors.ContainerLive, errors.QuotaExceeded) as error:
             result.outcome = denied(error)
         except OSError as error:
-            result.outcome = _failed(errors.HostFailed(f"the host refused what the call needs: {error}"))
+            result.outcome = failed(errors.HostFailed(f"the host refused what the call needs: {error}"))
         finally:
             self._stdin.close()
         if self._seat is not None:
@@ -266,9 +221,9 @@ class Attempt:
         if self._session is not None and not slot.shared:
             files_of = self._container.enter_context(ExitStack())
             await anyio.to_thread.run_sync(self._session.attach, slot, files_of)
-        if self._payload.inputs or self._payload.tar is not None:
+        if self._payload.has_files:
             async with self._still():
-                await anyio.to_thread.run_sync(self._fill_workspace, slot)
+                await anyio.to_thread.run_sync(self._payload.fill, slot)
         limits = self._plan.limits
         if limits != self._plan.shape.limits:
             # io is in force already, and cannot be narrowed
@@ -291,18 +246,19 @@ class Attempt:
         self._on_state("collecting")
         await self._network.begin_end()
         try:
-            evidence = self._evidence(slot, meter, tmp)
+            evidence = meter.evidence(tmp, self._output.dropped)
             used = await self._network.end()
             if self._kept is not None and slot.doors is not None and slot.doors.closed:
                 self._kept.ended = "its network is not served any more"
                 await self._pool.kill(slot)
             if self._network.fault is not None:
                 raise self._network.fault
-            self._result.usage = meter.usage(wall=wall, network=used, **self._written)
+            self._result.usage = meter.usage(wall=wall, network=used, **self._output.written)
         except errors.HostFailed as error:
             if isinstance(ending, Lost):  # an engine may have removed the cgroup with it
                 raise errors.EngineFailed(f"the container's PID 1 was lost: {ending.reason}") from error
             raise
+        self._result.denials = self._secrets.denials(meter.denials() + network.denials(used))
         self._report(slot, ending, evidence, used, self._result)
         if not isinstance(ending, CommandFailed) and self._plan.artifacts:
             async with self._still():
@@ -325,69 +281,54 @@ class Attempt:
         try:
             await anyio.to_thread.run_sync(session.keep, slot)
         except (errors.QuotaExceeded, errors.WorkspaceUnfit) as error:
-            result.outcome = _not_kept(error, result.outcome)
+            result.outcome = not_kept(error, result.outcome)
             if isinstance(error, errors.QuotaExceeded):
                 quota = error.details
                 result.limits_reached.append(LimitReached(limit=quota["quota"], value=quota["allowed"]))
 
-    def _fill_workspace(self, slot: Slot) -> None:
-        owner = slot.shape.process
-        uid, gid = slot.id_base + owner.uid, slot.id_base + owner.gid
-        # in a session an input takes the place of a file that an earlier call left
-        replace = slot.stacked is not None
-        files.write_inputs(slot.workspace_fd, self._payload.inputs, uid, gid, replace=replace)
-        if self._payload.tar is not None:
-            limits = tar.Limits(size=slot.shape.limits.workspace_size)
-            tar.unpack_tar(slot.workspace_fd, self._payload.tar, uid, gid, limits)
-
     async def _supervise(self, slot: Slot, receipt: Receipt) -> tuple[Meter, Ending, int]:
         owner = slot.shape.process
         ids = slot.id_base + owner.uid, slot.id_base + owner.gid
-        pipes = {}
-        for name in ("stdout", "stderr"):
-            pipes[name] = OutputPipe(*ids, self._sink(name))
-            self._stack.callback(pipes[name].close)
+        output, watch, limits = self._output, self._watch, self._plan.limits
+        self._stack.callback(output.close)
+        output.open(*ids)
         meter = Meter(slot)
         stdin = self._open_stdin(ids)
-        with slot.control.heard(self._hear):
+        with slot.control.heard(watch.hear):
             try:
                 await self._accepted.wait()
                 if self._deadline is not None and time.monotonic() >= self._deadline.at:
-                    self._end(Stopped("deadline"))
-                if self._ending is None:
+                    watch.end(Stopped("deadline"))
+                if watch.ending is None:
                     receipt = await self._give_secrets(slot, receipt)
-                    await self._hand_over(slot, [stdin, pipes["stdout"].inner, pipes["stderr"].inner])
+                    await self._hand_over(slot, [stdin, *output.inner])
                     receipt.digest()  # its record needs it, and the command has only begun
             finally:
                 os.close(stdin)
-                for pipe in pipes.values():
-                    pipe.handed_over()
-            wall = self._watch_wall()
+                output.handed_over()
+            wall = watch.clock(self._handed_over, limits.wall, self._deadline)
             self._stack.callback(wall.cancel)
-            await self._until_over(meter)
+            others: list[Callable[[], Awaitable[None]]] = []
+            if limits.cpu_time is not None:
+                others.append(partial(watch.cpu, meter, limits.cpu_time, limits.cpus))
+            if self._payload.stdin is not None:
+                others.append(partial(self._feed, self._payload.stdin))
+            await watch.over(*others)
             wall.cancel()
             ended = time.monotonic()
             await self._end_what_is_left(slot, meter)
-        for pipe in pipes.values():
-            if self._kept is None or self._kept.ended is not None:
-                await pipe.finished()
-            else:
-                self._kept.drain(pipe.leave())
-        self._release_no_more()
-        for stream, waiting in self._filters.items():
-            self._store(stream, waiting.finish())
-        if self._fault is not None:
-            raise self._fault
-        assert self._ending is not None  # noqa: S101  (that is what over means)
-        return meter, self._ending, int((ended - self._handed_over) * 1e6) if self._handed_over else 0
+        await output.finish(self._kept)
+        if watch.fault is not None:
+            raise watch.fault
+        assert watch.ending is not None  # noqa: S101  (that is what over means)
+        return meter, watch.ending, int((ended - self._handed_over) * 1e6) if self._handed_over else 0
 
     async def _give_secrets(self, slot: Slot, receipt: Receipt) -> Receipt:
         """Take the call's secrets and write those that are files; the receipt then speaks of them too."""
         await self._secrets.take()
         if self._secrets.redactor is None:
             return receipt
-        self._filters = {"stdout": self._secrets.redactor.stream(), "stderr": self._secrets.redactor.stream()}
-        self._stack.callback(self._release_no_more)
+        self._output.redact(self._secrets.redactor)
         if more := self._secrets.put(slot):
             receipt = receipt.model_copy(update={"controls": [*receipt.controls, *more]})
             self._result.receipt = receipt
@@ -415,19 +356,6 @@ class Attempt:
         self._running = True  # not before: a signal's frame must not come amid the command's
         self._on_state("running")
 
-    async def _until_over(self, meter: Meter) -> None:
-        limits = self._plan.limits
-        if limits.cpu_time is None and self._payload.stdin is None:
-            await self._over.wait()
-            return
-        async with anyio.create_task_group() as watchers:
-            if limits.cpu_time is not None:
-                watchers.start_soon(self._guarded, self._watch_cpu, meter, limits.cpu_time, limits.cpus)
-            if self._payload.stdin is not None:
-                watchers.start_soon(self._guarded, self._feed, self._payload.stdin)
-            await self._over.wait()
-            watchers.cancel_scope.cancel()
-
     def _open_stdin(self, ids: tuple[int, int]) -> int:
         if self._plan.command.stdin == "none":
             return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -437,132 +365,27 @@ class Attempt:
         await self._stdin.write(0, data)
         await self._stdin.finish()
 
-    def _sink(self, stream: Literal["stdout", "stderr"]) -> Callable[[memoryview], None]:
-        def sink(data: memoryview) -> None:
-            searched = self._filters.get(stream)
-            if searched is None or self._dropped[stream]:  # of what is dropped nobody sees anything
-                self._store(stream, data)
-            else:
-                self._store(stream, searched.feed(data))
-                self._release_soon(stream, searched)
-
-        return sink
-
-    def _release_soon(self, stream: Literal["stdout", "stderr"], searched: Stream) -> None:
-        """Let go of what may be no more than the end of a prompt, once nothing has come for a while."""
-        if (before := self._releases.pop(stream, None)) is not None:
-            before.cancel()
-        if not searched.waits:
-            return
-
-        def release() -> None:
-            if released := searched.release():
-                self._store(stream, released)
-
-        self._releases[stream] = asyncio.get_running_loop().call_later(RELEASE, release)
-
-    def _release_no_more(self) -> None:
-        for timer in self._releases.values():
-            timer.cancel()
-
-    def _store(self, stream: Literal["stdout", "stderr"], data: memoryview | bytes) -> None:
-        if self._fault is not None:
-            return  # what is lost was lost loudly; only the end of the pipe is waited for
-        try:
-            stored = self._spool.append(stream, data)
-        except errors.AttemptFailed as error:
-            self._break(error)
-            return
-        self._written[stream] += stored
-        self._dropped[stream] += len(data) - stored
-        if self._plan.limits.on_output == "kill" and stored < len(data):
-            self._end(Stopped(stream))
-
-    def _end(self, ending: Ending) -> None:
-        if self._ending is None:
-            self._ending = ending
-            self._over.set()
-
-    def _break(self, fault: errors.AttemptFailed) -> None:
-        """End the call for a fault of ours, whatever else ended it: what we know of it is not whole."""
-        if self._fault is None:
-            self._fault = fault
-            self._over.set()
-
-    async def _guarded(self, watch: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-        """A watcher whose fault ends the call, and not the daemon."""
-        try:
-            await watch(*arguments)
-        except errors.AttemptFailed as error:
-            self._break(error)
-        except OSError as error:
-            self._break(errors.HostFailed(f"the host refused what the call needs: {error}"))
-
-    def _hear(self, report: Report) -> None:
-        """What PID 1 says."""
-        match report:
-            case Started():
-                self._started = True
-            case ExecFailed(number):
-                self._end(CommandFailed(number))
-            case Exited(status):
-                self._reaped.set()
-                if report.alone:
-                    self._alone.set()
-                self._end(Ended(status) if self._started else Lost("the parked process ended"))
-            case Alone():
-                self._alone.set()
-            case Gone(reason):
-                self._end(Lost(reason))
-
     async def _end_what_is_left(self, slot: Slot, meter: Meter) -> None:
-        kept = self._kept
+        kept, watch = self._kept, self._watch
         if kept is not None:
-            if self._fault is not None:
+            if watch.fault is not None:
                 kept.ended = FAULT
-            elif self._ending is not None:
-                await kept.settle(self._ending, meter, self._reaped)
+            elif watch.ending is not None:
+                await kept.settle(watch.ending, meter, watch.reaped)
             if kept.ended is not None:
                 await self._pool.kill(slot)
-        elif not self._alone.is_set() and not await self._left_alone(slot):
+        elif not watch.alone.is_set() and not await self._left_alone(slot):
             await self._pool.kill(slot)
 
     async def _left_alone(self, slot: Slot) -> bool:
         """Wait for PID 1's word that the rest is dead, where it kills it; False: that is for us to do."""
-        if self._fault is not None or not isinstance(self._ending, Ended):
+        watch = self._watch
+        if watch.fault is not None or not isinstance(watch.ending, Ended):
             return False
         slot.cgroup.thaw_and_unthrottle()
         with anyio.move_on_after(SOON):
-            await self._alone.wait()
-        return self._alone.is_set()
-
-    def _watch_wall(self) -> asyncio.TimerHandle:
-        """End the call when its time is over; a timer and not a task, since every call has one."""
-        wall = self._handed_over + self._plan.limits.wall / 1e6
-        first, why = wall, Stopped("wall")
-        if self._deadline is not None and self._deadline.at < wall:
-            first, why = self._deadline.at, Stopped("deadline")
-        left = max(0.0, first - time.monotonic())
-        return asyncio.get_running_loop().call_later(left, self._end, why)
-
-    async def _watch_cpu(self, meter: Meter, limit: int, cpus: int) -> None:
-        fastest = min(cpus / 1000, os.cpu_count() or 1)  # CPU seconds that can be used in a second
-        while (left := limit - meter.cpu()) > 0:  # noqa: ASYNC110  (no event tells)
-            await anyio.sleep(max(CPU_POLL_MIN, left / 1e6 / fastest))
-        self._end(Stopped("cpu_time"))
-
-    def _evidence(self, slot: Slot, meter: Meter, tmp: int) -> Evidence:
-        workspace, temporary = os.fstatvfs(slot.workspace_fd), os.fstatvfs(tmp)
-        return Evidence(
-            oom_kills=meter.oom_kills(),
-            pids_denied=meter.pids_denied(),
-            cpu_total=meter.cpu(),
-            stdout_dropped=self._dropped["stdout"],
-            stderr_dropped=self._dropped["stderr"],
-            workspace_full=workspace.f_bfree == 0,
-            workspace_inodes_gone=workspace.f_ffree == 0,
-            tmp_full=temporary.f_bfree == 0 or temporary.f_ffree == 0,
-        )
+            await watch.alone.wait()
+        return watch.alone.is_set()
 
     def _report(
         self, slot: Slot, ending: Ending, evidence: Evidence, used: NetworkUse, result: Result
@@ -571,7 +394,6 @@ class Attempt:
         outcome = classify(ending, evidence, self._plan.limits, argv0, self._deadline)
         result.limits_reached = reached(ending, evidence, self._plan.limits, self._deadline)
         result.limits_reached += network.limits(used, slot.shape.network)
-        result.denials = self._secrets.denials(_denials(slot) + network.denials(used))
         for denial in result.denials:
             self._spool.add(Event(seq=0, at=0, type="denied", denial=denial))
         for limit in result.limits_reached:
@@ -595,59 +417,7 @@ class Attempt:
         result.withheld = self._secrets.withheld(result.withheld)
 
 
-def _denials(slot: Slot) -> list[Denial]:
-    found = []
-    for denied in slot.listener.counts():
-        name, detail = seccomp.describe(denied.arch, denied.nr, denied.args)
-        number = denied.errno
-        found.append(
-            Denial(
-                kind="syscall",
-                name=name,
-                count=denied.count,
-                detail=detail,
-                errno=errno.errorcode.get(number, str(number)),
-            )
-        )
-    return found
-
-
 def _decode(item: dict[str, str]) -> bytes:
     if "base64" in item:
         return base64.b64decode(item["base64"])
     return item["text"].encode()
-
-
-def denied(error: errors.SandboxdError) -> Outcome:
-    """For a call that was accepted, and that what came since keeps from running."""
-    return Outcome(
-        cause=Cause.DENIED,
-        message=f"The call had been accepted, and cannot run now: {error}.",
-        error=Failure(code=error.code, message=str(error), details=error.details),
-    )
-
-
-def _withdrawn(error: errors.SecretMissing) -> Outcome:
-    return Outcome(
-        cause=Cause.DENIED,
-        message=f"A secret was removed after the call had been accepted: {error}.",
-        error=Failure(code=error.code, message=str(error), details=error.details),
-    )
-
-
-def _not_kept(error: errors.SandboxdError, ended: Outcome) -> Outcome:
-    """The session's files are as they were: what the command said of its success is not so."""
-    return Outcome(
-        cause=Cause.DENIED,
-        message=f"The command ended, but {error}; the session is as it was before.",
-        error=Failure(code=error.code, message=str(error), details=error.details),
-        evidence={"cause": ended.cause.value, "exit_code": ended.exit_code, "signal": ended.signal},
-    )
-
-
-def _failed(error: errors.SandboxdError) -> Outcome:
-    return Outcome(
-        cause=Cause.FAILED,
-        message=f"{error}",
-        error=Failure(code=error.code, message=str(error), details=error.details),
-    )

@@ -1,12 +1,18 @@
-"""What a slot's cgroup counts from hand-over on: the call's own share of its counters."""
+"""What the kernel counts of a call from hand-over on: the call's own share of its counters."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import errno
+import os
+from typing import TYPE_CHECKING, Literal
 
-from sandboxd.models import Usage
+from sandboxd.models import Denial, Usage
+from sandboxd.policy import seccomp
+from sandboxd.supervisor.ending import Evidence
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sandboxd.engine.base import Slot
     from sandboxd.models import NetworkUse
 
@@ -14,7 +20,7 @@ __all__ = ["Meter"]
 
 
 class Meter:
-    """Takes the counters when it is made; every method reads the cgroup, and raises HostFailed."""
+    """Takes the counters when it is made; what reads the cgroup raises HostFailed."""
 
     def __init__(self, slot: Slot) -> None:
         """To be made when nothing but the hand-over is left to do."""
@@ -61,3 +67,26 @@ class Meter:
             network_in=network.bytes_in,
             network_out=network.bytes_out,
         )
+
+    def evidence(self, tmp: int, dropped: Mapping[Literal["stdout", "stderr"], int]) -> Evidence:
+        """What says which limits were reached, when everything is dead; ``tmp`` is the open /tmp."""
+        workspace, temporary = os.fstatvfs(self._slot.workspace_fd), os.fstatvfs(tmp)
+        return Evidence(
+            oom_kills=self.oom_kills(),
+            pids_denied=self.pids_denied(),
+            cpu_total=self.cpu(),
+            stdout_dropped=dropped["stdout"],
+            stderr_dropped=dropped["stderr"],
+            workspace_full=workspace.f_bfree == 0,
+            workspace_inodes_gone=workspace.f_ffree == 0,
+            tmp_full=temporary.f_bfree == 0 or temporary.f_ffree == 0,
+        )
+
+    def denials(self) -> list[Denial]:
+        """System calls that the call's filter denied."""
+        found = []
+        for one in self._slot.listener.counts():
+            name, detail = seccomp.describe(one.arch, one.nr, one.args)
+            code = errno.errorcode.get(one.errno, str(one.errno))
+            found.append(Denial(kind="syscall", name=name, count=one.count, detail=detail, errno=code))
+        return found

@@ -1,8 +1,6 @@
 """Sessions and checkpoints in the journal's database: plain functions on a connection, within a transaction.
 
-A checkpoint is a layer on top of its parent; many sessions may stand on one. What a checkpoint shows is the
-stack of layers from it down: where the last 16 (256, 4096 …) up to one of them were merged into one layer,
-that stands for them, so a stack has at most some dozen layers however many calls there were.
+A checkpoint is a layer on top of its parent; many sessions may stand on one.
 """
 
 from __future__ import annotations
@@ -19,23 +17,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = [
-    "FAN",
     "Checkpoint",
-    "Merge",
-    "Pruned",
     "Row",
-    "Stack",
     "checkpoint",
     "checkpoints",
     "count_of",
-    "due",
     "expired",
     "find",
     "first_of",
     "going",
     "held",
     "insert_checkpoint",
-    "insert_merge",
     "insert_pack",
     "insert_session",
     "list_sessions",
@@ -44,18 +36,13 @@ __all__ = [
     "mark_there",
     "move",
     "packs",
-    "prune",
     "referenced",
     "remove_checkpoint",
     "remove_packs",
     "remove_session",
-    "stack_of",
     "touch",
     "within",
 ]
-
-FAN = 16
-"""How many layers are merged into one, and how many of those again."""
 
 
 @dataclass(frozen=True)
@@ -125,51 +112,8 @@ class Checkpoint:
         )
 
 
-@dataclass(frozen=True)
-class Merge:
-    """One layer in the place of ``span`` of them."""
-
-    checkpoint: str
-    span: int
-    below: str | None
-    layer: str
-    size: int
-    inodes: int
-    own_size: int = 0
-    """Bytes and entries that it does not share with the layers that it was made of."""
-    own_inodes: int = 0
-
-
-@dataclass(frozen=True)
-class Stack:
-    """The layers that make a checkpoint, the newest first, and what they hold together."""
-
-    layers: tuple[str, ...]
-    size: int
-    inodes: int
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """Layers that nothing refers to any more, what callers have again, and whether that is all."""
-
-    layers: list[str]
-    freed: list[tuple[int, int, int]]
-    """Uid, bytes and entries, each as ``held`` counts them."""
-    complete: bool
-    removed: list[tuple[str, tuple[object, ...]]]
-    """Rows that are gone, each with its table."""
-
-    def take_back(self, connection: sqlite3.Connection) -> None:
-        """Let all of it be there again."""
-        for table, row in self.removed:
-            marks = ", ".join("?" * len(row))
-            connection.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", row)  # noqa: S608  (constants)
-
-
 _SESSION = ", ".join(one.name for one in fields(Row))
 _CHECKPOINT = ", ".join(one.name for one in fields(Checkpoint))
-_MERGE = ", ".join(one.name for one in fields(Merge))
 
 
 def make_checkpoint(
@@ -210,19 +154,6 @@ def insert_checkpoint(connection: sqlite3.Connection, one: Checkpoint) -> None:
     marks = ", ".join("?" * len(fields(Checkpoint)))
     values = tuple(getattr(one, field.name) for field in fields(Checkpoint))
     connection.execute(f"INSERT INTO checkpoints ({_CHECKPOINT}) VALUES ({marks})", values)  # noqa: S608
-
-
-def insert_merge(connection: sqlite3.Connection, one: Merge) -> bool:
-    """Add a merge; whether its checkpoint is still there, and it was."""
-    if checkpoint(connection, one.checkpoint) is None:
-        return False
-    values = tuple(getattr(one, field.name) for field in fields(Merge))
-    return bool(
-        connection.execute(
-            f"INSERT OR IGNORE INTO merges ({_MERGE}) VALUES ({', '.join('?' * len(values))})",  # noqa: S608
-            values,
-        ).rowcount
-    )
 
 
 def insert_pack(connection: sqlite3.Connection, layer: str, pack: bytes) -> None:
@@ -339,69 +270,6 @@ def first_of(connection: sqlite3.Connection, id_: str) -> Checkpoint | None:
     return checkpoint(connection, row[0]) if row else None
 
 
-def stack_of(connection: sqlite3.Connection, id_: str, *, floor: int = -1) -> Stack:
-    """The layers of a checkpoint, down to those of a depth above ``floor``."""
-    layers: list[str] = []
-    size = inodes = 0
-    at = checkpoint(connection, id_)
-    while at is not None and at.depth > floor:
-        merges = connection.execute(
-            f"SELECT {_MERGE} FROM merges WHERE checkpoint = ? AND span <= ? ORDER BY span DESC LIMIT 1",  # noqa: S608
-            (at.id, at.depth - max(floor, 0)),
-        ).fetchone() if at.depth % FAN == 0 and at.depth else None  # fmt: skip
-        if merges is not None:
-            merge = Merge(*merges)
-            layers.append(merge.layer)
-            size, inodes = size + merge.size, inodes + merge.inodes
-            at = checkpoint(connection, merge.below)
-            continue
-        if at.layer is not None:
-            layers.append(at.layer)
-            size, inodes = size + at.size, inodes + at.inodes
-        at = checkpoint(connection, at.parent)
-    return Stack(tuple(layers), size, inodes)
-
-
-def due(connection: sqlite3.Connection, id_: str) -> list[tuple[Checkpoint, int, str]]:
-    """Merges that a checkpoint's stack lacks: of which checkpoint, how many, and what is below them.
-
-    Those of fewer come before those of more, which are made of them.
-    """
-    wanted: list[tuple[Checkpoint, int]] = []
-    line: dict[int, str] = {}
-    at = checkpoint(connection, id_)
-    ends: list[Checkpoint] = []
-    while at is not None:
-        line[at.depth] = at.id
-        if at.depth and at.depth % FAN == 0:
-            ends.append(at)
-            known = [
-                Merge(*row)
-                for row in connection.execute(
-                    f"SELECT {_MERGE} FROM merges WHERE checkpoint = ? ORDER BY span DESC",  # noqa: S608
-                    (at.id,),
-                )
-            ]
-            spans = {merge.span for merge in known}
-            span = FAN
-            while at.depth % span == 0:
-                if span not in spans:
-                    wanted.append((at, span))
-                span *= FAN
-            if known:
-                merge = known[0]
-                at = checkpoint(connection, merge.below)
-                continue
-        at = checkpoint(connection, at.parent)
-    found = []
-    for end, span in sorted(wanted, key=lambda one: (one[1], one[0].depth)):
-        below = line.get(end.depth - span)
-        if below is None:
-            continue
-        found.append((end, span, below))
-    return found
-
-
 def held(connection: sqlite3.Connection) -> dict[int, tuple[int, int]]:
     """Bytes and entries of all layers made in the sessions of each caller; a layer is an entry itself.
 
@@ -471,86 +339,6 @@ def remove_session(connection: sqlite3.Connection, id_: str) -> None:
     """Forget a session and its container, and none of its checkpoints."""
     connection.execute("DELETE FROM containers WHERE session = ?", (id_,))
     connection.execute("DELETE FROM sessions WHERE id = ?", (id_,))
-
-
-def prune(connection: sqlite3.Connection, session: str | None, *, limit: int = 200) -> Pruned:
-    """Forget checkpoints of a session on which nothing stands, ``limit`` of them at once.
-
-    Of a session that is gone, what others stand on is nobody's then, and the session is forgotten in the end:
-    what it stood on itself, of one that went before, is forgotten too. ``session`` None: what is nobody's.
-    Steps that are not complete may leave some of that.
-    """
-    layers: list[str] = []
-    freed: list[tuple[int, int, int]] = []
-    removed: list[tuple[str, tuple[object, ...]]] = []
-    count = 0
-    ended = connection.execute(
-        "SELECT head, origin FROM sessions WHERE id = ? AND gone", (session,)
-    ).fetchone()
-    leaves = [
-        row[0]
-        for row in connection.execute(
-            "SELECT id FROM checkpoints AS c WHERE session IS ?"
-            " AND NOT EXISTS (SELECT 1 FROM checkpoints WHERE parent = c.id)"
-            " AND NOT EXISTS (SELECT 1 FROM sessions WHERE (head = c.id OR origin = c.id) AND NOT gone)"
-            " ORDER BY id DESC LIMIT ?",
-            (session, limit),
-        )
-    ]
-    queue = [one for one in dict.fromkeys(ended or ()) if _is_free(connection, one, session)]
-    queue += [one for one in leaves if one not in queue]
-    while queue and count < limit:
-        one = checkpoint(connection, queue.pop())
-        if one is None:
-            continue
-        layers += [one.layer] if one.layer is not None else []
-        freed += [(one.uid, one.size, one.inodes + 1)] if one.layer is not None else []
-        merged = connection.execute(
-            "SELECT layer, own_size, own_inodes FROM merges WHERE checkpoint = ?", (one.id,)
-        )
-        for layer, own_size, own_inodes in merged.fetchall():
-            layers.append(layer)
-            freed.append((one.uid, own_size, own_inodes + 1))
-        removed += _rows_of(connection, one)
-        remove_checkpoint(connection, one.id)
-        count += 1
-        if one.layer is not None:
-            remove_packs(connection, [one.layer])
-        if one.parent is not None and _is_free(connection, one.parent, session):
-            queue.append(one.parent)
-    if queue or len(leaves) == limit:
-        return Pruned(layers, freed, removed=removed, complete=False)
-    if ended and session is not None:
-        # as they are, for take_back
-        for table, column in (("checkpoints", "session"), ("sessions", "id"), ("containers", "session")):
-            rows = connection.execute(f"SELECT * FROM {table} WHERE {column} = ?", (session,))  # noqa: S608
-            removed += [(table, tuple(row)) for row in rows]
-        connection.execute("UPDATE checkpoints SET session = NULL WHERE session = ?", (session,))
-        remove_session(connection, session)
-    return Pruned(layers, freed, removed=removed, complete=True)
-
-
-def _rows_of(connection: sqlite3.Connection, one: Checkpoint) -> list[tuple[str, tuple[object, ...]]]:
-    """A checkpoint, its merges and its pack, as rows of their tables."""
-    found: list[tuple[str, tuple[object, ...]]] = []
-    for table, column, value in (
-        ("checkpoints", "id", one.id),
-        ("merges", "checkpoint", one.id),
-        ("packs", "layer", one.layer),
-    ):
-        rows = connection.execute(f"SELECT * FROM {table} WHERE {column} = ?", (value,))  # noqa: S608
-        found += [(table, tuple(row)) for row in rows]
-    return found
-
-
-def _is_free(connection: sqlite3.Connection, id_: str, session: str | None) -> bool:
-    """Whether nothing stands on a checkpoint, and it is of this session, or of one that was removed."""
-    return connection.execute(
-        "SELECT 1 FROM checkpoints AS c WHERE id = ?1 AND (session IS NULL OR session = ?2)"
-        " AND NOT EXISTS (SELECT 1 FROM checkpoints WHERE parent = c.id)"
-        " AND NOT EXISTS (SELECT 1 FROM sessions WHERE (head = c.id OR origin = c.id) AND NOT gone)",
-        (id_, session),
-    ).fetchone() is not None  # fmt: skip
 
 
 def referenced(connection: sqlite3.Connection) -> set[str]:

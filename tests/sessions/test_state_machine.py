@@ -24,7 +24,7 @@ from keptcalls import Bare, kept_call, live_of, scheduler
 from sessioncalls import CALLER, Served, serving
 
 from sandboxd import errors, models
-from sandboxd.workspace import tables
+from sandboxd.workspace import stacks, tables
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -76,7 +76,7 @@ class SessionMachine(RuleBasedStateMachine):
         """Of each checkpoint that ever was."""
         self.parents: dict[str, str] = {}
         self.calls: list[models.Invocation] = []
-        self._fan, tables.FAN = tables.FAN, FAN
+        self._fan, stacks.FAN = stacks.FAN, FAN
 
     @initialize()
     def open(self) -> None:
@@ -351,7 +351,7 @@ class SessionMachine(RuleBasedStateMachine):
                 self._serving.__exit__(None, None, None)
                 self._portal.__exit__(None, None, None)
         finally:
-            tables.FAN = self._fan
+            stacks.FAN = self._fan
             shutil.rmtree(self.directory)
 
     async def _all_pruned(self) -> None:
