@@ -121,14 +121,14 @@ class CrashedSessions:
             kept = connection.execute(
                 "SELECT layer, content, digest, call, session FROM checkpoints WHERE layer IS NOT NULL"
             ).fetchall()
-            stacks = {
+            below = {
                 id_: [layers / name for name in stacks.stack_of(connection, head).layers]
                 for id_, head in sessions
             }
         finally:
             connection.close()
-        of_call = {call: digest for _, _, digest, call, session in kept if session in stacks}
-        for id_, stack in stacks.items():
+        of_call = {call: digest for _, _, digest, call, session in kept if session in below}
+        for id_, stack in below.items():
             done = [one for one in calls if one.session == id_ and _exited(one)]
             with View(stack) as view:
                 log = view.find(b"log")
