@@ -40,9 +40,7 @@ def diff(
     session: Session,
     /,
     *,
-    since: Annotated[
-        str | None, Parameter(help="A checkpoint, of any session; else its first.")
-    ] = None,
+    since: Annotated[str | None, Parameter(help="A checkpoint, of any session; else its first.")] = None,
     to: Annotated[str | None, Parameter(help="A checkpoint; else where the session stands.")] = None,
     text: Annotated[
         bool, Parameter(negative="", help="Show how texts differ, as patch(1) reads it.")
