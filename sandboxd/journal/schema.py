@@ -8,17 +8,14 @@ them an older database is copied to ``backups/``.
 from __future__ import annotations
 
 import os
-import shutil
 import sqlite3
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
-import structlog
-
-from sandboxd import errors, systemd
+from sandboxd import errors
 from sandboxd.failpoint import failpoint
 from sandboxd.journal import sessioncalls
-from sandboxd.journal.output import sync_directory
+from sandboxd.journal.backups import back_up, still_starting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,12 +29,7 @@ APPLICATION_ID = 0x73626F78  # "sbox", so that file(1) and we know whose file it
 def _fill_sessions(connection: sqlite3.Connection, path: Path) -> None:
     with closing(connect_reader(path)) as reader:
         if reader.execute("SELECT 1 FROM sqlite_schema WHERE name = 'records'").fetchone():  # else it is new
-            sessioncalls.fill(connection, reader, _still_starting)
-
-
-def _still_starting() -> None:
-    """A large journal takes a while: a service manager waits for as long as it is told that it goes on."""
-    systemd.notify(f"EXTEND_TIMEOUT_USEC={PATIENCE * 10**6}")
+            sessioncalls.fill(connection, reader, still_starting)
 
 
 MIGRATIONS: tuple[tuple[str | Callable[[sqlite3.Connection, Path], None], ...], ...] = (
@@ -243,12 +235,7 @@ MIGRATIONS: tuple[tuple[str | Callable[[sqlite3.Connection, Path], None], ...], 
     (sessioncalls.TABLE, _fill_sessions),
 )
 
-KEPT_BACKUPS = 2
-PATIENCE = 120  # seconds that a service manager is asked to wait for the next sign of life
-PAGES = 20_000  # of a backup that are copied between two of them
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-
-log = structlog.get_logger(__name__)
 
 
 @contextmanager
@@ -337,7 +324,8 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
             "run that version, or choose another state directory"
         )
     if 0 < version < known:
-        _back_up(connection, path, version)
+        _check_tables(connection, path, version)
+        back_up(connection, path, version)
     if version == known:
         return
     connection.execute("BEGIN IMMEDIATE")
@@ -353,46 +341,29 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     connection.execute("COMMIT")
 
 
-def _back_up(connection: sqlite3.Connection, path: Path, version: int) -> None:
-    """A copy of what an older version wrote, whole or not at all. Raises HostFailed."""
-    directory = path.parent / "backups"
-    target = directory / f"journal-schema-{version}.sqlite3"
-    temporary = target.with_suffix(".tmp")
-    try:
-        directory.mkdir(mode=0o700, exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        needed = path.stat().st_size + path.with_name(f"{path.name}-wal").stat().st_size
-        if shutil.disk_usage(directory).free < 2 * needed:
-            raise errors.HostFailed(
-                f"the journal has to be migrated from schema {version}, and a backup of it in {directory} "
-                f"needs {2 * needed} bytes of free space; make room and start again"
-            )
-        _copy(connection, temporary)
-        failpoint("journal.backup")
-        temporary.replace(target)
-        for each in (directory, path.parent):
-            sync_directory(each)
-        for old in sorted(directory.glob("journal-schema-*.sqlite3"), key=_written)[:-KEPT_BACKUPS]:
-            old.unlink()
-    except OSError as error:
-        raise errors.HostFailed(f"the journal cannot be backed up: {error.strerror}") from error
-    log.info("the journal is migrated", backup=str(target), schema=version, to=len(MIGRATIONS))
+def _check_tables(connection: sqlite3.Connection, path: Path, version: int) -> None:
+    """Raise ConfigInvalid for a database that has a released version's number, and not its tables."""
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as model:
+        for steps in MIGRATIONS[:version]:
+            for step in steps:
+                if isinstance(step, str):
+                    model.execute(step)
+        missing = _columns(model) - _columns(connection)
+    if missing:
+        named = ", ".join(f"{table}.{column}" for table, column in sorted(missing)[:5])
+        raise errors.ConfigInvalid(
+            f"{path} says that it has schema {version}, and lacks {named}: a version between releases wrote "
+            "it, or it was damaged; restore a backup, or choose another state directory"
+        )
 
 
-def _copy(connection: sqlite3.Connection, to: Path) -> None:
-    """Page for page, so that what is damaged is copied as it is. Raises OSError."""
-    fd = os.open(to, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        with closing(sqlite3.connect(to, isolation_level=None)) as target:
-            connection.backup(target, pages=PAGES, progress=lambda *_: _still_starting())
-            target.execute("PRAGMA journal_mode = DELETE")
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _written(path: Path) -> float:
-    return path.stat().st_mtime
+def _columns(connection: sqlite3.Connection) -> set[tuple[str, str]]:
+    return set(
+        connection.execute(
+            "SELECT m.name, p.name FROM sqlite_schema AS m JOIN pragma_table_info(m.name) AS p"
+            " WHERE m.type = 'table'"
+        )
+    )
 
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:

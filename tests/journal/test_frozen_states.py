@@ -63,6 +63,11 @@ async def test_it_is_migrated_with_a_backup(tmp_path: Path, name: str) -> None:
     async with Journal.open(state):  # once
         pass
     assert len(list((state / "backups").iterdir())) == 1
+    for suffix in ("-wal", "-shm"):
+        (state / f"journal.sqlite3{suffix}").unlink(missing_ok=True)
+    backup.replace(state / "journal.sqlite3")  # as whoever goes back does
+    async with Journal.open(state) as journal:
+        assert str((await journal.verify(frozen["head"])).head) == frozen["head"]
 
 
 def counted(connection: sqlite3.Connection, tables: dict[str, int]) -> dict[str, int]:

@@ -97,6 +97,32 @@ async def test_a_backup_needs_room(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert (await journal.verify()).ok
 
 
+async def test_tables_of_no_release_are_refused_and_left_as_they_are(tmp_path: Path) -> None:
+    state = thawed("schema-12", tmp_path)
+    behind(state, "ALTER TABLE queue DROP COLUMN resting", "ALTER TABLE merges DROP COLUMN own_size")
+    before = (state / "journal.sqlite3").read_bytes()
+    with pytest.raises(
+        errors.ConfigInvalid, match=r"schema 12, and lacks merges\.own_size, queue\.resting: "
+    ):
+        async with Journal.open(state):
+            pass
+    assert (state / "journal.sqlite3").read_bytes() == before
+    assert not (state / "backups").exists()
+
+
+async def test_a_backup_takes_nothing_of_one_that_was_cut_off(tmp_path: Path) -> None:
+    state = thawed("schema-12", tmp_path)
+    (state / "backups").mkdir()
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        (state / "backups" / f"journal-schema-12.tmp{suffix}").write_bytes(b"x" * 5000)
+    async with Journal.open(state) as journal:
+        assert (await journal.verify()).ok
+    assert [path.name for path in (state / "backups").iterdir()] == ["journal-schema-12.sqlite3"]
+    with sqlite3.connect(state / "backups" / "journal-schema-12.sqlite3") as old:
+        assert old.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    old.close()
+
+
 async def test_backups_are_bounded(tmp_path: Path) -> None:
     state = thawed("schema-1", tmp_path)
     (state / "backups").mkdir()
