@@ -70,7 +70,9 @@ class Call:
     released: frozenset[str] = frozenset()
     """Digests of its artifacts, which no record names yet."""
     answered: anyio.Event = field(default_factory=anyio.Event)
-    """Set when it has ended here, or its outcome waits for room on the disk: whoever waits is told that."""
+    """Set when it has ended here, or its outcome waits for the disk: whoever waits is told that."""
+    unrecorded: str | None = None
+    """Why its outcome is not on disk, and so not told."""
     decided: anyio.Event = field(default_factory=anyio.Event)
     """Set when the acceptance is on disk, or ``refused``: until then all is made ready, and nothing runs."""
     refused: bool = False

@@ -31,12 +31,16 @@ if TYPE_CHECKING:
     from sandboxd.models import Artifact, CallbackState, Cause, Content, Invocation
     from sandboxd.scheduler import Ticket
 
-__all__ = ["UNRECORDED", "Ledger", "finish", "recovered", "retried_events", "streams_of"]
+__all__ = ["Ledger", "finish", "recovered", "retried_events", "streams_of", "unrecorded"]
 
-UNRECORDED = "there is no room to record how; ask for it again when there is"
 LIST_LIMIT = 500
 LATER = "the daemon stops, and the call waits for its next start; ask again then"
 CHUNK = 256 * 1024  # bytes of an artifact that are read at once
+
+
+def unrecorded(reason: str | None) -> str:
+    """What is said of a call that has ended, and of which nobody is told how until that is on disk."""
+    return f"the call has ended, but how could not be recorded yet: {reason}; ask for it again"
 
 
 class Ledger:
@@ -54,6 +58,8 @@ class Ledger:
         self.draining = False
         self._later: set[str] = set()
         """Ids of calls that were put away, for the next daemon."""
+        self._unrecorded: dict[str, str] = {}
+        """Calls that no task has and whose outcomes are not on disk yet, and why."""
         self._closing = anyio.Lock()
 
     @property
@@ -83,6 +89,8 @@ class Ledger:
         shown = found.invocation if isinstance(found, Call) else found
         if found is None or shown is None or not (caller.sees_all or shown.caller.uid == caller.uid):
             raise errors.NotFound(f"no call {id!r} of yours")
+        if id in self._unrecorded:
+            raise errors.HostFailed(unrecorded(self._unrecorded[id]), id=id)
         return found
 
     async def _spool(self, caller: Caller, id: str) -> Spool:
@@ -127,7 +135,7 @@ class Ledger:
         if found.shelved:
             raise errors.Draining(LATER)
         if not found.ended.is_set():
-            raise errors.HostFailed(f"call {id} has ended, but {UNRECORDED}", id=id)
+            raise errors.HostFailed(unrecorded(found.unrecorded), id=id)
         return found.invocation
 
     async def list(
@@ -195,6 +203,8 @@ class Ledger:
             return self._flying[item.id].invocation
         if item.id in self._dormant:
             return item.model_copy(update={"state": State.QUEUED})
+        if item.id in self._unrecorded:
+            return item.model_copy(update={"state": State.COLLECTING, "outcome": None})
         return item
 
     async def callback(self, caller: Caller, id: str) -> CallbackState:

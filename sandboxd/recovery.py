@@ -35,7 +35,7 @@ from sandboxd.outcomes import cancelled_with_its_caller, followed, ours
 from sandboxd.planner import Planner
 from sandboxd.retries import Retries
 from sandboxd.room import Held
-from sandboxd.runner import Runner, now
+from sandboxd.runner import RECORD_AGAIN, Runner, now
 from sandboxd.scheduler import Ticket
 from sandboxd.supervisor.ending import Deadline
 from sandboxd.supervisor.result import Result
@@ -215,8 +215,11 @@ class Recovery(Runner):
             spool.add(Event(seq=0, at=invocation.times.started, type="started"))
         return spool
 
-    async def _close(self, invocation: Invocation, outcome: Outcome) -> Invocation:
-        """Record the outcome of a call that no task of this daemon has."""
+    async def _close(self, invocation: Invocation, outcome: Outcome, *, later: bool = False) -> None:
+        """Record the outcome of a call that no task of this daemon has.
+
+        Raises HostFailed where it cannot be; or with ``later`` goes on trying, and nobody is told before.
+        """
         spool = await anyio.to_thread.run_sync(recovered, self._spools / invocation.id)
         done = invocation.model_copy(
             update={
@@ -229,11 +232,31 @@ class Recovery(Runner):
         if spool.stored:
             await anyio.to_thread.run_sync(spool.sync)
         failpoint("recovery.close")
-        await self._journal.ended(done, records.outcome_header(done))
+        try:
+            await self._journal.ended(done, records.outcome_header(done))
+        except errors.HostFailed as error:
+            if not later:
+                raise
+            self._unrecorded[done.id] = str(error)
+            self._tasks.start_soon(self._close_later, spool, done, outcome)
+        else:
+            self._closed(spool, done, outcome)
+
+    async def _close_later(self, spool: Spool, done: Invocation, outcome: Outcome) -> None:
+        while done.id in self._unrecorded:
+            await anyio.sleep(RECORD_AGAIN)
+            try:
+                await self._journal.ended(done, records.outcome_header(done))
+            except errors.HostFailed as error:
+                self._unrecorded[done.id] = str(error)
+            else:
+                del self._unrecorded[done.id]
+        self._closed(spool, done, outcome)
+
+    def _closed(self, spool: Spool, done: Invocation, outcome: Outcome) -> None:
         finish(spool, done, durable=True)
         self.ended[outcome.cause] += 1
         self.callbacks.ended(done)
-        return done
 
     async def _wake(self, id: str) -> None:
         """Make a dormant call one in flight, or give it the outcome that keeps it from that."""
@@ -344,7 +367,7 @@ class Recovery(Runner):
         try:
             invocation = await self._journal.get(id)
             if invocation is not None:
-                await self._close(invocation, outcome)
+                await self._close(invocation, outcome, later=True)
         except errors.SandboxdError:  # it stays in the journal, for the next daemon
             log.exception("the outcome could not be written", id=id)
         finally:

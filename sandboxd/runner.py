@@ -19,7 +19,7 @@ import structlog
 
 from sandboxd import errors
 from sandboxd.journal.behind import Behind
-from sandboxd.ledger import UNRECORDED, Ledger, finish, streams_of
+from sandboxd.ledger import Ledger, finish, streams_of, unrecorded
 from sandboxd.models import Cause, Event, Failure, State
 from sandboxd.network.entrance import Entrances
 from sandboxd.outcomes import cancelled, followed, header, ours, too_late
@@ -297,24 +297,24 @@ class Runner(Ledger):
             }
         )
         call.released = frozenset(artifact.digest for artifact in done.artifacts)
-        if await self._record(call, done, output):
+        call.unrecorded = await self._record(call, done, output)
+        if call.unrecorded is None:
             self._finish(call, done, output)
         else:
-            message = f"the call has ended, but {UNRECORDED}"
-            error = Failure(code=errors.HostFailed.code, message=message)
+            error = Failure(code=errors.HostFailed.code, message=unrecorded(call.unrecorded))
             call.spool.announce(Event(seq=0, at=now(), type="unrecorded", error=error))
             call.answered.set()
             self._tasks.start_soon(self._record_later, call, done, output)
 
-    async def _record(self, call: Call, done: Invocation, output: bytes | None) -> bool:
-        """Write an outcome, and with it what its session keeps; False where the host has no room for it."""
+    async def _record(self, call: Call, done: Invocation, output: bytes | None) -> str | None:
+        """Write an outcome, and with it what its session keeps; says why where it is not on disk."""
         session = call.session
         also = None if session is None else session.commit
         try:
             await self._journal.ended(done, header(done, call.plan), also=also, output=output)
-        except errors.HostFailed:
+        except errors.HostFailed as error:
             log.exception("the outcome could not be written", id=done.id)
-            return False
+            return str(error)
         except errors.SandboxdError as error:  # it never can
             log.exception("the outcome could not be written", id=done.id)
             if session is not None:
@@ -323,19 +323,22 @@ class Runner(Ledger):
                 await session.abandon()
                 done.checkpoint_after = session.after
             done.outcome = ours("host", f"the outcome could not be recorded: {error}")
-            with suppress(errors.SandboxdError):
+            try:
                 await self._journal.ended(done, header(done, call.plan), output=output)
-            return True
+            except errors.HostFailed as failed:
+                return str(failed)
+            except errors.SandboxdError:
+                log.exception("nor could that", id=done.id)
+            return None
         if session is not None:
             session.committed()
-        return True
+        return None
 
     async def _record_later(self, call: Call, done: Invocation, output: bytes | None) -> None:
         """Try again until the outcome is on disk: told before, a later daemon might give another."""
-        recorded = False
-        while not recorded:
+        while call.unrecorded is not None:
             await anyio.sleep(RECORD_AGAIN)
-            recorded = await self._record(call, done, output)
+            call.unrecorded = await self._record(call, done, output)
         call.spool.announce(None)
         self._finish(call, done, output)
 

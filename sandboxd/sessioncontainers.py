@@ -16,6 +16,7 @@ import anyio.to_thread
 import structlog
 
 from sandboxd import errors, models
+from sandboxd.failpoint import failpoint
 from sandboxd.workspace import containers, tables
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class SessionContainers:
             )
         )
         if lost:
+            failpoint("container.lost")
             log.warning("containers that sessions kept are lost", count=lost)
 
     async def close(self) -> None:
@@ -217,6 +219,7 @@ class SessionContainers:
                 if files == "kept":
                     raise
                 await self._lose(live, f"{why}, and its files could not be kept: {error}")
+        failpoint("container.ended")
         with anyio.CancelScope(shield=True):
             await self._keeping.end(live, why)
 

@@ -16,7 +16,7 @@ away.
 from __future__ import annotations
 
 import time
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -371,20 +371,21 @@ class Sessions:
     ) -> AsyncIterator[tuple[Standing, ...]]:
         """What checkpoints are made of: ids, digests, ``origin``, ``root``, or None for where it stands.
 
-        The session is not removed meanwhile. Raises NotFound.
+        Ids and digests may be those of other sessions of its caller. None is removed meanwhile. Raises
+        NotFound.
         """
         row = await self.holds.find(caller, named)
-        checkout = self.checkouts.of(row)
-        with self.holds.turns.reading(row.id):
-            ids = [await self._named(row, one) for one in checkpoints]
+        with ExitStack() as reading:
+            reading.enter_context(self.holds.turns.reading(row.id))
+            found = [await self._place(row, one, reading) for one in checkpoints]
             below = await self._journal.read(
-                lambda connection: [stacks.stack_of(connection, one) for one in ids]
+                lambda connection: [stacks.stack_of(connection, id_) for id_, _ in found]
             )
             for stack in below:
                 await self.layers.unwritten.settle(stack.layers)
             yield tuple(
                 Standing(id_, tuple(self.layers.paths(stack.layers)), checkout)
-                for id_, stack in zip(ids, below, strict=True)
+                for (id_, checkout), stack in zip(found, below, strict=True)
             )
 
     async def keeps(self, session: str, checkpoint: str | None) -> bool:
@@ -401,6 +402,22 @@ class Sessions:
     def left(self, caller: Caller) -> int:
         """Bytes that the caller's sessions may still grow by together."""
         return max(0, caller.sessions.size - self.layers.held.size_of(caller.uid))
+
+    async def _place(
+        self, row: Row, checkpoint: str | None, reading: ExitStack
+    ) -> tuple[str, Checkout | None]:
+        """The id of a checkpoint, and what is below it; its session is kept until ``reading`` is closed."""
+        try:
+            return await self._named(row, checkpoint), self.checkouts.of(row)
+        except errors.NotFound:
+            read = partial(tables.elsewhere, uid=row.uid, named=checkpoint or "")
+            other = await self._journal.read(read)
+            if other is None or self.holds.is_over(other):
+                raise
+        reading.enter_context(self.holds.turns.reading(other.id))
+        # The same directory counts as one layer, which need not be compared with itself.
+        below = self.checkouts.of(row if row.checkout == other.checkout else other)
+        return (await self.holds.checkpoint(other, checkpoint or "")).id, below
 
     async def _named(self, row: Row, checkpoint: str | None) -> str:
         if checkpoint is None:

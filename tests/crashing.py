@@ -22,14 +22,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from crash_caller import KINDS, SESSION, told
+from crash_caller import KINDS, told
+from crashed_sessions import CrashedSessions
 from daemons import PATIENCE, Daemon, slots_of, start_daemon, until
 
 from sandboxd import canonical, errors, models
 from sandboxd.failpoint import VARIABLE
 from sandboxd.journal import schema, signing, verify
-from sandboxd.workspace import layer, stacks, tables
-from sandboxd.workspace.view import View
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -80,7 +79,8 @@ class Crashing:
         self._so_far: Counter[str] | None = None
         self.daemon: Daemon | None = None
         self._running = ExitStack()
-        self.starts = 0
+        self.starts: list[int] = []
+        """When daemons were started, in microseconds since the epoch."""
         self.kinds = sorted(KINDS)
         """What callers ask for."""
         self.faults = {"interrupted"}
@@ -103,6 +103,9 @@ class Crashing:
         (self._directory / "rules" / "patient.yaml").write_text(
             "version: 1\nname: patient\nextends: counted\n"
             "retry: {failed: 100, backoff: 1ms..20ms, on: [interrupted]}\n"
+        )
+        (self._directory / "rules" / "kept.yaml").write_text(
+            "version: 1\nname: kept\nextends: counted\nisolation: session\n"
         )
         fd = os.open(fifo, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         self._stack.callback(os.close, fd)
@@ -144,11 +147,13 @@ class Crashing:
 
     def start(self) -> bool:
         """Start the daemon; False when it dies before it is ready, as a failpoint may have asked."""
-        self.starts += 1
+        self.starts.append(time.time_ns() // 1000)
         config = self._config + f"policies: [{self._directory / 'rules'}]\n"
         config += "callers:\n  - {match: {uid: 0}, role: operator}\n"
         config += "".join(
-            f"  - {{match: {{uid: {uid}}}, role: agent, policies: [counted, patient]}}\n" for uid in UIDS
+            f"  - {{match: {{uid: {uid}}}, role: agent, policies: [counted, patient, kept],"
+            " sessions: {container_life: 2s}}\n"
+            for uid in UIDS
         )
         before = os.environ.get(VARIABLE)
         os.environ[VARIABLE] = str(self.failpoints)
@@ -351,91 +356,13 @@ class Crashing:
             if before == 1 << 62:  # else what came after is forgotten, and done again
                 self._check_runs(key, told(found))
             self._check_content(client, found)
-        self._check_sessions(client, [row[:2] for row in rows])
+        sessions = CrashedSessions(
+            client, self.state, lines=self.lines(), starts=self.starts, chance=self.random, most=MANY
+        )
+        sessions.check(UIDS)
         assert list((self.state / "blobs" / "tmp").iterdir()) == []
-        self._check_layers()
         daemon = self.daemon
         until(lambda: not slots_of(daemon), "no container is left")
-
-    def _check_layers(self) -> None:
-        """Each session has what its calls did that are recorded as ended by themselves, and nothing else."""
-        layers = self.state / "sessions" / "layers"
-        until(self._all_written, "every layer is on disk as files", 10)
-        connection = schema.connect_reader(self.state / "journal.sqlite3")
-        try:
-            sessions = connection.execute("SELECT id, head FROM sessions").fetchall()
-            ended = connection.execute("SELECT doc FROM invocations WHERE doc IS NOT NULL").fetchall()
-            calls = [models.Invocation.model_validate_json(doc) for (doc,) in ended]
-            kept = connection.execute(
-                "SELECT layer, content, digest, call FROM checkpoints WHERE layer IS NOT NULL"
-            ).fetchall()
-            below = {
-                id_: [layers / name for name in stacks.stack_of(connection, head).layers]
-                for id_, head in sessions
-            }
-        finally:
-            connection.close()
-        of_call = {call: digest for _, _, digest, call in kept}
-        for id_, stack in below.items():
-            done = [
-                one
-                for one in calls
-                if (one.session, one.key is None) == (id_, False)
-                and one.outcome is not None
-                and one.outcome.cause == "exited"
-            ]
-            with View(stack) as view:
-                log = view.find(b"log")
-                content = b"" if log is None else b"".join(view.content(log))
-            assert Counter(content.decode().split()) == Counter(one.key for one in done)
-            assert all(of_call[one.id] == one.checkpoint_after for one in done)
-        assert {one.id for one in calls if one.checkpoint_after != one.checkpoint_before} == set(of_call)
-        for name, digest, _, _ in self._some(kept, MANY):
-            fd = os.open(layers / name, layer.DIRECTORY)
-            try:
-                assert layer.measure(fd).digest == digest
-            finally:
-                os.close(fd)
-
-        def referenced() -> bool:
-            connection = schema.connect_reader(self.state / "journal.sqlite3")
-            try:
-                known = tables.referenced(connection)
-            finally:
-                connection.close()
-            return {one.name for one in layers.iterdir()} == known | {"empty"}
-
-        until(referenced, "no layer is there that nothing refers to")
-
-    def _all_written(self) -> bool:
-        connection = schema.connect_reader(self.state / "journal.sqlite3")
-        try:
-            return not tables.packs(connection, after="", limit=1)
-        finally:
-            connection.close()
-
-    def _check_sessions(self, client: Client, rows: list[tuple[str, str]]) -> None:
-        """What a session's files hold is what the records of its calls say, in their order."""
-        kinds = {line["ask"]: line["kind"] for line in self.lines() if "ask" in line}
-        for uid in UIDS:
-            ended = [(client.get(id_), key) for id_, key in rows if kinds.get(key) == "session"]
-            own = [
-                (found, key) for found, key in ended if found.caller.uid == uid and found.outcome is not None
-            ]
-            kept = [key for found, key in own if found.outcome and found.outcome.cause == "exited"]
-            os.seteuid(uid)
-            try:
-                has = client.run(["cat", "log"], policy="counted", session=SESSION)
-            except errors.NotFound:
-                assert kept == []
-                continue
-            finally:
-                os.seteuid(0)
-            assert has.stdout is not None
-            lines = (has.stdout.text or "").split()
-            assert sorted(lines) == sorted(kept), f"session of {uid}"
-            numbers = [found.stdout.text for found, key in own if key in kept and found.stdout]
-            assert sorted(int(text or 0) for text in numbers) == list(range(1, len(kept) + 1))
 
     def _check_content(self, client: Client, found: models.Invocation) -> None:
         for name in ("stdout", "stderr"):

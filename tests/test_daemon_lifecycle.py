@@ -208,7 +208,7 @@ def test_a_full_disk_is_told_and_survived(
         (disk / "images").symlink_to(IMAGES)
         daemon = daemon_factory(state=disk)
         assert daemon.run("true").outcome is not None
-        with pytest.raises(errors.HostFailed, match="no room to record how") as full:
+        with pytest.raises(errors.HostFailed, match="how could not be recorded yet: no space left") as full:
             daemon.run("sh", "-c", "head -c 64M /dev/zero", policy="loud")
         id_ = full.value.details["id"]
         assert daemon.client().get(id_).outcome is None  # nobody is told what is not on disk

@@ -17,7 +17,7 @@ from sandboxd.api.openapi import NDJSON, OCTETS, Doc
 from sandboxd.api.protocol import CALLER
 from sandboxd.api.ranges import cut, part_of
 from sandboxd.api.streams import StreamResponse, until_gone
-from sandboxd.errors import Draining, NotFound, Refused
+from sandboxd.errors import Draining, HostFailed, NotFound, Refused
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -112,7 +112,8 @@ class Invocations:
 
         async def gone() -> None:
             if tied:
-                await self.service.cancel(caller, found.id)
+                with suppress(HostFailed):  # it has ended, and that cannot be recorded yet
+                    await self.service.cancel(caller, found.id)
 
         if NDJSON in request.headers.get("accept", ""):
             events = self.service.events(caller, found.id, after=0, follow=True)

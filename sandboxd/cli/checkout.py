@@ -40,7 +40,7 @@ def diff(
     session: Session,
     /,
     *,
-    since: Annotated[str | None, Parameter(help="A checkpoint; else the session's first.")] = None,
+    since: Annotated[str | None, Parameter(help="A checkpoint, of any session; else its first.")] = None,
     to: Annotated[str | None, Parameter(help="A checkpoint; else where the session stands.")] = None,
     text: Annotated[
         bool, Parameter(negative="", help="Show how texts differ, as patch(1) reads it.")
@@ -86,7 +86,8 @@ def pull(
     pulled = client.pull(session, place, git=git, force=force, most=size)
     if remote.json:
         refused = [{"path": one.path, "reason": one.reason} for one in pulled.refused]
-        terminal.print_json({"applied": pulled.applied, "already": pulled.already, "refused": refused})
+        document = {"applied": pulled.applied, "already": pulled.already, "refused": refused}
+        terminal.print_json(document | {"unnoted": pulled.unnoted})
     else:
         told(pulled, terminal.print_text)
     if pulled.refused:
@@ -108,7 +109,10 @@ def push(
     client = remote.client()
     found = client.push(session, _directory(client, session, directory), git=git, force=force)
     if remote.json:
-        document = {key: getattr(found, key) for key in ("sent", "removed", "ignored", "size", "checkpoint")}
+        document = {
+            key: getattr(found, key)
+            for key in ("sent", "removed", "ignored", "size", "checkpoint", "unnoted")
+        }
         for key, refused in (("refused", found.refused), ("left", found.left)):
             document[key] = [{"path": one.path, "reason": one.reason} for one in refused]
         terminal.print_json(document)
@@ -258,6 +262,11 @@ def told(found: Pulled | Pushed, say: Callable[[str], None]) -> None:
     for word in ("left", "refused"):
         for one in getattr(found, word, ()):
             say(f"{WORDS[word]:7} {visible(one.path)}: {visible(one.reason)}")
+    if found.unnoted is not None:
+        say(
+            f"warning: what both sides have now could not be noted ({visible(found.unnoted)}); the "
+            "next time it counts as changed on both"
+        )
 
 
 def _line(change: models.FileChange) -> str:

@@ -125,7 +125,9 @@ class Call:
             if event.get("type") == "output" and not self.json:
                 self._output(event)
             elif event.get("type") == "unrecorded":
-                say("the call has ended, but the daemon has no room to record how; waiting")
+                error = event.get("error")
+                why = error.get("message") if isinstance(error, dict) else "the daemon could not record how"
+                say(f"{why}; waiting")
             elif event.get("type") == "ended" and isinstance(event.get("invocation"), dict):
                 return dict(event["invocation"])
             self._after = int(event.get("seq", self._after))

@@ -58,7 +58,7 @@ def forget(session: str) -> None:
 
 
 class Agreement:
-    """A context manager: what was learnt is written at its end, whatever that is."""
+    """A context manager: what was learnt is written at its end, whatever that is, if it can be."""
 
     def __init__(self, session: str, directory: int) -> None:
         """Of a session, by its id, and an open directory."""
@@ -69,6 +69,8 @@ class Agreement:
         self._marks: dict[str, tuple[str, str]] = {}
         self.is_known = False
         """Whether there was one."""
+        self.unnoted: str | None = None
+        """Why what was learnt could not be written, once that is so."""
         self._is_changed = False
 
     def __enter__(self) -> Self:
@@ -84,6 +86,12 @@ class Agreement:
     def __exit__(self, *_: object) -> None:
         if not self._is_changed:
             return
+        try:
+            self._write()
+        except OSError as error:  # what was brought is brought, and who asked is told that first
+            self.unnoted = f"{self._path.parent}: {error.strerror}"
+
+    def _write(self) -> None:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         beside = self._path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         document = {"version": VERSION, "directory": self._place, "marks": self._marks}

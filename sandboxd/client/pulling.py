@@ -20,6 +20,7 @@ import os
 import stat
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from sandboxd import errors, models, units
@@ -30,7 +31,7 @@ from sandboxd.client.pushing import Refusal, files_there
 from sandboxd.kernel import files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Literal, Unpack
 
     from sandboxd.client.sync import Client
@@ -53,6 +54,8 @@ class Pulled:
     already: list[str] = field(default_factory=list)
     """Those that are here as the session has them."""
     refused: list[Refusal] = field(default_factory=list)
+    unnoted: str | None = None
+    """Why it could not be noted what both sides have now: a later pull takes it for changed on both."""
 
 
 class _Refused(Exception):
@@ -88,6 +91,7 @@ def pull(
                 to, changes, unnamed = _since_lent(client, info)
             one = _Pull(client, info, to, root, agreement, **fields)
             pulled = one.run(changes)
+        pulled.unnoted = agreement.unnoted
     finally:
         os.close(root)
     if unnamed:
@@ -126,6 +130,15 @@ def _since_agreed(
     return info.head.id, changes, unnamed
 
 
+def _change_mode(parent: int, name: bytes, mode: int) -> None:
+    """Of a directory, also one that its owner cannot open."""
+    fd = files.openat2(parent, name, _PARENT)
+    try:
+        Path(f"/proc/self/fd/{fd}").chmod(mode)
+    finally:
+        os.close(fd)
+
+
 class _Pull:
     def __init__(
         self,
@@ -150,28 +163,45 @@ class _Pull:
         self._left = most
         self._umask = own_umask()
         self._result = Pulled()
+        self._modes: dict[str, int | None] = {}
+        """Those that directories had before; None: there was none."""
+        self._gone: errors.Unavailable | None = None
 
     def run(self, changes: list[models.FileChange]) -> Pulled:
-        """What is removed goes last, and from the leaves up."""
+        """What is removed goes last, from the leaves up, and then directories get their modes."""
         removed = [one for one in changes if one.change == "removed"]
-        gone: errors.Unavailable | None = None
+        directories = []
         for change in [one for one in changes if one.change != "removed"] + removed[::-1]:
-            try:
-                if gone is not None:
-                    raise gone  # once is enough to wait for a daemon
-                path = self._path(change.path)
-                done = self._apply(change, path)
-                self._agree(change, path)
-            except errors.Unavailable as error:
-                gone = error
-                self._result.refused.append(Refusal(change.path, str(error)))
-            except (_Refused, errors.SandboxdError) as why:
-                self._result.refused.append(Refusal(change.path, str(why)))
-            except OSError as error:
-                self._result.refused.append(Refusal(change.path, error.strerror or str(error)))
+            if change.new is not None and change.new.kind == "directory":
+                if self._bring(change, self._make_directory):
+                    directories.append(change)
             else:
-                (self._result.applied if done else self._result.already).append(change.path)
+                self._bring(change, self._apply)
+        for change in directories[::-1]:
+            self._bring(change, self._close_directory)
         return self._result
+
+    def _bring(
+        self, change: models.FileChange, do: Callable[[models.FileChange, bytes], bool | None]
+    ) -> bool:
+        """Do it, and note it: whether something changed here, None where more is to come; False: refused."""
+        try:
+            if self._gone is not None:
+                raise self._gone  # once is enough to wait for a daemon
+            path = self._path(change.path)
+            done = do(change, path)
+            if done is not None:
+                self._agree(change, path)
+                (self._result.applied if done else self._result.already).append(change.path)
+        except (_Refused, errors.SandboxdError) as why:
+            if isinstance(why, errors.Unavailable):
+                self._gone = why
+            self._result.refused.append(Refusal(change.path, str(why)))
+        except OSError as error:
+            self._result.refused.append(Refusal(change.path, error.strerror or str(error)))
+        else:
+            return True
+        return False
 
     def _path(self, text: str) -> bytes:
         try:
@@ -189,8 +219,6 @@ class _Pull:
             if change.new is None:
                 return self._remove(change, parent, name, here)
             match change.new.kind:
-                case "directory":
-                    return self._make_directory(change, parent, name, here)
                 case "file":
                     return self._write(change, parent, name, here)
                 case "symlink":
@@ -255,7 +283,7 @@ class _Pull:
     ) -> bool:
         new = change.new
         assert new is not None  # noqa: S101  (the caller has looked)
-        mode = self._mode(new.mode, here, stat.S_IFREG)
+        mode = self._mode(new.mode, None if here is None else here.st_mode, stat.S_IFREG)
         if here is not None and stat.S_ISREG(here.st_mode):
             # No digest is told of a file that differs from what is here in its mode or owner alone.
             alike = change.old is not None and not {"kind", "content"} & set(change.aspects)
@@ -297,12 +325,17 @@ class _Pull:
     def _too_much(self) -> _Refused:
         return _Refused(f"it is over the {units.format_size(self._most)} of files that one pull brings")
 
-    def _mode(self, mode: int, here: os.stat_result | None, kind: int) -> int:
-        """What of a mode is brought: to what is here, no right to write beyond its owner's is added."""
-        if here is None or stat.S_IFMT(here.st_mode) != kind:
+    def _mode(self, mode: int, here: int | None, kind: int) -> int:
+        """What of a mode is brought: to what is here, no right to write beyond its owner's is added.
+
+        Nor is it taken from its owner that he reads it: who brought it would, and this session stand on what
+        nobody can read.
+        """
+        mode |= stat.S_IRUSR | (stat.S_IXUSR if kind == stat.S_IFDIR else 0)
+        if here is None or stat.S_IFMT(here) != kind:
             return mode & 0o777 & ~self._umask & ~stat.S_IWOTH
         shared = stat.S_IWGRP | stat.S_IWOTH
-        return mode & 0o777 & (~self._umask | here.st_mode) & (~shared | here.st_mode)
+        return mode & 0o777 & (~self._umask | here) & (~shared | here)
 
     def _link(self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result | None) -> bool:
         new = change.new
@@ -336,24 +369,27 @@ class _Pull:
             raise _Refused("it was changed here just now")
         os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
 
-    def _make_directory(
-        self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result | None
-    ) -> bool:
-        new = change.new
+    def _make_directory(self, change: models.FileChange, path: bytes) -> None:
+        """Have it here, and open to its owner until all that is to be in it is."""
+        with self._parent(path) as (parent, name):
+            here = status_of(parent, name)
+            if here is None:
+                os.mkdir(name, 0o700, dir_fd=parent)
+            elif not stat.S_ISDIR(here.st_mode):
+                raise _Refused("it is a directory in the session, and none here; remove it here first")
+            elif change.change != "added" and ~here.st_mode & stat.S_IRWXU:
+                _change_mode(parent, name, stat.S_IMODE(here.st_mode) | stat.S_IRWXU)
+        self._modes[change.path] = None if here is None else here.st_mode
+
+    def _close_directory(self, change: models.FileChange, path: bytes) -> bool:
+        new, before = change.new, self._modes[change.path]
         assert new is not None  # noqa: S101
-        mode = self._mode(new.mode, here, stat.S_IFDIR)
-        if here is None:
-            os.mkdir(name, 0o700, dir_fd=parent)
-        elif not stat.S_ISDIR(here.st_mode):
-            raise _Refused("it is a directory in the session, and none here; remove it here first")
-        elif stat.S_IMODE(here.st_mode) == mode or change.change == "added":
+        if before is not None and change.change == "added":
             return False
-        fd = files.openat2(parent, name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            os.fchmod(fd, mode)
-        finally:
-            os.close(fd)
-        return True
+        mode = self._mode(new.mode, before, stat.S_IFDIR)
+        with self._parent(path) as (parent, name):
+            _change_mode(parent, name, mode)
+        return before is None or stat.S_IMODE(before) != mode
 
     def _remove(
         self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result | None

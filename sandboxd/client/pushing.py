@@ -67,6 +67,8 @@ class Pushed:
     """Bytes of files that were sent."""
     checkpoint: str | None = None
     """The id of the one that it made; None where nothing was sent."""
+    unnoted: str | None = None
+    """Why it could not be noted what both sides have now: a later push takes it for changed on both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +102,13 @@ def push(
             with Agreement(info.id, root) as agreement:
                 one = _Push(client, info, root, agreement, **fields)
                 try:
-                    return one.run(directory)
+                    pushed = one.run(directory)
                 except errors.PreconditionFailed:
                     if not left:
                         raise
+                    continue
+            pushed.unnoted = agreement.unnoted
+            return pushed
         raise AssertionError  # the last try returns or raises
     finally:
         os.close(root)

@@ -30,6 +30,7 @@ AREAS = (
         "ports",
         "sessions",
         "containers",
+        "callbacks",
         "pool",
         "warm",
         "hostile",

@@ -14,7 +14,7 @@ from sandboxd.journal import records, requests
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["MAX_LIST", "conflict", "find_key", "get", "in_flight", "listed", "selected"]
+__all__ = ["MAX_LIST", "check_same", "conflict", "find_key", "get", "in_flight", "listed", "selected"]
 
 MAX_LIST = 500
 _MAX_LABELS = 16  # of a filter
@@ -99,6 +99,15 @@ def find_key(connection: sqlite3.Connection, uid: int, key: str) -> records.Exis
         "SELECT id, request_digest FROM invocations WHERE uid = ? AND key = ?", (uid, key)
     ).fetchone()
     return records.Existing(*row) if row else None
+
+
+def check_same(connection: sqlite3.Connection, id_: str, doc: bytes) -> None:
+    """Raise StateConflict for a call that ended in another way, NotFound for one that was not accepted."""
+    found = connection.execute("SELECT doc FROM invocations WHERE id = ?", (id_,)).fetchone()
+    if found is None:
+        raise errors.NotFound(f"invocation {id_} was never accepted")
+    if found[0] != doc:
+        raise errors.StateConflict(f"invocation {id_} has an outcome already")
 
 
 def conflict(

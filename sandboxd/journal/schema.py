@@ -1,8 +1,8 @@
 """The journal's tables, how they came to be, and what SQLite's errors mean here.
 
-Migrations are numbered from 1 and applied in order, each in a transaction of its own that also moves
-``user_version``. They are never edited once released. Before the first of them an older database is copied to
-``backups/``.
+Migrations are numbered from 1 and applied in order, all in one transaction that also moves ``user_version``:
+a daemon that dies meanwhile leaves what the older version left. They are never edited once released. Before
+them an older database is copied to ``backups/``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ APPLICATION_ID = 0x73626F78  # "sbox", so that file(1) and we know whose file it
 
 def _fill_sessions(connection: sqlite3.Connection, path: Path) -> None:
     with closing(connect_reader(path)) as reader:
-        sessioncalls.fill(connection, reader, _still_starting)
+        if reader.execute("SELECT 1 FROM sqlite_schema WHERE name = 'records'").fetchone():  # else it is new
+            sessioncalls.fill(connection, reader, _still_starting)
 
 
 def _still_starting() -> None:
@@ -337,17 +338,19 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
         )
     if 0 < version < known:
         _back_up(connection, path, version)
+    if version == known:
+        return
+    connection.execute("BEGIN IMMEDIATE")
     for number in range(version + 1, known + 1):
-        connection.execute("BEGIN IMMEDIATE")
         for step in MIGRATIONS[number - 1]:
             if isinstance(step, str):
                 connection.execute(step)
             else:
                 step(connection, path)
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {number}")
         failpoint("journal.migrate")
-        connection.execute("COMMIT")
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {known}")
+    connection.execute("COMMIT")
 
 
 def _back_up(connection: sqlite3.Connection, path: Path, version: int) -> None:

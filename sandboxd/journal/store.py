@@ -226,8 +226,9 @@ class Journal:
         ``also`` is what comes about with it, in the same transaction, or not at all.
         ``output`` is the copy of its spool, where that is not on disk yet (``behind``).
 
-        ``header`` is ``records.outcome_header``'s. Raises StateConflict for a call that has an outcome
-        already, NotFound for one that was never accepted.
+        ``header`` is ``records.outcome_header``'s. Raises StateConflict for a call that has another outcome
+        already, NotFound for one that was never accepted. After HostFailed it may have been written, and not
+        synced: the same again is recorded once.
         """
         if invocation.state is not models.State.ENDED or invocation.outcome is None:
             raise ValueError("only an ended invocation with an outcome can be recorded as ended")
@@ -240,12 +241,8 @@ class Journal:
                 row,
             ).rowcount
             if changed != 1:
-                found = transaction.connection.execute(
-                    "SELECT 1 FROM invocations WHERE id = ?", (invocation.id,)
-                ).fetchone()
-                if found:
-                    raise errors.StateConflict(f"invocation {invocation.id} has an outcome already")
-                raise errors.NotFound(f"invocation {invocation.id} was never accepted")
+                rows.check_same(transaction.connection, invocation.id, row[3])
+                return transaction.head
             if also is not None:
                 also(transaction.connection)
             transaction.connection.execute("DELETE FROM queue WHERE id = ?", (invocation.id,))

@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 __all__ = ["write_again"]
 
@@ -22,18 +18,17 @@ MAGIC_BIG = 0x377F0683  # checksums of big-endian words; of little-endian ones w
 WORDS = 0xFFFFFFFF
 
 
-def write_again(fd: int, database: Path) -> bool:
+def write_again(fd: int, shared: int) -> bool:
     """Write a database's log over itself and sync it; whether all that was committed is in it.
 
-    Nobody may write to it meanwhile. Blocks. Raises OSError.
+    ``shared`` is the file of SQLite's shared memory. Nobody may write to the log meanwhile. Blocks. Raises
+    OSError.
     """
     size, offset = os.fstat(fd).st_size, 0
     while offset < size and (data := os.pread(fd, CHUNK, offset)):
         offset += os.pwrite(fd, data, offset)
     os.fdatasync(fd)
-    with database.with_name(database.name + "-shm").open("rb") as shared:
-        index = shared.read(48)
-    return _whole(fd, index)
+    return _whole(fd, os.pread(shared, 48, 0))
 
 
 def _whole(fd: int, index: bytes) -> bool:

@@ -10,7 +10,7 @@ the start again; where operations never leave a moment for that and it grows lon
 
 After a sync that failed nothing is known of what the log has on disk, and no later sync would tell. So
 nothing is written until a thread has written the log's bytes once more, synced them, and found that they are
-those that were written (``wal``). Outcomes wait for that; all else is refused.
+those that were written (``wal``). Outcomes wait for that, for ``PATIENCE``; all else is refused.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ T = TypeVar("T")
 EVERY = 128  # transactions between two moves of the log into the database
 PAUSE = 0.02  # seconds until that begins: the answer that is due now comes first
 AGAIN = 1.0  # seconds between two tries to write the log again
+PATIENCE = 5.0  # seconds that outcomes wait for that before whoever waits for them is told
 LONG = 32 << 20  # bytes of the log's file beyond which operations wait until all of it was moved
 
 log = structlog.get_logger(__name__)
@@ -61,6 +62,9 @@ class Writer:
         self._transaction: Transaction | None = None
         self._mover: sqlite3.Connection | None = None
         self._log = -1
+        self._shared = -1
+        """SQLite's shared memory. Whoever closes it gives up all locks that SQLite has on it in this process
+        (fcntl(2)), and another process would take the database for one that nobody has open."""
         self._sync: FileSync | None = None
         self._written = 0
         self._moving: asyncio.Future[None] | None = None
@@ -81,6 +85,7 @@ class Writer:
                 self._mover = schema.connect_mover(self._path)
             failpoint("journal.opened")
             self._log = os.open(f"{self._path}-wal", os.O_RDWR | os.O_CLOEXEC)
+            self._shared = os.open(f"{self._path}-shm", os.O_RDONLY | os.O_CLOEXEC)
             sync_directory(self._path.parent)  # a sync of the log alone does not make its name durable
         except OSError as error:
             self.stop()
@@ -109,12 +114,18 @@ class Writer:
         """Run an operation, and wait until it is on disk if it is to be durable.
 
         What it raises undoes it. When it cannot be synced, ``undo`` is run as soon as anything can be; one
-        that is ``patient`` waits for that moment instead, and is durable then. A task that is cancelled here
-        does not take its operation back.
+        that is ``patient`` waits for that moment instead, and is durable then. After ``PATIENCE`` it raises
+        HostFailed all the same, and may have been written. A task that is cancelled here does not take its
+        operation back.
         """
         while not self._may_write.is_set() or (patient and self._restoring is not None):
             # again: another that waited may have filled the log
-            await (self._restored() if self._restoring is not None else self._may_write.wait())
+            if self._restoring is None:
+                await self._may_write.wait()
+                continue
+            await self._restored(PATIENCE)
+            if self._lost is not None:
+                break  # what is to be done says why it cannot be
         if self._sync is None:
             raise errors.HostFailed("the journal is closed")
         result = self._apply(operation)
@@ -126,7 +137,7 @@ class Writer:
                     self._undo.append(undo)
                 if not patient:
                     raise
-                await self._restored()
+                await self._restored(PATIENCE)
                 if self._lost is not None:
                     raise
         return result
@@ -145,9 +156,9 @@ class Writer:
                 self._restoring = asyncio.create_task(self._restore())
             raise errors.HostFailed(self._lost) from error
 
-    async def _restored(self) -> None:
+    async def _restored(self, seconds: float | None = None) -> None:
         if self._restoring is not None:
-            await asyncio.wait({self._restoring})
+            await asyncio.wait({self._restoring}, timeout=seconds)
 
     async def _restore(self) -> None:
         """Write the log again until that reaches the disk; ``_lost`` stays if its bytes are gone."""
@@ -157,7 +168,7 @@ class Writer:
                 await self._moving
             while True:
                 try:
-                    intact = await asyncio.to_thread(wal.write_again, self._log, self._path)
+                    intact = await asyncio.to_thread(wal.write_again, self._log, self._shared)
                     break
                 except OSError as error:
                     log.warning("the journal still cannot be synced", reason=str(error))
@@ -275,3 +286,6 @@ class Writer:
         if self._transaction is not None:
             self._transaction.connection.close()
             self._transaction = None
+        if self._shared >= 0:
+            os.close(self._shared)
+            self._shared = -1

@@ -148,6 +148,8 @@ class Floor:
             yield wider("filesystem.root", "overlay", "read-only")
         if _KEPT[spec.commit] > _KEPT[self.spec.commit] and places.sure("commit"):
             yield wider("commit", spec.commit, self.spec.commit)
+        if spec.isolation == "session" and self.spec.isolation == "call" and places.sure("isolation"):
+            yield wider("isolation", "session", "call")
 
     def _wider_secrets(
         self, spec: PolicyFile, places: Places, wider: Callable[..., PolicyProblem]

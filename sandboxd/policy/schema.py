@@ -441,3 +441,5 @@ class FloorFile(Section):
     """Ports that policies may expose to their callers; without this key, any."""
     commit: Literal["exited", "success", "always", "never"] = "always"
     """The most that a policy may have sessions keep, in the order never, success, exited, always."""
+    isolation: Literal["call", "session"] = "session"
+    """call: no policy may have sessions keep a container over their calls."""

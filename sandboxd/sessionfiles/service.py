@@ -306,10 +306,11 @@ class _Held(ExitStack):
 
 @contextmanager
 def _views(effort: Effort, *stands: Standing) -> Iterator[list[View]]:
-    """Views of checkpoints of one session; what its caller has lent is the same layer in all."""
+    """Views of checkpoints; what a caller has lent is the same layer in all that stand on it."""
     with ExitStack() as stack:
-        bottom = stack.enter_context(lowest(stands[-1].checkout))
-        yield [stack.enter_context(View((*one.layers, *bottom), effort)) for one in stands]
+        checkouts = {id(one.checkout): one.checkout for one in stands}
+        bottom = {key: stack.enter_context(lowest(one)) for key, one in checkouts.items()}
+        yield [stack.enter_context(View((*one.layers, *bottom[id(one.checkout)]), effort)) for one in stands]
 
 
 def _owner(view: View) -> tuple[int, int]:

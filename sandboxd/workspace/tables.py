@@ -259,6 +259,16 @@ def within(connection: sqlite3.Connection, row: Row, named: str) -> Checkpoint |
     return None
 
 
+def elsewhere(connection: sqlite3.Connection, uid: int, named: str) -> Row | None:
+    """The session of a caller that the newest checkpoint of this id or digest was made in."""
+    found = connection.execute(
+        "SELECT session FROM checkpoints WHERE (id = ?1 OR digest = ?1) AND uid = ?2 AND session IS NOT NULL"
+        " ORDER BY id DESC LIMIT 1",
+        (named, uid),
+    ).fetchone()
+    return find(connection, found[0], None) if found else None
+
+
 def first_of(connection: sqlite3.Connection, id_: str) -> Checkpoint | None:
     """The first checkpoint of the line that one is in, whichever session it was made in."""
     row = connection.execute(

@@ -10,7 +10,7 @@ from disks import mounted
 from invocations import DIGEST, call, ended
 
 from sandboxd import errors, models
-from sandboxd.journal import Accepted, Journal, outcome_header
+from sandboxd.journal import Accepted, Journal, outcome_header, writer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,8 +38,8 @@ async def accept(journal: Journal, key: str | None = None) -> models.Invocation:
     return invocation
 
 
-async def finish(journal: Journal, invocation: models.Invocation) -> None:
-    done = ended(invocation)
+async def finish(journal: Journal, invocation: models.Invocation, attempts: int = 1) -> None:
+    done = ended(invocation).model_copy(update={"attempts": attempts})
     await journal.ended(done, outcome_header(done))
 
 
@@ -98,11 +98,32 @@ async def test_an_outcome_waits_until_it_is_on_disk(disk: Disk) -> None:
         waiting.append(asyncio.create_task(finish(journal, several[0])))
         assert not any(task.done() for task in waiting)
         disk.mend()
-        *told, twice = await asyncio.gather(*waiting, return_exceptions=True)
-        assert told == [None] * 3
-        assert isinstance(twice, errors.StateConflict)  # one outcome
+        assert await asyncio.gather(*waiting) == [None] * 4
+        with pytest.raises(errors.StateConflict):  # one outcome
+            await finish(journal, several[0], attempts=2)
         assert (await journal.verify()).records == 3
         assert await journal.in_flight() == []
+
+
+async def test_an_outcome_that_waits_too_long_is_told_as_such_and_recorded_once(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "PATIENCE", 0.3)
+    async with Journal.open(disk.at / "state") as journal:
+        written, late = [await accept(journal) for _ in range(2)]
+        disk.fail("fsync", path=LOG, do="EIO")
+        for one in (written, late):  # the first is in the log, and the other waits for that
+            for _ in range(2):
+                with pytest.raises(errors.HostFailed, match="could not be synced"):
+                    await finish(journal, one)
+        disk.mend()
+        await accepts_again(journal)
+        for one in (written, late):
+            await finish(journal, one)
+            with pytest.raises(errors.StateConflict):
+                await finish(journal, one, attempts=2)
+        report = await journal.verify()
+        assert (report.ok, report.records) == (True, 2)
 
 
 async def test_a_log_whose_bytes_are_gone_is_not_believed(disk: Disk) -> None:

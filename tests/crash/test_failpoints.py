@@ -25,7 +25,8 @@ SOON = 20.0  # seconds in which what is done all the time is done
 FIRST = ("journal.key", "journal.migrate")
 """Where only the first daemon of a state directory is."""
 AT_START = {
-    "journal.opened", "layer.restore", "recovery.again", "recovery.close", "spool.recover", "spool.restore",
+    "container.lost", "journal.opened", "layer.restore", "recovery.again", "recovery.close", "spool.recover",
+    "spool.restore",
 }  # fmt: skip
 """Where a daemon is only when it starts, or does what the one before it left undone."""
 LEFT_BY = {"layer.restore": ("layer.settled", "KILL")}

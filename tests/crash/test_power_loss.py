@@ -109,7 +109,8 @@ def test_a_daemon_starts_from_whatever_the_power_left(place: Path, no_leaks: Non
     with Crashing(place, seed=time.time_ns() % 1_000_000) as crashing:
         with mounted(place / "fs") as disk:
             crashing.state = disk.at / "state"
-            crashing.kinds.remove("session")  # layers need what FUSE has not, and are synced as a whole
+            for kind in ("session", "kept"):  # layers need what FUSE has not, and are synced as a whole
+                crashing.kinds.remove(kind)
             assert crashing.start()
             crashing.start_callers()
             time.sleep(3)

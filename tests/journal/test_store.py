@@ -70,8 +70,9 @@ async def accept_all(journal: Journal, several: list[Accepted]) -> None:
         await journal.accept(each)
 
 
-async def finish(journal: Journal, invocation: models.Invocation) -> Head:
+async def finish(journal: Journal, invocation: models.Invocation, attempts: int | None = None) -> Head:
     done = ended(invocation)
+    done.attempts = done.attempts if attempts is None else attempts
     return await journal.ended(done, outcome_header(done, inputs=[DIGEST]))
 
 
@@ -134,14 +135,17 @@ async def test_an_outcome_is_recorded_once(tmp_path: Path) -> None:
     async with Journal.open(tmp_path) as journal:
         invocation = await run_one(journal)
         with pytest.raises(errors.StateConflict):
-            await finish(journal, invocation)
+            await finish(journal, invocation, attempts=7)
+        assert (await finish(journal, invocation)).n == 1  # the same, as after a sync that failed
         with pytest.raises(errors.NotFound):
             await finish(journal, call())
         with pytest.raises(ValueError, match="outcome"):
             await journal.ended(invocation, {})
         other = call()
         await journal.accept(Accepted(other, DIGEST))
-        results = await asyncio.gather(*(finish(journal, other) for _ in range(20)), return_exceptions=True)
+        results = await asyncio.gather(
+            *(finish(journal, other, at) for at in range(20)), return_exceptions=True
+        )
         assert sum(isinstance(result, Head) for result in results) == 1
         assert sum(isinstance(result, errors.StateConflict) for result in results) == 19
         journal.follow(other)  # late: changes nothing any more

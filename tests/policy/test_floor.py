@@ -51,6 +51,11 @@ from sandboxd.reach import Reach
         ),
         ("commit: exited\n", "commit: always\n", "commit: always is wider than the floor's exited"),
         ("commit: never\n", "", "commit: exited is wider than the floor's never"),
+        (
+            "isolation: call\n",
+            "isolation: session\n",
+            "isolation: session is wider than the floor's call",
+        ),
     ],
 )
 def test_a_wider_policy_is_refused_with_both_values(folder: Any, floor: str, policy: str, said: str) -> None:
@@ -95,8 +100,25 @@ def test_what_is_within_is_in_force(folder: Any) -> None:
     assert folder.codes() == []
 
 
+def test_a_kept_container_may_be_forbidden_and_a_child_may_do_without(folder: Any) -> None:
+    folder.write("floor", "isolation: call\n")
+    folder.write("p", "isolation: session\n")
+    folder.write("q", "extends: p\nisolation: call\n")
+    folder.write("r", "extends: p\n")
+    assert folder.load().names() == ["q"]
+    folder.write("floor", "isolation: session\n")
+    assert folder.load().names() == ["p", "q", "r"]
+
+
 @pytest.mark.parametrize(
-    "text", ["secrets: {names: [lower]}\n", "secrets: {as: [stdin]}\n", "inject: https\n", "secrets: [A]\n"]
+    "text",
+    [
+        "secrets: {names: [lower]}\n",
+        "secrets: {as: [stdin]}\n",
+        "inject: https\n",
+        "secrets: [A]\n",
+        "isolation: none\n",
+    ],
 )
 def test_a_floor_that_makes_no_sense_is_an_error(folder: Any, text: str) -> None:
     folder.write("floor", text)

@@ -283,6 +283,27 @@ def test_a_policy_that_changes_lets_it_be_until_its_end(daemon: Daemon) -> None:
     until(lambda: client.policy("other").digest == digest, "it is as it was")
 
 
+def test_a_floor_that_forbids_it_lets_no_call_in(daemon: Daemon) -> None:
+    client = daemon.client()
+    session = client.create_session()
+    live(daemon, session, "echo kept > kept; sleep 1000 &")
+    floor = daemon.policies / "floor.yaml"
+    floor.write_text("version: 1\nisolation: call\n")
+    try:
+        until(lambda: "live" not in {one.name for one in client.policies()}, "it is not in force")
+        with pytest.raises(errors.PolicyInvalid, match="session is wider than the floor's call"):
+            live(daemon, session, "true")
+        with pytest.raises(errors.ContainerLive):
+            sh(daemon, session, "true", policy="plain")
+        assert client.session(session.id).container.state == "live"  # type: ignore[union-attr]
+        assert client.end_session(session.id).container is None
+        assert said(sh(daemon, session, "cat kept", policy="plain")) == "kept\n"
+    finally:
+        floor.unlink()
+        until(lambda: "live" in {one.name for one in client.policies()}, "it is in force again")
+    client.delete_session(session.id)
+
+
 def test_a_caller_keeps_as_many_as_it_may(daemon: Daemon) -> None:
     with by(4242, daemon):
         client = daemon.client()

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from sessioned import ask, by, sh
 
+from sandboxd import errors
+
 if TYPE_CHECKING:
     from daemons import Daemon
 
@@ -57,6 +59,39 @@ def test_what_calls_left_is_compared_listed_and_read(daemon: Daemon, session: Se
     assert ask(daemon, "GET", f"{session.id}/files/..%2f..%2fetc/passwd").json["code"] == "invalid_request"
     assert ask(daemon, "GET", f"{session.id}/diff?limit=1").json["truncated"] is True
     assert ask(daemon, "GET", f"{session.id}").json["in_flight"] == 0
+
+
+def test_checkpoints_of_two_sessions_are_compared(daemon: Daemon, session: SessionInfo) -> None:
+    client = daemon.client()
+    sh(daemon, session, "echo one >both; echo mine >mine")
+    fork = client.fork_session(session.id)
+    sh(daemon, session, "echo two >both")
+    sh(daemon, fork.id, "echo theirs >theirs; rm mine")
+    here, there = client.session(session.id).head, client.session(fork.id).head
+    found = client.diff_session(fork.id, here.id, there.id, text=True)
+    assert (found.since, found.to) == (here.id, there.id)
+    assert {one.path: one.change for one in found.changes} == {
+        "both": "changed", "mine": "removed", "theirs": "added",
+    }  # fmt: skip
+    assert "-two\n+one\n" in str({one.path: one.diff for one in found.changes}["both"]).replace("\\n", "\n")
+    back = client.diff_session(session.id, there.digest, here.digest)
+    assert {one.path: one.change for one in back.changes} == {
+        "both": "changed", "mine": "added", "theirs": "removed",
+    }  # fmt: skip
+    client.delete_session(fork.id)
+    with pytest.raises(errors.NotFound, match="no checkpoint"):
+        client.diff_session(session.id, there.id)
+
+
+def test_checkpoints_of_others_are_not_there(daemon: Daemon, session: SessionInfo) -> None:
+    sh(daemon, session, "echo mine >mine")
+    head = daemon.client().session(session.id).head
+    with by(4243, daemon):
+        own = daemon.client().create_session()
+        for named in (head.id, head.digest):
+            with pytest.raises(errors.NotFound, match="no checkpoint"):
+                daemon.client().diff_session(own.id, named)
+        daemon.client().delete_session(own.id)
 
 
 def test_files_are_written_on_a_condition_and_calls_find_them(daemon: Daemon, session: SessionInfo) -> None:

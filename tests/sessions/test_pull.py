@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -13,9 +16,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from daemons import needs_containers, start_daemon
-from sessioned import CONFIG, give_policies, sh
+from sessioned import CONFIG, by, give_policies, said, sh
 
 from sandboxd import Client
+from sandboxd.cli import checkout
 from sandboxd.client.pulling import pull
 
 if TYPE_CHECKING:
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from sandboxd.models import SessionInfo
 
 BIN = Path(sys.executable).parent
+USER = 4243
 pytestmark = pytest.mark.usefixtures("agreements")
 
 
@@ -288,6 +293,59 @@ def run(daemon: Daemon, program: str, *arguments: str, cwd: Path) -> subprocess.
         timeout=100,
         check=False,
     )
+
+
+@pytest.fixture
+def users(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory of a user's, and one for what he knows of sessions."""
+    top = Path(tempfile.mkdtemp(prefix="sandboxd-test-"))
+    top.chmod(0o755)
+    (top / "work" / "src").mkdir(parents=True)
+    (top / "work" / "src" / "a").write_text("a\n")
+    (top / "state").mkdir()
+    for one in top.rglob("*"):
+        os.chown(one, USER, USER)
+    monkeypatch.setenv("XDG_STATE_HOME", str(top / "state"))
+    try:
+        yield top / "work"
+    finally:
+        shutil.rmtree(top)
+
+
+def test_a_tool_closes_no_directory_to_its_owner(daemon: Daemon, users: Path) -> None:
+    """Neither what is to be in it is refused then, nor is it lost to later pulls."""
+    change = "chmod 755 src; chmod 644 src/a; echo more >>src/a; chmod 0 src/a; chmod 0 src; mkdir dir{0}"
+    change += "; echo b >dir{0}/b; chmod 555 dir{0}"
+    with by(USER, daemon):
+        client = daemon.client()
+        made = client.create_session(directory=users)
+        for number in range(2):
+            done = client.run(["sh", "-c", change.format(number)], session=made.id, policy="kept")
+            assert said(done) == ""
+            pulled = client.pull(made.id, users)
+            assert (pulled.refused, pulled.unnoted) == ([], None)
+            assert (users / f"dir{number}" / "b").read_text() == "b\n"
+            assert stat.S_IMODE((users / f"dir{number}").stat().st_mode) == 0o555
+            assert stat.S_IMODE((users / "src").stat().st_mode) == 0o500
+            assert stat.S_IMODE((users / "src" / "a").stat().st_mode) == 0o400
+        client.delete_session(made.id)
+    assert (users / "src" / "a").read_text() == "a\nmore\nmore\n"
+
+
+def test_what_was_brought_is_told_also_where_it_cannot_be_noted(daemon: Daemon, users: Path) -> None:
+    (users.parent / "state").chmod(0o555)
+    with by(USER, daemon):
+        made = daemon.client().create_session(directory=users)
+        daemon.client().run(["sh", "-c", "echo b >b"], session=made.id, policy="kept")
+        pulled = daemon.client().pull(made.id, users)
+        assert (pulled.applied, pulled.refused) == (["b"], [])
+        assert pulled.unnoted is not None
+        assert "Permission denied" in pulled.unnoted
+        told: list[str] = []
+        checkout.told(pulled, told.append)
+        assert "warning: what both sides have now could not be noted" in told[-1]
+        daemon.client().delete_session(made.id)
+    assert (users / "b").read_text() == "b\n"
 
 
 def test_run_in_sandbox_on_a_directory(daemon: Daemon, directory: Path) -> None:

@@ -1,4 +1,5 @@
-"""Sessions against a model of them: calls, rollbacks, forks, restarts and kills, in whatever order.
+"""Sessions against a model of them: calls, rollbacks, forks, restarts and kills, in whatever order; and the
+containers that they keep, their checkpoints and ends.
 
 Layers are made by the daemon's own code of files that are written as a tool would write them. What the daemon
 does beside calls is done one step at a time, so that the daemon may die between any two of them.
@@ -19,6 +20,7 @@ from anyio.from_thread import start_blocking_portal
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from keptcalls import Bare, kept_call, live_of, scheduler
 from sessioncalls import CALLER, Served, serving
 
 from sandboxd import errors, models
@@ -34,6 +36,16 @@ FAN = 3  # layers that are merged into one: with the real number no example woul
 
 
 @dataclass
+class Container:
+    """One that a session keeps: the call that it was made for, what it stands on, and what is in it."""
+
+    since: str
+    base: str
+    files: dict[str, str]
+    calls: int = 0
+
+
+@dataclass
 class Line:
     """What a session has to be."""
 
@@ -41,6 +53,13 @@ class Line:
     head: str
     own: list[str] = field(default_factory=list)
     """Checkpoints that were made in it, and are not forgotten."""
+    live: Container | None = None
+    lost: Container | None = None
+    """What it kept and no call has told of yet."""
+
+    def lose(self) -> None:
+        """What it keeps is gone, and only its checkpoints are left."""
+        self.live, self.lost = None, self.live or self.lost
 
 
 class SessionMachine(RuleBasedStateMachine):
@@ -71,6 +90,7 @@ class SessionMachine(RuleBasedStateMachine):
             serving(state, self.directory / "uppers", attended=False)
         )
         self.served = self._serving.__enter__()
+        self.scheduler = scheduler()
 
     def down(self, at: str) -> list[str]:
         """A checkpoint, and those that it stands on."""
@@ -97,6 +117,10 @@ class SessionMachine(RuleBasedStateMachine):
         self, session: str, changes: dict[str, str | None], cause: models.Cause, *, linked: bool
     ) -> None:
         line = self.lines[session]
+        if line.live is not None:
+            with pytest.raises(errors.ContainerLive):
+                self.portal.call(self._call, session, changes, cause, linked)
+            return
         done = self.portal.call(self._call, session, changes, cause, linked)
         self.calls.append(done)
         row = self.portal.call(self.served.rows)[session]
@@ -129,8 +153,86 @@ class SessionMachine(RuleBasedStateMachine):
     def rollback(self, session: str, number: int) -> None:
         known = self.known(session)
         to = known[number % len(known)]
+        if self.lines[session].live is not None:
+            with pytest.raises(errors.ContainerLive):
+                self.portal.call(self.served.sessions.rollback, CALLER, session, to)
+            return
         self.portal.call(self.served.sessions.rollback, CALLER, session, to)
         self.lines[session].head = to
+
+    @rule(session=sessions, changes=CHANGES)
+    def call_in_its_container(self, session: str, changes: dict[str, str | None]) -> None:
+        line = self.lines[session]
+        done = self.portal.call(kept_call, self.served, self.scheduler, session, changes)
+        self.calls.append(done)
+        lost, line.lost = line.lost, None
+        if line.live is None:
+            line.live = Container(done.id, line.head, dict(self.files[line.head]))
+        live = line.live
+        live.calls += 1
+        live.files = {name: text for name, text in (live.files | changes).items() if text is not None}
+        assert done.container is not None
+        assert (done.container.since, done.container.number) == (live.since, live.calls)
+        told = done.container.lost
+        assert (told and (told.since, told.calls)) == (lost and (lost.since, lost.calls))
+        assert done.checkpoint_before == done.checkpoint_after
+
+    def has_checkpoint(self, session: str) -> None:
+        """What its container has is kept: as a checkpoint on the one that that began with, if it differs."""
+        line = self.lines[session]
+        head, live = self.portal.call(self.served.rows)[session].head, line.live
+        assert live is not None
+        if head not in {line.head, live.base}:
+            self.files[head] = live.files
+            self.parents[head] = live.base
+            line.own.append(head)
+        line.head = head
+        assert self.files[head] == live.files
+
+    @rule(session=sessions)
+    def checkpoint(self, session: str) -> None:
+        if self.lines[session].live is None:
+            with pytest.raises(errors.StateConflict):
+                self.portal.call(self.served.sessions.checkpoint, CALLER, session)
+            return
+        made = self.portal.call(self.served.sessions.checkpoint, CALLER, session)
+        self.has_checkpoint(session)
+        assert made.id == self.lines[session].head
+
+    @rule(session=sessions, how=st.sampled_from(["kept", "discarded", "unused"]))
+    def end(self, session: str, how: str) -> None:
+        line = self.lines[session]
+        if how == "unused":
+            if line.live is not None:
+                live_of(self.served, session).since_used -= 1e9
+            self.portal.call(self.served.sessions.containers.look_after)
+        elif line.live is None and line.lost is None:
+            with pytest.raises(errors.StateConflict):
+                self.portal.call(self._end, session, how)
+            return
+        else:
+            self.portal.call(self._end, session, how)
+            line.lost = None
+        if line.live is not None and how != "discarded":
+            self.has_checkpoint(session)
+        line.live = None
+
+    async def _end(self, session: str, how: str) -> None:
+        await self.served.sessions.end(CALLER, session, discard=how == "discarded")
+
+    @rule(session=sessions, noticed=st.booleans(), changes=CHANGES)
+    def container_dies(self, session: str, changes: dict[str, str | None], *, noticed: bool) -> None:
+        line = self.lines[session]
+        if line.live is None:
+            return
+        kept = live_of(self.served, session).kept
+        assert isinstance(kept, Bare)
+        kept.dead = True
+        line.lose()
+        if noticed:
+            self.portal.call(self.served.sessions.containers.look_after)
+        else:
+            self.call_in_its_container(session, changes)
 
     @rule(session=sessions, number=st.integers(0, 30))
     def rollback_to_another_sessions(self, session: str, number: int) -> None:
@@ -185,6 +287,11 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
+        self.portal.call(self.served.sessions.containers.end_all)
+        for session, line in self.lines.items():
+            if line.live is not None:
+                self.has_checkpoint(session)
+                line.live = None
         self._serving.__exit__(None, None, None)
         self.serve()
 
@@ -198,6 +305,8 @@ class SessionMachine(RuleBasedStateMachine):
         self._serving.__exit__(None, None, None)
         shutil.rmtree(before)
         self.starts += 1
+        for line in self.lines.values():
+            line.lose()
         self.serve()
 
     @invariant()
@@ -210,6 +319,10 @@ class SessionMachine(RuleBasedStateMachine):
         for id_, line in self.lines.items():
             assert (rows[id_].head, rows[id_].origin) == (line.head, line.origin)
             assert self.portal.call(self.served.files, line.head) == self.files[line.head]
+            told = self.portal.call(self.served.sessions.get, CALLER, id_).container
+            has = line.live or line.lost
+            expected = has and ("live" if line.live else "lost", has.since, has.calls)
+            assert (told and (told.state, told.since, told.calls)) == expected
             own = self.portal.call(self._own, id_)
             assert sorted(own) == sorted(line.own)
             for one in self.known(id_):

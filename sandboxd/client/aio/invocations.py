@@ -124,15 +124,19 @@ class Invocations(Exchanges):
         return await self._do(invocations.page(**fields))
 
     async def wait(self, id: str, timeout: float | None = None) -> models.Invocation:  # noqa: A002, ASYNC109 - as Client's
-        """The invocation once it has ended. Raises TimeoutError after ``timeout`` seconds; it runs on."""
+        """The invocation once it has ended.
+
+        Raises TimeoutError after ``timeout`` seconds, and it runs on; HostFailed when it has ended and the
+        host cannot record how yet: wait again.
+        """
         with anyio.fail_after(timeout):
             invocation = await self.get(id)
             if invocation.state == models.State.ENDED:
                 return invocation
             async with await self.events(id) as events:
                 async for event in events:
-                    if event.invocation is not None:
-                        return event.invocation
+                    if (done := invocations.ended(event, id)) is not None:
+                        return done
         raise wire.lost("before the call did")
 
     async def events(self, id: str, *, after: int = 0, follow: bool = True) -> AsyncStream[models.Event]:  # noqa: A002

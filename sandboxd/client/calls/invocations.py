@@ -27,6 +27,7 @@ __all__ = [
     "cancel",
     "connect",
     "connect_session",
+    "ended",
     "event",
     "events",
     "get",
@@ -100,6 +101,13 @@ class Events:
             error.details.setdefault("after", self.after)
             raise
         self.finish()
+
+
+def ended(event: models.Event, id: str) -> models.Invocation | None:  # noqa: A002 - the field's name
+    """The invocation that an event ends a call with. Raises HostFailed where that is not told yet."""
+    if event.type == "unrecorded":
+        raise errors.HostFailed(event.error.message if event.error else "its outcome is not on disk", id=id)
+    return event.invocation
 
 
 def run(asked: models.Request) -> Call[models.Invocation]:

@@ -115,7 +115,11 @@ class Invocations(Exchanges):
         return self._do(invocations.page(**fields))
 
     def wait(self, id: str, timeout: float | None = None) -> models.Invocation:  # noqa: A002
-        """The invocation once it has ended. Raises TimeoutError after ``timeout`` seconds; it runs on."""
+        """The invocation once it has ended.
+
+        Raises TimeoutError after ``timeout`` seconds, and it runs on; HostFailed when it has ended and the
+        host cannot record how yet: wait again.
+        """
         invocation = self.get(id)
         if invocation.state == models.State.ENDED:
             return invocation
@@ -133,8 +137,8 @@ class Invocations(Exchanges):
                     if limit is not None and error.details.get("reason") == "timeout":
                         raise TimeoutError(f"{id} did not end within {timeout:g} s") from None
                     raise
-                if event.invocation is not None:
-                    return event.invocation
+                if (done := invocations.ended(event, id)) is not None:
+                    return done
 
     def events(self, id: str, *, after: int = 0, follow: bool = True) -> Stream[models.Event]:  # noqa: A002
         """The events numbered above ``after``; with ``follow`` until ``ended``, else those so far."""

@@ -1,0 +1,136 @@
+"""Programs of the operator's that are told of a call's end: what reaches them, and what they are held to.
+
+They run on the host, and not in a container; but the cgroup that bounds each is the engine's to make.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import signal
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from sandboxd import errors
+from sandboxd.conformance.plugin import needs
+from sandboxd.conformance.policies import PREFIX
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from sandboxd.conformance.subject import Subject
+    from sandboxd.models import CallbackState
+
+    Another = Callable[[str], Subject]
+
+pytestmark = needs("a daemon of the suite's own")
+
+PRIES = """
+exec > "$TOLD/$SANDBOXD_CALL" 2>&1
+cat
+id -u; id -G; pwd
+grep -E '^(CapPrm|CapEff|CapBnd|NoNewPrivs)' /proc/self/status | cut -f2
+cat /proc/net/dev | wc -l
+cat /proc/self/cgroup
+"""
+SLEEP = "sleep 98761"
+FAILS = {
+    "status": ("exit 3", "ended with status 3"),
+    "time": (f"(setsid {SLEEP} &); {SLEEP}", "had not ended after"),
+    "pids": (f"while {SLEEP} & do :; done", "ended with status 2"),
+    "memory": ("head -c 200M /dev/zero | tail -n 1", "ended with status 137"),
+}
+"""By what ends it: a script, and what is told of its end."""
+
+
+def config(told: Path, subject: Subject, **scripts: str) -> str:
+    """A configuration by which the suite's user may name these scripts as a callback."""
+    programs = {
+        name: {
+            "argv": ["/bin/sh", "-c", f"TOLD={told}; {script}"],
+            "user": "nobody",
+            "timeout": subject.duration(3),
+            "memory": "64MiB",
+            "pids": 8,
+            "cpus": 1,
+        }
+        for name, script in scripts.items()
+    }
+    callers = [{"match": {"uid": os.geteuid()}, "role": "operator", "callbacks": list(scripts)}]
+    return f"callbacks: {json.dumps(programs)}\ncallers: {json.dumps(callers)}\n"
+
+
+@pytest.fixture
+def told(subject: Subject) -> Iterator[Path]:
+    """A directory that anybody may write to."""
+    path = subject.directory / "told"
+    path.mkdir()
+    path.chmod(0o777)
+    yield path
+    for file in path.iterdir():
+        file.unlink()
+    path.rmdir()
+
+
+def tried(own: Subject, id_: str, times: int = 1) -> CallbackState:
+    """What became of a callback, once it was tried so often."""
+    own.until(lambda: own.client.callback(id_).tries >= times, "it is tried", 20)
+    return own.client.callback(id_)
+
+
+def left() -> list[int]:
+    """Processes on this host that a program started and did not end."""
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if " ".join(process.info["cmdline"] or []) == SLEEP
+    ]
+
+
+def test_a_program_is_told_and_has_its_users_rights_alone(
+    subject: Subject, another: Another, told: Path
+) -> None:
+    own = another(config(told, subject, tell=PRIES))
+    for name in ("another", "../tell", "tell; true"):
+        with pytest.raises(errors.Refused):
+            own.start("true", callback={"exec": name})
+    call = own.start("sh", "-c", "exit 7", callback={"exec": "tell"}, labels={"job": "9"})
+    state = tried(own, call.id)
+    assert (state.exec, state.state, state.problem) == ("tell", "told", None)
+    line, *lines = (told / call.id).read_text().splitlines()
+    said = json.loads(line)
+    assert (said["id"], said["state"], said["cause"], said["exit_code"]) == (call.id, "ended", "exited", 7)
+    assert (said["policy"], said["labels"]) == (PREFIX + "plain", {"job": "9"})
+    nobody = pwd.getpwnam("nobody")
+    assert lines[:3] == [str(nobody.pw_uid), str(nobody.pw_gid), "/"]
+    assert lines[3:7] == ["0" * 16] * 3 + ["1"]
+    assert lines[7] == "3", "two lines of headings, and lo"
+    assert any(f"callback-{call.id}" in one for one in lines[8:]), "a cgroup of its own"
+
+
+def test_a_program_that_fails_is_ended_with_all_that_it_started(
+    subject: Subject, another: Another, told: Path
+) -> None:
+    own = another(config(told, subject, **{name: script for name, (script, _) in FAILS.items()}))
+    calls = {name: own.start("true", callback={"exec": name}) for name in FAILS}
+    for name, call in calls.items():
+        state = tried(own, call.id)
+        assert state.state == "owed"
+        assert FAILS[name][1] in (state.problem or ""), name
+    own.stop()
+    assert left() == []
+
+
+def test_what_was_not_told_is_told_by_the_next_daemon(subject: Subject, another: Another, told: Path) -> None:
+    own = another(config(told, subject, tell='echo x >> "$TOLD/$SANDBOXD_CALL"; [ -e "$TOLD/go" ]'))
+    call = own.start("true", callback={"exec": "tell"})
+    assert tried(own, call.id).state == "owed"
+    own.stop(signal.SIGKILL)
+    (told / "go").touch()
+    own.launch()
+    own.until(lambda: own.client.callback(call.id).state == "told", "it is told", 20)
+    assert (told / call.id).read_text().count("x") >= 2
