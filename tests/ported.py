@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 from daemons import SANDBOXD
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from daemons import Daemon
 
@@ -66,6 +67,22 @@ def become(uid: int) -> None:
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
+
+
+def found_as(
+    uid: int,
+    daemon: Daemon,
+    named: str | None,
+    program: Callable[[int, str, str | None, multiprocessing.Queue[object]], None],
+) -> object:
+    """What a program finds that is run by another user, who is given what is to be reached."""
+    queue: multiprocessing.Queue[object] = multiprocessing.Queue()
+    process = multiprocessing.Process(target=program, args=(uid, str(daemon.socket), named, queue))
+    process.start()
+    found = queue.get(timeout=60)
+    process.join()
+    queue.close()
+    return found
 
 
 class ApiConnection(http.client.HTTPConnection):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import socket
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from acting import acting_as
 from daemons import needs_containers, start_daemon, until
 
 from sandboxd import errors
@@ -76,11 +76,8 @@ def session(daemon: Daemon) -> Iterator[SessionInfo]:
 def by(uid: int, daemon: Daemon) -> Iterator[None]:
     """Be somebody else for a while: the kernel tells the daemon who connects."""
     daemon.admit_everybody()  # again: other runs of pytest close the directory of all
-    os.seteuid(uid)
-    try:
+    with acting_as(uid):
         yield
-    finally:
-        os.seteuid(0)
 
 
 def sh(
@@ -101,13 +98,9 @@ def said(found: Invocation) -> str:
 
 def layers(daemon: Daemon) -> set[str]:
     """The layers on disk, once each that there is is there."""
-    who = os.geteuid()
-    os.seteuid(0)  # nobody else may look
-    try:
+    with acting_as(0):  # nobody else may look
         until(lambda: not _packs(daemon), "every layer is on disk as files")
         return {one.name for one in (daemon.state / "sessions" / "layers").iterdir()} - {"empty"}
-    finally:
-        os.seteuid(who)
 
 
 def _packs(daemon: Daemon) -> list[tuple[str, bytes]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+from acting import acting_as
 from daemons import until
 
 from sandboxd import AsyncClient, errors
@@ -133,11 +134,8 @@ def receiver(directory: Path, name: str = "r") -> socket.socket:
 
 def as_user(uid: int, daemon: Daemon, request: dict[str, Any]) -> None:
     """Ask for a call as somebody else."""
-    os.seteuid(uid)
-    try:
+    with acting_as(uid):
         status, _ = ask(daemon, "POST", "invocations", request, Prefer="respond-async")
-    finally:
-        os.seteuid(0)
     assert status == 202
 
 
@@ -197,12 +195,8 @@ def test_who_may_not_have_callbacks_is_refused(daemon_factory: Callable[..., Dae
     daemon = daemon_factory(config=CALLERS)
     daemon.admit_everybody()
     body = {"argv": ["true"], "callback": {"unix": str(tmp_path / "r")}}
-    os.seteuid(54_323)
-    try:
-        with pytest.raises(errors.NotPermitted):
-            ask(daemon, "POST", "invocations", body)
-    finally:
-        os.seteuid(0)
+    with acting_as(54_323), pytest.raises(errors.NotPermitted):
+        ask(daemon, "POST", "invocations", body)
     for wrong in ("relative", "/" + "x" * 200, "/a\0b"):
         with pytest.raises((errors.InvalidRequest, errors.TooLarge)):
             ask(daemon, "POST", "invocations", {"argv": ["true"], "callback": {"unix": wrong}})

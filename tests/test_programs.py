@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sqlite3
 import time
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from acting import acting_as
 from daemons import until
 
 from sandboxd import errors
@@ -206,11 +206,8 @@ def test_a_daemon_that_ends_takes_its_programs_along_and_the_next_one_tells(
 
 
 def as_user(uid: int, daemon: Daemon, **fields: Any) -> str:
-    os.seteuid(uid)
-    try:
+    with acting_as(uid):
         return daemon.client().start(["true"], **fields).id
-    finally:
-        os.seteuid(0)
 
 
 def test_a_caller_has_only_what_it_was_granted(daemon_factory: Callable[..., Daemon], inbox: Path) -> None:
@@ -226,12 +223,8 @@ def test_a_caller_has_only_what_it_was_granted(daemon_factory: Callable[..., Dae
     ):
         with pytest.raises(errors.NotPermitted, match="not yours"):
             as_user(uid, daemon, callback=callback)
-    os.seteuid(OTHER)
-    try:
-        with pytest.raises(errors.NotFound):
-            daemon.client().callback(id_)
-    finally:
-        os.seteuid(0)
+    with acting_as(OTHER), pytest.raises(errors.NotFound):
+        daemon.client().callback(id_)
     with pytest.raises(errors.InvalidRequest, match="no program 'nosuch'; those of yours are other, tell"):
         daemon.client().start(["true"], callback={"exec": "nosuch"})
     for wrong in (

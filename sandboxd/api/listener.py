@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from sandboxd.config import MAX_SOCKET_PATH, default_socket
 from sandboxd.errors import ConfigInvalid
+from sandboxd.kernel import socketfile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, MutableMapping
@@ -47,14 +48,8 @@ def listening(config: SocketConfig, environ: MutableMapping[str, str]) -> Iterat
     path = config.path or default_socket(environ)
     with bind(path, mode=config.mode, group=config.group) as sock:
         refuse_descriptors(sock)
-        ours = path.lstat()
-        try:
+        with socketfile.removed(path):
             yield sock
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                now = path.lstat()
-                if (now.st_dev, now.st_ino) == (ours.st_dev, ours.st_ino):
-                    path.unlink()
 
 
 def refuse_descriptors(sock: socket.socket) -> None:

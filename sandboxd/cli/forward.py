@@ -18,6 +18,7 @@ from sandboxd import errors
 from sandboxd.cli import terminal
 from sandboxd.cli.calls import AlsoRemote, find
 from sandboxd.cli.options import REMOTE
+from sandboxd.kernel import socketfile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -115,15 +116,9 @@ def _unix(path: Path) -> Iterator[socket.socket]:
             sock.bind(os.fspath(path))
         finally:
             os.umask(before)
-        ours = path.lstat()
-        try:
+        with socketfile.removed(path):
             sock.listen(BACKLOG)
             yield sock
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                now = path.lstat()
-                if (now.st_dev, now.st_ino) == (ours.st_dev, ours.st_ino):
-                    path.unlink()
 
 
 class _Call:

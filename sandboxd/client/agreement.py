@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from sandboxd.artifacts import decode_path
+
 if TYPE_CHECKING:
     from sandboxd import models
 
@@ -33,10 +35,13 @@ def link_mark(target: bytes) -> str:
     return f"link:{hashlib.sha256(target).hexdigest()}"
 
 
-def mark_there(info: models.FileInfo, target: bytes | None) -> str:
-    """The same of a file of a session, of which the digest is told; ``target`` is that of a link."""
+def mark_there(info: models.FileInfo) -> str:
+    """The same of a file of a session, of which the digest is told."""
     if info.kind == "symlink":
-        return link_mark(target or b"")
+        try:
+            return link_mark(decode_path(info.target or ""))
+        except ValueError:  # no target that a link here can have
+            return link_mark(b"")
     return mark(info.kind, info.digest or "" if info.kind == "file" else "", info.mode)
 
 

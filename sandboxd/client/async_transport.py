@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 import anyio
@@ -21,6 +21,7 @@ from sandboxd.client.transport import MAX_PROBLEM
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Sequence
 
+    from sandboxd import errors
 
 __all__ = ["AsyncAnswer", "exchange", "switch"]
 
@@ -183,22 +184,34 @@ async def exchange(
     chunks: AsyncIterable[bytes] | None = None,
 ) -> AsyncAnswer:
     """Send a request and return its answer, if it is a 2xx one; raise what a problem stands for."""
-    stream = await connect(paths, connect_timeout)
-    parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEADER)
-    answer = AsyncAnswer(stream, parser, None if asked.waits else timeout)
-    try:
+    async with _connection(paths, connect_timeout) as (stream, parser):
+        answer = AsyncAnswer(stream, parser, None if asked.waits else timeout)
         await _send(stream, parser, asked, chunks, timeout)
         await answer.begin()
-        if 200 <= answer.status < 300:
-            return answer
-        problem = await answer.read(MAX_PROBLEM)
+        if not 200 <= answer.status < 300:
+            raise await _refusal(answer)
+        return answer
+
+
+@asynccontextmanager
+async def _connection(
+    paths: Sequence[str],
+    timeout: float,  # noqa: ASYNC109 - per candidate
+) -> AsyncGenerator[tuple[SocketStream, h11.Connection], None]:
+    """A connection, which is closed where the block fails; else it is whoever's who has its answer."""
+    stream = await connect(paths, timeout)
+    try:
+        yield stream, h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEADER)
     except BaseException:
         # A cancelled task cannot wait for a graceful close; aclose closes first and waits afterwards.
         with anyio.CancelScope(shield=True):
             await stream.aclose()
         raise
-    await stream.aclose()
-    raise wire.error_of(answer.status, answer.content_type, problem)
+
+
+async def _refusal(answer: AsyncAnswer) -> errors.SandboxdError:
+    """What an answer that is no 2xx one stands for."""
+    return wire.error_of(answer.status, answer.content_type, await answer.read(MAX_PROBLEM))
 
 
 async def switch(
@@ -209,23 +222,15 @@ async def switch(
     timeout: float | None,  # noqa: ASYNC109 - bounds each read and write before the answer
 ) -> SocketStream:
     """Send a request to switch protocols; the stream, at the first byte after status 101."""
-    stream = await connect(paths, connect_timeout)
-    parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEADER)
-    answer = AsyncAnswer(stream, parser, timeout)
-    try:
+    async with _connection(paths, connect_timeout) as (stream, parser):
+        answer = AsyncAnswer(stream, parser, timeout)
         await _send(stream, parser, asked, None, timeout)
         head = await _read_head(stream, timeout)
-        if head.split(b" ", 2)[1:2] == [b"101"]:
-            return stream
-        parser.receive_data(head)
-        await answer.begin()
-        problem = await answer.read(MAX_PROBLEM)
-    except BaseException:
-        with anyio.CancelScope(shield=True):
-            await stream.aclose()
-        raise
-    await stream.aclose()
-    raise wire.error_of(answer.status, answer.content_type, problem)
+        if head.split(b" ", 2)[1:2] != [b"101"]:
+            parser.receive_data(head)
+            await answer.begin()
+            raise await _refusal(answer)
+        return stream
 
 
 async def _read_head(stream: SocketStream, timeout: float | None) -> bytes:  # noqa: ASYNC109 - of each read

@@ -120,7 +120,7 @@ def _since_agreed(
     changes = []
     for path, one in there.items():
         known = agreement.there(path)
-        word = mark_there(one, _decoded(one.target))
+        word = mark_there(one)
         if word == known:
             continue
         kind: Literal["added", "changed"] = "added" if known is None else "changed"
@@ -128,13 +128,6 @@ def _since_agreed(
     gone = sorted(agreement.paths() - set(there), key=lambda path: path.split("/"))
     changes += [models.FileChange(path=path, change="removed") for path in gone]
     return info.head.id, changes, unnamed
-
-
-def _decoded(text: str | None) -> bytes | None:
-    try:
-        return None if text is None else decode_path(text)
-    except ValueError:
-        return None
 
 
 def _change_mode(parent: int, name: bytes, mode: int) -> None:

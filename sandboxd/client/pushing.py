@@ -170,9 +170,7 @@ class _Push:
         if self._info.checkout is None:
             self._tree = scan(self._root, directory, git=self._git)
             there, _ = files_there(self._client, self._info.id, self._info.head.id)
-            self._there = {
-                path: _There(one.kind, mark_there(one, _target(one))) for path, one in there.items()
-            }
+            self._there = {path: _There(one.kind, mark_there(one)) for path, one in there.items()}
             paths = {*self._tree.files, *self._there, *self._agreement.paths()}
         else:
             paths = self._changed_there()
@@ -199,7 +197,7 @@ class _Push:
             new = change.new
             if new is None:
                 continue
-            word = mark_there(new, _target(new))
+            word = mark_there(new)
             if new.digest is None and here is not None and not {"kind", "content"} & set(change.aspects):
                 word = mark(new.kind, content_of(here.mark) or "", new.mode)  # it is as the directory's
             self._there[change.path] = _There(new.kind, word)
@@ -365,10 +363,3 @@ def _name(path: str) -> bytes | None:
     except (ValueError, errors.InvalidRequest):
         return None
     return name
-
-
-def _target(info: models.FileInfo) -> bytes | None:
-    try:
-        return None if info.target is None else decode_path(info.target)
-    except ValueError:
-        return None

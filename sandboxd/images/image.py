@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sandboxd import models
 from sandboxd.errors import ImageInvalid, InvalidRequest
 
 if TYPE_CHECKING:
@@ -56,6 +57,17 @@ class Image:
     source: str
     architecture: str
     binds: tuple[HostBind, ...] = ()
+
+    def info(self) -> models.ImageInfo:
+        """What is told of it."""
+        return models.ImageInfo(
+            name=self.name,
+            digest=self.digest,
+            size=self.size,
+            created=self.created,
+            source=self.source,
+            architecture=self.architecture,
+        )
 
 
 def host_architecture() -> str:

@@ -8,7 +8,6 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from sandboxd import models
 from sandboxd.canonical import digest_bytes
 from sandboxd.errors import ImageInUse, InvalidRequest, NotFound
 from sandboxd.images.build import build_into
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
+
+    from sandboxd import models
 
 __all__ = ["ImageStore"]
 
@@ -67,16 +68,7 @@ class ImageStore:
                 image = self.resolve(name)
             except NotFound:
                 continue  # removed while we looked
-            infos.append(
-                models.ImageInfo(
-                    name=image.name,
-                    digest=image.digest,
-                    size=image.size,
-                    created=image.created,
-                    source=image.source,
-                    architecture=image.architecture,
-                )
-            )
+            infos.append(image.info())
         return infos
 
     def resolve(self, name_or_digest: str) -> Image:

@@ -17,6 +17,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from sandboxd.egress.keyusage import key_usage
+
 __all__ = ["Authority"]
 
 BACKDATED = timedelta(days=2)  # for clocks that are set back while it is in use
@@ -51,7 +53,7 @@ class Authority:
             .not_valid_before(now - BACKDATED)
             .not_valid_after(now + VALID)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_signs_certificates(), critical=True)
+            .add_extension(key_usage("certificates"), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
             .sign(key, hashes.SHA256())
         )
@@ -64,17 +66,3 @@ class Authority:
             ).decode(),
             "sha256:" + hashlib.sha256(made.public_bytes(serialization.Encoding.DER)).hexdigest(),
         )
-
-
-def _signs_certificates() -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=False,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=True,
-        crl_sign=False,
-        encipher_only=False,
-        decipher_only=False,
-    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from sandboxd.models import PolicyProblem
     from sandboxd.policy.resolved import Places, Policy
+    from sandboxd.reach import Decision
 
     Verdict = Callable[[Policy], tuple[bool, str]]
 
@@ -97,17 +99,10 @@ def _connect(endpoint: str) -> Verdict:
     except ValueError:
         address = None
 
-    def verdict(policy: Policy) -> tuple[bool, str]:
-        if policy.shares_host_network:
-            return True, "the policy has the host's network, where nothing is refused"
-        rules = network_rules(policy)
-        if rules is None:
-            return False, "the policy has no network"
-        reach = Reach(rules)
-        decision = reach.at(host, port) if address is None else reach.address(address, port)
-        return decision.allowed, decision.why
+    def decide(reach: Reach) -> Decision:
+        return reach.at(host, port) if address is None else reach.address(address, port)
 
-    return verdict
+    return partial(_of_network, decide)
 
 
 def _request(words: list[str]) -> Verdict:
@@ -122,19 +117,23 @@ def _request(words: list[str]) -> Verdict:
     target = f"{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}".encode()
     port = DEFAULT_PORTS[parts.scheme] if port is None else port
 
-    def verdict(policy: Policy) -> tuple[bool, str]:
-        if policy.shares_host_network:
-            return True, "the policy has the host's network, where nothing is refused"
-        rules = network_rules(policy)
-        if rules is None:
-            return False, "the policy has no network"
-        reach = Reach(rules)
+    def decide(reach: Reach) -> Decision:
         decision = reach.at(host, port)
         if decision.allowed and reach.looks_inside(host, port):
             decision = reach.request(host, port, HttpRequest(method, target, ()))
-        return decision.allowed, decision.why
+        return decision
 
-    return verdict
+    return partial(_of_network, decide)
+
+
+def _of_network(decide: Callable[[Reach], Decision], policy: Policy) -> tuple[bool, str]:
+    if policy.shares_host_network:
+        return True, "the policy has the host's network, where nothing is refused"
+    rules = network_rules(policy)
+    if rules is None:
+        return False, "the policy has no network"
+    decision = decide(Reach(rules))
+    return decision.allowed, decision.why
 
 
 def _read(example: str) -> tuple[str, Verdict]:

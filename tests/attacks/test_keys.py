@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from acting import acting_as
 from daemons import until
 
 from sandboxd import errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from daemons import Daemon
 
 NOBODY = 65_534
 CALLERS = "callers:\n  - {match: {uid: 0}, role: agent}\n  - {match: {uid: 65534}, role: agent}\n"
-
-
-@contextmanager
-def acting_as(uid: int) -> Iterator[None]:
-    """Connect as another user: the kernel tells the daemon the effective uid of who connects."""
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.mark.parametrize(

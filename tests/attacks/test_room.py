@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import anyio
 import pytest
+from acting import acting_as
 
 from sandboxd import errors
 from sandboxd.room import Held, Room
@@ -143,13 +143,10 @@ def test_agents_that_hold_every_connection_do_not_keep_an_operator_out(
     )
     with ExitStack() as stack:
         daemon.admit_everybody()
-        os.seteuid(65_534)
-        try:
+        with acting_as(65_534):
             held = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(5)]
             for sock in held:
                 sock.connect(str(daemon.socket))
-        finally:
-            os.seteuid(0)
         held[-1].settimeout(5)
         assert held[-1].recv(4096).startswith(b"HTTP/1.1 503 ")
         assert daemon.client().health().status == "ready"

@@ -15,12 +15,13 @@ import socket
 import sqlite3
 import subprocess
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from acting import acting_as
 from daemons import SANDBOXD, berths_of, until
 
 from sandboxd import errors
@@ -53,15 +54,6 @@ callers:
   - {{match: {{uid: {NOBODY}}}, role: agent, secrets: ["FILE_*", "ENV_SECRET"]}}
   - {{match: {{uid: {SOMEBODY}}}, role: agent, secrets: ["FILE_SECRET"]}}
 """
-
-
-@contextmanager
-def acting_as(uid: int) -> Iterator[None]:
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.fixture(scope="module")

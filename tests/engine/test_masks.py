@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import anyio
 import pytest
-from daemons import IMAGES, needs_containers
+from itself import told_by
 
 from sandboxd.config import Config
 from sandboxd.engine.bundle import MASKED
@@ -27,19 +26,7 @@ NUMBER = 900
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    needs_containers()
-    state = tmp_path_factory.mktemp("state")
-    (state / "images").symlink_to(IMAGES)
-    done = subprocess.run(
-        [sys.executable, __file__, str(state)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    seen: dict[str, list[str]] = json.loads(done.stdout)
+    seen: dict[str, list[str]] = json.loads(told_by(__file__, tmp_path_factory))
     return seen
 
 

@@ -6,10 +6,8 @@ This file is also the process that has the engine, which needs a mount namespace
 from __future__ import annotations
 
 import json
-import os
 import select
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 import pytest
-from daemons import IMAGES, needs_containers
+from itself import told_by
 
 from sandboxd.config import Config
 from sandboxd.engine.host import EngineHost, enter_private_mounts, instance_name
@@ -37,19 +35,7 @@ SLOW = 1.0  # seconds that it takes to end a slot here
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    needs_containers()
-    state = tmp_path_factory.mktemp("state")
-    (state / "images").symlink_to(IMAGES)
-    done = subprocess.run(
-        [sys.executable, __file__, str(state)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    seen: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    seen: dict[str, object] = json.loads(told_by(__file__, tmp_path_factory).splitlines()[-1])
     return seen
 
 

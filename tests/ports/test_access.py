@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from ported import (
     ask,
     become,
     ended,
+    found_as,
     inward,
     raw,
     rest,
@@ -32,6 +32,7 @@ from ported import (
 from sandboxd import Client, errors
 
 if TYPE_CHECKING:
+    import multiprocessing
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
@@ -73,13 +74,7 @@ def as_uid(uid: int, path: str, call: str | None, queue: multiprocessing.Queue[o
 
 def done_as(uid: int, daemon: Daemon, call: str | None = None) -> object:
     """What ``as_uid`` finds."""
-    queue: multiprocessing.Queue[object] = multiprocessing.Queue()
-    process = multiprocessing.Process(target=as_uid, args=(uid, str(daemon.socket), call, queue))
-    process.start()
-    found = queue.get(timeout=60)
-    process.join()
-    queue.close()
-    return found
+    return found_as(uid, daemon, call, as_uid)
 
 
 def test_another_caller_is_told_what_it_is_told_of_no_call(shared: Daemon) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import socket
 import uuid
 from typing import TYPE_CHECKING
@@ -23,12 +22,14 @@ from ported import (
     become,
     ended,
     forwarding,
+    found_as,
     inward,
 )
 
 from sandboxd import Client, errors
 
 if TYPE_CHECKING:
+    import multiprocessing
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
@@ -196,13 +197,7 @@ def as_uid(uid: int, path: str, session: str | None, queue: multiprocessing.Queu
 
 def test_another_caller_finds_no_such_session(tmp_path: Path) -> None:
     def done_as(uid: int, session: str | None = None) -> object:
-        queue: multiprocessing.Queue[object] = multiprocessing.Queue()
-        process = multiprocessing.Process(target=as_uid, args=(uid, str(daemon.socket), session, queue))
-        process.start()
-        found = queue.get(timeout=60)
-        process.join()
-        queue.close()
-        return found
+        return found_as(uid, daemon, session, as_uid)
 
     with start_daemon(tmp_path, config=CALLERS) as daemon:
         daemon.admit_everybody()

@@ -58,7 +58,7 @@ class DockerImages(ImageStore):
         """Those of the store, and the references that are pinned."""
         pins = self._pins.read()
         return super().list() + [
-            _info(self._of_engine(pins.images[id_], reference))
+            self._of_engine(pins.images[id_], reference).info()
             for reference, id_ in sorted(pins.references.items())
         ]
 
@@ -232,17 +232,6 @@ class DockerImages(ImageStore):
             source="the Docker Engine",
             architecture=found.architecture,
         )
-
-
-def _info(image: Image) -> models.ImageInfo:
-    return models.ImageInfo(
-        name=image.name,
-        digest=image.digest,
-        size=image.size,
-        created=image.created,
-        source=image.source,
-        architecture=image.architecture,
-    )
 
 
 def _how_to_get(reference: str) -> str:
