@@ -24,6 +24,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 READY_SECONDS = 60.0
+FIRST = 3_000_000_000
+ACCOUNT = """
+set -e
+for file in subuid subgid; do
+  echo sandboxd-remap:{first}:65536 >{at}/$file
+  [ -e /etc/$file ] || : >/etc/$file
+  mount --bind {at}/$file /etc/$file
+done
+cp /etc/passwd /etc/group {at}
+echo sandboxd-remap:x:2999:2999::/:/bin/false >>{at}/passwd
+echo sandboxd-remap:x:2999: >>{at}/group
+for file in passwd group; do mount --bind {at}/$file /etc/$file; done
+"""
+"""Makes an account whose ids an engine remaps to, which only its own mount namespace has."""
 
 
 class Dockerd:
@@ -181,3 +195,12 @@ def own_engine(
             engine.stop()
     finally:
         engine.clear_away()
+
+
+@contextmanager
+def remapping(at: Path) -> Iterator[Dockerd]:
+    """An engine that has ids of its own for all its containers; ``at`` is a directory for its account."""
+    script = f'{ACCOUNT.format(at=at, first=FIRST)}exec "$@"'
+    before = ["unshare", "-m", "sh", "-c", script, "--"]
+    with own_engine("--userns-remap=sandboxd-remap", before=before) as engine:
+        yield engine

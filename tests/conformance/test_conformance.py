@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from daemons import IMAGES, needs_containers
-from dockerd import Dockerd, own_engine
+from dockerd import own_engine, remapping
 from pages import code, page
 from podman import Podman
 
@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 
     from daemons import Daemon
 
-# scripts/nightly has crun, runc, docker and podman too: together they take minutes. tests/docker and
-# scripts/dind are in scripts/test, and try the engine docker on their own.
+# scripts/nightly has crun, runc, docker, podman and an engine that remaps ids too: together they take
+# minutes. tests/docker and scripts/dind are in scripts/test, and try the engine docker on their own.
 MORE = os.environ.get("SANDBOXD_TEST_RUNTIMES", "").split()
-ENGINES = {"docker": ("dockerd", Dockerd), "podman": ("podman", Podman)}
+ENGINES = {"docker": ("dockerd", "none"), "podman": ("podman", "none"), "remapped": ("dockerd", "engine")}
+"""The program of each, and the user namespaces that its containers have."""
 RUNTIMES = ["builtin", *(name for name in MORE if name not in ENGINES)]
-SECONDS = 600
+SECONDS = 900
 
 
 def suite(*arguments: str, seconds: float = SECONDS, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -77,13 +78,14 @@ def test_docker_conforms(tmp_path: Path, need: Callable[[object, str], None], na
     if name not in MORE:
         pytest.skip("scripts/nightly holds a Docker Engine and Podman to all of it")
     needs_containers()
-    program, kind = ENGINES[name]
+    program, namespaces = ENGINES[name]
     need(shutil.which(program), program)
-    with own_engine(kind=kind) as engine:
+    own = own_engine(kind=Podman) if name == "podman" else own_engine()
+    with remapping(tmp_path) if name == "remapped" else own as engine:
         config = f"docker: {{socket: {engine.socket}}}"
         found = conforms(tmp_path / "report.json", "--engine", "docker", "--config", config)
         assert engine.containers() == []
-    assert (found["engine"], found["user_namespace"]) == ("docker", "none")
+    assert (found["engine"], found["user_namespace"]) == ("docker", namespaces)
 
 
 def test_a_running_daemon_can_be_held_to_it(daemon: Daemon, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from daemons import SANDBOXD, until
-from dockerd import own_engine
+from dockerd import ACCOUNT, FIRST, own_engine, remapping
 from podman import Podman
 from trusting import PLACE, RULES, trust_of
 
@@ -25,20 +25,6 @@ if TYPE_CHECKING:
 
     from sandboxd.models import Invocation
 
-FIRST = 3_000_000_000
-ACCOUNT = """
-set -e
-for file in subuid subgid; do
-  echo sandboxd-remap:{first}:65536 >{at}/$file
-  [ -e /etc/$file ] || : >/etc/$file
-  mount --bind {at}/$file /etc/$file
-done
-cp /etc/passwd /etc/group {at}
-echo sandboxd-remap:x:2999:2999::/:/bin/false >>{at}/passwd
-echo sandboxd-remap:x:2999: >>{at}/group
-for file in passwd group; do mount --bind {at}/$file /etc/$file; done
-"""
-REMAP = f'{ACCOUNT}exec "$@"'
 ROOTLESS = (
     ACCOUNT
     + """
@@ -65,9 +51,7 @@ def remapped(
     """An engine with ids of its own, which only it sees in /etc."""
     need(shutil.which("dockerd"), "docker.io")
     at = tmp_path_factory.mktemp("remap")
-    script = REMAP.format(at=at, first=FIRST)
-    before = ["unshare", "-m", "sh", "-c", script, "--"]
-    with own_engine("--userns-remap=sandboxd-remap", before=before) as engine:
+    with remapping(at) as engine:
         yield engine
 
 

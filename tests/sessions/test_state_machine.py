@@ -160,6 +160,12 @@ class SessionMachine(RuleBasedStateMachine):
         self.portal.call(self.served.sessions.rollback, CALLER, session, to)
         self.lines[session].head = to
 
+    @rule(session=sessions, changes=st.lists(CHANGES, min_size=1, max_size=3))
+    def calls_and_a_checkpoint(self, session: str, changes: list[dict[str, str | None]]) -> None:
+        for one in changes:
+            self.call_in_its_container(session, one)
+            self.checkpoint(session)
+
     @rule(session=sessions, changes=CHANGES)
     def call_in_its_container(self, session: str, changes: dict[str, str | None]) -> None:
         line = self.lines[session]
@@ -185,6 +191,7 @@ class SessionMachine(RuleBasedStateMachine):
         if head not in {line.head, live.base}:
             self.files[head] = live.files
             self.parents[head] = live.base
+            assert self.portal.call(self.served.line, head)[-1].parent == live.base
             line.own.append(head)
         line.head = head
         assert self.files[head] == live.files
