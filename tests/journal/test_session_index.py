@@ -19,7 +19,7 @@ from sandboxd.journal import Accepted, Journal, bundle, new_id, outcome_header, 
 if TYPE_CHECKING:
     from pathlib import Path
 
-ONE, OTHER = new_id(), new_id()
+ONE, OTHER = "01a2234b-abc4-75b8-9b52-f1133330c15d", "01a2234b-abc5-7685-bd12-1c75378678ae"
 BEFORE_IT = "PRAGMA user_version = 12"
 
 
