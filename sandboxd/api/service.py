@@ -194,7 +194,10 @@ class Service(Protocol):
         ...
 
     def events(self, caller: Caller, id: str, *, after: int, follow: bool) -> AsyncIterator[models.Event]:  # noqa: A002
-        """The events with a number above ``after``; with ``follow``, up to ``ended``."""
+        """The events with a number above ``after``; with ``follow``, up to ``ended``.
+
+        Of a call that was pruned ``ended`` alone.
+        """
         ...
 
     def stream(

@@ -101,6 +101,11 @@ class Call:
                     if ended is not None:
                         return ended
                     raise wire.lost("before the call did")
+            except errors.Pruned:  # since its last event that came
+                if self._id is None:
+                    raise
+                with self.ask(wire.Exchange("GET", wire.invocation_target(self._id))) as answer:
+                    return wire.document(answer.read(), "an invocation")
             except (errors.Unavailable, errors.Draining) as error:
                 if self._id is None and not ((self._keyed and error.details.get("reason") == "lost") or told):
                     raise
@@ -116,9 +121,7 @@ class Call:
     def _follow(self, answer: transport.Answer, patience: Patience) -> dict[str, Any] | None:
         """Pass on the output of one answer; the invocation, if its end was told."""
         for line in answer.lines():
-            event = wire.parse_json(line)
-            if not isinstance(event, dict):
-                raise wire.protocol_error("an event that is no object")
+            event = wire.document(line, "an event")
             patience.renew()
             if "id" in event:
                 self._accepted(str(event["id"]))

@@ -180,7 +180,11 @@ class Invocations(Exchanges):
                 cut = error
             else:
                 return
-            answer = await self._again(invocations.events(id, after, follow=True), cut, patience)
+            try:
+                answer = await self._again(invocations.events(id, after, follow=True), cut, patience)
+            except errors.Pruned:
+                yield invocations.last(await self.get(id), after)
+                return
             await stream.continue_with(answer)
 
     async def stdout(self, id: str, *, offset: int = 0, follow: bool = False) -> AsyncStream[bytes]:  # noqa: A002

@@ -179,7 +179,11 @@ class Invocations(Exchanges):
                 if id is None or error.details.get("reason") != "lost":
                     raise
                 exchange = invocations.events(id, after, follow=True)
-                answer = self._again(exchange, error, patience, stream.limit)
+                try:
+                    answer = self._again(exchange, error, patience, stream.limit)
+                except errors.Pruned:
+                    yield invocations.last(self.get(id), after)
+                    return
                 stream.continue_with(answer)
             else:
                 return
