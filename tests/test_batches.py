@@ -8,12 +8,14 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from daemons import until
 
 from sandboxd.client import transport, wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from daemons import Daemon
 
@@ -127,3 +129,92 @@ def test_a_key_may_be_tied_to_who_asks(daemon: Daemon) -> None:
     assert states["not-tied"] != "ended"
     client.run(["sleep", "50"], labels={"of": "tied"}, key="tied")  # its outcome stays
     client.cancel(next(one.id for one in client.list(label="of=tied").invocations if one.key == "not-tied"))
+
+
+def file_of(tmp_path: Path, *requests: Any) -> str:
+    file = tmp_path / "batch.ndjson"
+    file.write_text("".join(one if isinstance(one, str) else f"{json.dumps(one)}\n" for one in requests))
+    return str(file)
+
+
+def command_line(daemon: Daemon, *options: str) -> tuple[int, dict[int, dict[str, Any]], str]:
+    done = daemon.cli(*options)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return done.returncode, {line["index"]: line for line in lines}, done.stderr.decode()
+
+
+def test_options_are_for_each_request_that_does_not_say_so_itself(daemon: Daemon, tmp_path: Path) -> None:
+    show = ["sh", "-c", "echo $A $B; pwd"]
+    file = file_of(
+        tmp_path,
+        {"argv": show},
+        {"argv": show, "env": {"A": "own"}, "labels": {"x": "own"}, "policy": "shell", "cwd": "/"},
+        {"argv": ["sleep", "50"], "limits": {"memory": "32MiB"}},
+        {"argv": ["sleep", "1"], "limits": {"wall": "9s"}, "deadline": "40s"},
+    )
+    options = ["--policy", "tiny", "--env", "A=1", "--env", "B=2", "--timeout", "500ms", "--deadline", "60s"]
+    options += ["--memory", "48MiB", "--label", "x=1", "--label", "y=2", "--cwd", "/tmp"]
+    status, found, said = command_line(daemon, "--batch", file, *options)
+    assert (status, said) == (1, "")
+    calls = {index: line["invocation"] for index, line in found.items()}
+    assert [calls[index]["policy"]["name"] for index in range(4)] == ["tiny", "shell", "tiny", "tiny"]
+    assert calls[0]["stdout"]["text"] == "1 2\n/tmp\n"
+    assert calls[1]["stdout"]["text"] == "own 2\n/\n"
+    assert calls[0]["labels"] == {"x": "1", "y": "2"}
+    assert calls[1]["labels"] == {"x": "own", "y": "2"}
+    assert [calls[index]["outcome"]["cause"] for index in range(4)] == [
+        "exited",
+        "exited",
+        "wall_time",
+        "exited",
+    ]
+
+    def memory(call: dict[str, Any]) -> int:
+        [found] = [one["in_force"] for one in call["receipt"]["controls"] if one["name"] == "memory"]
+        return int(found)
+
+    assert [memory(calls[index]) // 2**20 for index in (0, 2)] == [48, 32]
+
+
+def test_what_an_option_names_that_is_not_there_refuses_every_request(daemon: Daemon, tmp_path: Path) -> None:
+    file = file_of(tmp_path, {"argv": ["true"]}, {"argv": ["true"], "policy": "tiny"})
+    status, found, _ = command_line(daemon, "--batch", file, "--policy", "nosuch")
+    assert status == 125
+    assert found[0]["problem"]["code"] == "not_found"
+    assert found[1]["invocation"]["policy"]["name"] == "tiny"
+    for options in (["--session", "nosuch"], ["--policy", ""], ["--callback", "nosuch"], ["--timeout", "x"]):
+        status, found, _ = command_line(daemon, "--batch", file_of(tmp_path, {"argv": ["true"]}), *options)
+        assert (status, "problem" in found[0]) == (125, True), options
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--key", "k"], "`key`"),
+        (["--input", "."], "`inputs`"),
+        (["-i"], "`stdin`"),
+        (["--artifacts", "to"], "`id`"),
+        (["--workspace", "."], "--session"),
+        (["--pull"], "session pull"),
+        (["--upload"], "--upload"),
+        (["--", "true"], "commands are in its file"),
+    ],
+)
+def test_options_of_one_call_are_refused_with_a_sentence(
+    daemon: Daemon, tmp_path: Path, options: list[str], word: str
+) -> None:
+    done = daemon.cli("--batch", file_of(tmp_path, {"argv": ["true"]}), *options)
+    assert (done.returncode, done.stdout) == (125, b"")
+    assert word in done.stderr.decode()
+
+
+def test_problems_name_their_line(daemon: Daemon, tmp_path: Path) -> None:
+    bad = {"argv": ["true"], "nosuch": 1}
+    file = file_of(tmp_path, "\n", {"argv": ["true"]}, "\n \n", bad, "7\n", bad, bad, bad)
+    status, found, said = command_line(daemon, "--batch", file)
+    assert status == 125
+    assert {index: line["line"] for index, line in found.items()} == {0: 2, 1: 5, 2: 6, 3: 7, 4: 8, 5: 9}
+    assert found[1]["problem"]["detail"].startswith("line 5: nosuch")
+    assert found[2]["problem"]["code"] == "invalid_request"
+    assert said.count("run-in-sandbox: line ") == 3
+    assert "2 more were refused" in said
