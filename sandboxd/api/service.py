@@ -224,7 +224,8 @@ class Service(Protocol):
         """Write to standard input at its offset; returns the new one. ``eof`` closes it afterwards.
 
         Raises StateConflict if the call did not ask for ``stdin: stream``, its offset is another, or it
-        has ended. ``chunks`` raises RequestTimeout if the peer goes away or stalls before the end.
+        has ended without taking all of this. ``chunks`` raises RequestTimeout if the peer goes away or
+        stalls before the end.
         """
         ...
 
