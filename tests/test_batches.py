@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from daemons import until
+from daemons import RUN_IN_SANDBOX, until
 
 from sandboxd.client import transport, wire
 
@@ -218,3 +221,32 @@ def test_problems_name_their_line(daemon: Daemon, tmp_path: Path) -> None:
     assert found[2]["problem"]["code"] == "invalid_request"
     assert said.count("run-in-sandbox: line ") == 3
     assert "2 more were refused" in said
+
+
+def test_ctrl_c_ends_a_batch_of_the_command_line_and_what_runs_of_it(daemon: Daemon, tmp_path: Path) -> None:
+    client = daemon.client()
+    sleeping = {"argv": ["sleep", "1000"], "labels": {"of": "ctrl-c"}}
+    options = ["--socket", str(daemon.socket), "--batch", file_of(tmp_path, *[sleeping] * 5)]
+    command: list[Any] = [RUN_IN_SANDBOX, *options, "--parallel", "3"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    until(lambda: len(client.list(label="of=ctrl-c").invocations) == 3, "all that may be are there")
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stdout, stderr) == (130, b"", b"")
+    until(lambda: len(client.list(label="of=ctrl-c", cause="cancelled").invocations) == 3, "they are gone")
+    assert len(client.list(label="of=ctrl-c").invocations) == 3
+
+
+def test_a_batch_of_the_command_line_imports_little(daemon: Daemon, tmp_path: Path) -> None:
+    file = file_of(tmp_path, {"argv": ["true"]})
+    code = (
+        "import sys; from sandboxd.cli.run import main; status = main(sys.argv[1:]); "
+        "print(*sys.modules, file=sys.stderr); sys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--socket", str(daemon.socket), "--batch", file],
+        capture_output=True,
+        check=True,
+    )
+    heavy = {"pydantic", "anyio", "h11", "asyncio", "dataclasses", "sandboxd.models", "pathlib", "uuid"}
+    assert not heavy & set(done.stderr.decode().split())

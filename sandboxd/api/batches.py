@@ -135,13 +135,13 @@ class _Run:
         self._gone = True
         self._door.close()
         self._held.release()
-        for id_, lasting in list(self._tied.items()):
-            await self._end(id_, lasting=lasting)
+        await asyncio.gather(*(self._end(id_, lasting=lasting) for id_, lasting in self._tied.items()))
 
     async def _end(self, id_: str, *, lasting: bool) -> None:
         """End a call whose caller has gone, and not one that is asked for again of the next daemon."""
         if not (lasting and self._service.health().status == "draining"):
-            await self._service.cancel(self._caller, id_)
+            with suppress(SandboxdError):  # it was cancelled, whether or not that is on disk yet
+                await self._service.cancel(self._caller, id_)
 
     async def _one(self, index: int, asked: Any) -> models.BatchResult:
         summary: dict[str, Any] = {}
