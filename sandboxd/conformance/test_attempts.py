@@ -69,9 +69,8 @@ def test_a_batch_answers_each(subject: Subject) -> None:
 @needs("a daemon of the suite's own")
 def test_a_batch_goes_on_with_the_next_daemon(another: Callable[[str], Subject]) -> None:
     own = another("pool: {min: 0, max: 0}\nbudget: {slots: 1}\nqueue: 2\n")
-    requests = [
-        {"argv": ["sh", "-c", f"sleep 0.3; exit {number}"], "policy": PREFIX + "plain"} for number in range(8)
-    ]
+    more: dict[str, Any] = {"policy": PREFIX + "plain", "labels": {"of": "batch"}}
+    requests = [more | {"argv": ["sh", "-c", f"sleep 0.3; exit {number}"]} for number in range(8)]
     found: list[BatchResult] = []
     with own.client.batch(requests, parallel=4) as results:  # more than the queue has places for
         found += [next(results) for _ in range(2)]
@@ -81,7 +80,7 @@ def test_a_batch_goes_on_with_the_next_daemon(another: Callable[[str], Subject])
         own.launch()
         found += list(results)
     assert sorted(each.index for each in found) == list(range(8))
-    assert len(own.client.list(limit=100).invocations) == 8  # each of them once
+    assert len(own.client.list(label="of=batch").invocations) == 8  # each of them once
     ends = {each.index: outcome(each.invocation) for each in found if each.invocation is not None}
     assert len(ends) == 8
     done = {index: end.exit_code for index, end in ends.items() if end.cause == "exited"}
