@@ -288,9 +288,12 @@ class Calls(Recovery):
     ) -> int:
         """Write to a call that was asked for with ``stdin: stream``; returns the new offset.
 
+        Of one that has ended, the last offset where all that is sent was taken: its answer was lost.
         Raises NotFound, StateConflict.
         """
-        call = await self._live(caller, id)
+        call = await self._find(caller, id)
+        if not isinstance(call, Call):
+            return await _taken(call, offset, chunks)
         if call.plan.command.stdin != "stream":
             raise errors.StateConflict("the request did not ask for `stdin: stream`")
         async for chunk in chunks:
@@ -335,6 +338,20 @@ class Calls(Recovery):
         """Cancel every call in flight."""
         for call in self._flying.values():
             call.cancel()
+
+
+async def _taken(done: Invocation, offset: int, chunks: AsyncIterator[bytes]) -> int:
+    """Where the input of an ended call stands, if it took all that is sent again. Raises CallEnded."""
+    taken = done.stdin_taken
+    if taken is None:
+        raise errors.CallEnded(f"call {done.id!r} has ended")
+    async for chunk in chunks:
+        offset += len(chunk)
+        if offset > taken:
+            break
+    if offset > taken:
+        raise errors.CallEnded(f"call {done.id!r} has ended; it took {taken} bytes of input", offset=taken)
+    return taken
 
 
 async def _write(call: Call, offset: int, chunk: bytes) -> None:

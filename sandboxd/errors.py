@@ -181,7 +181,10 @@ class CallNotStarted(StateConflict):
 
 
 class CallEnded(StateConflict):
-    """Raised when something is asked of a command that has ended."""
+    """Raised when something is asked of a command that has ended.
+
+    ``details["offset"]``, of standard input, is how much of it was taken.
+    """
 
     code = "call_ended"
 

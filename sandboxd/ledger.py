@@ -223,8 +223,16 @@ class Ledger:
         await self._spool(caller, id)
 
     async def events(self, caller: Caller, id: str, *, after: int, follow: bool) -> AsyncIterator[Event]:
-        """Events from number ``after`` on, with or without waiting for those to come. Raises NotFound."""
-        spool = await self._spool(caller, id)
+        """Events from number ``after`` on, with or without waiting for those to come. Raises NotFound.
+
+        Of a call that was pruned there is ``ended`` alone; who wants all or none asks ``readable`` before.
+        """
+        try:
+            spool = await self._spool(caller, id)
+        except errors.Pruned:
+            done = await self.get(caller, id)
+            yield Event(seq=max(0, after) + 1, at=done.times.ended or 0, type="ended", invocation=done)
+            return
         async for event in spool.follow(after, wait=follow):
             yield event
 

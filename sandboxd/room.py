@@ -15,7 +15,7 @@ from sandboxd import errors, units
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Held", "Room", "fits"]
+__all__ = ["Held", "Room", "fits", "share"]
 
 FACTOR = 4
 RETRY_AFTER = 1  # seconds
@@ -24,6 +24,11 @@ RETRY_AFTER = 1  # seconds
 def fits(own: int, left: int) -> bool:
     """Whether a caller may hold ``own`` when that leaves ``left`` to all others."""
     return left >= 0 and own <= FACTOR * left + FACTOR
+
+
+def share(left: int) -> int:
+    """The most that a caller may hold of what all others leave: the greatest that ``fits``."""
+    return min(left, (FACTOR * left + FACTOR) // (FACTOR + 1))
 
 
 class Held:

@@ -292,6 +292,7 @@ class Runner(Ledger):
                 if session is None or session.seat is None
                 else session.seat.use,
                 **_streams(call.spool, invocation.id),
+                "stdin_taken": call.stdin.offset if call.plan.command.stdin == "stream" else None,
                 "times": invocation.times.model_copy(update={"ended": now()}),
                 **({} if session is None else session.checkpoints),
             }

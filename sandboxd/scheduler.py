@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-import math
 import time
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -27,14 +26,13 @@ from typing import TYPE_CHECKING, Literal
 
 import anyio
 
-from sandboxd import errors, room
+from sandboxd import places
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
 __all__ = ["Hold", "Scheduler", "Ticket"]
 
-LONGEST_RETRY = 60  # seconds
 LOOK_AGAIN = 0.5  # seconds until the host's pressure is looked at again
 PACE = 0.2  # how much the newest interval between two ends counts
 
@@ -165,19 +163,12 @@ class Scheduler:
         """Raise QueueFull when no further call of this caller may wait; ``most`` is a bound of its own."""
         share = self._shares.get(uid)
         own = share.waiting if share is not None else 0
-        if (most is None or own < most) and room.fits(own + 1, self._queue - self.queued - 1):
+        if (most is None or own < most) and places.fits(own + 1, self._queue - self.queued - 1):
             return
         if own == 0 and self.queued == 0 and self.running < self.slots:
             return
-        whose = "as many as you may have wait" if most is not None and own >= most else "try again later"
-        raise errors.QueueFull(
-            f"{self.queued} calls wait already, {own} of them yours; {whose}",
-            retry_after=min(LONGEST_RETRY, max(1, math.ceil(self._pace))),
-            queued=self.queued,
-            yours=own,
-            running=self.running,
-            limit=self._queue if most is None else min(most, self._queue),
-            estimate=round(self._pace * (self.queued + 1), 3),
+        raise places.full(
+            self._queue, queued=self.queued, own=own, most=most, running=self.running, pace=self._pace
         )
 
     def enqueue(self, ticket: Ticket) -> None:

@@ -17,6 +17,8 @@ from daemons import needs_containers, start_daemon, until
 from sandboxd import errors
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from daemons import Daemon
 
     from sandboxd import Client
@@ -233,6 +235,33 @@ def test_stdin_counts_from_the_start_of_the_stream(daemon: Daemon) -> None:
     assert text(found) == "abcdefgh"
     with pytest.raises(errors.StateConflict):
         client.write_stdin(call.id, b"late", offset=8)
+
+
+def test_stdin_whose_answer_was_lost_is_told_from_what_came_too_late(
+    daemon_factory: Callable[..., Daemon],
+) -> None:
+    daemon = daemon_factory()
+    client = daemon.client()
+    call = client.start(["cat"], stdin="stream")
+    assert client.write_stdin(call.id, b"abcdef") == 6
+    assert client.wait(call.id, timeout=20).stdin_taken == 6
+    other = daemon.run("true")
+    for _ in range(2):
+        for offset, data in ((0, b"abcdef"), (2, b"cd"), (6, b""), (0, [b"abc", b"def"])):
+            assert client.write_stdin(call.id, data, offset=offset) == 6
+        for offset, data in ((0, b"abcdefg"), (6, b"x"), (7, b""), (9, b"x")):
+            with pytest.raises(errors.CallEnded) as caught:
+                client.write_stdin(call.id, data, offset=offset)
+            assert caught.value.details == {"offset": 6}
+        with pytest.raises(errors.CallEnded) as caught:
+            client.write_stdin(other.id, b"")
+        assert caught.value.details == {}
+        daemon.stop()  # and the next daemon knows it as well
+        daemon = daemon_factory(state=daemon.state, name="next")
+        client = daemon.client()
+    client.prune(age=0)
+    with pytest.raises(errors.CallEnded):
+        client.write_stdin(call.id, b"abcdef")
 
 
 def test_stdin_for_a_tool_that_never_reads_ends_with_the_tool(daemon: Daemon) -> None:

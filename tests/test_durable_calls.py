@@ -274,3 +274,5 @@ def test_a_caller_may_have_as_many_wait_as_its_rule_says(daemon_factory: Callabl
     client.cancel(held.id)  # or the daemon waits for it before it stops
     told = {name: caught.value.details[name] for name in ("queued", "yours", "running", "limit")}
     assert told == {"queued": 2, "yours": 2, "running": 1, "limit": 2}
+    assert caught.value.details["which"] == "caller"
+    assert "`queued` of your entry in `callers`" in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import threading
@@ -12,10 +13,11 @@ import anyio
 import pytest
 from daemons import RUN_IN_SANDBOX, until
 
-from sandboxd import AsyncClient, Client, errors
+from sandboxd import AsyncClient, Client, errors, models
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from daemons import Daemon
 
@@ -230,3 +232,103 @@ def test_input_that_a_dead_daemon_had_reaches_the_next(daemon_factory: Callable[
     assert process.returncode == 0, stderr
     wanted = subprocess.run(["cksum"], input=data, capture_output=True, check=True).stdout
     assert stdout == wanted
+
+
+REQUESTS: list[dict[str, Any]] = [
+    {"argv": ["sh", "-c", f"sleep 0.2; exit {number}"], "labels": {"of": "batch"}} for number in range(12)
+]
+KEYED = [request | {"policy": "again", "key": f"b{number}"} for number, request in enumerate(REQUESTS)]
+
+
+def told(client: Client, found: dict[int, Invocation]) -> list[int]:
+    """Numbers of requests whose calls the first daemon took along; all others did what was asked, once."""
+    assert sorted(found) == list(range(12))
+    assert len(client.list(label="of=batch", limit=100).invocations) == 12  # nothing ran twice
+    lost = []
+    for number, call in found.items():
+        assert call.outcome is not None
+        if cause(call) == "failed":
+            assert call.outcome.error is not None
+            assert call.outcome.error.code == "interrupted"
+            lost.append(number)
+        else:
+            assert (cause(call), call.outcome.exit_code) == ("exited", number)
+    return lost
+
+
+@pytest.mark.parametrize(("kind", "keyed"), [("sync", True), ("async", False)])
+def test_a_batch_goes_on_after_kill_9(
+    daemon_factory: Callable[..., Daemon], kind: str, *, keyed: bool
+) -> None:
+    first = start(daemon_factory)
+    requests = KEYED if keyed else REQUESTS
+    seen: list[Any] = []
+
+    async def run() -> None:
+        async with await AsyncClient(first.socket).batch(requests, parallel=4) as results:
+            async for result in results:
+                seen.append(result)  # noqa: PERF401 - others look at it meanwhile
+
+    def ran() -> None:
+        if kind == "async":
+            anyio.run(run)
+        else:
+            with first.client().batch(requests, parallel=4) as results:
+                seen.extend(iter(results))
+
+    waiting = Waiting(ran)
+    until(lambda: len(first.client().list(label="of=batch", cause="exited").invocations) >= 2, "some ended")
+    first.stop(signal.SIGKILL)
+    second = start(daemon_factory, state=first.state)
+    waiting.result()
+    assert len(seen) == 12  # none is told twice
+    lost = told(second.client(), {result.index: result.invocation for result in seen})
+    assert len(lost) <= (0 if keyed else 1)  # the one that ran
+
+
+def test_a_batch_of_the_command_line_goes_on_after_kill_9(
+    daemon_factory: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    first = start(daemon_factory)
+    file = tmp_path / "batch"
+    file.write_text("".join(f"{json.dumps(request)}\n" for request in KEYED))
+    command: list[Any] = [RUN_IN_SANDBOX, "--socket", first.socket, "--batch", file, "--parallel", "4"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    until(lambda: len(first.client().list(label="of=batch", cause="exited").invocations) >= 2, "some ended")
+    first.stop(signal.SIGKILL)
+    second = start(daemon_factory, state=first.state)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert stderr == b"run-in-sandbox: the daemon went away; waiting for it\n"
+    lines = [json.loads(line) for line in stdout.splitlines()]
+    assert len(lines) == 12
+    found = {line["index"]: models.Invocation.model_validate(line["invocation"]) for line in lines}
+    assert told(second.client(), found) == []
+
+
+def test_a_batch_goes_on_after_a_graceful_restart(daemon_factory: Callable[..., Daemon]) -> None:
+    first = start(daemon_factory)
+    client = first.client()
+
+    def ran() -> list[Any]:
+        with client.batch(REQUESTS, parallel=4) as results:
+            return list(results)
+
+    waiting = Waiting(ran)
+    until(lambda: len(client.list(label="of=batch", cause="exited").invocations) >= 2, "some ended")
+    first.stop(signal.SIGTERM)
+    second = start(daemon_factory, state=first.state)
+    seen = waiting.result()
+    assert len(seen) == 12
+    assert told(second.client(), {result.index: result.invocation for result in seen}) == []
+
+
+def test_who_leaves_a_batch_of_a_client_takes_its_calls_along(daemon_factory: Callable[..., Daemon]) -> None:
+    client = start(daemon_factory).client()
+    sleeping = {"argv": ["sleep", "1000"], "labels": {"of": "batch"}}
+    with client.batch([*([sleeping] * 3), sleeping | {"key": "own"}], parallel=4):
+        until(lambda: len(client.list(label="of=batch").invocations) == 4, "all wait or run")
+    until(lambda: len(client.list(label="of=batch", cause="cancelled").invocations) == 3, "they are gone")
+    [left] = [one for one in client.list(label="of=batch").invocations if one.state != "ended"]
+    assert left.key == "own"
+    client.cancel(left.id)

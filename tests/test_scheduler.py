@@ -151,11 +151,43 @@ def test_a_full_queue_says_when_to_come_again() -> None:
             assert caught.value.details["retry_after"] >= 1
             told = {name: caught.value.details[name] for name in ("queued", "yours", "running", "limit")}
             assert told == {"queued": 2, "yours": 2, "running": 1, "limit": 2}
+            assert caught.value.details["which"] == "queue"
+            assert "as many as the queue holds (2)" in str(caught.value)
             assert caught.value.details["estimate"] > 0
             tasks.cancel_scope.cancel()
         assert (scheduler.running, scheduler.queued) == (0, 0)
 
     anyio.run(run)
+
+
+@pytest.mark.parametrize(
+    ("others", "most", "accepted", "which"),
+    [(0, None, 40, "share"), (0, 7, 7, "caller"), (30, None, 16, "share"), (3, 100, 38, "share")],
+)
+def test_a_refusal_names_the_limit_that_was_hit(
+    others: int, most: int | None, accepted: int, which: str
+) -> None:
+    scheduler = Scheduler(memory=MEMORY, slots=1, queue=50)
+    scheduler.enqueue(Ticket(9, 1))  # it runs
+    for _ in range(others):
+        scheduler.enqueue(Ticket(2, 1))
+    own = 0
+    while own < 50:
+        try:
+            scheduler.check_room(1, most)
+        except errors.QueueFull as error:
+            full = error
+            break
+        scheduler.enqueue(Ticket(1, 1))
+        own += 1
+    assert own == accepted
+    told = {name: full.details[name] for name in ("queued", "yours", "which", "limit")}
+    assert told == {"queued": others + own, "yours": own, "which": which, "limit": own}
+    assert f"({own})" in str(full)
+    # when to come again, and when a call would start, are two things, and both are said
+    assert f"Try again in {full.details['retry_after']} s" in str(full)
+    assert full.details["estimate"] > full.details["retry_after"]
+    assert "might start in" in str(full)
 
 
 @pytest.mark.timeout(60)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
@@ -20,7 +20,7 @@ from sandboxd.api.streams import StreamResponse, until_gone
 from sandboxd.errors import Draining, HostFailed, NotFound, Refused
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
     from starlette.requests import Request
 
@@ -116,8 +116,7 @@ class Invocations:
                     await self.service.cancel(caller, found.id)
 
         if NDJSON in request.headers.get("accept", ""):
-            events = self.service.events(caller, found.id, after=0, follow=True)
-            return StreamResponse(_lines(events), NDJSON, headers=where, gone=gone)
+            return StreamResponse(await self._told(caller, found), NDJSON, headers=where, gone=gone)
         if found.state is not models.State.ENDED:
             async with until_gone(request.receive) as watched:
                 with anyio.move_on_after(SHORT):
@@ -128,6 +127,11 @@ class Invocations:
                 # the head goes ahead, so that a caller whose connection breaks knows which call was its own
                 return StreamResponse(self._outcome(caller, found.id), JSON, headers=where, gone=gone)
         return json_response(found, 200, where)
+
+    async def _told(self, caller: Caller, found: models.Invocation) -> AsyncGenerator[bytes]:
+        """The events of a call; of one that has ended, what keeps them from being read is raised."""
+        lines = _lines(self.service.events(caller, found.id, after=0, follow=True))
+        return await _begun(lines) if found.state is models.State.ENDED else lines
 
     async def _outcome(self, caller: Caller, id_: str) -> AsyncIterator[bytes]:
         yield pydantic_core.to_json(await self.service.wait(caller, id_), exclude_none=True)
@@ -297,9 +301,22 @@ def _preferred(request: Request) -> tuple[bool, float | None]:
     return "respond-async" in parts, seconds
 
 
-async def _lines(events: AsyncIterator[models.Event]) -> AsyncIterator[bytes]:
+async def _lines(events: AsyncIterator[models.Event]) -> AsyncGenerator[bytes]:
     async for event in events:
         yield pydantic_core.to_json(event, exclude_none=True) + b"\n"
+
+
+async def _begun(lines: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """The same, the first of them made already. Raises what keeps it from that."""
+    first = await anext(lines, b"")
+
+    async def all_of_them() -> AsyncGenerator[bytes]:
+        async with aclosing(lines):
+            yield first
+            async for line in lines:
+                yield line
+
+    return all_of_them()
 
 
 def summary_of(asked: models.Request) -> dict[str, Any]:

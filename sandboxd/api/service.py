@@ -194,7 +194,10 @@ class Service(Protocol):
         ...
 
     def events(self, caller: Caller, id: str, *, after: int, follow: bool) -> AsyncIterator[models.Event]:  # noqa: A002
-        """The events with a number above ``after``; with ``follow``, up to ``ended``."""
+        """The events with a number above ``after``; with ``follow``, up to ``ended``.
+
+        Of a call that was pruned ``ended`` alone.
+        """
         ...
 
     def stream(
@@ -221,7 +224,8 @@ class Service(Protocol):
         """Write to standard input at its offset; returns the new one. ``eof`` closes it afterwards.
 
         Raises StateConflict if the call did not ask for ``stdin: stream``, its offset is another, or it
-        has ended. ``chunks`` raises RequestTimeout if the peer goes away or stalls before the end.
+        has ended without taking all of this. ``chunks`` raises RequestTimeout if the peer goes away or
+        stalls before the end.
         """
         ...
 

@@ -1,74 +1,138 @@
-"""``run-in-sandbox --batch``: many requests in one, and a line of JSON for each as it ends."""
+"""``run-in-sandbox --batch``: many requests in one, and a line of JSON for each as it ends.
+
+What the options say is meant for each request that does not say so itself. If the daemon dies, this waits
+for the next one and asks for what is not answered.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from sandboxd import errors
+from sandboxd.cli.usage import visible
 from sandboxd.client import location, transport, wire
+from sandboxd.client.patience import RECONNECT, Patience
+from sandboxd.client.unanswered import Unanswered
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable, Iterator, Sequence
 
 __all__ = ["run"]
 
-OURS, OTHERS = 125, 1
+OURS, OTHERS, CANCELLED = 125, 1, 130
+MERGED = frozenset({"env", "labels", "limits"})
+SHOWN = 3  # problems that are said on standard error too
 
 
 def run(options: argparse.Namespace) -> int:
     """0 if every command exited with 0, 125 if a request was refused or one failed, else 1."""
-    from sandboxd.cli.run import ANSWER_TIMEOUT, CONNECT_TIMEOUT, fail, print_json  # noqa: PLC0415 - it has us
+    from sandboxd.cli.run import fail, print_json, say, settings  # noqa: PLC0415 - it has us
 
-    status = 0
+    status, problems = 0, 0
     try:
-        document: dict[str, Any] = {"requests": _requests(options.batch)}
-        if options.parallel is not None:
-            document["parallel"] = options.parallel
-        body = json.dumps(document).encode()
-        exchange = wire.Exchange("POST", wire.target("batches"), body, waits=True)
-        paths = location.candidates(options.socket, os.environ)
-        with transport.exchange(
-            paths, exchange, connect_timeout=CONNECT_TIMEOUT, timeout=ANSWER_TIMEOUT
-        ) as answer:
-            for line in answer.lines():
-                found = wire.parse_json(line)
-                if not isinstance(found, dict):
-                    raise wire.protocol_error("a result that is no object")
-                print_json(found)
-                status = max(status, _status(found))
+        lines, requests = _requests(options.batch)
+        defaults = settings(options)
+        left = Unanswered([_with(request, defaults) for request in requests], options.parallel)
+        for index, found in _results(location.candidates(options.socket, os.environ), left, say):
+            line = lines[index]
+            problem = found.get("problem")
+            if isinstance(problem, dict):
+                problem["detail"] = f"line {line}: {problem.get('detail', '')}"
+                problems += 1
+                if problems <= SHOWN:
+                    say(visible(problem["detail"]))
+            print_json({"index": index, "line": line} | found | {"index": index})
+            status = max(status, _status(found))
     except errors.SandboxdError as error:
         return fail(error, as_json=options.json)
+    except KeyboardInterrupt:
+        return CANCELLED
+    if problems > SHOWN:
+        say(f"{problems - SHOWN} more were refused")
     return status
 
 
-def _requests(name: str) -> list[Any]:
-    """The requests of a file. Raises InvalidRequest."""
+def _results(
+    paths: Sequence[str], left: Unanswered, say: Callable[[str], None]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """What came of each request, by its number, from however many daemons."""
+    from sandboxd.cli.run import ANSWER_TIMEOUT, CONNECT_TIMEOUT  # noqa: PLC0415 - as above
+
+    patience, known, told = Patience(RECONNECT), False, False
+    while True:
+        cut: errors.SandboxdError
+        try:
+            with transport.exchange(
+                paths, left.exchange(), connect_timeout=CONNECT_TIMEOUT, timeout=ANSWER_TIMEOUT
+            ) as answer:
+                known = True
+                for line in answer.lines():
+                    found = wire.document(line, "a result")
+                    index = left.told(*_numbered(found))
+                    if index is not None:
+                        patience.renew()
+                        yield index, found
+            cut = left.cut()
+        except (errors.Unavailable, errors.Draining) as error:
+            known = known or error.details.get("reason") == "lost"
+            if not known:
+                raise
+            cut = error
+        if not left:
+            return
+        pause = patience.pause(cut)
+        if not told:
+            say("the daemon went away; waiting for it")
+        told = True
+        time.sleep(pause)
+
+
+def _numbered(found: dict[str, Any]) -> tuple[int, str | None]:
+    """The number of a result, and the code of its problem."""
+    index, problem = found.get("index"), found.get("problem")
+    if not isinstance(index, int):
+        raise wire.protocol_error("a result without a number")
+    return index, str(problem.get("code")) if isinstance(problem, dict) else None
+
+
+def _requests(name: str) -> tuple[list[int], list[Any]]:
+    """The requests of a file, and the lines that they are on. Raises InvalidRequest."""
     try:
         if name == "-":
-            lines = sys.stdin.buffer.read().splitlines()
+            text = sys.stdin.buffer.read().splitlines()
         else:
             with open(name, "rb") as file:  # noqa: PTH123 - pathlib costs start-up
-                lines = file.read().splitlines()
+                text = file.read().splitlines()
     except OSError as error:
-        raise errors.InvalidRequest(
-            f"--batch: cannot read {name!r}: {error.strerror}", field="batch"
-        ) from None
-    found = []
-    for number, line in enumerate(lines, 1):
+        raise _wrong(f"cannot read {name!r}: {error.strerror}") from None
+    lines, found = [], []
+    for number, line in enumerate(text, 1):
         if not line.strip():
             continue
         try:
             found.append(json.loads(line))
-        except ValueError:
-            raise errors.InvalidRequest(
-                f"--batch: line {number} of {name!r} is not JSON", field="batch"
-            ) from None
+        except (ValueError, RecursionError):
+            raise _wrong(f"line {number} of {name!r} is not JSON") from None
+        lines.append(number)
     if not found:
         raise _wrong(f"no request is in {name!r}")
-    return found
+    return lines, found
+
+
+def _with(request: Any, defaults: dict[str, Any]) -> Any:
+    """A request with what it does not say itself; one that is no object the daemon refuses."""
+    if not isinstance(request, dict):
+        return request
+    full = defaults | request
+    for name in MERGED & defaults.keys():
+        own = request.get(name, {})
+        full[name] = defaults[name] | own if isinstance(own, dict) else own
+    return full
 
 
 def _wrong(what: str) -> errors.InvalidRequest:

@@ -101,6 +101,11 @@ class Call:
                     if ended is not None:
                         return ended
                     raise wire.lost("before the call did")
+            except errors.Pruned:  # since its last event that came
+                if self._id is None:
+                    raise
+                with self.ask(wire.Exchange("GET", wire.invocation_target(self._id))) as answer:
+                    return wire.document(answer.read(), "an invocation")
             except (errors.Unavailable, errors.Draining) as error:
                 if self._id is None and not ((self._keyed and error.details.get("reason") == "lost") or told):
                     raise
@@ -116,9 +121,7 @@ class Call:
     def _follow(self, answer: transport.Answer, patience: Patience) -> dict[str, Any] | None:
         """Pass on the output of one answer; the invocation, if its end was told."""
         for line in answer.lines():
-            event = wire.parse_json(line)
-            if not isinstance(event, dict):
-                raise wire.protocol_error("an event that is no object")
+            event = wire.document(line, "an event")
             patience.renew()
             if "id" in event:
                 self._accepted(str(event["id"]))
@@ -179,26 +182,37 @@ class Call:
             self.ask(wire.Exchange("POST", wire.invocation_target(self._id or "", "cancel"), b"")).close()
 
 
-def request(options: argparse.Namespace) -> tuple[bytes, list[str]]:
-    """The request as JSON, and what was left out of it. Raises InvalidRequest and TooLarge."""
-    packed = packing.pack(options.input)
-    document: dict[str, Any] = {"argv": [_argument(item) for item in options.argv]}
-    for name in ("policy", "session", "key", "cwd", "deadline"):
-        value = getattr(options, name)
-        if value is not None:
-            document[name] = value
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options say of a request, its command and its content aside. Raises InvalidRequest."""
+    document: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in ("policy", "session", "cwd", "deadline")
+        if getattr(options, name) is not None
+    }
     if options.callback is not None:
         document["callback"] = {"unix" if options.callback.startswith("/") else "exec": options.callback}
     limits = {"wall": options.timeout, "memory": options.memory}
     document["limits"] = {name: value for name, value in limits.items() if value is not None}
     document |= {"env": dict(options.env), "labels": dict(options.label)}
-    document |= {"inputs": packed.inputs, "stdin": "stream" if options.interactive else "none"}
-    if packed.tar is not None:
-        document["tar"] = packed.tar
+    found = {key: value for key, value in document.items() if value != {}}
+    _encoded(found)
+    return found
+
+
+def request(options: argparse.Namespace) -> tuple[bytes, list[str]]:
+    """The request as JSON, and what was left out of it. Raises InvalidRequest and TooLarge."""
+    packed = packing.pack(options.input)
+    document: dict[str, Any] = {"argv": [_argument(item) for item in options.argv]} | settings(options)
+    document |= {} if options.key is None else {"key": options.key}
+    document |= {"inputs": packed.inputs} if packed.inputs else {}
+    document |= {} if packed.tar is None else {"tar": packed.tar}
+    document["stdin"] = "stream" if options.interactive else "none"
+    return _encoded(document), packed.left_out
+
+
+def _encoded(document: dict[str, Any]) -> bytes:
     try:
-        text = json.dumps({key: value for key, value in document.items() if value or key == "argv"},
-                          ensure_ascii=False)  # fmt: skip
-        return text.encode(), packed.left_out
+        return json.dumps(document, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise errors.InvalidRequest("an option holds bytes that are not UTF-8", field="request") from None
 

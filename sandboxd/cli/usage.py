@@ -45,6 +45,19 @@ socket:
   --socket, else SANDBOXD_SOCKET, else /run/sandboxd/sandboxd.sock, else
   $XDG_RUNTIME_DIR/sandboxd/sandboxd.sock. `sandboxd doctor` says what is missing if nothing answers."""
 
+ONE_CALL = {
+    "argv": "with --batch the commands are in its file",
+    "key": "--key is for one call; write a `key` into each request of --batch that needs one",
+    "input": "--input is for one call; write `inputs` or `tar` into the requests of --batch",
+    "interactive": "-i is for one call; write `stdin` into the requests of --batch",
+    "artifacts": "--artifacts is for one call; get the files of a batch by the `id` of each result",
+    "workspace": "--workspace is for one call; for a batch see `sandboxd session create --from DIR`, "
+    "and --session",
+    "pull": "--pull is for one call; after a batch in a session see `sandboxd session pull`",
+    "upload": "--upload is for one call; for a batch see `sandboxd session create --upload`",
+}
+"""What does not go with --batch, and what to do about it."""
+
 # C0 and C1 controls, and what reorders or hides text; a backslash is left, so that plain paths stay plain.
 _HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 _NUMBER = re.compile(r"\d+(\.\d+)?")
@@ -157,7 +170,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch",
         metavar="FILE",
         help="run the requests of FILE (- for standard input), one JSON object a line, and print what came "
-        "of each, one a line, as it ends",
+        "of each, one a line, as it ends; --policy, --session, --timeout, --deadline, --memory, --cwd, "
+        "--callback, --env and --label are for each that does not say so itself",
     )
     add("--parallel", metavar="N", type=int, help="with --batch: so many at the same time (default: 8)")
     add("--socket", metavar="S", help="the daemon's socket")
@@ -183,9 +197,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.parallel is not None and options.batch is None:
         parser.error("--parallel is for --batch")
     if options.batch is not None:
-        if options.argv:
-            parser.error("with --batch the commands are in its file")
-        return options
+        given = [why for name, why in ONE_CALL.items() if getattr(options, name) not in (None, False, [])]
+        return parser.error(given[0]) if given else options
     if not options.argv:
         parser.error("which command? Write it after --, such as: run-in-sandbox -- python3 -V")
     if options.workspace is not None and options.session is not None:

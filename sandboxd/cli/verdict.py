@@ -44,6 +44,8 @@ def _listed(items: list[str]) -> str:
 
 def _facts(invocation: dict[str, Any], *, artifacts: bool, plain: bool) -> list[str]:
     facts = []
+    if invocation.get("pruned"):
+        facts.append("its output and artifacts were removed by retention; its record has their digests")
     if retried := invocation.get("retried"):  # its output is that of all of them
         ends = [visible(str(each.get("cause"))) for each in retried]
         facts.append(f"{len(retried) + 1} attempts, after {_listed(ends)}")

@@ -18,6 +18,7 @@ __all__ = [
     "Lines",
     "artifact_target",
     "count",
+    "document",
     "error_of",
     "invocation_target",
     "lost",
@@ -129,6 +130,14 @@ def parse_json(body: bytes) -> Any:
         return json.loads(body)
     except (ValueError, RecursionError):
         raise protocol_error("an answer that is not JSON") from None
+
+
+def document(body: bytes, what: str) -> dict[str, Any]:
+    """A JSON object of the daemon. Raises Unavailable (reason ``protocol``) for what is none."""
+    found = parse_json(body)
+    if not isinstance(found, dict):
+        raise protocol_error(f"{what} that is no object")
+    return found
 
 
 def protocol_error(what: str) -> errors.Unavailable:

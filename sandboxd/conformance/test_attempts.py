@@ -8,10 +8,14 @@ import pytest
 
 from sandboxd import errors
 from sandboxd.conformance.case import outcome, text
+from sandboxd.conformance.plugin import needs
 from sandboxd.conformance.policies import PREFIX
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sandboxd.conformance.subject import Subject
+    from sandboxd.models import BatchResult
 
 MIB = 2**20
 # what it writes before it needs more than it has says whether it began anew
@@ -60,3 +64,26 @@ def test_a_batch_answers_each(subject: Subject) -> None:
     assert [outcome(each).exit_code for each in ended] == [0, 1, 2, 3]
     assert found[4].problem is not None
     assert found[4].problem.code == "invalid_request"
+
+
+@needs("a daemon of the suite's own")
+def test_a_batch_goes_on_with_the_next_daemon(another: Callable[[str], Subject]) -> None:
+    own = another("pool: {min: 0, max: 0}\nbudget: {slots: 1}\nqueue: 2\n")
+    more: dict[str, Any] = {"policy": PREFIX + "plain", "labels": {"of": "batch"}}
+    requests = [more | {"argv": ["sh", "-c", f"sleep 0.3; exit {number}"]} for number in range(8)]
+    found: list[BatchResult] = []
+    with own.client.batch(requests, parallel=4) as results:  # more than the queue has places for
+        found += [next(results) for _ in range(2)]
+        assert own.process is not None
+        own.process.kill()
+        own.process.wait(timeout=own.seconds(60))
+        own.launch()
+        found += list(results)
+    assert sorted(each.index for each in found) == list(range(8))
+    assert len(own.client.list(label="of=batch").invocations) == 8  # each of them once
+    ends = {each.index: outcome(each.invocation) for each in found if each.invocation is not None}
+    assert len(ends) == 8
+    done = {index: end.exit_code for index, end in ends.items() if end.cause == "exited"}
+    assert all(index == code for index, code in done.items())
+    assert len(done) >= 7  # but for the one that ran
+    own.stop()

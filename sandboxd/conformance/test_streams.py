@@ -55,8 +55,11 @@ def test_standard_input_that_is_sent_while_it_runs(subject: Subject) -> None:
     client.write_stdin(call.id, b"ee\n", offset=11)
     found = subject.wait(call)
     assert text(found) == "got one\ngot two\ngot three\n"
-    with pytest.raises(errors.StateConflict):
+    assert client.write_stdin(call.id, b"ee\n", offset=11) == 14  # as if the answer to it was lost
+    assert found.stdin_taken == 14
+    with pytest.raises(errors.CallEnded) as caught:
         client.write_stdin(call.id, b"late", offset=14)
+    assert caught.value.details["offset"] == 14
 
 
 @pytest.mark.parametrize("argv", [["true"], ["sh", "-c", "exec <&-; echo on"]])

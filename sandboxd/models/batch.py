@@ -21,7 +21,14 @@ class Batch(Wire):
 
     requests: Annotated[list[Any], Field(min_length=1, max_length=MAX_REQUESTS)]
     parallel: Annotated[int, Field(ge=1, le=MAX_PARALLEL)] = 8
-    """How many of them are in the queue or run at the same time."""
+    """How many of them wait or run at the same time."""
+    tied: Annotated[list[Annotated[int, Field(ge=0, lt=MAX_REQUESTS)]], Field(max_length=MAX_REQUESTS)] = (
+        Field(default_factory=list)
+    )
+    """Numbers of requests that end when the caller goes away, though they have a key.
+
+    So a client may give keys of its own, by which it asks for the same calls again of the next daemon.
+    """
 
 
 class BatchResult(Wire):

@@ -108,6 +108,8 @@ class Invocation(Wire):
     stdout: Content | None = None
     stderr: Content | None = None
     receipt: Receipt | None = None
+    stdin_taken: int | None = None
+    """Bytes that were taken of the standard input that was sent while it ran; None: none was to be sent."""
     usage: Usage | None = None
     denials: list[Denial] = Field(default_factory=list)
     limits_reached: list[LimitReached] = Field(default_factory=list)

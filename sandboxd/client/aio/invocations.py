@@ -11,7 +11,7 @@ from anyio.to_thread import run_sync
 from sandboxd import errors, models
 from sandboxd.client import wire
 from sandboxd.client.aio.exchanges import Exchanges, single
-from sandboxd.client.aio.stream import AsyncStream, decoded
+from sandboxd.client.aio.stream import AsyncStream
 from sandboxd.client.calls import invocations
 from sandboxd.client.calls.invocations import Events
 from sandboxd.client.calls.request import request
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sandboxd.client.async_transport import AsyncAnswer
     from sandboxd.client.calls.invocations import PageFields
     from sandboxd.client.calls.request import Argv, RequestFields
+    from sandboxd.client.unanswered import Unanswered
 
 __all__ = ["Invocations"]
 
@@ -39,7 +40,7 @@ class Invocations(Exchanges):
         asked = request(argv, fields)
         call = invocations.run(asked)
         patience = Patience(self._reconnect)
-        answer = await self._ask(call.exchange, asked.key, patience)
+        answer = await self._ask(call.exchange, patience, keyed=asked.key is not None)
         try:
             return call.decode(await answer.read())
         except errors.Unavailable as error:
@@ -52,12 +53,12 @@ class Invocations(Exchanges):
                 await answer.aclose()
         return await self._outcome(id_, cut, patience)
 
-    async def _ask(self, exchange: wire.Exchange, key: str | None, patience: Patience) -> AsyncAnswer:
+    async def _ask(self, exchange: wire.Exchange, patience: Patience, *, keyed: bool) -> AsyncAnswer:
         """The answer to a request; one with a key may be sent again when it is not known to have arrived."""
         try:
             return await self._open(exchange)
         except errors.Unavailable as error:
-            if key is None or error.details.get("reason") != "lost":
+            if not keyed or error.details.get("reason") != "lost":
                 raise
             cut = error
         return await self._again(exchange, cut, patience)
@@ -107,9 +108,39 @@ class Invocations(Exchanges):
         """Run many requests, ``parallel`` at a time; what came of each comes as it ends, with its index.
 
         A request is a ``Request``, an argv, or the JSON of a request; one that is refused has a ``problem``.
+        Those without a key get one, by which the next daemon is asked where one goes away.
         """
-        answer = await self._open(invocations.batch(requests, parallel))
-        return AsyncStream(answer, decoded(answer, invocations.batch_result))
+        left = invocations.batch(requests, parallel)
+        patience = Patience(self._reconnect)
+        answer = await self._ask(left.exchange(), patience, keyed=True)
+        stream: AsyncStream[models.BatchResult] = AsyncStream(answer)
+        stream.feed(self._results(stream, answer, left, patience))
+        return stream
+
+    async def _results(
+        self,
+        stream: AsyncStream[models.BatchResult],
+        answer: AsyncAnswer,
+        left: Unanswered,
+        patience: Patience,
+    ) -> AsyncGenerator[models.BatchResult, None]:
+        """What came of each request, from however many daemons."""
+        while True:
+            try:
+                async for line in answer.lines():
+                    found = invocations.batch_result(line, left)
+                    if found is not None:
+                        patience.renew()
+                        yield found
+                cut = left.cut()
+            except errors.Unavailable as error:
+                if error.details.get("reason") != "lost":
+                    raise
+                cut = error
+            if not left:
+                return
+            answer = await self._again(left.exchange(), cut, patience)
+            await stream.continue_with(answer)
 
     async def get(self, id: str) -> models.Invocation:  # noqa: A002 - the field's name, here and below
         """One invocation. Raises NotFound."""
@@ -157,8 +188,8 @@ class Invocations(Exchanges):
     ) -> AsyncStream[models.Event]:
         """Events up to ``ended``, from however many daemons."""
         patience = Patience(self._reconnect)
-        answer = await self._ask(exchange, key, patience)
-        stream = AsyncStream(answer, _decoded(answer, Events(complete=True)))
+        answer = await self._ask(exchange, patience, keyed=key is not None)
+        stream: AsyncStream[models.Event] = AsyncStream(answer)
         stream.feed(self._resumed(stream, answer, id or invocations.id_at(answer.location), after, patience))
         return stream
 
@@ -184,7 +215,11 @@ class Invocations(Exchanges):
                 cut = error
             else:
                 return
-            answer = await self._again(invocations.events(id, after, follow=True), cut, patience)
+            try:
+                answer = await self._again(invocations.events(id, after, follow=True), cut, patience)
+            except errors.Pruned:
+                yield invocations.last(await self.get(id), after)
+                return
             await stream.continue_with(answer)
 
     async def stdout(self, id: str, *, offset: int = 0, follow: bool = False) -> AsyncStream[bytes]:  # noqa: A002

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import anyio
 
@@ -19,9 +19,9 @@ T = TypeVar("T")
 class AsyncStream(Generic[T]):
     """Items of an answer as they arrive. An async iterator and context manager; ``aclose`` hangs up."""
 
-    def __init__(self, answer: AsyncAnswer, items: AsyncGenerator[T, None]) -> None:
+    def __init__(self, answer: AsyncAnswer, items: AsyncGenerator[T, None] | None = None) -> None:
         self._answer = answer
-        self._items = items
+        self._items: AsyncGenerator[T, None] = _none() if items is None else items
 
     @property
     def omitted(self) -> int:
@@ -59,6 +59,12 @@ class AsyncStream(Generic[T]):
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+
+async def _none() -> AsyncGenerator[Any, None]:
+    """No items: those of the stream are said later, by ``feed``."""
+    return
+    yield
 
 
 async def decoded(answer: AsyncAnswer, decode: Callable[[bytes], T]) -> AsyncGenerator[T, None]:

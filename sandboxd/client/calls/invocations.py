@@ -9,6 +9,7 @@ from sandboxd import errors, models
 from sandboxd.client import wire
 from sandboxd.client.calls.call import BYTES_OUT, Call, body_of, nothing, one
 from sandboxd.client.calls.request import documents
+from sandboxd.client.unanswered import Unanswered
 
 if TYPE_CHECKING:
     import signal as signals
@@ -32,6 +33,7 @@ __all__ = [
     "events",
     "get",
     "id_at",
+    "last",
     "page",
     "ports",
     "raw",
@@ -110,6 +112,11 @@ def ended(event: models.Event, id: str) -> models.Invocation | None:  # noqa: A0
     return event.invocation
 
 
+def last(done: models.Invocation, after: int) -> models.Event:
+    """The end of a call whose events after this number were pruned meanwhile."""
+    return models.Event(seq=after + 1, at=done.times.ended or 0, type="ended", invocation=done)
+
+
 def run(asked: models.Request) -> Call[models.Invocation]:
     """Run and wait for the outcome."""
     exchange = wire.Exchange("POST", wire.target("invocations"), body_of(asked), waits=True)
@@ -130,15 +137,19 @@ def stream(asked: models.Request) -> wire.Exchange:
     return wire.Exchange("POST", wire.target("invocations"), body_of(asked), headers, waits=True)
 
 
-def batch(requests: Iterable[Argv | Mapping[str, Any]], parallel: int | None) -> wire.Exchange:
+def batch(requests: Iterable[Argv | Mapping[str, Any]], parallel: int | None) -> Unanswered:
     """Run many requests, so many at a time."""
-    body: dict[str, Any] = {"requests": documents(requests)}
-    body |= {} if parallel is None else {"parallel": parallel}
-    return wire.Exchange("POST", wire.target("batches"), json.dumps(body).encode(), waits=True)
+    return Unanswered(documents(requests), parallel)
 
 
-batch_result: Callable[[bytes], models.BatchResult] = one(models.BatchResult)
-"""Decodes one line of the answer to a batch."""
+_result: Callable[[bytes], models.BatchResult] = one(models.BatchResult)
+
+
+def batch_result(line: bytes, left: Unanswered) -> models.BatchResult | None:
+    """One line of the answer to a batch, by the caller's number; None if it has to be asked again."""
+    found = _result(line)
+    index = left.told(found.index, None if found.problem is None else found.problem.code)
+    return None if index is None else found.model_copy(update={"index": index})
 
 
 def id_at(location: str) -> str | None:

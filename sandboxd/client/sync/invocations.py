@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sandboxd.client.calls.invocations import PageFields
     from sandboxd.client.calls.request import Argv, RequestFields
     from sandboxd.client.transport import Body
+    from sandboxd.client.unanswered import Unanswered
 
 __all__ = ["Invocations"]
 
@@ -36,7 +37,7 @@ class Invocations(Exchanges):
         asked = request(argv, fields)
         call = invocations.run(asked)
         patience = Patience(self._reconnect)
-        with self._ask(call.exchange, asked.key, patience) as answer:
+        with self._ask(call.exchange, patience, keyed=asked.key is not None) as answer:
             try:
                 return call.decode(answer.read())
             except errors.Unavailable as error:
@@ -46,12 +47,12 @@ class Invocations(Exchanges):
                 cut = error
         return self._outcome(id_, cut, patience)
 
-    def _ask(self, exchange: wire.Exchange, key: str | None, patience: Patience) -> Body:
+    def _ask(self, exchange: wire.Exchange, patience: Patience, *, keyed: bool) -> Body:
         """The answer to a request; one with a key may be sent again when it is not known to have arrived."""
         try:
             return self._open(exchange)
         except errors.Unavailable as error:
-            if key is None or error.details.get("reason") != "lost":
+            if not keyed or error.details.get("reason") != "lost":
                 raise
             return self._again(exchange, error, patience)
 
@@ -98,9 +99,35 @@ class Invocations(Exchanges):
         """Run many requests, ``parallel`` at a time; what came of each comes as it ends, with its index.
 
         A request is a ``Request``, an argv, or the JSON of a request; one that is refused has a ``problem``.
+        Those without a key get one, by which the next daemon is asked where one goes away.
         """
-        answer = self._open(invocations.batch(requests, parallel))
-        return Stream(answer, map(invocations.batch_result, answer.lines()))
+        left = invocations.batch(requests, parallel)
+        patience = Patience(self._reconnect)
+        answer = self._ask(left.exchange(), patience, keyed=True)
+        stream: Stream[models.BatchResult] = Stream(answer)
+        stream.feed(self._results(stream, answer, left, patience))
+        return stream
+
+    def _results(
+        self, stream: Stream[models.BatchResult], answer: Body, left: Unanswered, patience: Patience
+    ) -> Iterator[models.BatchResult]:
+        """What came of each request, from however many daemons."""
+        while True:
+            try:
+                for line in answer.lines():
+                    found = invocations.batch_result(line, left)
+                    if found is not None:
+                        patience.renew()
+                        yield found
+                cut = left.cut()
+            except errors.Unavailable as error:
+                if error.details.get("reason") != "lost":
+                    raise
+                cut = error
+            if not left:
+                return
+            answer = self._again(left.exchange(), cut, patience, stream.limit)
+            stream.continue_with(answer)
 
     def get(self, id: str) -> models.Invocation:  # noqa: A002 - the field's name, here and below
         """One invocation. Raises NotFound."""
@@ -158,7 +185,7 @@ class Invocations(Exchanges):
     ) -> Stream[models.Event]:
         """Events up to ``ended``, from however many daemons."""
         patience = Patience(self._reconnect)
-        answer = self._ask(exchange, key, patience)
+        answer = self._ask(exchange, patience, keyed=key is not None)
         stream: Stream[models.Event] = Stream(answer)
         stream.feed(self._resumed(stream, answer, id or invocations.id_at(answer.location), after, patience))
         return stream
@@ -183,7 +210,11 @@ class Invocations(Exchanges):
                 if id is None or error.details.get("reason") != "lost":
                     raise
                 exchange = invocations.events(id, after, follow=True)
-                answer = self._again(exchange, error, patience, stream.limit)
+                try:
+                    answer = self._again(exchange, error, patience, stream.limit)
+                except errors.Pruned:
+                    yield invocations.last(self.get(id), after)
+                    return
                 stream.continue_with(answer)
             else:
                 return
