@@ -304,11 +304,6 @@ class DaemonService(Calls):
         """The caller's calls that released a content, or all for an operator. Raises NotFound."""
         return await self._archive.lineage(digest, None if caller.sees_all else caller.uid)
 
-    def blob(self, digest: str, start: int, length: int) -> AsyncIterator[bytes]:
-        """Bytes of a content that ``lineage`` or ``artifact`` found for the caller. Raises JournalCorrupt."""
-        self._archive.present(digest)
-        return self._archive.blob(digest, start, length)
-
     async def prune(self, caller: Caller, *, age: int | None, size: int | None) -> models.Pruning:
         """Remove the oldest bodies, output and artifacts now. Raises NotPermitted."""
         _operators_only(caller)

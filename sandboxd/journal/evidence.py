@@ -6,7 +6,6 @@ import errno
 import hashlib
 import os
 import stat
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 if TYPE_CHECKING:
@@ -56,14 +55,14 @@ class Evidence:
                 yield what, "" if found == digest else f"was changed: it has the digest {found}"
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """A regular file, open for reading. Raises OSError."""
+def opened(path: Path) -> BinaryIO:
+    """A regular file, open for reading, as a context manager. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(fd, "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
-        yield cast("BinaryIO", file)
+    file = cast("BinaryIO", os.fdopen(fd, "rb", buffering=0))
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return file
 
 
 def digest_of(path: Path) -> str:

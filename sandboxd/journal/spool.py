@@ -47,9 +47,9 @@ from sandboxd.journal.index import (
 from sandboxd.journal.output import OLD, Output, boundary, opened, pwrite, sync_directory
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 
-__all__ = ["Spool", "Stream"]
+__all__ = ["HEAD", "Spool", "Stream"]
 
 _MAX_EVENT = 64 * 1024
 _PIECE = 1 << 18
@@ -57,7 +57,8 @@ _RECENT = 8 << 20  # bytes at the end that are in the page cache
 _FREE = 4096
 _LARGE = 4096
 _NEAR = 64  # events at the end that are in the page cache, and read without a thread
-_HEAD = 1 << 20
+HEAD = 1 << 20
+"""Bytes of a stream that its call is told with."""
 
 
 NOTHING = Output(Path(), 0).summary()
@@ -365,7 +366,7 @@ class Spool:
             for directory in (self._index.directory, self._index.directory.parent):
                 sync_directory(directory)
 
-    def content(self, stream: Stream, head: int = _HEAD) -> models.Content:
+    def content(self, stream: Stream, head: int = HEAD) -> models.Content:
         """A stream's head, and size, digest and dropped bytes of all of it.
 
         The head is cut back to a whole UTF-8 character. Blocks on the disk. Raises NotFound.
@@ -423,7 +424,7 @@ class Spool:
 
     async def follow_bytes(
         self, stream: Stream, offset: int = 0, *, wait: bool = True
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes]:
         """A stream's bytes from ``offset``, ``wait``: those to come included, in chunks of at most 1 MiB.
 
         Ends when the spool is closed. Raises InvalidRequest for a negative offset, NotFound.
