@@ -49,16 +49,21 @@ class Records(NamedTuple):
 
 @contextmanager
 def records(config: Path | None, state: Path | None) -> Iterator[Records]:
-    """Open the journal that the configuration, or the command line, names. Raises NotFound, NotPermitted."""
+    """Open the journal that the configuration, or the command line, names.
+
+    Raises NotFound, NotPermitted, ConfigInvalid for one of a newer version.
+    """
     from sandboxd.config import load_config  # noqa: PLC0415 - `--help` must not pay for it
     from sandboxd.journal import signing  # noqa: PLC0415 - same
-    from sandboxd.journal.schema import connect_reader, mapped  # noqa: PLC0415 - same
+    from sandboxd.journal.schema import check_known, connect_reader, mapped  # noqa: PLC0415 - same
 
     loaded = None if state is not None and config is None else load_config(config)
     directory = state or (loaded.state if loaded else Path())
     path = _present(directory)
     place = signing.place_of(loaded.journal.key if loaded else None, directory, os.environ)
     with mapped(), closing(connect_reader(path)) as connection:
+        if not check_known(connection, path):
+            raise errors.NotFound(f"the journal {path} is empty")
         yield Records(connection, directory, place)
 
 
