@@ -255,6 +255,7 @@ class DaemonService(Calls):
                 to=call.checkpoint_after,
                 text=False,
                 limit=MOST_FILES,
+                sound=True,
             )
         except errors.Refused as error:
             log.info("files of a call are not compared", id=call.id, reason=str(error))
@@ -293,6 +294,7 @@ class DaemonService(Calls):
         if recorded.checkpoint_before is None:
             raise errors.NotFound(f"call {recorded.id!r} does not say where its session stood")
         fork = models.SessionFork(checkpoint=recorded.checkpoint_before, policy=policy, ttl=KEPT)
+        await self.sessions.check(caller, recorded.session, recorded.checkpoint_before)
         found = await self.sessions.fork(caller, recorded.session, fork)
         try:
             yield found.id

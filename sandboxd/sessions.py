@@ -34,6 +34,7 @@ from sandboxd.lanes import Lanes
 from sandboxd.layers import Layers
 from sandboxd.sessioncontainers import SessionContainers
 from sandboxd.workspace import allowance, tables
+from sandboxd.workspace.effort import Effort
 
 if TYPE_CHECKING:
     import sqlite3
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from sandboxd.api.identity import Caller
     from sandboxd.journal import Journal
     from sandboxd.workspace.checkout import Checkout
-    from sandboxd.workspace.effort import Effort
     from sandboxd.workspace.handles import Handles
     from sandboxd.workspace.store import LayerStore
     from sandboxd.workspace.tables import Checkpoint, Row, Stack
@@ -176,12 +176,14 @@ class Sessions:
         """A new session that begins with a checkpoint of another of the caller's.
 
         One of a session on a directory stands on it too. Raises NotFound, SessionExists, QuotaExceeded,
-        NotPermitted, StateConflict for a directory that somebody else lends.
+        NotPermitted, StateConflict for a directory that somebody else lends, Corrupt.
         """
         source = await self.holds.find(caller, named)
         start = source.head
         if asked.checkpoint is not None:
             start = (await self.holds.checkpoint(source, asked.checkpoint)).id
+        stack = await self._journal.read(lambda connection: tables.stack_of(connection, start))
+        await self.layers.sample(source.id, stack)
         row = self._row(caller, asked, id_=str(uuid7()), at=start, now=_now())
         row = replace(row, policy=asked.policy or source.policy, network=allowance.begun_with(source.network))
         if source.checkout is None:
@@ -370,7 +372,7 @@ class Sessions:
     ) -> AsyncIterator[tuple[Standing, ...]]:
         """What checkpoints are made of: ids, digests, ``origin``, ``root``, or None for where it stands.
 
-        The session is not removed meanwhile. Raises NotFound.
+        The session is not removed meanwhile. Raises NotFound, Corrupt where a layer is gone.
         """
         row = await self.holds.find(caller, named)
         checkout = self.checkouts.of(row)
@@ -381,10 +383,23 @@ class Sessions:
             )
             for stack in stacks:
                 await self.layers.unwritten.settle(stack.layers)
+                self.layers.present(row.id, stack)
             yield tuple(
-                Standing(id_, tuple(self.layers.paths(stack.layers)), checkout)
+                Standing(
+                    id_,
+                    tuple(self.layers.paths(stack.layers)),
+                    checkout,
+                    partial(self.layers.check, row.id, stack),
+                )
                 for id_, stack in zip(ids, stacks, strict=True)
             )
+
+    async def check(self, caller: Caller, named: str, checkpoint: str) -> None:
+        """Compare all layers of a checkpoint with their digests. Raises NotFound, Corrupt, QueueFull."""
+        effort = Effort()
+        async with self.standing(caller, named, checkpoint) as (one,):
+            work = partial(effort.within, partial(one.check, effort))
+            await self.work.run(caller.uid, work, stop=effort.stop)
 
     async def keeps(self, session: str, checkpoint: str | None) -> bool:
         """Whether a session has a checkpoint, by its digest."""
@@ -514,3 +529,8 @@ class Standing:
     checkpoint: str
     layers: tuple[Path, ...]
     checkout: Checkout | None
+    check: Callable[..., None]
+    """Given an ``Effort``, compares its layers with their digests, all but those that are given too.
+
+    Blocks. Raises Corrupt.
+    """

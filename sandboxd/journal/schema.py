@@ -241,6 +241,16 @@ MIGRATIONS: tuple[tuple[str | Callable[[sqlite3.Connection, Path], None], ...], 
         "ALTER TABLE merges ADD COLUMN own_inodes INTEGER NOT NULL DEFAULT 0",
     ),
     (sessioncalls.TABLE, _fill_sessions),
+    (
+        # the digest of what a merged layer holds; NULL where an earlier version merged it
+        "ALTER TABLE merges ADD COLUMN content TEXT",
+        # Checkpoints that a session's owner has discarded, which records name all the same. An empty digest:
+        # any may have been, since an earlier version did not note it.
+        """CREATE TABLE forgotten (
+            session TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (session, digest)
+        ) STRICT, WITHOUT ROWID""",
+        "INSERT INTO forgotten (session, digest) SELECT id, '' FROM sessions",
+    ),
 )
 
 KEPT_BACKUPS = 2

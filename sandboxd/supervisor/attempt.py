@@ -197,7 +197,7 @@ class Attempt:
         except (errors.ContainerLive, errors.QuotaExceeded) as error:
             result.outcome = denied(error)
         except OSError as error:
-            result.outcome = _failed(errors.HostFailed(f"the host refused what the call needs: {error}"))
+            result.outcome = _failed(_refused(error))
         finally:
             self._stdin.close()
         if self._seat is not None:
@@ -496,7 +496,7 @@ class Attempt:
         except errors.AttemptFailed as error:
             self._break(error)
         except OSError as error:
-            self._break(errors.HostFailed(f"the host refused what the call needs: {error}"))
+            self._break(_refused(error))
 
     def _hear(self, report: Report) -> None:
         """What PID 1 says."""
@@ -642,6 +642,13 @@ def _not_kept(error: errors.SandboxdError, ended: Outcome) -> Outcome:
         message=f"The command ended, but {error}; the session is as it was before.",
         error=Failure(code=error.code, message=str(error), details=error.details),
         evidence={"cause": ended.cause.value, "exit_code": ended.exit_code, "signal": ended.signal},
+    )
+
+
+def _refused(error: OSError) -> errors.HostFailed:
+    """What the host said, without the paths that are in it."""
+    return errors.HostFailed(
+        f"the host refused what the call needs: {error.strerror or type(error).__name__}"
     )
 
 

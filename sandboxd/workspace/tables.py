@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FAN",
     "Checkpoint",
+    "Kept",
     "Merge",
     "Pruned",
     "Row",
@@ -28,6 +29,7 @@ __all__ = [
     "checkpoint",
     "checkpoints",
     "count_of",
+    "digest_of",
     "due",
     "expired",
     "find",
@@ -138,15 +140,36 @@ class Merge:
     own_size: int = 0
     """Bytes and entries that it does not share with the layers that it was made of."""
     own_inodes: int = 0
+    content: str | None = None
+    """The digest of what it holds; None where an earlier version made it."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A layer that is kept: the checkpoint up to which it goes, and what digests say of both."""
+
+    layer: str
+    checkpoint: str
+    digest: str
+    """Of the checkpoint."""
+    content: str | None
+    """Of what the layer holds; None where that is not known."""
+    size: int
+    inodes: int
 
 
 @dataclass(frozen=True)
 class Stack:
     """The layers that make a checkpoint, the newest first, and what they hold together."""
 
-    layers: tuple[str, ...]
+    kept: tuple[Kept, ...]
     size: int
     inodes: int
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(one.layer for one in self.kept)
 
 
 @dataclass(frozen=True)
@@ -159,17 +182,25 @@ class Pruned:
     complete: bool
     removed: list[tuple[str, tuple[object, ...]]]
     """Rows that are gone, each with its table."""
+    noted: list[tuple[str, str]]
+    """Sessions, and the digests of their checkpoints that were noted as forgotten."""
 
     def take_back(self, connection: sqlite3.Connection) -> None:
         """Let all of it be there again."""
         for table, row in self.removed:
             marks = ", ".join("?" * len(row))
             connection.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", row)  # noqa: S608  (constants)
+        connection.executemany("DELETE FROM forgotten WHERE session = ? AND digest = ?", self.noted)
 
 
 _SESSION = ", ".join(one.name for one in fields(Row))
 _CHECKPOINT = ", ".join(one.name for one in fields(Checkpoint))
 _MERGE = ", ".join(one.name for one in fields(Merge))
+
+
+def digest_of(content: str | None, parent: str | None) -> str:
+    """The digest of a checkpoint: of its layer's, and of its parent's."""
+    return canonical.digest({"content": content, "parent": parent})
 
 
 def make_checkpoint(
@@ -186,7 +217,7 @@ def make_checkpoint(
     call: str | None = None,
 ) -> Checkpoint:
     """A checkpoint on top of its parent; its digest is of the parent's and the content's."""
-    digest = canonical.digest({"content": content, "parent": None if parent is None else parent.digest})
+    digest = digest_of(content, None if parent is None else parent.digest)
     depth = 0 if parent is None else parent.depth + 1
     above = None if parent is None else parent.id
     return Checkpoint(id_, session, uid, above, depth, digest, layer, content, size, inodes, created, call)
@@ -341,7 +372,7 @@ def first_of(connection: sqlite3.Connection, id_: str) -> Checkpoint | None:
 
 def stack_of(connection: sqlite3.Connection, id_: str, *, floor: int = -1) -> Stack:
     """The layers of a checkpoint, down to those of a depth above ``floor``."""
-    layers: list[str] = []
+    kept: list[Kept] = []
     size = inodes = 0
     at = checkpoint(connection, id_)
     while at is not None and at.depth > floor:
@@ -351,15 +382,15 @@ def stack_of(connection: sqlite3.Connection, id_: str, *, floor: int = -1) -> St
         ).fetchone() if at.depth % FAN == 0 and at.depth else None  # fmt: skip
         if merges is not None:
             merge = Merge(*merges)
-            layers.append(merge.layer)
+            kept.append(Kept(merge.layer, at.id, at.digest, merge.content, merge.size, merge.inodes))
             size, inodes = size + merge.size, inodes + merge.inodes
             at = checkpoint(connection, merge.below)
             continue
         if at.layer is not None:
-            layers.append(at.layer)
+            kept.append(Kept(at.layer, at.id, at.digest, at.content, at.size, at.inodes))
             size, inodes = size + at.size, inodes + at.inodes
         at = checkpoint(connection, at.parent)
-    return Stack(tuple(layers), size, inodes)
+    return Stack(tuple(kept), size, inodes)
 
 
 def due(connection: sqlite3.Connection, id_: str) -> list[tuple[Checkpoint, int, str]]:
@@ -469,6 +500,7 @@ def remove_checkpoint(connection: sqlite3.Connection, id_: str) -> None:
 
 def remove_session(connection: sqlite3.Connection, id_: str) -> None:
     """Forget a session and its container, and none of its checkpoints."""
+    connection.execute("DELETE FROM forgotten WHERE session = ?", (id_,))
     connection.execute("DELETE FROM containers WHERE session = ?", (id_,))
     connection.execute("DELETE FROM sessions WHERE id = ?", (id_,))
 
@@ -483,6 +515,7 @@ def prune(connection: sqlite3.Connection, session: str | None, *, limit: int = 2
     layers: list[str] = []
     freed: list[tuple[int, int, int]] = []
     removed: list[tuple[str, tuple[object, ...]]] = []
+    noted: list[tuple[str, str]] = []
     count = 0
     ended = connection.execute(
         "SELECT head, origin FROM sessions WHERE id = ? AND gone", (session,)
@@ -513,21 +546,28 @@ def prune(connection: sqlite3.Connection, session: str | None, *, limit: int = 2
             freed.append((one.uid, own_size, own_inodes + 1))
         removed += _rows_of(connection, one)
         remove_checkpoint(connection, one.id)
+        if not ended and session is not None and one.session == session:
+            noted.append((session, one.digest))
         count += 1
         if one.layer is not None:
             remove_packs(connection, [one.layer])
         if one.parent is not None and _is_free(connection, one.parent, session):
             queue.append(one.parent)
+    # records name them, and the session is still there
+    connection.executemany("INSERT OR IGNORE INTO forgotten (session, digest) VALUES (?, ?)", noted)
     if queue or len(leaves) == limit:
-        return Pruned(layers, freed, removed=removed, complete=False)
+        return Pruned(layers, freed, removed=removed, noted=noted, complete=False)
     if ended and session is not None:
         # as they are, for take_back
-        for table, column in (("checkpoints", "session"), ("sessions", "id"), ("containers", "session")):
+        for table, column in (
+            ("checkpoints", "session"), ("sessions", "id"), ("containers", "session"),
+            ("forgotten", "session"),
+        ):  # fmt: skip
             rows = connection.execute(f"SELECT * FROM {table} WHERE {column} = ?", (session,))  # noqa: S608
             removed += [(table, tuple(row)) for row in rows]
         connection.execute("UPDATE checkpoints SET session = NULL WHERE session = ?", (session,))
         remove_session(connection, session)
-    return Pruned(layers, freed, removed=removed, complete=True)
+    return Pruned(layers, freed, removed=removed, noted=noted, complete=True)
 
 
 def _rows_of(connection: sqlite3.Connection, one: Checkpoint) -> list[tuple[str, tuple[object, ...]]]:
