@@ -229,7 +229,7 @@ class Recovery(Runner):
         if spool.stored:
             await anyio.to_thread.run_sync(spool.sync)
         failpoint("recovery.close")
-        await self._journal.ended(done, records.outcome_header(done))
+        await self._journal.ended(done, records.outcome_header(done, events=spool.told()))
         finish(spool, done, durable=True)
         self.ended[outcome.cause] += 1
         self.callbacks.ended(done)
