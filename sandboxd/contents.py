@@ -9,6 +9,7 @@ an error. Of a part of a larger one nothing but the length is checked, since the
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from typing import TYPE_CHECKING, BinaryIO
@@ -27,6 +28,7 @@ __all__ = ["SMALL", "read"]
 
 SMALL = 1 << 20
 PIECE = 256 * 1024  # bytes that are read at once
+ANOTHER = {errno.EINVAL, errno.EISDIR, errno.ELOOP}  # of what is opened as a regular file, and is none
 
 
 async def read(
@@ -35,7 +37,8 @@ async def read(
     """Bytes of a content from ``start`` on, ``length`` of them or all, in pieces.
 
     ``size`` and ``digest`` are of the whole, ``what`` is what errors call it. Raises JournalCorrupt where
-    it is not there, or not what they say: before the first piece as far as the module says so.
+    it is not there, or not what they say, HostFailed where it cannot be read: before the first piece as far
+    as the module says so.
     """
     content = _Content(path, digest, size, what)
     end = size if length is None else min(size, start + length)
@@ -51,7 +54,7 @@ async def read(
 
 
 class _Content:
-    """One that is being read. Its methods block on the disk, and raise JournalCorrupt."""
+    """One that is being read. Its methods block on the disk, and raise JournalCorrupt, HostFailed."""
 
     def __init__(self, path: Path, digest: str, size: int, what: str) -> None:
         self._path = path
@@ -71,7 +74,9 @@ class _Content:
         except FileNotFoundError:
             raise self._damaged("is gone from the store, though records name it") from None
         except OSError as error:
-            raise self._damaged(f"cannot be read: {error.strerror}") from error
+            if error.errno in ANOTHER:
+                raise self._damaged("is damaged: what is there is no regular file") from error
+            raise self._unreadable(error) from error
         if found != self._size:
             file.close()
             raise self._damaged(f"is damaged: it has {found} bytes, and was recorded with {self._size}")
@@ -93,7 +98,7 @@ class _Content:
         try:
             data = os.pread(self._file.fileno(), min(PIECE, end - self.at), self.at)
         except OSError as error:
-            raise self._damaged(f"cannot be read: {error.strerror}") from error
+            raise self._unreadable(error) from error
         if not data:
             raise self._damaged("has lost its end")
         self.at += len(data)
@@ -106,6 +111,9 @@ class _Content:
     def _check(self) -> None:
         if (found := f"sha256:{self._digest.hexdigest()}") != self._expected:
             raise self._damaged(f"is damaged: what is there has the digest {found}")
+
+    def _unreadable(self, error: OSError) -> errors.HostFailed:
+        return errors.HostFailed(f"{self._what} {self._expected} cannot be read: {error.strerror}")
 
     def _damaged(self, how: str) -> errors.JournalCorrupt:
         return errors.JournalCorrupt(f"{self._what} {self._expected} {how}", digest=self._expected)

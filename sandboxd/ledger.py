@@ -275,9 +275,12 @@ def _check_heads(done: Invocation, shown: Mapping[str, Content]) -> None:
         recorded = getattr(done, name)
         if recorded is None or recorded.size > HEAD or (not recorded.size and not content.size):
             continue
-        if canonical.digest_bytes(content.decode()) != recorded.digest:
+        data = content.decode()
+        if canonical.digest_bytes(data) != recorded.digest:
             raise errors.JournalCorrupt(
-                f"the {name} of call {done.id}, {recorded.digest}, is damaged", digest=recorded.digest
+                f"the {name} of call {done.id}, {recorded.digest}, is damaged: of its {recorded.size} bytes "
+                f"{len(data)} are there, or others",
+                digest=recorded.digest,
             )
 
 

@@ -388,8 +388,7 @@ class Spool:
         with mapped():
             failpoint("spool.sync")
             for output in self._outputs.values():
-                if output.fd >= 0:
-                    os.fdatasync(output.fd)
+                output.sync()
             os.fdatasync(self._details)
             os.fdatasync(self._events)
             for directory in (self._index.directory, self._index.directory.parent):
