@@ -30,7 +30,7 @@ from sandboxd.lanes import Lanes
 from sandboxd.policy.load import recorded
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Sequence
     from pathlib import Path
 
     from sandboxd.blobs import BlobStore
@@ -50,7 +50,6 @@ GRACE = 3600.0  # seconds that a blob is kept though nothing names it
 STEP = 25  # calls that are pruned, or records that are indexed, at once
 BREATH = 0.01  # seconds between two steps
 _READ = 2048
-PIECE = 256 * 1024  # bytes of an artifact that are read at once
 MOST_RELEASES = 100
 SEARCHES = 2  # threads that search at once, one for each caller
 WAITING = 64  # searches of a caller
@@ -253,21 +252,6 @@ class Archive:
         if not found.calls:
             raise errors.NotFound(f"no call of yours released a file with the digest {digest}")
         return found
-
-    def present(self, digest: str) -> None:
-        """Raise JournalCorrupt where the content of an artifact is gone that records name."""
-        if not self._blobs.has(digest):
-            raise errors.JournalCorrupt(
-                f"the content {digest} is gone from the store, though records name it", digest=digest
-            )
-
-    async def blob(self, digest: str, start: int, length: int) -> AsyncIterator[bytes]:
-        """Bytes of an artifact's content, in pieces. Raises NotFound."""
-        async with await anyio.open_file(self._blobs.path(digest), "rb") as file:
-            await file.seek(start)
-            while length and (data := await file.read(min(PIECE, length))):
-                length -= len(data)
-                yield data
 
     async def _retain(self) -> None:
         swept = -SWEEP

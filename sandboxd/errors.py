@@ -37,6 +37,7 @@ SandboxdError
 ├── AttemptFailed                  an accepted call that failed through a fault of ours
 │   ├── EngineFailed               engine
 │   ├── HostFailed                 host
+│   ├── Corrupt                    corrupt
 │   ├── ControlNotEnforced         control_not_enforced
 │   └── Interrupted                interrupted
 ├── ConfigInvalid                  config_invalid           the daemon does not start
@@ -59,6 +60,7 @@ __all__ = [
     "ContainerLive",
     "ControlNotEnforced",
     "ControlNotSupported",
+    "Corrupt",
     "Draining",
     "EngineFailed",
     "HostFailed",
@@ -370,6 +372,15 @@ class HostFailed(AttemptFailed):
     """Raised when the host refused what we need: no space, no memory, no descriptor."""
 
     code = "host"
+
+
+class Corrupt(AttemptFailed):
+    """Raised when files of a session are gone, or are not those that were kept.
+
+    ``details``: the ``session``, and the ``checkpoint`` and ``digest`` that their layer makes.
+    """
+
+    code = "corrupt"
 
 
 class ControlNotEnforced(AttemptFailed):

@@ -10,18 +10,19 @@ import structlog
 
 from sandboxd import errors
 from sandboxd.session import LONG
-from sandboxd.workspace import pruning, stacks, tables
-from sandboxd.workspace.layer import Figures
+from sandboxd.workspace import pruning, soundness, stacks, tables
+from sandboxd.workspace.layer import Figures, measure
 from sandboxd.workspace.merge import Merged, merge
 from sandboxd.workspace.shares import Shares
 from sandboxd.workspace.unwritten import Unwritten
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
     from pathlib import Path
 
     from sandboxd.journal import Journal
+    from sandboxd.workspace.effort import Effort
     from sandboxd.workspace.stacks import Stack
     from sandboxd.workspace.store import LayerStore
     from sandboxd.workspace.tables import Checkpoint
@@ -82,6 +83,24 @@ class Layers:
     def paths(self, names: tuple[str, ...]) -> Iterator[Path]:
         yield from map(self._store.path, names)
 
+    def present(self, session: str, stack: Stack) -> None:
+        """Raise Corrupt where a layer of a session's is gone."""
+        soundness.present(self._store.layers, session, stack.kept)
+
+    async def sample(self, session: str, stack: Stack) -> None:
+        """Raise Corrupt where a layer is gone, or where one of the newest that are small was changed.
+
+        What is no file yet is in the journal.
+        """
+        kept = [one for one in stack.kept if one.layer not in self.unwritten]
+        soundness.present(self._store.layers, session, kept)
+        await anyio.to_thread.run_sync(soundness.check, self._store.layers, session, soundness.small(kept))
+
+    def check(self, session: str, stack: Stack, effort: Effort, without: Collection[Path] = ()) -> None:
+        """Raise Corrupt where a layer is gone or was changed; all but those ``without`` are read. Blocks."""
+        kept = [one for one in stack.kept if self._store.path(one.layer) not in without]
+        soundness.check(self._store.layers, session, kept, effort)
+
     async def prune(self, session: str | None) -> None:
         """Forget what nothing stands on, in steps; then its layers go."""
         complete, steps = False, 0
@@ -134,10 +153,10 @@ class Layers:
             paths = tuple(self.paths(upper.layers))
             beneath = tuple(self.paths(lower.layers))
             found.append(merge(paths, into, below=beneath, scratch=scratch, lent=lent))
-            return Figures("", found[0].size, found[0].inodes)
+            return Figures(measure(into).digest, found[0].size, found[0].inodes)
 
-        name, _ = await anyio.to_thread.run_sync(self._store.add, fill)
-        made = stacks.Merge(end.id, span, below, name, *found[0])
+        name, figures = await anyio.to_thread.run_sync(self._store.add, fill)
+        made = stacks.Merge(end.id, span, below, name, *found[0], figures.digest)
         written = False
         try:
             written = await self._journal.write(lambda connection: stacks.insert_merge(connection, made))

@@ -9,16 +9,17 @@ found, unless an operator asks.
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import anyio
 import anyio.to_thread
 
-from sandboxd import errors, units
+from sandboxd import canonical, contents, errors, units
 from sandboxd.call import Call
 from sandboxd.journal.output import sync_directory
-from sandboxd.journal.spool import Spool, Stream
+from sandboxd.journal.spool import HEAD, Spool, Stream
 from sandboxd.models import Event, InvocationList, State
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ __all__ = ["Ledger", "finish", "recovered", "retried_events", "streams_of", "unr
 
 LIST_LIMIT = 500
 LATER = "the daemon stops, and the call waits for its next start; ask again then"
-CHUNK = 256 * 1024  # bytes of an artifact that are read at once
 
 
 def unrecorded(reason: str | None) -> str:
@@ -120,7 +120,9 @@ class Ledger:
         if isinstance(found, Call):
             return found.invocation.model_copy(update=streams_of(found.spool))
         if found.pruned is None and (self._spools / found.id).is_dir():
-            return found.model_copy(update=streams_of(await self._closed_spool(found)))
+            shown = streams_of(await self._closed_spool(found))
+            _check_heads(found, shown)
+            return found.model_copy(update=shown)
         return found
 
     async def wait(self, caller: Caller, id: str) -> Invocation:
@@ -239,10 +241,20 @@ class Ledger:
     async def stream(
         self, caller: Caller, id: str, name: Literal["stdout", "stderr"], *, offset: int, follow: bool
     ) -> AsyncIterator[bytes]:
-        """The raw bytes of a stream. Raises NotFound."""
+        """The raw bytes of a stream. Raises NotFound, InvalidRequest; of an ended call JournalCorrupt."""
         spool = await self._spool(caller, id)
-        async for chunk in spool.follow_bytes(name, offset, wait=follow):
-            yield chunk
+        found = await self._find(caller, id)
+        recorded = None if isinstance(found, Call) else getattr(found, name)
+        if recorded is None or not spool.complete or offset < 0:
+            pieces = spool.follow_bytes(name, offset, wait=follow)
+        elif not recorded.size:
+            return
+        else:
+            path, of = self._spools / id / name, f"the {name} of call {id},"
+            pieces = contents.read(path, recorded.digest, recorded.size, what=of, start=offset)
+        async with aclosing(pieces):
+            async for piece in pieces:
+                yield piece
 
     async def artifact(self, caller: Caller, id: str, path: str) -> tuple[Artifact, AsyncIterator[bytes]]:
         """A released file by its path as listed, and its bytes. Raises NotFound."""
@@ -251,8 +263,13 @@ class Ledger:
         _still_kept(invocation)
         for artifact in invocation.artifacts:
             if artifact.path == path:
-                return artifact, _chunks(self._blobs.path(artifact.digest))
+                return artifact, self.blob(artifact.digest, artifact.size)
         raise errors.NotFound(f"call {id!r} released no file {path!r}")
+
+    def blob(self, digest: str, size: int, start: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
+        """Bytes of a released file, of which the whole has ``size``; as ``contents.read``."""
+        path = self._blobs.path(digest)
+        return contents.read(path, digest, size, what="the content", start=start, length=length)
 
 
 def _still_kept(invocation: Invocation) -> None:
@@ -268,6 +285,21 @@ def _still_kept(invocation: Invocation) -> None:
 def streams_of(spool: Spool) -> dict[str, Content]:
     """The fields of an invocation that its spool has."""
     return {"stdout": spool.content("stdout"), "stderr": spool.content("stderr")}
+
+
+def _check_heads(done: Invocation, shown: Mapping[str, Content]) -> None:
+    """Raise JournalCorrupt where a stream that is told as a whole is not the one that was recorded."""
+    for name, content in shown.items():
+        recorded = getattr(done, name)
+        if recorded is None or recorded.size > HEAD or (not recorded.size and not content.size):
+            continue
+        data = content.decode()
+        if canonical.digest_bytes(data) != recorded.digest:
+            raise errors.JournalCorrupt(
+                f"the {name} of call {done.id}, {recorded.digest}, is damaged: of its {recorded.size} bytes "
+                f"{len(data)} are there, or others",
+                digest=recorded.digest,
+            )
 
 
 def recovered(directory: Path) -> Spool:
@@ -321,9 +353,3 @@ def _events_of(invocation: Invocation) -> list[Event]:
     events += [Event(seq=0, at=0, type="limit", limit=limit) for limit in invocation.limits_reached]
     events.append(Event(seq=0, at=times.ended or 0, type="ended", invocation=invocation))
     return [event.model_copy(update={"seq": number}) for number, event in enumerate(events, 1)]
-
-
-async def _chunks(path: Path) -> AsyncIterator[bytes]:
-    async with await anyio.open_file(path, "rb") as file:
-        while data := await file.read(CHUNK):
-            yield data

@@ -10,8 +10,10 @@ from sandboxd.models import Cause, Event, FailedAttempt, Failure, LimitReached, 
 from sandboxd.supervisor.result import Result
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sandboxd import plan
-    from sandboxd.journal.spool import Spool
+    from sandboxd.journal.spool import Part, Spool
     from sandboxd.models import Invocation
     from sandboxd.retries import Again
     from sandboxd.supervisor.ending import Deadline
@@ -19,9 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["cancelled", "cancelled_with_its_caller", "followed", "header", "ours", "too_late"]
 
 
-def header(done: Invocation, made: plan.Plan) -> dict[str, Any]:
-    """The header of an ended call that ran by this plan."""
-    return records.outcome_header(done, inputs=[item.digest for item in made.inputs], tar=made.tar)
+def header(done: Invocation, made: plan.Plan, events: Mapping[str, Part] | None) -> dict[str, Any]:
+    """The header of an ended call that ran by this plan; ``events`` as ``Spool.told`` has them."""
+    inputs = [item.digest for item in made.inputs]
+    return records.outcome_header(done, inputs=inputs, tar=made.tar, events=events)
 
 
 def ours(code: str, message: str) -> Outcome:

@@ -233,7 +233,7 @@ class Recovery(Runner):
             await anyio.to_thread.run_sync(spool.sync)
         failpoint("recovery.close")
         try:
-            await self._journal.ended(done, records.outcome_header(done))
+            await self._journal.ended(done, records.outcome_header(done, events=spool.told()))
         except errors.HostFailed as error:
             if not later:
                 raise
@@ -246,7 +246,7 @@ class Recovery(Runner):
         while done.id in self._unrecorded:
             await anyio.sleep(RECORD_AGAIN)
             try:
-                await self._journal.ended(done, records.outcome_header(done))
+                await self._journal.ended(done, records.outcome_header(done, events=spool.told()))
             except errors.HostFailed as error:
                 self._unrecorded[done.id] = str(error)
             else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from contextlib import suppress
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -29,6 +29,7 @@ from sandboxd.supervisor.result import Result, denied
 from sandboxd.supervisor.streams import Stdin
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from anyio.abc import TaskGroup
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from sandboxd.call import Call
     from sandboxd.callbacks import Callbacks
     from sandboxd.journal import Journal
-    from sandboxd.journal.spool import Spool
+    from sandboxd.journal.spool import Part, Spool
     from sandboxd.models import Content, Invocation, Outcome
     from sandboxd.network.gateway import Gateway
     from sandboxd.pool import Pool
@@ -307,12 +308,14 @@ class Runner(Ledger):
             call.answered.set()
             self._tasks.start_soon(self._record_later, call, done, output)
 
-    async def _record(self, call: Call, done: Invocation, output: bytes | None) -> str | None:
+    async def _record(self, call: Call, done: Invocation, output: _Output) -> str | None:
         """Write an outcome, and with it what its session keeps; says why where it is not on disk."""
         session = call.session
         also = None if session is None else session.commit
         try:
-            await self._journal.ended(done, header(done, call.plan), also=also, output=output)
+            await self._journal.ended(
+                done, header(done, call.plan, output.events), also=also, output=output.copy
+            )
         except errors.HostFailed as error:
             log.exception("the outcome could not be written", id=done.id)
             return str(error)
@@ -325,7 +328,7 @@ class Runner(Ledger):
                 done.checkpoint_after = session.after
             done.outcome = ours("host", f"the outcome could not be recorded: {error}")
             try:
-                await self._journal.ended(done, header(done, call.plan), output=output)
+                await self._journal.ended(done, header(done, call.plan, output.events), output=output.copy)
             except errors.HostFailed as failed:
                 return str(failed)
             except errors.SandboxdError:
@@ -335,7 +338,7 @@ class Runner(Ledger):
             session.committed()
         return None
 
-    async def _record_later(self, call: Call, done: Invocation, output: bytes | None) -> None:
+    async def _record_later(self, call: Call, done: Invocation, output: _Output) -> None:
         """Try again until the outcome is on disk: told before, a later daemon might give another."""
         while call.unrecorded is not None:
             await anyio.sleep(RECORD_AGAIN)
@@ -343,14 +346,14 @@ class Runner(Ledger):
         call.spool.announce(None)
         self._finish(call, done, output)
 
-    def _finish(self, call: Call, done: Invocation, output: bytes | None) -> None:
+    def _finish(self, call: Call, done: Invocation, output: _Output) -> None:
         """Tell an outcome that is on disk."""
         call.invocation = done
         try:
             finish(call.spool, done, durable=False)
         except errors.HostFailed:
             log.exception("the end of the events could not be written", id=done.id)
-        if output is not None:
+        if output.copy is not None:
             self._behind.add(done.id)
         self._let_go(call)
         self.callbacks.ended(done)
@@ -359,21 +362,28 @@ class Runner(Ledger):
         log.info("ended", id=done.id, cause=done.outcome.cause if done.outcome else None)
 
 
-async def _kept(spool: Spool, outcome: Outcome) -> tuple[Outcome, bytes | None]:
+class _Output(NamedTuple):
+    """What is recorded of a call's output: a copy, where it is not on disk, and how far its events go."""
+
+    copy: bytes | None = None
+    events: Mapping[str, Part] | None = None
+
+
+async def _kept(spool: Spool, outcome: Outcome) -> tuple[Outcome, _Output]:
     """The outcome once the output that it names is on disk, or with a copy that will be with it.
 
     Another one where that cannot be.
     """
     if not spool.stored:
-        return outcome, None
+        return outcome, _Output()
     try:
-        copy = spool.copy()
-        if copy is None:
+        output = _Output(spool.copy(), spool.told())  # both of the same moment: more may be told meanwhile
+        if output.copy is None:
             await anyio.to_thread.run_sync(spool.sync)
     except errors.HostFailed as error:
         log.exception("the output could not be kept")
-        return ours(error.code, str(error)), None
-    return outcome, copy
+        return ours(error.code, str(error)), _Output()
+    return outcome, output
 
 
 def _streams(spool: Spool, name: str) -> dict[str, Content]:

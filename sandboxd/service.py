@@ -255,6 +255,7 @@ class DaemonService(Calls):
                 to=call.checkpoint_after,
                 text=False,
                 limit=MOST_FILES,
+                sound=True,
             )
         except errors.Refused as error:
             log.info("files of a call are not compared", id=call.id, reason=str(error))
@@ -293,6 +294,7 @@ class DaemonService(Calls):
         if recorded.checkpoint_before is None:
             raise errors.NotFound(f"call {recorded.id!r} does not say where its session stood")
         fork = models.SessionFork(checkpoint=recorded.checkpoint_before, policy=policy, ttl=KEPT)
+        await self.sessions.check(caller, recorded.session, recorded.checkpoint_before)
         found = await self.sessions.fork(caller, recorded.session, fork)
         try:
             yield found.id
@@ -303,11 +305,6 @@ class DaemonService(Calls):
     async def lineage(self, caller: Caller, digest: str) -> models.Lineage:
         """The caller's calls that released a content, or all for an operator. Raises NotFound."""
         return await self._archive.lineage(digest, None if caller.sees_all else caller.uid)
-
-    def blob(self, digest: str, start: int, length: int) -> AsyncIterator[bytes]:
-        """Bytes of a content that ``lineage`` or ``artifact`` found for the caller. Raises JournalCorrupt."""
-        self._archive.present(digest)
-        return self._archive.blob(digest, start, length)
 
     async def prune(self, caller: Caller, *, age: int | None, size: int | None) -> models.Pruning:
         """Remove the oldest bodies, output and artifacts now. Raises NotPermitted."""

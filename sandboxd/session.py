@@ -16,7 +16,7 @@ from sandboxd.engine.stacked import attach_stack
 from sandboxd.failpoint import failpoint
 from sandboxd.keeping import Seat
 from sandboxd.models import Cause, NetworkUse
-from sandboxd.workspace import allowance, containers, layer, stacks, tables
+from sandboxd.workspace import allowance, containers, layer, soundness, stacks, tables
 from sandboxd.workspace.shares import refuse
 from sandboxd.workspace.view import Lent
 
@@ -255,17 +255,28 @@ class CallSession:
         return {"checkpoint_before": self.before, "checkpoint_after": self.after}
 
     def attach(self, slot: Slot, stack: ExitStack) -> None:
-        """Put the session's files into a slot. Blocks. Raises OSError, HostFailed."""
+        """Put the session's files into a slot. Blocks. Raises OSError, HostFailed, Corrupt."""
         assert self._start is not None  # noqa: S101  (it has its turn)
-        attach_stack(
-            slot,
-            self._start.stack.layers,
-            store=self._store.layers,
-            places=self._store.mounts,
-            empty=self._store.empty.name,
-            checkout=self._checkout,
-            stack=stack,
-        )
+        with self._explained():
+            attach_stack(
+                slot,
+                self._start.stack.layers,
+                store=self._store.layers,
+                places=self._store.mounts,
+                empty=self._store.empty.name,
+                checkout=self._checkout,
+                stack=stack,
+            )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What fails since a layer is gone says so: Corrupt. Nothing is looked at where nothing fails."""
+        try:
+            yield
+        except (OSError, errors.HostFailed):
+            assert self._start is not None  # noqa: S101
+            soundness.present(self._store.layers, self.row.id, self._start.stack.kept)
+            raise
 
     def keeps(self, outcome: Outcome) -> bool:
         """Whether the files of a call that ended so are kept."""
@@ -279,7 +290,9 @@ class CallSession:
         assert self._start is not None  # noqa: S101
         assert slot.stacked is not None  # noqa: S101
         upper = slot.stacked.upper_fd
-        if self._is_unchanged(upper, slot.id_base):
+        with self._explained():
+            unchanged = self._is_unchanged(upper, slot.id_base)
+        if unchanged:
             return
         self._check_depth(self._start)
         packed = self._store.pack(upper, slot.id_base)
@@ -344,7 +357,8 @@ class CallSession:
                 fill((*below, *bottom), into)
             return layer.measure(into)
 
-        name, figures = self._store.add(filled)
+        with self._explained():
+            name, figures = self._store.add(filled)
         return self._kept(name, figures)
 
     def _is_unchanged(self, upper: int, base: int) -> bool:

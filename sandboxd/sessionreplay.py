@@ -179,6 +179,7 @@ class _Replay:
             fork = models.SessionFork(
                 checkpoint=before, policy=self._policy, ttl=None if self._keep else KEPT
             )
+            await self._sessions.check(self._caller, self._line.session, before)
             made = await self._sessions.fork(self._caller, self._line.session, fork)
             first = not self._made
             self._made.append(made.id)

@@ -34,6 +34,7 @@ from sandboxd.lanes import Lanes
 from sandboxd.layers import Layers
 from sandboxd.sessioncontainers import SessionContainers
 from sandboxd.workspace import allowance, stacks, tables
+from sandboxd.workspace.effort import Effort
 
 if TYPE_CHECKING:
     import sqlite3
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from sandboxd.api.identity import Caller
     from sandboxd.journal import Journal
     from sandboxd.workspace.checkout import Checkout
-    from sandboxd.workspace.effort import Effort
     from sandboxd.workspace.handles import Handles
     from sandboxd.workspace.stacks import Stack
     from sandboxd.workspace.store import LayerStore
@@ -177,12 +177,14 @@ class Sessions:
         """A new session that begins with a checkpoint of another of the caller's.
 
         One of a session on a directory stands on it too. Raises NotFound, SessionExists, QuotaExceeded,
-        NotPermitted, StateConflict for a directory that somebody else lends.
+        NotPermitted, StateConflict for a directory that somebody else lends, Corrupt.
         """
         source = await self.holds.find(caller, named)
         start = source.head
         if asked.checkpoint is not None:
             start = (await self.holds.checkpoint(source, asked.checkpoint)).id
+        stack = await self._journal.read(lambda connection: stacks.stack_of(connection, start))
+        await self.layers.sample(source.id, stack)
         row = self._row(caller, asked, id_=str(uuid7()), at=start, now=_now())
         row = replace(row, policy=asked.policy or source.policy, network=allowance.begun_with(source.network))
         if source.checkout is None:
@@ -372,21 +374,34 @@ class Sessions:
         """What checkpoints are made of: ids, digests, ``origin``, ``root``, or None for where it stands.
 
         Ids and digests may be those of other sessions of its caller. None is removed meanwhile. Raises
-        NotFound.
+        NotFound, Corrupt where a layer is gone.
         """
         row = await self.holds.find(caller, named)
         with ExitStack() as reading:
             reading.enter_context(self.holds.turns.reading(row.id))
             found = [await self._place(row, one, reading) for one in checkpoints]
             below = await self._journal.read(
-                lambda connection: [stacks.stack_of(connection, id_) for id_, _ in found]
+                lambda connection: [stacks.stack_of(connection, id_) for _, id_, _ in found]
             )
-            for stack in below:
+            for (session, _, _), stack in zip(found, below, strict=True):
                 await self.layers.unwritten.settle(stack.layers)
+                self.layers.present(session, stack)
             yield tuple(
-                Standing(id_, tuple(self.layers.paths(stack.layers)), checkout)
-                for (id_, checkout), stack in zip(found, below, strict=True)
+                Standing(
+                    id_,
+                    tuple(self.layers.paths(stack.layers)),
+                    checkout,
+                    partial(self.layers.check, session, stack),
+                )
+                for (session, id_, checkout), stack in zip(found, below, strict=True)
             )
+
+    async def check(self, caller: Caller, named: str, checkpoint: str) -> None:
+        """Compare all layers of a checkpoint with their digests. Raises NotFound, Corrupt, QueueFull."""
+        effort = Effort()
+        async with self.standing(caller, named, checkpoint) as (one,):
+            work = partial(effort.within, partial(one.check, effort))
+            await self.work.run(caller.uid, work, stop=effort.stop)
 
     async def keeps(self, session: str, checkpoint: str | None) -> bool:
         """Whether a session has a checkpoint, by its digest."""
@@ -405,10 +420,10 @@ class Sessions:
 
     async def _place(
         self, row: Row, checkpoint: str | None, reading: ExitStack
-    ) -> tuple[str, Checkout | None]:
-        """The id of a checkpoint, and what is below it; its session is kept until ``reading`` is closed."""
+    ) -> tuple[str, str, Checkout | None]:
+        """A checkpoint's session and id, and what is below it; the session is kept until ``reading`` ends."""
         try:
-            return await self._named(row, checkpoint), self.checkouts.of(row)
+            return row.id, await self._named(row, checkpoint), self.checkouts.of(row)
         except errors.NotFound:
             read = partial(tables.elsewhere, uid=row.uid, named=checkpoint or "")
             other = await self._journal.read(read)
@@ -417,7 +432,7 @@ class Sessions:
         reading.enter_context(self.holds.turns.reading(other.id))
         # The same directory counts as one layer, which need not be compared with itself.
         below = self.checkouts.of(row if row.checkout == other.checkout else other)
-        return (await self.holds.checkpoint(other, checkpoint or "")).id, below
+        return other.id, (await self.holds.checkpoint(other, checkpoint or "")).id, below
 
     async def _named(self, row: Row, checkpoint: str | None) -> str:
         if checkpoint is None:
@@ -532,3 +547,8 @@ class Standing:
     checkpoint: str
     layers: tuple[Path, ...]
     checkout: Checkout | None
+    check: Callable[..., None]
+    """Given an ``Effort``, compares its layers with their digests, all but those that are given too.
+
+    Blocks. Raises Corrupt.
+    """

@@ -20,6 +20,7 @@ from daemons import until
 from sandboxd import Client, canonical, errors, models
 from sandboxd.journal import schema
 from sandboxd.workspace import layer, stacks, tables
+from sandboxd.workspace.audit import examine
 from sandboxd.workspace.view import View
 
 if TYPE_CHECKING:
@@ -125,8 +126,10 @@ class CrashedSessions:
                 id_: [layers / name for name in stacks.stack_of(connection, head).layers]
                 for id_, head in sessions
             }
+            audit = examine(connection, self._state)
         finally:
             connection.close()
+        assert audit.damaged == []
         of_call = {call: digest for _, _, digest, call, session in kept if session in below}
         for id_, stack in below.items():
             done = [one for one in calls if one.session == id_ and _exited(one)]

@@ -16,7 +16,7 @@ from sandboxd.api import body, queries
 from sandboxd.api.openapi import NDJSON, OCTETS, Doc
 from sandboxd.api.protocol import CALLER
 from sandboxd.api.ranges import cut, part_of
-from sandboxd.api.streams import StreamResponse, until_gone
+from sandboxd.api.streams import StreamResponse, begun, until_gone
 from sandboxd.errors import Draining, HostFailed, NotFound, Refused
 
 if TYPE_CHECKING:
@@ -186,9 +186,8 @@ class Invocations:
         await self.service.readable(caller, found)
         if "range" in request.headers and not asked.follow and not asked.offset:
             return await self._part_of_stream(request, name)
-        return StreamResponse(
-            self.service.stream(caller, found, name, offset=asked.offset, follow=asked.follow), OCTETS
-        )
+        pieces = self.service.stream(caller, found, name, offset=asked.offset, follow=asked.follow)
+        return StreamResponse(pieces if asked.follow else await begun(pieces), OCTETS)
 
     async def _part_of_stream(self, request: Request, name: Literal["stdout", "stderr"]) -> Response:
         """A range of a stream, of which all that is there now is the whole."""
@@ -199,7 +198,7 @@ class Invocations:
         etag = f'"{content.digest}"' if content is not None and call.state is models.State.ENDED else None
         part = part_of(request, size, etag)
         pieces = cut(self.service.stream(caller, id_, name, offset=part.start, follow=False), part.length)
-        return StreamResponse(pieces, OCTETS, status=part.status, headers=part.headers(etag))
+        return StreamResponse(await begun(pieces), OCTETS, status=part.status, headers=part.headers(etag))
 
     async def stdin(self, request: Request) -> Response:
         """Write the body to standard input."""
@@ -246,8 +245,10 @@ class Invocations:
         etag = f'"{found.digest}"'
         part = part_of(request, found.size, etag)
         if part.partial:
-            pieces = self.service.blob(found.digest, part.start, part.length)
-        return StreamResponse(pieces, OCTETS, status=part.status, headers=part.headers(etag) | ATTACHED)
+            pieces = self.service.blob(found.digest, found.size, part.start, part.length)
+        return StreamResponse(
+            await begun(pieces), OCTETS, status=part.status, headers=part.headers(etag) | ATTACHED
+        )
 
     def routes(self) -> Sequence[tuple[str, str, Any, Doc]]:
         """Method, path, handler and documentation of each route."""

@@ -16,7 +16,7 @@ from sandboxd.api.invocations import ATTACHED, SMALL, caller_of, id_of, json_res
 from sandboxd.api.openapi import NDJSON, OCTETS, Doc
 from sandboxd.api.ranges import part_of
 from sandboxd.api.sessions import session_of
-from sandboxd.api.streams import StreamResponse, until_gone
+from sandboxd.api.streams import StreamResponse, begun, until_gone
 from sandboxd.journal.search import Query
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Records:
         found = await self.service.lineage(caller_of(request), request.path_params["digest"])
         etag = f'"{found.digest}"'
         part = part_of(request, found.size, etag)
-        pieces = self.service.blob(found.digest, part.start, part.length)
+        pieces = await begun(self.service.blob(found.digest, found.size, part.start, part.length))
         return StreamResponse(pieces, OCTETS, status=part.status, headers=part.headers(etag) | ATTACHED)
 
     async def lineage(self, request: Request) -> Response:

@@ -330,8 +330,8 @@ class Service(Protocol):
         """The caller's calls that released a content, or all for an operator."""
         ...
 
-    def blob(self, digest: str, start: int, length: int) -> AsyncIterator[bytes]:
-        """Bytes of a content that ``lineage`` or ``artifact`` found for the caller."""
+    def blob(self, digest: str, size: int, start: int, length: int) -> AsyncIterator[bytes]:
+        """Bytes of a content, of which ``lineage`` or ``artifact`` found the whole for the caller."""
         ...
 
     async def prune(self, caller: Caller, *, age: int | None, size: int | None) -> models.Pruning:

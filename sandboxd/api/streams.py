@@ -15,14 +15,14 @@ import anyio
 import structlog
 from starlette.responses import Response
 
-from sandboxd.errors import SandboxdError
+from sandboxd.errors import HostFailed, SandboxdError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 
     from starlette.types import Receive, Scope, Send
 
-__all__ = ["StreamResponse", "until_gone"]
+__all__ = ["StreamResponse", "begun", "until_gone"]
 
 log = structlog.get_logger(__name__)
 
@@ -44,11 +44,33 @@ async def until_gone(receive: Receive) -> AsyncGenerator[anyio.CancelScope, None
             watcher.cancel()
 
 
+async def begun(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The same pieces, of which the first is there: what is wrong by then is raised, and can be answered."""
+    first = await anext(pieces, None)
+
+    async def all_of_them() -> AsyncIterator[bytes]:
+        try:
+            if first is not None:
+                yield first
+            async for piece in pieces:
+                yield piece
+        finally:
+            await _close(pieces)
+
+    return all_of_them()
+
+
+async def _close(pieces: AsyncIterator[bytes]) -> None:
+    close = getattr(pieces, "aclose", None)
+    if close is not None:
+        await close()
+
+
 class StreamResponse(Response):
     """The pieces of an iterator, sent as they come; ``gone`` is called if the peer leaves before the end.
 
-    An iterator that fails ends the connection without the end of the body, so that no reader takes
-    what it got for all there is.
+    An iterator that fails, or gives another number of bytes than the head says, ends the connection without
+    the end of the body, so that no reader takes what it got for all there is.
     """
 
     def __init__(
@@ -65,6 +87,8 @@ class StreamResponse(Response):
         self.status_code = status
         self.background = None
         self.body = b""
+        length = (headers or {}).get("content-length")
+        self.left = None if length is None else int(length)
         self.raw_headers = [
             (b"content-type", media_type.encode()),
             (b"x-content-type-options", b"nosniff"),
@@ -85,18 +109,25 @@ class StreamResponse(Response):
                     }
                 )
                 async for piece in self.pieces:
+                    self._count(piece)
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
                     # uvicorn's send does not suspend while the socket takes it, nor once the peer has
                     # gone: without this, one long stream would have the event loop to itself.
                     await asyncio.sleep(0)
                 ended = not watched.cancel_called
+                if self.left and ended:  # uvicorn would take the end for one, and keep the connection
+                    raise HostFailed(f"the body has {self.left} bytes less than its head says")
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except SandboxdError as error:
             log.warning("stream cut", code=error.code, reason=str(error))
         finally:
             with anyio.CancelScope(shield=True):
-                close = getattr(self.pieces, "aclose", None)
-                if close is not None:
-                    await close()
+                await _close(self.pieces)
                 if not ended and self.gone is not None:
                     await self.gone()
+
+    def _count(self, piece: bytes) -> None:
+        if self.left is not None:
+            self.left -= len(piece)
+            if self.left < 0:
+                raise HostFailed("the body has more bytes than its head says")

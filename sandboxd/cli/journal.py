@@ -49,16 +49,21 @@ class Records(NamedTuple):
 
 @contextmanager
 def records(config: Path | None, state: Path | None) -> Iterator[Records]:
-    """Open the journal that the configuration, or the command line, names. Raises NotFound, NotPermitted."""
+    """Open the journal that the configuration, or the command line, names.
+
+    Raises NotFound, NotPermitted, ConfigInvalid for one of a newer version.
+    """
     from sandboxd.config import load_config  # noqa: PLC0415 - `--help` must not pay for it
     from sandboxd.journal import signing  # noqa: PLC0415 - same
-    from sandboxd.journal.schema import connect_reader, mapped  # noqa: PLC0415 - same
+    from sandboxd.journal.schema import check_known, connect_reader, mapped  # noqa: PLC0415 - same
 
     loaded = None if state is not None and config is None else load_config(config)
     directory = state or (loaded.state if loaded else Path())
     path = _present(directory)
     place = signing.place_of(loaded.journal.key if loaded else None, directory, os.environ)
     with mapped(), closing(connect_reader(path)) as connection:
+        if not check_known(connection, path):
+            raise errors.NotFound(f"the journal {path} is empty")
         yield Records(connection, directory, place)
 
 
@@ -83,7 +88,9 @@ def verify(
     bundle: Annotated[
         Path | None, Parameter(help="Check a bundle of `sandboxd journal export`; needs no journal.")
     ] = None,
-    deep: Annotated[bool, Parameter(negative=(), help="Read every stream and artifact too.")] = False,
+    deep: Annotated[
+        bool, Parameter(negative=(), help="Read every stream, artifact and file of a session too.")
+    ] = False,
     config: ConfigFile = None,
     state: State = None,
     output: FlatFormat = FORMAT,
@@ -104,7 +111,17 @@ def verify(
     with records(config, state) as opened:
         keys = _known(opened, key)
         report = check(opened.connection, expected, keys=keys, deep=opened.state if deep else None)
+        if deep:
+            _look_at_sessions(opened, report)
     return told(report, json=output.json)
+
+
+def _look_at_sessions(opened: Records, report: VerifyReport) -> None:
+    from sandboxd.workspace.audit import examine  # noqa: PLC0415 - `--help` must not pay for it
+
+    found = examine(opened.connection, opened.state)
+    report.layers, report.unknown, report.note = found.layers, found.unknown, found.note
+    report.damaged += found.damaged
 
 
 def told(report: VerifyReport, *, json: bool) -> int:
@@ -115,21 +132,31 @@ def told(report: VerifyReport, *, json: bool) -> int:
     if report.problem is not None:
         terminal.complain(f"{report.problem}; the {report.records} records before it are good")
     for damage in report.damaged[:SHOWN]:
-        terminal.complain(f"record {damage.n}, call {damage.id or 'unknown'}: {damage.what}")
+        of = f"record {damage.n}, call {damage.id or 'unknown'}: " if damage.n else ""
+        terminal.complain(f"{of}{damage.what}")
     if len(report.damaged) > SHOWN:
         terminal.complain(f"{len(report.damaged) - SHOWN} more differ; --json lists them")
     if any("index of sessions" in damage.what for damage in report.damaged):
         terminal.complain("`sandboxd journal reindex` makes the index again from the records")
     if report.problem is None:
-        read = f", {report.files} files were read" if report.files else ""
-        print(f"{report.records} records are as they were recorded{read}; head {report.head}")
-        if report.signed:
-            print(f"signed up to record {report.signed} with the key {report.key}")
-        if report.signed < report.records:
-            print(f"nothing signed vouches for records after {report.signed}")
-        if report.pruned:
-            print(f"{report.pruned} of them were pruned: only their headers are there")
+        _tell_what_holds(report)
     return 0 if report.ok else 1
+
+
+def _tell_what_holds(report: VerifyReport) -> None:
+    read = f", {report.files} files were read" if report.files else ""
+    read += f", {report.layers} layers of sessions were read" if report.layers else ""
+    print(f"{report.records} records are as they were recorded{read}; head {report.head}")
+    if report.note:
+        print(report.note)
+    if report.unknown:
+        print(f"of {report.unknown} merged layers no digest was kept, by an earlier version")
+    if report.signed:
+        print(f"signed up to record {report.signed} with the key {report.key}")
+    if report.signed < report.records:
+        print(f"nothing signed vouches for records after {report.signed}")
+    if report.pruned:
+        print(f"{report.pruned} of them were pruned: only their headers are there")
 
 
 def _bundle(path: Path, named: tuple[Path, ...], *, json: bool) -> int:

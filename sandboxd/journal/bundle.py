@@ -3,9 +3,10 @@
 Theory of operation: a bundle is a plain tar (POSIX ustar) of regular files, so that it can be checked in
 one pass without unpacking it: ``manifest.json``, ``key.pem``, ``records.jsonl`` (the headers from the first
 that is needed to the signed head, as they are in the chain), then ``policies/HEX.json``,
-``calls/ID/body.json``, ``calls/ID/stdout`` and ``stderr``, and ``blobs/HEX``. Whoever checks one believes
-nothing in it but a signature of a key that they know, and what follows from it by digests. If all calls of a
-session were asked for, the manifest names it in ``sessions``, and no header may be of another call of it.
+``calls/ID/body.json``, ``stdout``, ``stderr``, ``events`` and ``details`` beside it, and ``blobs/HEX``.
+Whoever checks one believes nothing in it but a signature of a key that they know, and what follows from it by
+digests. If all calls of a session were asked for, the manifest names it in ``sessions``, and no header may be
+of another call of it. ``events`` and ``details`` have what the header vouches for: all up to the outcome.
 """
 
 from __future__ import annotations
@@ -223,11 +224,14 @@ class _Writer:
         for what, path, _ in self._evidence.named(header):
             if what in {"stdout", "stderr"}:
                 self._add_file(f"calls/{id_}/{what}", path)
+        for what, path, size, _ in self._evidence.events(header):
+            self._add_file(f"calls/{id_}/{what}", path, size)
 
-    def _add_file(self, name: str, path: Path) -> None:
+    def _add_file(self, name: str, path: Path, most: int | None = None) -> None:
         try:
             with opened(path) as file:
-                self._member(name, os.fstat(file.fileno()).st_size, file)
+                size = os.fstat(file.fileno()).st_size
+                self._member(name, size if most is None else min(size, most), file)
         except FileNotFoundError:
             return  # whoever checks the bundle is told that it is not there
 

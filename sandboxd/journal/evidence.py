@@ -6,15 +6,18 @@ import errno
 import hashlib
 import os
 import stat
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from sandboxd.journal import ending
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["EMPTY", "Evidence", "opened"]
+__all__ = ["EMPTY", "EVENTS", "Evidence", "opened"]
 
+EVENTS = ("events", "details")
+"""The files of a call's events, of which a header vouches for the beginning: all up to its outcome."""
 EMPTY = "sha256:" + hashlib.sha256().hexdigest()
 _CHUNK = 1 << 20
 
@@ -43,33 +46,47 @@ class Evidence:
         for digest in dict.fromkeys(header.get("artifacts") or ()):
             yield f"artifact {digest}", self.blob(digest), digest
 
+    def events(self, header: dict[str, Any]) -> Iterator[tuple[str, Path, int, str]]:
+        """The same of a call's events: name, file, how many bytes of it, and their digest.
+
+        A call without output has no such files, and earlier versions named none.
+        """
+        said = header.get("events")
+        if isinstance(said, dict):
+            for name in EVENTS:
+                yield name, self.stream(header["id"], name), said[name]["size"], said[name]["digest"]
+
     def problems(self, header: dict[str, Any]) -> Iterator[tuple[str, str]]:
         """Each of them, and what is wrong with it; an empty text where nothing is."""
-        for what, path, digest in self.named(header):
+        whole = [(what, path, None, digest) for what, path, digest in self.named(header)]
+        for what, path, size, digest in (*whole, *self.events(header)):
             try:
-                found = digest_of(path)
+                found = digest_of(path, size)
             except FileNotFoundError:
                 yield what, "is gone"
             except OSError as error:
                 yield what, f"cannot be read: {error.strerror}"
             else:
                 yield what, "" if found == digest else f"was changed: it has the digest {found}"
+        if isinstance(header.get("events"), dict):
+            yield "the events", ending.problem(self._state / "calls" / header["id"], header)
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """A regular file, open for reading. Raises OSError."""
+def opened(path: Path) -> BinaryIO:
+    """A regular file, open for reading, as a context manager. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(fd, "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
-        yield cast("BinaryIO", file)
+    file = cast("BinaryIO", os.fdopen(fd, "rb", buffering=0))
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return file
 
 
-def digest_of(path: Path) -> str:
-    """The digest of a regular file. Raises OSError."""
-    digest = hashlib.sha256()
+def digest_of(path: Path, size: int | None = None) -> str:
+    """The digest of a regular file, or of its first ``size`` bytes. Raises OSError."""
+    digest, left = hashlib.sha256(), size
     with opened(path) as file:
-        while data := file.read(_CHUNK):
+        while data := file.read(_CHUNK if left is None else min(_CHUNK, left)):
             digest.update(data)
+            left = None if left is None else left - len(data)
     return "sha256:" + digest.hexdigest()

@@ -154,11 +154,11 @@ class Index:
         with self._open(name) as fd:
             return os.fstat(fd).st_size
 
-    def digest(self, stream: Stream, size: int) -> hashlib._Hash:
-        """The running digest of a stream's first ``size`` bytes."""
+    def digest(self, name: str, size: int) -> hashlib._Hash:
+        """The running digest of the first ``size`` bytes of one of the files."""
         digest = hashlib.sha256()
         done = 0
-        with self._open(stream) as fd:
+        with self._open(name) as fd:
             while done < size and (data := os.pread(fd, min(_CHUNK, size - done), done)):
                 digest.update(data)
                 done += len(data)

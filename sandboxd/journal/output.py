@@ -46,6 +46,13 @@ class Output:
         pwrite(self.fd, data, self.size)
         self.digest.update(data)
 
+    def sync(self) -> None:
+        """Bring its bytes to disk, also those that an earlier daemon wrote. Raises OSError."""
+        if self.fd < 0 and self.size:
+            self.fd = opened(self.path)
+        if self.fd >= 0:
+            os.fdatasync(self.fd)
+
     def summary(self) -> Summary:
         """What a closed spool says of the stream."""
         digest = "sha256:" + self.digest.hexdigest()

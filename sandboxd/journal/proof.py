@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from sandboxd import canonical, errors
 from sandboxd.journal import signing
 from sandboxd.journal.chain import Broken, Head, follow
-from sandboxd.journal.evidence import EMPTY
+from sandboxd.journal.evidence import EMPTY, EVENTS
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -35,7 +35,7 @@ _END = 2 * _BLOCK
 _MAX_PADDING = 20 * _BLOCK  # tarfile fills up to a record of 20 blocks
 _ID = r"[0-9a-zA-Z_-]{1,64}"
 _POLICY = re.compile(r"policies/([0-9a-f]{64})\.json")
-_CALL = re.compile(rf"calls/({_ID})/(body\.json|stdout|stderr)")
+_CALL = re.compile(rf"calls/({_ID})/(body\.json|stdout|stderr|events|details)")
 _BLOB = re.compile(r"blobs/([0-9a-f]{64})")
 
 
@@ -187,6 +187,7 @@ class _Check:
                 raise Broken(n, f"record {n} does not say what its {name} was")
             if stream is not None and stream["digest"] != EMPTY:
                 streams[name] = stream["digest"]
+        streams |= _events(header, n)
         for what in ("artifacts", "inputs"):
             found = header.get(what) or []
             if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
@@ -307,6 +308,17 @@ class _Check:
         if len(data) != size:
             raise _bad("it is cut off")
         return data
+
+
+def _events(header: dict[str, Any], n: int) -> dict[str, str]:
+    """The digests of the files of a call's events, by name; earlier versions named none."""
+    said = header.get("events")
+    if said is None:
+        return {}
+    parts = [said.get(name) for name in EVENTS] if isinstance(said, dict) else [None]
+    if not all(isinstance(part, dict) and isinstance(part.get("digest"), str) for part in parts):
+        raise Broken(n, f"record {n} does not say what its events were")
+    return {name: said[name]["digest"] for name in EVENTS}
 
 
 def _bad(what: str) -> Broken:

@@ -12,9 +12,10 @@ import uuid6
 from sandboxd import errors, models, units
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sandboxd.journal.requests import Asked, Open
+    from sandboxd.journal.spool import Part
 
 __all__ = ["Accepted", "Existing", "Refusal", "body", "from_header", "new_id", "outcome_header", "remains"]
 
@@ -151,12 +152,17 @@ def _retried(invocation: models.Invocation) -> dict[str, Any]:
 
 
 def outcome_header(
-    invocation: models.Invocation, *, inputs: Sequence[str] | None = None, tar: str | None = None
+    invocation: models.Invocation,
+    *,
+    inputs: Sequence[str] | None = None,
+    tar: str | None = None,
+    events: Mapping[str, Part] | None = None,
 ) -> dict[str, Any]:
     """The header of an ended invocation's record; the chain adds ``n``, ``prev`` and ``body``.
 
     ``inputs`` are the digests of its inputs in order, ``tar`` that of its tar; None for inputs that only an
-    earlier daemon knew, which the digest of the plan still covers. Raises ValueError for an
+    earlier daemon knew, which the digest of the plan still covers. ``events`` is what ``Spool.told`` gives:
+    what was told of the call before its outcome. Raises ValueError for an
     invocation without an outcome.
     """
     if invocation.outcome is None:
@@ -183,6 +189,7 @@ def outcome_header(
         "checkpoint_before": invocation.checkpoint_before,
         "checkpoint_after": invocation.checkpoint_after,
         "attempts": invocation.attempts,
+        **({"events": {name: dict(part) for name, part in events.items()}} if events else {}),
         **({"session": invocation.session} if invocation.session else {}),
         **({"container": invocation.container.model_dump(exclude_none=True)} if invocation.container else {}),
         **_retried(invocation),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from sandboxd import errors
 from sandboxd.failpoint import failpoint
 from sandboxd.journal import sessioncalls
+from sandboxd.journal.anew import check_new
 from sandboxd.journal.backups import back_up, still_starting
 
 if TYPE_CHECKING:
@@ -233,6 +234,16 @@ MIGRATIONS: tuple[tuple[str | Callable[[sqlite3.Connection, Path], None], ...], 
         "ALTER TABLE merges ADD COLUMN own_inodes INTEGER NOT NULL DEFAULT 0",
     ),
     (sessioncalls.TABLE, _fill_sessions),
+    (
+        # the digest of what a merged layer holds; NULL where an earlier version merged it
+        "ALTER TABLE merges ADD COLUMN content TEXT",
+        # Checkpoints that a session's owner has discarded, which records name all the same. An empty digest:
+        # any may have been, since an earlier version did not note it.
+        """CREATE TABLE forgotten (
+            session TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (session, digest)
+        ) STRICT, WITHOUT ROWID""",
+        "INSERT INTO forgotten (session, digest) SELECT id, '' FROM sessions",
+    ),
 )
 
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
@@ -260,9 +271,12 @@ def error_of(error: sqlite3.Error) -> errors.SandboxdError:
 def connect_writer(path: Path) -> sqlite3.Connection:
     """Open the database for its one writer, which syncs its log itself, creating or migrating it.
 
-    Raises ConfigInvalid when a newer version wrote it, JournalCorrupt, HostFailed.
+    Raises ConfigInvalid when a newer version wrote it, or when it is empty and there was another one,
+    JournalCorrupt, HostFailed.
     """
     with mapped():
+        if not _has_bytes(path):
+            check_new(path)  # before SQLite removes a log of what was there
         keep_private(path)
         connection = sqlite3.connect(path, isolation_level=None, timeout=1.0, check_same_thread=False)
         try:
@@ -292,6 +306,13 @@ def connect_reader(path: Path) -> sqlite3.Connection:
     return connection
 
 
+def _has_bytes(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except OSError:  # opening it says what else is wrong
+        return False
+
+
 def keep_private(path: Path) -> None:
     """Make a database's file, or take it from all others: it has what callers asked for.
 
@@ -311,7 +332,11 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", "backslashreplace")
 
 
-def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+def check_known(connection: sqlite3.Connection, path: Path) -> int:
+    """The schema of a journal, 0 where it has none yet. Raises ConfigInvalid for what is no journal of ours.
+
+    That is also one of a newer version, of which nothing could be said. Raises sqlite3.Error.
+    """
     application = _pragma(connection, "application_id")
     version = _pragma(connection, "user_version")
     tables = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
@@ -323,6 +348,13 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
             f"{path} was written by a newer sandboxd (schema {version}, this version knows {known}); "
             "run that version, or choose another state directory"
         )
+    return version
+
+
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    version, known = check_known(connection, path), len(MIGRATIONS)
+    if not version:
+        check_new(path)
     if 0 < version < known:
         _check_tables(connection, path, version)
         back_up(connection, path, version)

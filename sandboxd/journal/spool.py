@@ -20,18 +20,20 @@ Until then events are *held* in memory; what those of a call without either said
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypedDict
 
 import anyio
 import anyio.to_thread
 
 from sandboxd import errors, models
 from sandboxd.failpoint import failpoint
-from sandboxd.journal.behind import packed
+from sandboxd.journal.behind import packed as copied
+from sandboxd.journal.evidence import EVENTS
 from sandboxd.journal.index import (
     DETAIL,
     RECORD_SIZE,
@@ -47,9 +49,9 @@ from sandboxd.journal.index import (
 from sandboxd.journal.output import OLD, Output, boundary, opened, pwrite, sync_directory
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 
-__all__ = ["Spool", "Stream"]
+__all__ = ["HEAD", "Spool", "Stream"]
 
 _MAX_EVENT = 64 * 1024
 _PIECE = 1 << 18
@@ -57,7 +59,8 @@ _RECENT = 8 << 20  # bytes at the end that are in the page cache
 _FREE = 4096
 _LARGE = 4096
 _NEAR = 64  # events at the end that are in the page cache, and read without a thread
-_HEAD = 1 << 20
+HEAD = 1 << 20
+"""Bytes of a stream that its call is told with."""
 
 
 NOTHING = Output(Path(), 0).summary()
@@ -66,6 +69,13 @@ SILENCE = models.Content(text="", size=0, digest=NOTHING.digest)  # most calls w
 
 def _now() -> int:
     return time.time_ns() // 1000
+
+
+class Part(TypedDict):
+    """The first bytes of a file: how many, and their digest."""
+
+    digest: str
+    size: int
 
 
 class Spool:
@@ -78,6 +88,7 @@ class Spool:
         self._events = -1
         self._details = -1
         self._details_size = 0
+        self._digests = {name: hashlib.sha256() for name in EVENTS}
         self._count = 0
         self._held: list[models.Event] | None = None
         self._closed = True
@@ -158,6 +169,7 @@ class Spool:
             failpoint("spool.make")
             self._open_index()
             self._count = self._details_size = 0
+            self._digests = {name: hashlib.sha256() for name in EVENTS}
             for event in held:
                 self._write_event(event)
         except OSError:  # the call will fail, and its events are still told from memory
@@ -192,6 +204,8 @@ class Spool:
         with mapped():
             failpoint("spool.recover")
             os.ftruncate(self._events, kept * RECORD_SIZE)
+        for name, size in (("events", kept * RECORD_SIZE), ("details", details)):
+            self._digests[name] = self._index.digest(name, size)
         for stream, output in self._outputs.items():
             output.digest = self._index.digest(stream, sizes[stream])
             output.size, output.since = sizes[stream], _now()
@@ -278,10 +292,13 @@ class Spool:
         pwrite(self._details, data, self._details_size)
         self._number(Record(at, self._details_size, len(data), kind).checked(data))
         self._details_size += len(data)
+        self._digests["details"].update(data)
 
     def _number(self, record: Record) -> None:
-        pwrite(self._events, record.pack(), self._count * RECORD_SIZE)
+        packed = record.pack()
+        pwrite(self._events, packed, self._count * RECORD_SIZE)
         self._count += 1
+        self._digests["events"].update(packed)
 
     def _due(self, output: Output, now: int) -> bool:
         """Whether pending output may get its number though it could still grow."""
@@ -346,26 +363,38 @@ class Spool:
             self._detail(SUMMARY, _now(), dump_summaries(summaries))
             self._count -= 1  # the summary is no event
 
+    def told(self) -> dict[str, Part] | None:
+        """How far its files of events go by now, and their digests; None where it has no files.
+
+        To be asked when all output has its number, as ``copy`` sees to: what follows is not in it.
+        """
+        if not self.stored:
+            return None
+        sizes = {"events": self._count * RECORD_SIZE, "details": self._details_size}
+        return {
+            name: {"digest": f"sha256:{self._digests[name].hexdigest()}", "size": sizes[name]}
+            for name in EVENTS
+        }
+
     def copy(self) -> bytes | None:
         """What its files hold so far, where that is little. Raises HostFailed."""
         with mapped():
             for stream in STREAMS:
                 self._seal(stream)
-            return packed(self._index.directory)
+            return copied(self._index.directory)
 
     def sync(self) -> None:
         """Bring to disk what was written so far; blocks, and may run in a thread. Raises HostFailed."""
         with mapped():
             failpoint("spool.sync")
             for output in self._outputs.values():
-                if output.fd >= 0:
-                    os.fdatasync(output.fd)
+                output.sync()
             os.fdatasync(self._details)
             os.fdatasync(self._events)
             for directory in (self._index.directory, self._index.directory.parent):
                 sync_directory(directory)
 
-    def content(self, stream: Stream, head: int = _HEAD) -> models.Content:
+    def content(self, stream: Stream, head: int = HEAD) -> models.Content:
         """A stream's head, and size, digest and dropped bytes of all of it.
 
         The head is cut back to a whole UTF-8 character. Blocks on the disk. Raises NotFound.
@@ -423,7 +452,7 @@ class Spool:
 
     async def follow_bytes(
         self, stream: Stream, offset: int = 0, *, wait: bool = True
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes]:
         """A stream's bytes from ``offset``, ``wait``: those to come included, in chunks of at most 1 MiB.
 
         Ends when the spool is closed. Raises InvalidRequest for a negative offset, NotFound.

@@ -36,7 +36,10 @@ _QUERY = (
 
 @dataclass(frozen=True)
 class Damage:
-    """What is beside a record and not as it was, such as a file that it names: of which record, and what."""
+    """What is beside a record and not as it was, such as a file that it names: of which record, and what.
+
+    0: of none.
+    """
 
     n: int
     id: str
@@ -61,6 +64,11 @@ class VerifyReport:
     problem: str | None = None
     files: int = 0
     """Streams and artifacts that were read, with ``deep``."""
+    layers: int = 0
+    """Layers of sessions that were read, of which ``unknown`` have no digest: see ``workspace.audit``."""
+    unknown: int = 0
+    note: str = ""
+    """Why there are none."""
     damaged: list[Damage] = field(default_factory=list)
     """Streams and artifacts that differ or are gone, with ``deep``, and records that the index of sessions
     has not, or has wrongly; at most 1,000."""

@@ -58,11 +58,24 @@ class SessionFiles:
         self._bodies = Bodies(sessions, scratch, room, body_time)
 
     async def diff(
-        self, caller: Caller, named: str, *, since: str, to: str | None, text: bool, limit: int
+        self,
+        caller: Caller,
+        named: str,
+        *,
+        since: str,
+        to: str | None,
+        text: bool,
+        limit: int,
+        sound: bool = False,
     ) -> models.SessionDiff:
-        """What differs between two checkpoints; with ``text``, how."""
+        """What differs between two checkpoints; with ``text``, how.
+
+        ``sound``: the layers that make it so are compared with their digests first. Raises Corrupt.
+        """
 
         def compared(old: Standing, new: Standing) -> models.SessionDiff:
+            if sound:
+                new.check(effort, old.layers)
             page = Page[models.FileChange](limit)
             with _views(effort, old, new) as (before, after):
                 left = MAX_DIFFS if text else 0
@@ -206,7 +219,10 @@ class SessionFiles:
     async def export(
         self, caller: Caller, named: str, *, since: str | None, to: str | None, times: bool
     ) -> AsyncIterator[tuple[Export, AsyncIterator[bytes]]]:
-        """A layer of a checkpoint's files, or of what makes it of an earlier one. Raises StateConflict."""
+        """A layer of a checkpoint's files, or of what makes it of an earlier one.
+
+        Raises StateConflict, Corrupt.
+        """
         wanted, effort = (to,) if since is None else (since, to), Effort()
         async with (
             self._sessions.standing(caller, named, *wanted) as stands,
@@ -215,6 +231,8 @@ class SessionFiles:
 
             def made() -> Export:
                 stack.is_used = True
+                for one in stands:  # nothing leaves as the session's that is not
+                    one.check(effort)
                 views = stack.enter_context(_views(effort, *stands))
                 if len(views) == 1:
                     export = export_stack(views[0], times=times)

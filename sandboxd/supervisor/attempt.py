@@ -39,7 +39,7 @@ from sandboxd.supervisor.kept import FAULT, told
 from sandboxd.supervisor.meter import Meter
 from sandboxd.supervisor.output import Output
 from sandboxd.supervisor.result import Result, denied, failed, not_kept, withdrawn
-from sandboxd.supervisor.watch import Watch
+from sandboxd.supervisor.watch import Watch, refused
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -152,7 +152,7 @@ class Attempt:
         except (errors.ContainerLive, errors.QuotaExceeded) as error:
             result.outcome = denied(error)
         except OSError as error:
-            result.outcome = failed(errors.HostFailed(f"the host refused what the call needs: {error}"))
+            result.outcome = failed(refused(error))
         finally:
             self._stdin.close()
         if self._seat is not None:

@@ -24,9 +24,16 @@ if TYPE_CHECKING:
     from sandboxd.supervisor.ending import Deadline, Ending
     from sandboxd.supervisor.meter import Meter
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "refused"]
 
 CPU_POLL_MIN = 0.01  # seconds
+
+
+def refused(error: OSError) -> errors.HostFailed:
+    """What the host said, without the paths that are in it."""
+    return errors.HostFailed(
+        f"the host refused what the call needs: {error.strerror or type(error).__name__}"
+    )
 
 
 class Watch:
@@ -105,4 +112,4 @@ class Watch:
         except errors.AttemptFailed as error:
             self.break_off(error)
         except OSError as error:
-            self.break_off(errors.HostFailed(f"the host refused what the call needs: {error}"))
+            self.break_off(refused(error))

@@ -34,7 +34,7 @@ from sandboxd import errors
 from sandboxd.workspace.tree import DIRECTORY, step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 __all__ = [
     "DIRECTORY",
@@ -47,12 +47,15 @@ __all__ = [
     "directory_size",
     "dress",
     "extents",
+    "flat",
+    "framed",
     "is_opaque",
     "is_same",
     "is_whiteout",
     "link_size",
     "mapped",
     "measure",
+    "owned",
     "take",
     "whole_blocks",
 ]
@@ -169,10 +172,13 @@ def take(upper: int, sink: Sink, base: int) -> Figures:
     return _Walk(upper, sink, base).run()
 
 
-def measure(layer: int) -> Figures:
-    """The figures of a layer as it stands. Raises HostFailed, WorkspaceUnfit."""
+def measure(layer: int, step: Callable[[], None] | None = None) -> Figures:
+    """The figures of a layer as it stands; ``step`` is called now and then, and may raise.
+
+    Raises HostFailed, WorkspaceUnfit.
+    """
     with mapped(layer):
-        return _Walk(layer, None, 0).run()
+        return _Walk(layer, None, 0, step).run()
 
 
 @contextmanager
@@ -206,7 +212,10 @@ class _Frame:
 class _Walk:
     """One walk through a tree, in the order of names; ``sink`` None: it is only measured."""
 
-    def __init__(self, source: int, sink: Sink | None, base: int) -> None:
+    def __init__(
+        self, source: int, sink: Sink | None, base: int, each: Callable[[], None] | None = None
+    ) -> None:
+        self._each = each
         self._root = source
         self._sink = sink
         self._base = base
@@ -243,6 +252,8 @@ class _Walk:
 
     def _entry(self, frame: _Frame, name: str) -> _Frame | None:
         """Take one entry of a directory; a directory is returned, to be taken next."""
+        if self._each is not None:
+            self._each()
         status = os.stat(name, dir_fd=self._source, follow_symlinks=False)
         self._inodes += 1
         self._met += 1
@@ -258,20 +269,20 @@ class _Walk:
         if is_whiteout(status):
             if self._sink is not None:
                 self._sink.whiteout(name)
-            return _framed(b"whiteout", _bytes(name))
+            return framed(b"whiteout", _bytes(name))
         # also where its other names are elsewhere, as in a layer that this one was merged into
         shared = status.st_nlink > 1
         if shared and (first := self._links.get(status.st_ino)):
             self._inodes -= 1
             if self._sink is not None:
                 self._sink.again(name, first)
-            return _framed(b"link", _bytes(name), _number(first))
+            return framed(b"link", _bytes(name), _number(first))
         kind, detail, attributes, kept = self._content(name, status)
         if shared:
             self._links[status.st_ino] = self._met
             if self._sink is not None:
                 self._sink.first(name, self._met)
-        return _framed(kind, _bytes(name), _owned(kept), detail, attributes)
+        return framed(kind, _bytes(name), owned(kept), detail, attributes)
 
     def _content(self, name: str, status: os.stat_result) -> tuple[bytes, bytes, bytes, Owner]:
         """Kind, digest or target, extended attributes, and the owner as it is kept."""
@@ -301,7 +312,7 @@ class _Walk:
             attributes, kept = self._attributes(source), self._owner(found)
             if self._sink is not None:
                 kept = self._sink.end(found.st_size, attributes, kept)
-            return b"file", digest, _flat(attributes), kept
+            return b"file", digest, flat(attributes), kept
         finally:
             os.close(source)
 
@@ -313,6 +324,8 @@ class _Walk:
             if self._sink is None:  # zeros that are there take room, and are not kept
                 self._size += whole_blocks(until - at)
             while at < until:
+                if self._each is not None:
+                    self._each()
                 data = os.pread(source, min(CHUNK, until - at), at)
                 if not data:
                     break
@@ -349,7 +362,7 @@ class _Walk:
         if self._sink is not None:
             kept = self._sink.leave(kept, attributes, opaque=opaque)
         kind = b"opaque" if opaque else b"directory"
-        return _framed(kind, _bytes(frame.name), _owned(kept), frame.digest.digest(), _flat(attributes))
+        return framed(kind, _bytes(frame.name), owned(kept), frame.digest.digest(), flat(attributes))
 
     def _owner(self, status: os.stat_result) -> Owner:
         uid, gid = status.st_uid - self._base, status.st_gid - self._base
@@ -358,7 +371,8 @@ class _Walk:
         return Owner(stat.S_IMODE(status.st_mode), uid, gid, status.st_mtime_ns)
 
 
-def _owned(owner: Owner) -> bytes:
+def owned(owner: Owner) -> bytes:
+    """What of a digest an owner is."""
     owned = struct.pack(">III", owner.mode, owner.uid, owner.gid)
     if -(1 << 63) <= owner.mtime < 1 << 63:
         return owned + _number(owner.mtime)
@@ -366,8 +380,9 @@ def _owned(owner: Owner) -> bytes:
     return owned + struct.pack(">qI", *divmod(owner.mtime, 10**9))
 
 
-def _flat(attributes: Attributes) -> bytes:
-    return _framed(*(part for name, value in attributes for part in (_bytes(name), value)))
+def flat(attributes: Attributes) -> bytes:
+    """What of a digest extended attributes are."""
+    return framed(*(part for name, value in attributes for part in (_bytes(name), value)))
 
 
 def _bytes(name: str) -> bytes:
@@ -378,7 +393,8 @@ def _number(value: int) -> bytes:
     return struct.pack(">q", value)
 
 
-def _framed(*fields: bytes) -> bytes:
+def framed(*fields: bytes) -> bytes:
+    """Fields one behind the other, so that no others look the same."""
     return b"".join(struct.pack(">q", len(one)) + one for one in (_number(len(fields)), *fields))
 
 

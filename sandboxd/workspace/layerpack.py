@@ -13,13 +13,14 @@ import struct
 from typing import TYPE_CHECKING
 
 from sandboxd.workspace.layer import Owner, take
+from sandboxd.workspace.layerdigest import LayerDigest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sandboxd.workspace.layer import Attributes, Figures, Sink
 
-__all__ = ["MOST", "pack", "unpack"]
+__all__ = ["MOST", "digest_of_pack", "pack", "unpack"]
 
 MOST = 128 * 1024
 """Bytes of a pack: about as many as the log of the journal takes in the time of one sync."""
@@ -33,6 +34,9 @@ _ENTER, _LEAVE, _OPAQUE, _WHITEOUT, _SYMLINK, _BEGIN, _RUN, _END = (b"%c" % one 
 
 class _Unfit(Exception):
     """There is too much of it, or what not every file system can hold."""
+
+
+_NAMED = frozenset({_ENTER, _WHITEOUT, _SYMLINK, _BEGIN})
 
 
 def pack(upper: int, base: int) -> tuple[bytes, Figures] | None:
@@ -49,7 +53,14 @@ def pack(upper: int, base: int) -> tuple[bytes, Figures] | None:
 
 
 def unpack(data: bytes, sink: Sink) -> None:
-    """Give ``sink`` what was packed. Raises OSError."""
+    """Give ``sink`` what was packed. Raises OSError, ValueError for what is no pack."""
+    try:
+        _unpack(data, sink)
+    except struct.error as error:
+        raise ValueError("a step of it is cut off") from error
+
+
+def _unpack(data: bytes, sink: Sink) -> None:
     for kind, name, detail in _steps(data):
         if kind == _ENTER:
             sink.enter(name)
@@ -63,8 +74,17 @@ def unpack(data: bytes, sink: Sink) -> None:
             sink.begin(name)
         elif kind == _RUN:
             sink.run(detail[8:], int.from_bytes(detail[:8], "little"))
-        else:
+        elif kind == _END:
             sink.end(int.from_bytes(detail[_OWNER.size :], "little"), [], _owner(detail))
+        else:
+            raise ValueError("a step of it is of no known kind")
+
+
+def digest_of_pack(data: bytes) -> str:
+    """The digest of the layer that is made of a pack. Raises ValueError for what is no pack."""
+    digest = LayerDigest()
+    unpack(data, digest)
+    return digest.result
 
 
 def _steps(data: bytes) -> Iterator[tuple[bytes, str, bytes]]:
@@ -72,7 +92,12 @@ def _steps(data: bytes) -> Iterator[tuple[bytes, str, bytes]]:
     while at < len(data):
         kind, named, length = _STEP.unpack_from(data, at)
         at += _STEP.size
-        yield kind, os.fsdecode(data[at : at + named]), data[at + named : at + named + length]
+        name = data[at : at + named]
+        if at + named + length > len(data):
+            raise ValueError("a step of it is cut off")
+        if kind in _NAMED and (not name or name in {b".", b".."} or b"/" in name or b"\0" in name):
+            raise ValueError("it has a name that no file has")  # nothing is made outside of the layer
+        yield kind, os.fsdecode(name), data[at + named : at + named + length]
         at += named + length
 
 

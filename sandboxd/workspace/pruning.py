@@ -25,12 +25,15 @@ class Pruned:
     complete: bool
     removed: list[tuple[str, tuple[object, ...]]]
     """Rows that are gone, each with its table."""
+    noted: list[tuple[str, str]]
+    """Sessions, and the digests of their checkpoints that were noted as forgotten."""
 
     def take_back(self, connection: sqlite3.Connection) -> None:
         """Let all of it be there again."""
         for table, row in self.removed:
             marks = ", ".join("?" * len(row))
             connection.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", row)  # noqa: S608  (constants)
+        connection.executemany("DELETE FROM forgotten WHERE session = ? AND digest = ?", self.noted)
 
 
 def prune(connection: sqlite3.Connection, session: str | None, *, limit: int = 200) -> Pruned:
@@ -43,6 +46,7 @@ def prune(connection: sqlite3.Connection, session: str | None, *, limit: int = 2
     layers: list[str] = []
     freed: list[tuple[int, int, int]] = []
     removed: list[tuple[str, tuple[object, ...]]] = []
+    noted: list[tuple[str, str]] = []
     count = 0
     ended = connection.execute(
         "SELECT head, origin FROM sessions WHERE id = ? AND gone", (session,)
@@ -73,21 +77,28 @@ def prune(connection: sqlite3.Connection, session: str | None, *, limit: int = 2
             freed.append((one.uid, own_size, own_inodes + 1))
         removed += _rows_of(connection, one)
         remove_checkpoint(connection, one.id)
+        if not ended and session is not None and one.session == session:
+            noted.append((session, one.digest))
         count += 1
         if one.layer is not None:
             remove_packs(connection, [one.layer])
         if one.parent is not None and _is_free(connection, one.parent, session):
             queue.append(one.parent)
+    # records name them, and the session is still there
+    connection.executemany("INSERT OR IGNORE INTO forgotten (session, digest) VALUES (?, ?)", noted)
     if queue or len(leaves) == limit:
-        return Pruned(layers, freed, removed=removed, complete=False)
+        return Pruned(layers, freed, removed=removed, noted=noted, complete=False)
     if ended and session is not None:
         # as they are, for take_back
-        for table, column in (("checkpoints", "session"), ("sessions", "id"), ("containers", "session")):
+        for table, column in (
+            ("checkpoints", "session"), ("sessions", "id"), ("containers", "session"),
+            ("forgotten", "session"),
+        ):  # fmt: skip
             rows = connection.execute(f"SELECT * FROM {table} WHERE {column} = ?", (session,))  # noqa: S608
             removed += [(table, tuple(row)) for row in rows]
         connection.execute("UPDATE checkpoints SET session = NULL WHERE session = ?", (session,))
         remove_session(connection, session)
-    return Pruned(layers, freed, removed=removed, complete=True)
+    return Pruned(layers, freed, removed=removed, noted=noted, complete=True)
 
 
 def _rows_of(connection: sqlite3.Connection, one: Checkpoint) -> list[tuple[str, tuple[object, ...]]]:

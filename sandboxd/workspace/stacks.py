@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sandboxd.workspace.tables import Checkpoint
 
-__all__ = ["FAN", "Merge", "Stack", "due", "insert_merge", "stack_of"]
+__all__ = ["FAN", "Kept", "Merge", "Stack", "due", "insert_merge", "stack_of"]
 
 FAN = 16
 """How many layers are merged into one, and how many of those again."""
@@ -36,15 +36,36 @@ class Merge:
     own_size: int = 0
     """Bytes and entries that it does not share with the layers that it was made of."""
     own_inodes: int = 0
+    content: str | None = None
+    """The digest of what it holds; None where an earlier version made it."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A layer that is kept: the checkpoint up to which it goes, and what digests say of both."""
+
+    layer: str
+    checkpoint: str
+    digest: str
+    """Of the checkpoint."""
+    content: str | None
+    """Of what the layer holds; None where that is not known."""
+    size: int
+    inodes: int
 
 
 @dataclass(frozen=True)
 class Stack:
     """The layers that make a checkpoint, the newest first, and what they hold together."""
 
-    layers: tuple[str, ...]
+    kept: tuple[Kept, ...]
     size: int
     inodes: int
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(one.layer for one in self.kept)
 
 
 _MERGE = ", ".join(one.name for one in fields(Merge))
@@ -65,7 +86,7 @@ def insert_merge(connection: sqlite3.Connection, one: Merge) -> bool:
 
 def stack_of(connection: sqlite3.Connection, id_: str, *, floor: int = -1) -> Stack:
     """The layers of a checkpoint, down to those of a depth above ``floor``."""
-    layers: list[str] = []
+    kept: list[Kept] = []
     size = inodes = 0
     at = checkpoint(connection, id_)
     while at is not None and at.depth > floor:
@@ -75,15 +96,15 @@ def stack_of(connection: sqlite3.Connection, id_: str, *, floor: int = -1) -> St
         ).fetchone() if at.depth % FAN == 0 and at.depth else None  # fmt: skip
         if merges is not None:
             merge = Merge(*merges)
-            layers.append(merge.layer)
+            kept.append(Kept(merge.layer, at.id, at.digest, merge.content, merge.size, merge.inodes))
             size, inodes = size + merge.size, inodes + merge.inodes
             at = checkpoint(connection, merge.below)
             continue
         if at.layer is not None:
-            layers.append(at.layer)
+            kept.append(Kept(at.layer, at.id, at.digest, at.content, at.size, at.inodes))
             size, inodes = size + at.size, inodes + at.inodes
         at = checkpoint(connection, at.parent)
-    return Stack(tuple(layers), size, inodes)
+    return Stack(tuple(kept), size, inodes)
 
 
 def due(connection: sqlite3.Connection, id_: str) -> list[tuple[Checkpoint, int, str]]:

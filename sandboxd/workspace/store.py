@@ -134,7 +134,7 @@ class LayerStore:
     def write(self, name: str, data: bytes) -> None:
         """Make a layer of a pack, in the place of what there is of it; not synced.
 
-        Raises HostFailed, WorkspaceUnfit; then nothing of it is left.
+        Raises HostFailed, WorkspaceUnfit, Corrupt; then nothing of it is left.
         """
         try:
             self.remove(name)
@@ -146,6 +146,8 @@ class LayerStore:
             self.remove(name)
             if isinstance(error, OSError):
                 raise errors.HostFailed(f"a session's files cannot be kept: {error.strerror}") from error
+            if isinstance(error, ValueError):
+                raise errors.Corrupt(f"what a session's files are made of was damaged: {error}") from error
             raise
 
     def watch(self) -> int:

@@ -22,6 +22,7 @@ __all__ = [
     "checkpoint",
     "checkpoints",
     "count_of",
+    "digest_of",
     "expired",
     "find",
     "first_of",
@@ -116,6 +117,11 @@ _SESSION = ", ".join(one.name for one in fields(Row))
 _CHECKPOINT = ", ".join(one.name for one in fields(Checkpoint))
 
 
+def digest_of(content: str | None, parent: str | None) -> str:
+    """The digest of a checkpoint: of its layer's, and of its parent's."""
+    return canonical.digest({"content": content, "parent": parent})
+
+
 def make_checkpoint(
     id_: str,
     session: str,
@@ -130,7 +136,7 @@ def make_checkpoint(
     call: str | None = None,
 ) -> Checkpoint:
     """A checkpoint on top of its parent; its digest is of the parent's and the content's."""
-    digest = canonical.digest({"content": content, "parent": None if parent is None else parent.digest})
+    digest = digest_of(content, None if parent is None else parent.digest)
     depth = 0 if parent is None else parent.depth + 1
     above = None if parent is None else parent.id
     return Checkpoint(id_, session, uid, above, depth, digest, layer, content, size, inodes, created, call)
@@ -347,6 +353,7 @@ def remove_checkpoint(connection: sqlite3.Connection, id_: str) -> None:
 
 def remove_session(connection: sqlite3.Connection, id_: str) -> None:
     """Forget a session and its container, and none of its checkpoints."""
+    connection.execute("DELETE FROM forgotten WHERE session = ?", (id_,))
     connection.execute("DELETE FROM containers WHERE session = ?", (id_,))
     connection.execute("DELETE FROM sessions WHERE id = ?", (id_,))
 

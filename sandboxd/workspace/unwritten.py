@@ -54,6 +54,10 @@ class Unwritten:
         self._packs[name] = pack
         self._wake.set()
 
+    def __contains__(self, name: str) -> bool:
+        """Whether a layer is no file yet."""
+        return name in self._packs
+
     async def settle(self, names: Iterable[str]) -> None:
         """Wait until these layers, if they are of ours, are files. Raises HostFailed, WorkspaceUnfit."""
         for name in names:

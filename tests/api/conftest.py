@@ -350,14 +350,15 @@ class MemoryService:
         self, caller: Caller, id: str, path: str
     ) -> tuple[models.Artifact, AsyncIterator[bytes]]:
         self.call(caller, id)
-        if path != "out/a b%FF":
+        size = {"out/a b%FF": 8, "out/short": 9, "out/long": 7}.get(path)
+        if size is None:
             raise errors.NotFound("there is no such artifact")
 
         async def pieces() -> AsyncIterator[bytes]:
             yield b"1234"
             yield b"5678"
 
-        return models.Artifact(path=path, size=8, digest=canonical.digest_bytes(b"12345678")), pieces()
+        return models.Artifact(path=path, size=size, digest=canonical.digest_bytes(b"12345678")), pieces()
 
     async def policies(self, caller: Caller) -> Sequence[models.PolicyInfo]:
         return [await self.policy(caller, "default")]
@@ -415,7 +416,7 @@ class MemoryService:
     async def lineage(self, caller: Caller, digest: str) -> models.Lineage:
         raise errors.NotFound("no call of yours released that")
 
-    async def blob(self, digest: str, start: int, length: int) -> AsyncIterator[bytes]:
+    async def blob(self, digest: str, size: int, start: int, length: int) -> AsyncIterator[bytes]:
         yield b"12345678"[start : start + length]
 
     async def prune(self, caller: Caller, *, age: int | None, size: int | None) -> models.Pruning:

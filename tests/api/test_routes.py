@@ -147,6 +147,20 @@ def test_a_stream_that_fails_is_not_taken_for_whole(server: Any) -> None:
     assert server.ask("GET", "/v1/health")[0] == 200
 
 
+@pytest.mark.parametrize("path", ["out/short", "out/long"])
+def test_a_body_of_another_length_than_its_head_says_ends_the_connection(server: Any, path: str) -> None:
+    server.ask("POST", "/v1/invocations", {"argv": ["true"]})
+    with server.raw() as sock:
+        sock.settimeout(10)
+        sock.sendall(f"GET /v1/invocations/call-0/artifacts/{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        answer = b""
+        while piece := sock.recv(65536):  # up to the end of the connection
+            answer += piece
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b" 200 " in head
+    assert len(body) < (9 if path == "out/short" else 7)
+
+
 def test_stdin(server: Any) -> None:
     server.ask("POST", "/v1/invocations", {"argv": ["wait"], "stdin": "stream"}, {"Prefer": "respond-async"})
     target = "/v1/invocations/call-0/stdin"

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,9 @@ from powerloss import Replay
 from sessioncalls import CALLER, Served, serving
 
 from sandboxd import models
+from sandboxd.journal.schema import connect_reader
 from sandboxd.workspace import store, unwritten
+from sandboxd.workspace.audit import examine
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,6 +113,8 @@ async def check(told: Told, state: Path, uppers: Path, moment: int) -> None:
     async with serving(state, uppers) as served:
         await served.check()
         await served.cleared()
+        with closing(connect_reader(state / "journal.sqlite3")) as connection:
+            assert examine(connection, state).damaged == []
         rows = await served.rows()
         for at, session in told.made:
             assert session in rows or at >= moment or told.deleting.get(session, moment + 1) <= moment

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from journals import behind, record
 
-from sandboxd import errors, models
+from sandboxd import canonical, errors, models
 from sandboxd.journal import Accepted, Journal, chain, outcome_header, schema, signing, upkeep
 from sandboxd.journal import verify as verify_module
 from sandboxd.journal.verify import verify
@@ -57,6 +57,35 @@ async def test_a_chain_that_was_written_anew_is_found(tmp_path: Path) -> None:
         report = await journal.verify()
     assert report.at == 4
     assert "the chain was replaced" in str(report.problem)
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+async def test_a_record_that_was_changed_with_all_its_digests_is_found(tmp_path: Path, number: int) -> None:
+    """Body, header and the digests of both are as they would have been; the newest has a signed head."""
+    async with Journal.open(tmp_path) as journal:
+        for _ in range(4):
+            await record(journal, tmp_path)
+    with closing(schema.connect_writer(tmp_path / "journal.sqlite3")) as connection:
+        id_, data, body = connection.execute(
+            "SELECT r.id, r.header, i.doc FROM records AS r JOIN invocations AS i USING (id) WHERE n = ?",
+            (number,),
+        ).fetchone()
+        changed = body.replace(b'"argv":["true"]', b'"argv":["evil"]')
+        assert changed != body
+        header = json.loads(data) | {"body": canonical.digest_bytes(changed)}
+        digest = canonical.digest(header)
+        connection.execute("UPDATE invocations SET doc = ? WHERE id = ?", (changed, id_))
+        connection.execute(
+            "UPDATE records SET header = ?, digest = ? WHERE n = ?",
+            (canonical.canonical(header), digest, number),
+        )
+    async with Journal.open(tmp_path) as journal:
+        report = await journal.verify()
+    if number == 4:
+        assert (report.at, "the chain was replaced" in str(report.problem)) == (4, True)
+    else:
+        assert report.at == number + 1
+        assert f"record {number + 1} does not follow record {number}" in str(report.problem)
 
 
 async def test_a_head_of_another_key_is_not_believed(tmp_path: Path) -> None:

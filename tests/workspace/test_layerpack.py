@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from layered import opened
 
+from sandboxd import errors
 from sandboxd.workspace import layer, layerpack
 from sandboxd.workspace.store import LayerStore
 
@@ -79,6 +80,7 @@ def test_what_is_made_of_a_pack_is_what_is_taken(store: LayerStore, upper: Path,
     assert found is not None
     name, pack, figures = found
     assert figures == expected
+    assert layerpack.digest_of_pack(pack) == expected.digest
     for _ in range(2):  # also in the place of what a daemon had begun
         store.write(name, pack)
         for one in (taken, name):
@@ -138,3 +140,42 @@ def test_what_is_large_or_not_plain_is_made_as_files_at_once(
         name, figures = store.take(fd, BASE)
     with opened(store.path(name)) as fd:
         assert layer.measure(fd) == figures
+
+
+@pytest.mark.parametrize(
+    "name", [b"..", b".", b"", b"../../outside", b"/etc/outside", b"a/../../outside", b"a\0b"]
+)
+@pytest.mark.parametrize("kind", [b"e", b"w", b"s", b"b"])
+def test_a_damaged_pack_makes_nothing_outside_of_its_layer(
+    store: LayerStore, tmp_path: Path, name: bytes, kind: bytes
+) -> None:
+    data = layerpack._STEP.pack(kind, len(name), 24) + name + bytes(24)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(errors.Corrupt, match="a name that no file has"):
+        store.write("0" * 32, data)
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(ValueError, match="a name that no file has"):
+        layerpack.digest_of_pack(data)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_damaged_pack_is_told(store: LayerStore, upper: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    while not os.listdir(upper):  # noqa: PTH208
+        plant(os.fsencode(upper), chance)
+    give(upper)
+    with opened(upper) as fd:
+        found = store.pack(fd, BASE)
+    assert found is not None
+    _, pack, figures = found
+    for _ in range(50):
+        data = bytearray(pack)
+        if chance.random() < 0.5:
+            del data[chance.randrange(len(data)) :]
+        else:
+            data[chance.randrange(len(data))] ^= chance.randrange(1, 256)
+        try:
+            digest = layerpack.digest_of_pack(bytes(data))
+        except ValueError:
+            continue
+        assert digest != figures.digest
