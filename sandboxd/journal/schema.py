@@ -233,8 +233,9 @@ MIGRATIONS: tuple[tuple[str | Callable[[sqlite3.Connection, Path], None], ...], 
         "ALTER TABLE merges ADD COLUMN own_size INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE merges ADD COLUMN own_inodes INTEGER NOT NULL DEFAULT 0",
     ),
-    (sessioncalls.TABLE, _fill_sessions),
     (
+        sessioncalls.TABLE,
+        _fill_sessions,
         # the digest of what a merged layer holds; NULL where an earlier version merged it
         "ALTER TABLE merges ADD COLUMN content TEXT",
         # Checkpoints that a session's owner has discarded, which records name all the same. An empty digest:
