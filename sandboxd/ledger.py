@@ -121,7 +121,8 @@ class Ledger:
             return found.invocation.model_copy(update=streams_of(found.spool))
         if found.pruned is None and (self._spools / found.id).is_dir():
             shown = streams_of(await self._closed_spool(found))
-            _check_heads(found, shown)
+            if found.state is State.ENDED:  # else it is of an earlier attempt, and more may have come since
+                _check_heads(found, shown)
             return found.model_copy(update=shown)
         return found
 
@@ -244,7 +245,8 @@ class Ledger:
         """The raw bytes of a stream. Raises NotFound, InvalidRequest; of an ended call JournalCorrupt."""
         spool = await self._spool(caller, id)
         found = await self._find(caller, id)
-        recorded = None if isinstance(found, Call) else getattr(found, name)
+        ended = not isinstance(found, Call) and found.state is State.ENDED
+        recorded = getattr(found, name) if ended else None
         if recorded is None or not spool.complete or offset < 0:
             pieces = spool.follow_bytes(name, offset, wait=follow)
         elif not recorded.size:

@@ -19,6 +19,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -59,6 +60,10 @@ def names_in_source() -> set[str]:
                 found[str(name.value)] += 1
     assert [name for name, count in found.items() if count > 1] == []
     return set(found)
+
+
+def _is_ended(client: Client, id_: str) -> bool:
+    return client.get(id_).state is models.State.ENDED
 
 
 class Crashing:
@@ -352,6 +357,8 @@ class Crashing:
         ran = set() if before < 1 << 62 else set(self.executed)
         assert ran <= {key for _, key, _ in rows}, "a command ran that no record knows"
         for id_, key, _ in self._some(rows, MANY):
+            ended = partial(_is_ended, client, id_)
+            until(ended, "what the journal has as ended is told so")
             found = client.get(id_)
             if before == 1 << 62:  # else what came after is forgotten, and done again
                 self._check_runs(key, told(found))
