@@ -16,7 +16,7 @@ away.
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -278,7 +278,10 @@ class Sessions:
         uid, most = None if caller.sees_all else caller.uid, min(limit, MOST)
         read = partial(tables.list_sessions, uid=uid, before=before, limit=most + 1)
         rows = await self._journal.read(read)
-        shown = [await self._info(row) for row in rows[:most]]
+        shown = []
+        for row in rows[:most]:
+            with suppress(errors.NotFound):  # it went meanwhile
+                shown.append(await self._info(row))
         return models.SessionList(sessions=shown, next=rows[most - 1].id if len(rows) > most else None)
 
     async def checkpoints(
@@ -487,13 +490,18 @@ class Sessions:
     # Within.
 
     async def _info(self, row: Row) -> models.SessionInfo:
-        def read(connection: sqlite3.Connection) -> tuple[Checkpoint | None, Stack, Checkpoint | None]:
-            head, stack = tables.checkpoint(connection, row.head), stacks.stack_of(connection, row.head)
-            return head, stack, tables.first_of(connection, row.origin) if row.checkout else None
+        def read(
+            connection: sqlite3.Connection,
+        ) -> tuple[Row | None, Checkpoint | None, Stack, Checkpoint | None]:
+            now = tables.find(connection, row.id, None)  # where it stood may have been taken back since
+            at = row.head if now is None else now.head
+            head, stack = tables.checkpoint(connection, at), stacks.stack_of(connection, at)
+            return now, head, stack, tables.first_of(connection, row.origin) if row.checkout else None
 
-        head, stack, first = await self._journal.read(read)
-        if head is None:
+        now, head, stack, first = await self._journal.read(read)
+        if now is None or head is None:
             raise errors.NotFound(f"no session {row.id!r} of yours")
+        row = now
         return models.SessionInfo(
             id=row.id,
             name=row.name,

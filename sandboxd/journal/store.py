@@ -499,6 +499,11 @@ class Journal:
                 connection = self._local.connection = schema.connect_reader(self._path)
                 self._connections.append(connection)
             with schema.mapped():
-                return read(connection)
+                connection.execute("BEGIN")  # all of it as of one moment
+                try:
+                    return read(connection)
+                finally:
+                    if connection.in_transaction:
+                        connection.execute("ROLLBACK")
 
         return await asyncio.get_running_loop().run_in_executor(self._readers, run)

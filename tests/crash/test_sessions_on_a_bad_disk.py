@@ -13,7 +13,7 @@ from disks import GROWING, Syncing, mounted
 from sessioncalls import CALLER, Served, serving
 
 from sandboxd import errors, models
-from sandboxd.workspace import store, tables, unwritten
+from sandboxd.workspace import stacks, store, tables, unwritten
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +36,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     with mounted(tmp_path / "fs") as disk:
         monkeypatch.setattr(store, "_libc", Syncing(disk))
         monkeypatch.setattr(unwritten, "PAUSE", 0.01)
-        monkeypatch.setattr(tables, "FAN", 3)
+        monkeypatch.setattr(stacks, "FAN", 3)
         yield disk
 
 
