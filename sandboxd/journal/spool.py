@@ -200,6 +200,8 @@ class Spool:
             if record.kind < DETAIL:
                 self._outputs[STREAMS[record.kind]].sealed = end
             kept += 1
+        if kept and self._index.events(kept - 1, kept)[0].type == "ended":
+            kept -= 1  # whoever died between that and the summary: it is told again, at the same number
         self._count, self._details_size = kept, details
         with mapped():
             failpoint("spool.recover")

@@ -204,6 +204,21 @@ async def test_an_interrupted_call_is_recovered_and_ended(tmp_path: Path) -> Non
     spool.close(durable=False)
 
 
+async def test_an_end_that_is_told_and_has_no_summary_is_told_once(tmp_path: Path) -> None:
+    spool = Spool.create(tmp_path / "c", CAPS)
+    spool.append("stdout", b"seen")
+    spool.add(event("ended"))
+    spool.leave()  # whoever died right then
+    for _ in range(2):
+        again = Spool.recover(tmp_path / "c", CAPS)
+        again.add(event("ended"))
+        again.leave()
+    last = Spool.recover(tmp_path / "c", CAPS)
+    last.add(event("ended"))
+    last.close(durable=True)
+    assert [(each.seq, each.type) for each in await everything(last)] == [(1, "output"), (2, "ended")]
+
+
 async def test_a_call_whose_spool_was_never_made_is_recovered(tmp_path: Path) -> None:
     spool = Spool.recover(tmp_path / "c", CAPS)
     spool.add(event("ended"))
