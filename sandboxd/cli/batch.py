@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 from sandboxd import errors
@@ -63,7 +62,7 @@ def _results(
     """What came of each request, by its number, from however many daemons."""
     from sandboxd.cli.run import ANSWER_TIMEOUT, CONNECT_TIMEOUT  # noqa: PLC0415 - as above
 
-    patience, known, told = Patience(RECONNECT), False, False
+    patience, known = Patience(RECONNECT), False
     while True:
         cut: errors.SandboxdError
         try:
@@ -85,11 +84,7 @@ def _results(
             cut = error
         if not left:
             return
-        pause = patience.pause(cut)
-        if not told:
-            say("the daemon went away; waiting for it")
-        told = True
-        time.sleep(pause)
+        patience.wait(cut, say)
 
 
 def _numbered(found: dict[str, Any]) -> tuple[int, str | None]:

@@ -92,8 +92,7 @@ class Call:
         """Send the request, pass its output on, and return the invocation."""
         headers = {"Accept": "application/x-ndjson"}
         asked = wire.Exchange("POST", wire.target("invocations"), body, headers, waits=True)
-        exchange, told = asked, False
-        patience = Patience(RECONNECT)
+        exchange, patience = asked, Patience(RECONNECT)
         while True:
             try:
                 with self.ask(exchange) as answer:
@@ -107,13 +106,10 @@ class Call:
                 with self.ask(wire.Exchange("GET", wire.invocation_target(self._id))) as answer:
                     return wire.document(answer.read(), "an invocation")
             except (errors.Unavailable, errors.Draining) as error:
-                if self._id is None and not ((self._keyed and error.details.get("reason") == "lost") or told):
+                again = patience.waited or (self._keyed and error.details.get("reason") == "lost")
+                if self._id is None and not again:
                     raise
-                pause = patience.pause(error)
-                if not told:
-                    say("the daemon went away; waiting for it")
-                told = True
-                time.sleep(pause)
+                patience.wait(error, say)
                 if self._id is not None:
                     target = wire.invocation_target(self._id, "events", after=self._after, follow=1)
                     exchange = wire.Exchange("GET", target, headers=headers, waits=True)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from sandboxd import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["RECONNECT", "Patience"]
 
@@ -21,6 +25,8 @@ class Patience:
         self._seconds = seconds
         self._until: float | None = None
         self._pause = FIRST
+        self.waited = False
+        """Whether ``wait`` has waited before."""
 
     def renew(self) -> None:
         """It went on."""
@@ -38,3 +44,11 @@ class Patience:
             raise error
         pause, self._pause = self._pause, min(LONGEST, self._pause * 2)
         return min(pause, self._until - now)
+
+    def wait(self, error: errors.SandboxdError, say: Callable[[str], None]) -> None:
+        """Wait for the next try, and the first time say why. Raises as ``pause`` does."""
+        pause = self.pause(error)
+        if not self.waited:
+            say("the daemon went away; waiting for it")
+        self.waited = True
+        time.sleep(pause)
