@@ -66,7 +66,7 @@ def in_turn(steps: dict[str, Callable[[], object]], rounds: int, until: float) -
             steps[name]()
             taken[name].append(time.perf_counter() - began)
             time.sleep(PAUSE)
-    return {name: summary(values) for name, values in taken.items()}
+    return {name: summary(values) for name, values in taken.items() if values}
 
 
 @dataclass

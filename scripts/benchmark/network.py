@@ -12,14 +12,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import sandboxes
-from measure import summary
+from measure import in_turn, summary
 
 from sandboxd import Client
 from sandboxd.conformance.outside import SERVED, open_outside
@@ -169,14 +168,9 @@ def _work(daemon: int) -> float:
 
 
 def _calls(client: Client, rounds: int, until: float) -> dict[str, Any]:
-    taken: dict[str, list[float]] = {"plain": [], "two-rules": [], "many-rules": []}
-    for number in range(-3, rounds):
-        if time.monotonic() > until:
-            break
-        for policy, times in taken.items():
-            time.sleep(0.03)
-            began = time.perf_counter()
-            client.run(["true"], policy=policy)
-            if number >= 0:
-                times.append(time.perf_counter() - began)
-    return {policy: summary(times) for policy, times in taken.items() if times}
+    steps = {
+        policy: lambda policy=policy: client.run(["true"], policy=policy)
+        for policy in ("plain", "two-rules", "many-rules")
+    }
+    in_turn(steps, 3, until)  # what is made once is made now
+    return in_turn(steps, rounds, until)
