@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,7 @@ import pytest
 from sandboxd import Client, errors
 from sandboxd.api.descriptors import path_beside
 from sandboxd.engine.host import instance_name
+from sandboxd.kernel import cgroupfs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,6 +43,9 @@ READY_SECONDS = 20.0 * PATIENCE
 # Most tests count containers, so none waits for them; those of the pool configure one.
 POOLED = os.environ.get("SANDBOXD_TEST_POOL") == "1"
 POOL = "pool: {min: 2, max: 4}\n" if POOLED else "pool: {min: 0, max: 0}\n"
+
+KILLED: set[str] = set()
+"""Instances whose last daemon did not end by itself."""
 
 # Policies for tests alone, beside the shipped ones.
 POLICIES = {
@@ -155,7 +161,7 @@ def start_daemon(
             _until_ready(daemon)
         yield daemon
     finally:
-        daemon.stop()
+        (KILLED.discard if daemon.stop() >= 0 else KILLED.add)(instance_name(state))
 
 
 def _until_ready(daemon: Daemon) -> None:
@@ -238,6 +244,21 @@ def needs_containers() -> None:
     if os.environ.get("CI") == "true":
         pytest.fail("CI must run as root")
     pytest.skip("containers need root")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def killed_daemons(leak_session: object) -> Iterator[None]:
+    """Takes away what daemons left that were killed and have no next one: it would do that at its start.
+
+    Not what a process is still in: those end with their daemon.
+    """
+    yield
+    for name in KILLED:
+        for top in cgroupfs.named("/sys/fs/cgroup", f"sandboxd-{name}"):
+            until(partial(cgroupfs.remove_tree, top), f"nobody is in {top}")
+        with contextlib.suppress(FileNotFoundError):
+            Path(f"/run/sandboxd-{name}").rmdir()
+        shutil.rmtree(f"/run/sandboxd-{name}-docker", ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

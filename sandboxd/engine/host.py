@@ -102,18 +102,20 @@ class EngineHost(ExitStack):
         Raises HostUnsupported.
         """
         super().__init__()
-        require_programs()
-        self._config = config
-        self._run = run
-        self._name = name
-        self._trust = None if authority is None else Trust(run, *authority)
-        self.images = images_of(config, "oci")
-        self.callback(leave_private_mounts, run)
-        self.cgroups = CgroupTree.open(name, processes)
-        self.callback(self.cgroups.close)
-        self.notify = self.enter_context(NotifyServer())
-        self.namespaces = UserNamespaces(LAUNCH, config.ids.base, config.ids.count)
-        self.callback(self.namespaces.close)
+        with ExitStack() as made:
+            made.callback(leave_private_mounts, run)
+            require_programs()
+            self._config = config
+            self._run = run
+            self._name = name
+            self._trust = None if authority is None else Trust(run, *authority)
+            self.images = images_of(config, "oci")
+            self.cgroups = CgroupTree.open(name, processes)
+            made.callback(self.cgroups.close)
+            self.notify = made.enter_context(NotifyServer())
+            self.namespaces = UserNamespaces(LAUNCH, config.ids.base, config.ids.count)
+            made.callback(self.namespaces.close)
+            self.push(made.pop_all())
 
     def clean_leftovers(self) -> list[str]:
         """End and remove the containers that an earlier daemon of this state directory left."""

@@ -131,6 +131,7 @@ class DockerEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._remove_remains()
         self._endpoint.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
@@ -377,10 +378,9 @@ class DockerEngine:
         except MissingInEngine:
             return
         except errors.EngineFailed as error:
-            if "already in progress" in str(error):  # it ended, and so the engine removes it
-                return
             self._remember(container)
-            log.warning("a container is not removed yet", container=container[:12], reason=str(error))
+            if "already in progress" not in str(error):  # it ended, and so the engine removes it, mostly
+                log.warning("a container is not removed yet", container=container[:12], reason=str(error))
 
     def _remember(self, container: str) -> None:
         """Try to remove it again, by its id or name, before the next one is made."""
@@ -388,7 +388,7 @@ class DockerEngine:
             self._remains.add(container)
 
     def _remove_remains(self) -> None:
-        """Try again what an engine that was away did not remove."""
+        """Try again what the engine did not remove: it was away, or failed at it by itself."""
         while self._remains:
             before = len(self._remains)
             self._remove(self._remains.pop())
