@@ -122,6 +122,29 @@ def test_a_call_that_runs_outlives_an_engine_that_is_killed(
     until(lambda: not engine.containers(), "what could not be removed then is removed now")
 
 
+def test_what_the_engine_fails_to_remove_by_itself_is_removed_later(
+    engine: Dockerd, start_on: Callable[..., Daemon]
+) -> None:
+    if isinstance(engine, Podman):
+        pytest.skip("it leaves no container of which it cannot remove the files")
+    daemon = start_on(engine)
+    client = daemon.client()
+    call = client.start(["sleep", "60"], policy="small")
+    until(lambda: client.get(call.id).state == "running", "it runs")
+    [container] = engine.containers()
+    held = Path(engine.inspect(container)["GraphDriver"]["Data"]["UpperDir"], "held")
+    held.touch()
+    subprocess.run(["chattr", "+i", held], check=True)
+    try:
+        client.cancel(call.id)
+        until(lambda: "is not removed yet" in daemon.log.read_text(), "it was tried")
+        assert engine.containers() == [container]
+    finally:
+        subprocess.run(["chattr", "-i", held], check=True)
+    assert cause(daemon.run("true", policy="small")) == "exited"
+    until(lambda: not engine.containers(), "it is removed before the next one is made")
+
+
 def test_a_call_in_an_engine_that_is_stopped_is_a_failure_of_the_engine(
     engine: Dockerd, start_on: Callable[..., Daemon]
 ) -> None:

@@ -37,6 +37,7 @@ from sandboxd.engine.docker.door import Door
 from sandboxd.engine.docker.endpoint import MissingInEngine
 from sandboxd.engine.docker.facts import EngineFacts, look
 from sandboxd.engine.docker.finish import finish, root_of
+from sandboxd.engine.docker.removal import Removal
 from sandboxd.engine.docker.request import INSTANCE_LABEL, Labels, make_request
 from sandboxd.engine.doors import doors_of
 from sandboxd.engine.interpreter import with_interpreter
@@ -69,7 +70,6 @@ CONNECT_TIMEOUT = 20.0  # seconds from the start of a container until PID 1 has 
 SETUP_TIMEOUT = 30.0  # seconds for each step of PID 1
 REQUESTS = 32  # threads that wait for the engine at once: the daemon has others
 WORKSPACE = "/workspace"
-REMAINS = 256  # containers that could not be removed and are tried again
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -121,7 +121,7 @@ class DockerEngine:
         self._directory = run_directory(instance)
         self._warming = Warming()
         self._resources: dict[str, ExitStack] = {}
-        self._remains: set[str] = set()
+        self._removal = Removal(endpoint)
         self._looked_at: set[str] = set()
         self._threads: anyio.CapacityLimiter | None = None
 
@@ -131,7 +131,7 @@ class DockerEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._remove_remains()
+        self._removal.try_again()
         self._endpoint.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
@@ -195,7 +195,7 @@ class DockerEngine:
         prefix = f"/sandboxd-{self._instance}-"
         ours = [one["Id"] for one in found if any(name.startswith(prefix) for name in one.get("Names") or ())]
         for container in ours:
-            self._remove(container)
+            self._removal.remove(container)
         self.images.forget_removed()
         return ours
 
@@ -234,7 +234,7 @@ class DockerEngine:
 
     def _create(self, shape: Shape) -> Slot:
         self.lacks.refuse(shape, errors.ControlNotEnforced)
-        self._remove_remains()
+        self._removal.try_again()
         try:
             with ExitStack() as stack:
                 slot = self._make(shape, self._host or self._look(), stack)
@@ -252,7 +252,7 @@ class DockerEngine:
         labels = Labels(self._instance, str(uuid7()))
         door = stack.enter_context(Door(self._directory / labels.slot, host.base))
         container = self._create_container(shape, image, labels, door, host)
-        stack.callback(self._remove, container)
+        stack.callback(self._removal.remove, container)
         init_pid, upper = self._start(container)
         stack.callback(self._kill_container, container)
         control = Control(door.accept(init_pid, host.base, CONNECT_TIMEOUT))
@@ -340,7 +340,7 @@ class DockerEngine:
                 if last:
                     raise
             except errors.EngineFailed:
-                self._remember(labels.name)  # it may make the container yet, whose id is not known
+                self._removal.remember(labels.name)  # it may make the container yet, whose id is not known
                 raise
         raise AssertionError
 
@@ -354,7 +354,7 @@ class DockerEngine:
             with self._endpoint.asking("look at an image") as client:
                 check_accounts(client, host.create_container(client, bare, name), image.name)
         finally:
-            self._remove(name)
+            self._removal.remove(name)
 
     def _start(self, container: str) -> tuple[int, str | None]:
         """Start it; returns PID 1 as the host numbers it, and the upper layer of its root."""
@@ -370,30 +370,6 @@ class DockerEngine:
         """For one that never connected: else its processes are dead by now."""
         with suppress(errors.EngineFailed), self._endpoint.asking("kill a container") as client:
             client.kill(container)
-
-    def _remove(self, container: str) -> None:
-        try:
-            with self._endpoint.asking("remove a container") as client:
-                client.remove_container(container, v=True, force=True)
-        except MissingInEngine:
-            return
-        except errors.EngineFailed as error:
-            self._remember(container)
-            if "already in progress" not in str(error):  # it ended, and so the engine removes it, mostly
-                log.warning("a container is not removed yet", container=container[:12], reason=str(error))
-
-    def _remember(self, container: str) -> None:
-        """Try to remove it again, by its id or name, before the next one is made."""
-        if len(self._remains) < REMAINS:
-            self._remains.add(container)
-
-    def _remove_remains(self) -> None:
-        """Try again what the engine did not remove: it was away, or failed at it by itself."""
-        while self._remains:
-            before = len(self._remains)
-            self._remove(self._remains.pop())
-            if len(self._remains) >= before:
-                return
 
 
 def _identities(
