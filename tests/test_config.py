@@ -137,6 +137,8 @@ def test_all_errors_come_at_once_with_the_nearest_word(tmp_path: Path) -> None:
         ("budget: {memory: 12QiB}", "is not a size"),
         ("budget: {memory: 4B}", "less than 1MiB"),
         ("ids: {base: 4294900000}", "pass the last id"),
+        ("budget: {slots: 4096}", "ids.count: 4096 ranges are too few for 4096 containers"),
+        ("ids: {count: 67}", "at least 68"),
         ("callers: []", "at least one"),
         ("callers: [{match: {uid: 0}}]", "callers.0.role is missing"),
         ("queue: 1.5", "queue"),

@@ -39,6 +39,8 @@ __all__ = ["DEFAULT_PATH", "SYSTEM_SOCKET", "Config", "default_socket", "load_co
 
 DEFAULT_PATH = Path("/etc/sandboxd/sandboxd.yaml")
 RUNTIMES = ("auto", "builtin", "crun", "runc")
+AHEAD = 4
+"""Ranges of ids beside those of ``budget.slots``: of what is made ahead for the next containers."""
 SYSTEM_SOCKET = Path("/run/sandboxd/sandboxd.sock")
 
 
@@ -76,10 +78,16 @@ class Config(Section):
     """Programs that calls may have started at their end, by name."""
 
     @model_validator(mode="after")
-    def _apart(self) -> Self:
+    def _ids(self) -> Self:
         slots = range(self.ids.base, self.ids.base + self.ids.count * 65_536)
         if self.network.uid in slots or self.network.uid + self.network.count - 1 in slots:
             raise ValueError("network.uid: these ids are among those of ids.base; give it ids of its own")
+        least = self.budget.slots + AHEAD
+        if self.engine != "docker" and self.ids.count < least:
+            raise ValueError(
+                f"ids.count: {self.ids.count} ranges are too few for {self.budget.slots} containers at the "
+                f"same time (budget.slots) and those that are made ahead; it has to be at least {least}"
+            )
         return self
 
     @field_validator("callers")

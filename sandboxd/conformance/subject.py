@@ -34,7 +34,7 @@ __all__ = ["Subject", "open_subject"]
 SANDBOXD = (sys.executable, "-m", "sandboxd.cli.main")
 RUN_IN_SANDBOX = (sys.executable, "-m", "sandboxd.cli.run")
 READY_SECONDS = 30.0
-RANGE, RANGES = 65536, 64  # ids of a container; containers of one daemon of the suite
+RANGE, RANGES = 65536, 128  # ids of a container; containers of one daemon of the suite
 MARK = "SANDBOXD_CONFORMANCE"
 """In the environment of every process that the suite starts."""
 
