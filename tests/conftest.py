@@ -26,6 +26,9 @@ settings.load_profile("nightly" if "SANDBOXD_HYPOTHESIS_EXAMPLES" in os.environ 
 TOGETHER = {"docker", "hostile", "init", "network", "ports"}
 """Directories whose tests share what there is once: an engine, an internet, a daemon, a user of the host."""
 
+LONG = ("conformance/test_conformance.py", "crash/test_failpoints.py", "crash/test_power_loss.py")
+"""Files of few tests that take minutes: begun first, lest one process has them to itself at the end."""
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
@@ -40,5 +43,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
             file = nodeid.partition("::")[0]
             directory = Path(file).parent.name
             return directory if directory in TOGETHER else file
+
+        def _assign_work_unit(self, node: object) -> None:
+            for scope in self.workqueue:
+                if scope.endswith(LONG):
+                    self.workqueue.move_to_end(scope, last=False)
+                    break
+            super()._assign_work_unit(node)
 
     return ByDirectory(config, log)
