@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from sandboxd.config import Config
     from sandboxd.engine.docker import DockerEngine
     from sandboxd.engine.oci import OciEngine
-    from sandboxd.kernel.cgroup import CgroupTree
+    from sandboxd.kernel.cgroup_tree import CgroupTree
     from sandboxd.plan import Shape
 
 __all__ = ["examine"]

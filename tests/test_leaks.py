@@ -13,7 +13,8 @@ import pytest
 from held import NAMESPACES, Held, descriptors_of, namespaces_of, waiting_in
 from leaks import Sessions
 
-from sandboxd.kernel.cgroup import CgroupLimits, CgroupTree
+from sandboxd.kernel.cgroup import CgroupLimits
+from sandboxd.kernel.cgroup_tree import CgroupTree
 
 if TYPE_CHECKING:
     from daemons import Daemon

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from sandboxd.engine.presented import SlotMounts
     from sandboxd.engine.runtime import Runtime
-    from sandboxd.kernel.cgroup import Cgroup, CgroupTree
+    from sandboxd.kernel.cgroup import Cgroup
+    from sandboxd.kernel.cgroup_tree import CgroupTree
     from sandboxd.kernel.userns import IdRange, UserNamespaces
     from sandboxd.plan import Shape
 

@@ -17,7 +17,7 @@ from sandboxd.engine.trust import Trust
 from sandboxd.images import ImageStore
 from sandboxd.init import LAUNCH, require_programs
 from sandboxd.kernel import mounts
-from sandboxd.kernel.cgroup import CgroupTree
+from sandboxd.kernel.cgroup_tree import CgroupTree
 from sandboxd.kernel.notify import NotifyServer
 from sandboxd.kernel.userns import UserNamespaces
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from sandboxd.engine.runtime import Runtime
     from sandboxd.engine.trust import Trust
     from sandboxd.images import ImageStore
-    from sandboxd.kernel.cgroup import CgroupTree
+    from sandboxd.kernel.cgroup_tree import CgroupTree
     from sandboxd.kernel.notify import Listener, NotifyServer
     from sandboxd.kernel.userns import UserNamespaces
     from sandboxd.plan import Limits, Shape

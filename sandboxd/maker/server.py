@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from sandboxd.config import Config
     from sandboxd.engine.base import Engine, Lacks, Slot
-    from sandboxd.kernel.cgroup import Cgroup, CgroupLimits, CgroupTree
+    from sandboxd.kernel.cgroup import Cgroup, CgroupLimits
+    from sandboxd.kernel.cgroup_tree import CgroupTree
     from sandboxd.maker.channel import Channel
     from sandboxd.plan import Shape
 

@@ -18,7 +18,8 @@ from sandboxd.engine.berth import Berths
 from sandboxd.engine.runtime import find_runtimes
 from sandboxd.init import LAUNCH
 from sandboxd.kernel import cgroup as cgroups
-from sandboxd.kernel.cgroup import CgroupLimits, CgroupTree
+from sandboxd.kernel.cgroup import CgroupLimits
+from sandboxd.kernel.cgroup_tree import CgroupTree
 from sandboxd.kernel.userns import RANGE, UserNamespaces
 
 if TYPE_CHECKING:

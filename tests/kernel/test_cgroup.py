@@ -17,7 +17,8 @@ from daemons import PATIENCE, until
 
 from sandboxd import errors
 from sandboxd.kernel import cgroup_v2, cgroupfs
-from sandboxd.kernel.cgroup import Cgroup, CgroupLimits, CgroupTree
+from sandboxd.kernel.cgroup import Cgroup, CgroupLimits
+from sandboxd.kernel.cgroup_tree import CgroupTree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -23,7 +23,7 @@ import os, pathlib, signal, subprocess, sys
 from sandboxd.kernel import cgroupfs
 top, name, controllers = sys.argv[1:4]
 cgroupfs.REQUIRED_V2, cgroupfs.OPTIONAL_V2 = tuple(controllers.split()), ()
-from sandboxd.kernel.cgroup import CgroupTree
+from sandboxd.kernel.cgroup_tree import CgroupTree
 own = lambda: cgroupfs.parse_self_cgroup(pathlib.Path("/proc/self/cgroup").read_text())[""]
 pathlib.Path(top, "cgroup.procs").write_text("0")
 before = own()

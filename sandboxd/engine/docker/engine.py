@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from sandboxd.engine.docker.images import DockerImages
     from sandboxd.engine.trust import Trust
     from sandboxd.images import HostBind, Image
-    from sandboxd.kernel.cgroup import CgroupTree
+    from sandboxd.kernel.cgroup_tree import CgroupTree
     from sandboxd.kernel.notify import NotifyServer
     from sandboxd.plan import Mount, Shape
 
