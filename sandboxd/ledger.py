@@ -20,8 +20,9 @@ from sandboxd import canonical, errors, units
 from sandboxd.call import Call
 from sandboxd.contents import Contents
 from sandboxd.digests import Digests
+from sandboxd.journal.following import HEAD
 from sandboxd.journal.output import sync_directory
-from sandboxd.journal.spool import HEAD, Spool, Stream
+from sandboxd.journal.spool import Spool, Stream
 from sandboxd.models import Event, InvocationList, State
 
 if TYPE_CHECKING:
