@@ -101,6 +101,11 @@ class Layers:
         kept = [one for one in stack.kept if self._store.path(one.layer) not in without]
         soundness.check(self._store.layers, session, kept, effort)
 
+    def check_small(self, session: str, stack: Stack, effort: Effort, layer: Path) -> None:
+        """Raise Corrupt where one of the layers was changed, if it is small; else it is not read. Blocks."""
+        kept = [one for one in stack.kept if self._store.path(one.layer) == layer]
+        soundness.check(self._store.layers, session, soundness.small(kept), effort)
+
     async def prune(self, session: str | None) -> None:
         """Forget what nothing stands on, in steps; then its layers go."""
         complete, steps = False, 0

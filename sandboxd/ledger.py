@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Literal
 import anyio
 import anyio.to_thread
 
-from sandboxd import canonical, contents, errors, units
+from sandboxd import canonical, errors, units
 from sandboxd.call import Call
+from sandboxd.contents import Contents
+from sandboxd.digests import Digests
+from sandboxd.journal.following import HEAD
 from sandboxd.journal.output import sync_directory
-from sandboxd.journal.spool import HEAD, Spool, Stream
+from sandboxd.journal.spool import Spool, Stream
 from sandboxd.models import Event, InvocationList, State
 
 if TYPE_CHECKING:
@@ -52,6 +55,9 @@ class Ledger:
         self._spools = spools
         self._journal = journal
         self._blobs = blobs
+        self.digests = Digests()
+        """Of large files that were read once."""
+        self._contents = Contents(self.digests)
         self._flying: dict[str, Call] = {}
         self._dormant: dict[str, Ticket] = {}
         """Calls that wait since before this daemon's start, of which nothing else is in memory."""
@@ -240,9 +246,19 @@ class Ledger:
             yield event
 
     async def stream(
-        self, caller: Caller, id: str, name: Literal["stdout", "stderr"], *, offset: int, follow: bool
+        self,
+        caller: Caller,
+        id: str,
+        name: Literal["stdout", "stderr"],
+        *,
+        offset: int,
+        length: int | None = None,
+        follow: bool,
     ) -> AsyncIterator[bytes]:
-        """The raw bytes of a stream. Raises NotFound, InvalidRequest; of an ended call JournalCorrupt."""
+        """The raw bytes of a stream; of an ended call no more than ``length``.
+
+        Raises NotFound, InvalidRequest; of an ended call JournalCorrupt.
+        """
         spool = await self._spool(caller, id)
         found = await self._find(caller, id)
         ended = not isinstance(found, Call) and found.state is State.ENDED
@@ -253,25 +269,27 @@ class Ledger:
             return
         else:
             path, of = self._spools / id / name, f"the {name} of call {id},"
-            pieces = contents.read(path, recorded.digest, recorded.size, what=of, start=offset)
+            pieces = self._contents.read(
+                path, recorded.digest, recorded.size, what=of, start=offset, length=length
+            )
         async with aclosing(pieces):
             async for piece in pieces:
                 yield piece
 
-    async def artifact(self, caller: Caller, id: str, path: str) -> tuple[Artifact, AsyncIterator[bytes]]:
-        """A released file by its path as listed, and its bytes. Raises NotFound."""
+    async def artifact(self, caller: Caller, id: str, path: str) -> Artifact:
+        """A released file by its path as listed. Raises NotFound."""
         found = await self._find(caller, id)
         invocation = found.invocation if isinstance(found, Call) else found
         _still_kept(invocation)
         for artifact in invocation.artifacts:
             if artifact.path == path:
-                return artifact, self.blob(artifact.digest, artifact.size)
+                return artifact
         raise errors.NotFound(f"call {id!r} released no file {path!r}")
 
     def blob(self, digest: str, size: int, start: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
-        """Bytes of a released file, of which the whole has ``size``; as ``contents.read``."""
+        """Bytes of a released file, of which the whole has ``size``; as ``Contents.read``."""
         path = self._blobs.path(digest)
-        return contents.read(path, digest, size, what="the content", start=start, length=length)
+        return self._contents.read(path, digest, size, what="the content", start=start, length=length)
 
 
 def _still_kept(invocation: Invocation) -> None:

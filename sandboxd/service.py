@@ -74,6 +74,7 @@ class DaemonService(Calls):
             config.state / "sessions",
             room=Room(config.http.spool, "bodies of files for sessions"),
             body_time=config.http.body_time,
+            digests=self.digests,
         )
         self._lines = anyio.CapacityLimiter(1)
         self._archive = archive

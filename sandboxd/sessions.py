@@ -395,6 +395,7 @@ class Sessions:
                     tuple(self.layers.paths(stack.layers)),
                     checkout,
                     partial(self.layers.check, session, stack),
+                    partial(self.layers.check_small, session, stack),
                 )
                 for (session, id_, checkout), stack in zip(found, below, strict=True)
             )
@@ -455,19 +456,19 @@ class Sessions:
         fill: Callable[[Sequence[Path | Lent], int], None],
         *,
         effort: Effort,
-        match: str | None = None,
+        match: frozenset[str] | None = None,
     ) -> models.CheckpointInfo:
         """A checkpoint of a change from outside; it waits for its turn, as a call does.
 
         ``fill`` makes a layer over others in an empty directory, in a thread, and looks at ``effort``.
-        ``match`` is the digest of the checkpoint that it is made for. Raises NotFound, PreconditionFailed,
+        ``match`` are the digests of checkpoints that it is made for. Raises NotFound, PreconditionFailed,
         QuotaExceeded, WorkspaceUnfit, HostFailed, QueueFull, RequestTimeout, and what ``fill`` raises; then
         nothing has changed.
         """
         hold = await self.holds.enter(caller, named, None)
         try:
             await hold.begin()
-            if match is not None and hold.before != match:
+            if match is not None and hold.before not in match:
                 raise errors.PreconditionFailed(
                     f"session {named!r} does not stand on that checkpoint any more", digest=hold.before
                 )
@@ -560,3 +561,5 @@ class Standing:
 
     Blocks. Raises Corrupt.
     """
+    check_small: Callable[..., None]
+    """Given an ``Effort`` and one of its layers, does so with that if it costs next to nothing to read."""

@@ -193,6 +193,11 @@ def test_artifacts_by_digest_in_ranges_and_with_their_lineage(daemon_factory: Ca
             status, body, headers = ask(daemon, target, Range=text)
             assert (status, headers["content-range"]) == (416, f"bytes */{size}"), text
             assert json.loads(body)["code"] == "range_not_satisfiable"
+        assert ask(daemon, target, If_None_Match=f'"other", W/{etag}')[:2] == (304, b"")
+        assert ask(daemon, target, If_None_Match='"other"', Range="bytes=5-9")[:2] == (206, data[5:10])
+        assert ask(daemon, target, If_Match=etag, Range="bytes=5-9")[:2] == (206, data[5:10])
+        status, body, _ = ask(daemon, target, If_Match='"other"')
+        assert (status, json.loads(body)["details"]) == (412, {"digest": digest})
         assert ask(daemon, target, Range="bytes=0-0", If_Range=etag)[0] == 206
         assert ask(daemon, target, Range="bytes=0-0", If_Range='"other"')[0] == 200
         assert ask(daemon, target, Range="bytes=0-0", If_Range="W/" + etag)[0] == 200
@@ -215,7 +220,11 @@ def test_streams_in_ranges(daemon_factory: Callable[..., Daemon]) -> None:
     status, body, headers = ask(daemon, target, Range="bytes=100-70000")
     assert (status, body) == (206, whole[100:70001])
     assert call.stdout is not None
-    assert headers["etag"] == f'"{call.stdout.digest}"'
+    etag = headers["etag"]
+    assert etag == f'"{call.stdout.digest}"'
+    assert ask(daemon, target, If_None_Match=etag)[0] == 304
+    assert ask(daemon, target, If_Match=etag)[:2] == (200, whole)
+    assert ask(daemon, target, If_Match='"other"')[0] == 412
     assert ask(daemon, target, Range="bytes=-5")[1] == whole[-5:]
     assert ask(daemon, target, Range=f"bytes={len(whole)}-")[0] == 416
     assert ask(daemon, target + "?offset=10", Range="bytes=0-0")[:2] == (200, whole[10:])
@@ -224,6 +233,9 @@ def test_streams_in_ranges(daemon_factory: Callable[..., Daemon]) -> None:
     until(lambda: (client.get(running.id).stdout or call.stdout).size == 11, "it has written")  # type: ignore[union-attr]
     status, body, headers = ask(daemon, f"/v1/invocations/{running.id}/stdout", Range="bytes=2-4")
     assert (status, body, "etag" in headers) == (206, b"234", False)
+    running_target = f"/v1/invocations/{running.id}/stdout"
+    assert ask(daemon, running_target, If_None_Match=etag)[:2] == (200, b"0123456789\n")
+    assert ask(daemon, running_target, If_Match=etag)[0] == 412
     client.cancel(running.id)
 
 

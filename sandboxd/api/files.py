@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import anyio.to_thread
 from pydantic import Field
+from starlette.responses import Response
 
 from sandboxd import models
 from sandboxd.api import body
+from sandboxd.api.conditions import HEADERS, condition_of, etag_of
 from sandboxd.api.invocations import caller_of, json_response
-from sandboxd.api.openapi import OCTETS, Doc
+from sandboxd.api.openapi import Doc
 from sandboxd.api.queries import Flag, Parameters
+from sandboxd.api.representation import DOCUMENTED, represented
 from sandboxd.api.sessions import session_of
-from sandboxd.api.streams import StreamResponse, until_gone
+from sandboxd.api.streams import StreamResponse, until_gone, while_there
 from sandboxd.errors import InvalidRequest, RequestTimeout
-from sandboxd.workspace.edit import Condition
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from starlette.requests import Request
-    from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
     from sandboxd.api.service import Service
+    from sandboxd.workspace.layertar import Export
 
 __all__ = ["Files"]
 
 T = TypeVar("T")
 
 LAYER = "application/vnd.oci.image.layer.v1.tar"
-_ETAG = re.compile(r'"(sha256:[0-9a-f]{64})"')
 
 Named = Annotated[str, Field(min_length=1, max_length=128)]
 Limit = Annotated[int, Field(ge=1, le=10_000)]
@@ -128,36 +128,36 @@ class Files:
         return await _wanted(request, work)
 
     async def get(self, request: Request) -> Response:
-        """The bytes of a file; its digest is the ETag."""
+        """The bytes of a file, or a range of them; its digest is the ETag."""
         asked = body.query(request, FileQuery)
         work = self.service.files.read(
             caller_of(request), session_of(request), request.path_params["path"], checkpoint=asked.checkpoint
         )
 
-        def headers(info: models.FileInfo) -> dict[str, str]:
-            return {
-                "content-length": str(info.size),
-                "content-disposition": "attachment",  # a tool made it: no browser shall render it
-                "etag": f'"{info.digest}"',
-            }
+        async def answer(
+            found: tuple[models.FileInfo, Callable[[int, int], AsyncIterator[bytes]]],
+        ) -> Response:
+            info, pieces = found
+            return await represented(request, info.size, info.digest, pieces)
 
-        return await _streamed(request, work, OCTETS, headers)
+        return await _held(request, work, answer)
 
     async def put(self, request: Request) -> Response:
         """Write a file of the body, on a condition if one is given, or make a directory."""
-        asked = body.query(request, PutQuery)
+        asked, condition = body.query(request, PutQuery), condition_of(request)
         caller, named, path = caller_of(request), session_of(request), request.path_params["path"]
         if asked.directory:
-            return json_response(await self.service.files.make_directory(caller, named, path), 201)
+            made = await self.service.files.make_directory(caller, named, path, condition=condition)
+            return json_response(made, 201)
         made = await self.service.files.write(
             caller,
             named,
             path,
             body.chunks(request),
-            condition=_condition(request),
+            condition=condition,
             mode=None if asked.mode is None else int(asked.mode, 8),
         )
-        return json_response(made, 201 if made.created else 200, {"etag": f'"{made.digest}"'})
+        return json_response(made, 201 if made.created else 200, {"etag": etag_of(made.digest or "")})
 
     async def remove(self, request: Request) -> Response:
         """Remove a file or a directory, on a condition if one is given."""
@@ -166,7 +166,7 @@ class Files:
             caller_of(request),
             session_of(request),
             request.path_params["path"],
-            condition=_condition(request),
+            condition=condition_of(request),
             recursive=asked.recursive,
         )
         return await _wanted(request, work)
@@ -177,16 +177,29 @@ class Files:
         work = self.service.files.export(
             caller_of(request), session_of(request), since=asked.since, to=asked.to, times=asked.times
         )
-        return await _streamed(request, work, LAYER, lambda export: {"sandboxd-omitted": str(export.unfit)})
+
+        async def answer(found: tuple[Export, AsyncIterator[bytes]]) -> Response:
+            made, chunks = found
+            return StreamResponse(chunks, LAYER, headers={"sandboxd-omitted": str(made.unfit)})
+
+        return await _held(request, work, answer)
 
     async def bring(self, request: Request) -> Response:
         """Put a layer of the OCI image format over what the session has."""
         asked = body.query(request, ImportQuery)
+        condition = condition_of(request)
+        if condition.unlike is not None:
+            raise InvalidRequest(
+                "If-None-Match says nothing of an import, which is put over what is there; If-Match has the "
+                "digest of the checkpoint that the session must stand on",
+                field="If-None-Match",
+            )
         made = await self.service.files.bring(
             caller_of(request),
             session_of(request),
             body.chunks(request),
-            match=_condition(request).match,
+            # it always stands on one
+            match=condition.match if isinstance(condition.match, frozenset) else None,
             own=asked.own,
         )
         return json_response(made, 201)
@@ -195,69 +208,51 @@ class Files:
         """Method, path, handler and documentation of each route."""
         one = "/v1/sessions/{session}"
         file = one + "/files/{path:artifact}"
-        match = ("If-Match", "the quoted digest that the file must have")
-        new = ("If-None-Match", "`*`: nothing may be there")
         return [
             ("GET", one + "/diff", self.diff,
              Doc("What differs between checkpoints", query=DiffQuery, answer=models.SessionDiff)),
             ("GET", one + "/files", self.list,
              Doc("The files of a session", query=FilesQuery, answer=models.FileList)),
-            ("GET", file, self.get, Doc("One file", query=FileQuery, raw_answer=True)),
+            ("GET", file, self.get, Doc("One file", query=FileQuery, **DOCUMENTED)),
             ("PUT", file, self.put,
              Doc("Write a file", query=PutQuery, raw_body=True, answer=models.FileWritten,
-                 also={201: "it was not there before"}, headers=(match, new))),
+                 also={201: "it was not there before"}, headers=HEADERS)),
             ("DELETE", file, self.remove,
-             Doc("Remove a file", query=RemoveQuery, answer=models.FileWritten, headers=(match,))),
+             Doc("Remove a file", query=RemoveQuery, answer=models.FileWritten, headers=HEADERS)),
             ("GET", one + "/export", self.export,
              Doc("A layer of a session's files", query=ExportQuery, raw_answer=True)),
             ("POST", one + "/import", self.bring,
              Doc("Put a layer over a session's files", query=ImportQuery, raw_body=True,
                  answer=models.CheckpointInfo, status=201,
-                 headers=(("If-Match", "the quoted digest of the checkpoint that it must stand on"),))),
+                 headers=(("If-Match", "ETags: the digest of a checkpoint that it must stand on"),))),
         ]  # fmt: skip
 
 
-class _HeldResponse(StreamResponse):
-    """A response that lets go of what it reads when it has ended, or was never begun."""
+class _HeldResponse(Response):
+    """An answer that lets go of what it reads when it has ended."""
 
-    def __init__(
-        self, chunks: AsyncIterator[bytes], kind: str, headers: dict[str, str], held: AsyncExitStack
-    ) -> None:
-        super().__init__(chunks, kind, headers=headers)
+    def __init__(self, answer: Response, held: AsyncExitStack) -> None:
+        self.answer = answer
         self.held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
         async with self.held:
-            await super().__call__(scope, receive, send)
+            await self.answer(scope, receive, send)
 
 
-async def _streamed(
+async def _held(
     request: Request,
-    work: AbstractAsyncContextManager[tuple[T, AsyncIterator[bytes]]],
-    kind: str,
-    headers: Callable[[T], dict[str, str]],
+    work: AbstractAsyncContextManager[T],
+    answer: Callable[[T], Awaitable[Response]],
 ) -> Response:
-    """What it tells piece by piece, with the headers of what that is; it ends when the peer goes away."""
+    """The answer that is made of what is held until it has been sent; all ends when the peer goes away."""
     async with AsyncExitStack() as stack, until_gone(request.receive):
-        found, chunks = await stack.enter_async_context(work)
-        return _HeldResponse(chunks, kind, headers(found), stack.pop_all())
+        made = await answer(await stack.enter_async_context(work))
+        return _HeldResponse(made, stack.pop_all())
     raise RequestTimeout("the peer has gone")
 
 
 async def _wanted(request: Request, work: Coroutine[Any, Any, Any]) -> Response:
     """What it returns, as JSON; it is cancelled when the peer goes away."""
-    async with until_gone(request.receive):
-        found = await work
-        return await anyio.to_thread.run_sync(json_response, found)
-    raise RequestTimeout("the peer has gone")
-
-
-def _condition(request: Request) -> Condition:
-    match, new = request.headers.get("if-match"), request.headers.get("if-none-match")
-    if new is not None and new != "*":
-        raise InvalidRequest("If-None-Match is * or is left out", field="If-None-Match")
-    found = _ETAG.fullmatch(match) if match is not None else None
-    if match is not None and found is None:
-        raise InvalidRequest('If-Match is a digest in quotes, "sha256:…", of one file', field="If-Match")
-    return Condition(match=found[1] if found is not None else None, absent=new is not None)
+    return await anyio.to_thread.run_sync(json_response, await while_there(request.receive, work))

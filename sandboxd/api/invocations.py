@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
@@ -15,8 +16,9 @@ from sandboxd import models
 from sandboxd.api import body, queries
 from sandboxd.api.openapi import NDJSON, OCTETS, Doc
 from sandboxd.api.protocol import CALLER
-from sandboxd.api.ranges import cut, part_of
-from sandboxd.api.streams import StreamResponse, begun, until_gone
+from sandboxd.api.ranges import cut
+from sandboxd.api.representation import DOCUMENTED, represented
+from sandboxd.api.streams import StreamResponse, begun, until_gone, while_there
 from sandboxd.errors import Draining, HostFailed, NotFound, Refused
 
 if TYPE_CHECKING:
@@ -31,9 +33,9 @@ if TYPE_CHECKING:
 __all__ = ["JSON", "Invocations", "caller_of", "id_of", "json_response", "summary_of"]
 
 JSON = "application/json"
-ATTACHED = {"content-disposition": "attachment"}  # a tool made it: no browser shall render it
 SMALL = 4096  # bytes of a body that holds next to nothing
 MAX_REPORTED = 128  # characters of a field in the record of a refusal
+PARTIAL = {"range", "if-match", "if-none-match"}  # headers that ask for less than a whole, or for none
 SHORT = 0.1  # seconds that the head of an answer waits for its body
 _WAIT = re.compile(r"wait\s*=\s*\"?([0-9]{1,9}(?:\.[0-9]{1,6})?)\"?")
 _ID = re.compile(r"[0-9A-Za-z_.-]{1,64}")
@@ -184,21 +186,26 @@ class Invocations:
     async def _stream(self, request: Request, name: Literal["stdout", "stderr"]) -> Response:
         asked, caller, found = body.query(request, queries.StreamQuery), caller_of(request), id_of(request)
         await self.service.readable(caller, found)
-        if "range" in request.headers and not asked.follow and not asked.offset:
+        if PARTIAL & set(request.headers) and not asked.follow and not asked.offset:
             return await self._part_of_stream(request, name)
         pieces = self.service.stream(caller, found, name, offset=asked.offset, follow=asked.follow)
-        return StreamResponse(pieces if asked.follow else await begun(pieces), OCTETS)
+        if not asked.follow:
+            pieces = await while_there(request.receive, begun(pieces))
+        return StreamResponse(pieces, OCTETS)
 
     async def _part_of_stream(self, request: Request, name: Literal["stdout", "stderr"]) -> Response:
-        """A range of a stream, of which all that is there now is the whole."""
+        """A stream on conditions, or a range of it: all that is there now is the whole."""
         caller, id_ = caller_of(request), id_of(request)
         call = await self.service.get(caller, id_)
         content = call.stdout if name == "stdout" else call.stderr
         size = 0 if content is None else content.size
-        etag = f'"{content.digest}"' if content is not None and call.state is models.State.ENDED else None
-        part = part_of(request, size, etag)
-        pieces = cut(self.service.stream(caller, id_, name, offset=part.start, follow=False), part.length)
-        return StreamResponse(await begun(pieces), OCTETS, status=part.status, headers=part.headers(etag))
+        digest = content.digest if content is not None and call.state is models.State.ENDED else None
+
+        def pieces(start: int, length: int) -> AsyncIterator[bytes]:
+            found = self.service.stream(caller, id_, name, offset=start, length=length, follow=False)
+            return cut(found, length)
+
+        return await while_there(request.receive, represented(request, size, digest, pieces, headers={}))
 
     async def stdin(self, request: Request) -> Response:
         """Write the body to standard input."""
@@ -239,16 +246,9 @@ class Invocations:
     async def artifact(self, request: Request) -> Response:
         """The bytes of a released file."""
         body.query(request, queries.NoQuery)
-        found, pieces = await self.service.artifact(
-            caller_of(request), id_of(request), request.path_params["path"]
-        )
-        etag = f'"{found.digest}"'
-        part = part_of(request, found.size, etag)
-        if part.partial:
-            pieces = self.service.blob(found.digest, found.size, part.start, part.length)
-        return StreamResponse(
-            await begun(pieces), OCTETS, status=part.status, headers=part.headers(etag) | ATTACHED
-        )
+        found = await self.service.artifact(caller_of(request), id_of(request), request.path_params["path"])
+        pieces = partial(self.service.blob, found.digest, found.size)
+        return await while_there(request.receive, represented(request, found.size, found.digest, pieces))
 
     def routes(self) -> Sequence[tuple[str, str, Any, Doc]]:
         """Method, path, handler and documentation of each route."""
@@ -278,9 +278,9 @@ class Invocations:
             ("GET", one + "/events", self.events,
              Doc("The events of a call", query=queries.EventsQuery, events=True)),
             ("GET", one + "/stdout", self.stdout,
-             Doc("Raw standard output", query=queries.StreamQuery, raw_answer=True)),
+             Doc("Raw standard output", query=queries.StreamQuery, **DOCUMENTED)),
             ("GET", one + "/stderr", self.stderr,
-             Doc("Raw standard error", query=queries.StreamQuery, raw_answer=True)),
+             Doc("Raw standard error", query=queries.StreamQuery, **DOCUMENTED)),
             ("POST", one + "/stdin", self.stdin,
              Doc("Write to standard input", query=queries.StdinQuery, raw_body=True, answer=offset)),
             ("POST", one + "/signal", self.signal,
@@ -289,7 +289,7 @@ class Invocations:
             ("GET", one + "/callback", self.callback,
              Doc("What became of a call's callback", answer=models.CallbackState)),
             ("GET", one + "/artifacts", self.artifacts, Doc("The files of a call", answer=listing)),
-            ("GET", one + "/artifacts/{path:artifact}", self.artifact, Doc("One file", raw_answer=True)),
+            ("GET", one + "/artifacts/{path:artifact}", self.artifact, Doc("One file", **DOCUMENTED)),
         ]  # fmt: skip
 
 

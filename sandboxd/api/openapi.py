@@ -52,6 +52,8 @@ class Doc:
     status: int = 200
     also: dict[int, str] = field(default_factory=dict)
     """Other statuses with the answer's schema, and what they mean."""
+    empty: dict[int, str] = field(default_factory=dict)
+    """Other statuses without a body, and what they mean."""
     headers: tuple[tuple[str, str], ...] = ()
     """Request headers with what they do."""
 
@@ -126,6 +128,7 @@ def _operation(path: str, doc: Doc) -> dict[str, Any]:
         "responses": {
             str(doc.status): answer,
             **{str(status): answer | {"description": what} for status, what in doc.also.items()},
+            **{str(status): {"description": what} for status, what in doc.empty.items()},
             "default": {
                 "description": "A problem document (RFC 9457); `code` is stable",
                 "content": {MEDIA_TYPE: {"schema": reference(Problem)}},

@@ -12,11 +12,11 @@ from starlette.responses import Response
 
 from sandboxd import models
 from sandboxd.api import body, queries
-from sandboxd.api.invocations import ATTACHED, SMALL, caller_of, id_of, json_response
-from sandboxd.api.openapi import NDJSON, OCTETS, Doc
-from sandboxd.api.ranges import part_of
+from sandboxd.api.invocations import SMALL, caller_of, id_of, json_response
+from sandboxd.api.openapi import NDJSON, Doc
+from sandboxd.api.representation import DOCUMENTED, represented
 from sandboxd.api.sessions import session_of
-from sandboxd.api.streams import StreamResponse, begun, until_gone
+from sandboxd.api.streams import StreamResponse, until_gone, while_there
 from sandboxd.journal.search import Query
 
 if TYPE_CHECKING:
@@ -66,10 +66,8 @@ class Records:
         """A content that a call of the caller's released, or a range of it."""
         body.query(request, queries.NoQuery)
         found = await self.service.lineage(caller_of(request), request.path_params["digest"])
-        etag = f'"{found.digest}"'
-        part = part_of(request, found.size, etag)
-        pieces = await begun(self.service.blob(found.digest, found.size, part.start, part.length))
-        return StreamResponse(pieces, OCTETS, status=part.status, headers=part.headers(etag) | ATTACHED)
+        pieces = partial(self.service.blob, found.digest, found.size)
+        return await while_there(request.receive, represented(request, found.size, found.digest, pieces))
 
     async def lineage(self, request: Request) -> Response:
         """Which calls released a content, and what they were made of."""
@@ -111,7 +109,7 @@ class Records:
         return [
             ("GET", "/v1/search", self.search,
              Doc("Search ended calls", query=queries.SearchQuery, answer=models.SearchResults)),
-            ("GET", "/v1/artifacts/{digest}", self.artifact, Doc("A content by its digest", raw_answer=True)),
+            ("GET", "/v1/artifacts/{digest}", self.artifact, Doc("A content by its digest", **DOCUMENTED)),
             ("GET", "/v1/artifacts/{digest}/lineage", self.lineage,
              Doc("Where a content comes from", answer=models.Lineage)),
             ("POST", "/v1/invocations/{id}/replay", self.replay,

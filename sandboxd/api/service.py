@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from sandboxd import errors, models
@@ -99,8 +99,8 @@ class FileService(Protocol):
 
     def read(
         self, caller: Caller, named: str, path: str, *, checkpoint: str | None
-    ) -> AbstractAsyncContextManager[tuple[models.FileInfo, AsyncIterator[bytes]]]:
-        """A file and its bytes. Raises StateConflict for what is no regular file."""
+    ) -> AbstractAsyncContextManager[tuple[models.FileInfo, Callable[[int, int], AsyncIterator[bytes]]]]:
+        """A file, and its bytes from a place on, so many. Raises StateConflict for what is no file."""
         ...
 
     async def write(
@@ -116,8 +116,10 @@ class FileService(Protocol):
         """Write a file. Raises PreconditionFailed, StateConflict, TooLarge, QuotaExceeded."""
         ...
 
-    async def make_directory(self, caller: Caller, named: str, path: str) -> models.FileWritten:
-        """Make a directory. Raises StateConflict."""
+    async def make_directory(
+        self, caller: Caller, named: str, path: str, *, condition: Condition
+    ) -> models.FileWritten:
+        """Make a directory. Raises PreconditionFailed, StateConflict."""
         ...
 
     async def remove(
@@ -133,9 +135,15 @@ class FileService(Protocol):
         ...
 
     async def bring(
-        self, caller: Caller, named: str, chunks: AsyncIterator[bytes], *, match: str | None, own: bool
+        self,
+        caller: Caller,
+        named: str,
+        chunks: AsyncIterator[bytes],
+        *,
+        match: frozenset[str] | None,
+        own: bool,
     ) -> models.CheckpointInfo:
-        """Put a layer's tar over a session's files, if it stands on the checkpoint of the digest ``match``.
+        """Put a layer's tar over a session's files, if it stands on a checkpoint of those of ``match``.
 
         Raises InvalidRequest, PreconditionFailed, TooLarge, QuotaExceeded.
         """
@@ -207,9 +215,13 @@ class Service(Protocol):
         name: Literal["stdout", "stderr"],
         *,
         offset: int,
+        length: int | None = None,
         follow: bool,
     ) -> AsyncIterator[bytes]:
-        """The bytes of a stream from an offset, in pieces of up to 256 KiB."""
+        """The bytes of a stream from an offset, in pieces of up to 256 KiB.
+
+        Of more than ``length`` nobody wants to know; of a call that runs they may be told all the same.
+        """
         ...
 
     async def write_stdin(
@@ -254,8 +266,8 @@ class Service(Protocol):
         caller: Caller,
         id: str,  # noqa: A002
         path: str,
-    ) -> tuple[models.Artifact, AsyncIterator[bytes]]:
-        """A released file, and its bytes."""
+    ) -> models.Artifact:
+        """A released file, whose bytes ``blob`` has."""
         ...
 
     async def policies(self, caller: Caller) -> Sequence[models.PolicyInfo]:

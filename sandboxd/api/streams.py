@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import anyio
 import structlog
 from starlette.responses import Response
 
-from sandboxd.errors import HostFailed, SandboxdError
+from sandboxd.errors import HostFailed, RequestTimeout, SandboxdError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 
     from starlette.types import Receive, Scope, Send
 
-__all__ = ["StreamResponse", "begun", "until_gone"]
+__all__ = ["StreamResponse", "begun", "until_gone", "while_there"]
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -44,20 +46,34 @@ async def until_gone(receive: Receive) -> AsyncGenerator[anyio.CancelScope, None
             watcher.cancel()
 
 
+async def while_there(receive: Receive, work: Awaitable[T]) -> T:
+    """What it gives; it is cancelled when the peer goes away. The request's body must have been read."""
+    async with until_gone(receive):
+        return await work
+    raise RequestTimeout("the peer has gone")
+
+
 async def begun(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """The same pieces, of which the first is there: what is wrong by then is raised, and can be answered."""
-    first = await anext(pieces, None)
+    return _Begun(await anext(pieces, None), pieces)
 
-    async def all_of_them() -> AsyncIterator[bytes]:
-        try:
-            if first is not None:
-                yield first
-            async for piece in pieces:
-                yield piece
-        finally:
-            await _close(pieces)
 
-    return all_of_them()
+class _Begun:
+    """No generator: one that nobody has asked for anything runs nothing when it is closed."""
+
+    def __init__(self, first: bytes | None, rest: AsyncIterator[bytes]) -> None:
+        self._first = first
+        self._rest = rest
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        first, self._first = self._first, None
+        return await anext(self._rest) if first is None else first
+
+    async def aclose(self) -> None:
+        await _close(self._rest)
 
 
 async def _close(pieces: AsyncIterator[bytes]) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sandboxd.api.identity import Caller
+    from sandboxd.digests import Digests
     from sandboxd.room import Room
     from sandboxd.sessions import Sessions, Standing
     from sandboxd.workspace.layertar import Export
@@ -52,9 +53,12 @@ T = TypeVar("T")
 class SessionFiles:
     """Raises NotFound for a session that is not the caller's, as do all its methods."""
 
-    def __init__(self, sessions: Sessions, scratch: Path, *, room: Room, body_time: int) -> None:
+    def __init__(
+        self, sessions: Sessions, scratch: Path, *, room: Room, body_time: int, digests: Digests
+    ) -> None:
         """``scratch`` is where bodies are kept while they come, in ``room``, for ``body_time`` µs at most."""
         self._sessions = sessions
+        self._digests = digests
         self._bodies = Bodies(sessions, scratch, room, body_time)
 
     async def diff(
@@ -77,7 +81,7 @@ class SessionFiles:
             if sound:
                 new.check(effort, old.layers)
             page = Page[models.FileChange](limit)
-            with _views(effort, old, new) as (before, after):
+            with self._views(effort, old, new) as (before, after):
                 left = MAX_DIFFS if text else 0
                 for change in compare(before, after, into=page.into):
                     if not change.path or page.is_unnamed(change.path):  # the directory itself, or too deep
@@ -125,7 +129,7 @@ class SessionFiles:
             return page.into(directory) and (parts > passed or parts == passed[: len(parts)])
 
         def listed(one: Standing) -> models.FileList:
-            with _views(effort, one) as (view,):
+            with self._views(effort, one) as (view,):
                 entry = _found(view, place)
                 if not entry.is_directory:
                     raise errors.StateConflict(f"{path!r} is a {entry.kind}, and no directory")
@@ -153,21 +157,29 @@ class SessionFiles:
     @asynccontextmanager
     async def read(
         self, caller: Caller, named: str, path: str, *, checkpoint: str | None
-    ) -> AsyncIterator[tuple[models.FileInfo, AsyncIterator[bytes]]]:
-        """A regular file: what it is, with its digest, and its bytes. Raises StateConflict."""
+    ) -> AsyncIterator[tuple[models.FileInfo, Callable[[int, int], AsyncIterator[bytes]]]]:
+        """A regular file: what it is, with its digest, and its bytes from a place on, so many.
+
+        A small layer that it is in is compared with its digest first. Raises StateConflict, Corrupt.
+        """
         place, effort = _path(path), Effort()
         async with self._sessions.standing(caller, named, checkpoint) as (one,), self._held(caller) as stack:
 
-            def opened() -> tuple[models.FileInfo, Iterator[bytes]]:
+            def opened() -> tuple[models.FileInfo, View, Entry]:
                 stack.is_used = True
-                (view,) = stack.enter_context(_views(effort, one))
+                (view,) = stack.enter_context(self._views(effort, one))
                 entry = _found(view, place)
-                info, chunks = info_of(view, entry, digest=True), view.content(entry)
-                stack.callback(_close, chunks)
-                return info, chunks
+                if entry.members and entry.members[0] < len(one.layers):  # else it is lent
+                    one.check_small(effort, one.layers[entry.members[0]])
+                return info_of(view, entry, digest=True), view, entry
 
-            info, chunks = await self._threaded(caller, effort, opened)
-            yield info, self._streamed(caller, effort, chunks)
+            def pieces(start: int, length: int) -> AsyncIterator[bytes]:
+                chunks = view.content(entry, start, length)
+                stack.callback(_close, chunks)
+                return self._streamed(caller, effort, chunks)
+
+            info, view, entry = await self._threaded(caller, effort, opened)
+            yield info, pieces
 
     async def write(
         self,
@@ -195,12 +207,19 @@ class SessionFiles:
             path=path, size=written.size, digest=written.digest, created=written.created, checkpoint=made.id
         )
 
-    async def make_directory(self, caller: Caller, named: str, path: str) -> models.FileWritten:
-        """Make a directory, and those above it. Raises StateConflict where something is already."""
+    async def make_directory(
+        self, caller: Caller, named: str, path: str, *, condition: edit.Condition
+    ) -> models.FileWritten:
+        """Make a directory, and those above it.
+
+        Raises PreconditionFailed, StateConflict where something is already.
+        """
         place = _path(path)
-        _, made = await self._changed(
-            caller, named, lambda view, into: edit.make_directory(view, into, place, owner=_owner(view))
-        )
+
+        def fill(view: View, into: int) -> None:
+            edit.make_directory(view, into, place, owner=_owner(view), condition=condition)
+
+        _, made = await self._changed(caller, named, fill)
         return models.FileWritten(path=path, created=True, checkpoint=made.id)
 
     async def remove(
@@ -233,7 +252,7 @@ class SessionFiles:
                 stack.is_used = True
                 for one in stands:  # nothing leaves as the session's that is not
                     one.check(effort)
-                views = stack.enter_context(_views(effort, *stands))
+                views = stack.enter_context(self._views(effort, *stands))
                 if len(views) == 1:
                     export = export_stack(views[0], times=times)
                 else:
@@ -250,10 +269,10 @@ class SessionFiles:
         named: str,
         chunks: AsyncIterator[bytes],
         *,
-        match: str | None = None,
+        match: frozenset[str] | None = None,
         own: bool = False,
     ) -> models.CheckpointInfo:
-        """Put a layer's tar over what the session has, if it stands on the checkpoint of a digest.
+        """Put a layer's tar over what the session has, if it stands on a checkpoint of those of ``match``.
 
         ``own``: what comes is the owner's of the session's files, whatever the archive says. Raises
         InvalidRequest, PreconditionFailed, TooLarge, QuotaExceeded.
@@ -270,17 +289,33 @@ class SessionFiles:
         return made
 
     async def _changed(
-        self, caller: Caller, named: str, fill: Callable[[View, int], T], *, match: str | None = None
+        self,
+        caller: Caller,
+        named: str,
+        fill: Callable[[View, int], T],
+        *,
+        match: frozenset[str] | None = None,
     ) -> tuple[T, models.CheckpointInfo]:
         results: list[T] = []
 
         def filled(below: Sequence[Path | Lent], into: int) -> None:
-            with View(below, effort) as view:
+            with View(below, effort, self._digests) as view:
                 results.append(fill(view, into))
 
         effort = Effort()
         made = await self._sessions.change(caller, named, filled, effort=effort, match=match)
         return results[0], made
+
+    @contextmanager
+    def _views(self, effort: Effort, *stands: Standing) -> Iterator[tuple[View, ...]]:
+        """Views of checkpoints; what a caller has lent is the same layer in all that stand on it."""
+        with ExitStack() as stack:
+            checkouts = {id(one.checkout): one.checkout for one in stands}
+            bottom = {key: stack.enter_context(lowest(one)) for key, one in checkouts.items()}
+            yield tuple(
+                stack.enter_context(View((*one.layers, *bottom[id(one.checkout)]), effort, self._digests))
+                for one in stands
+            )
 
     async def _threaded(
         self, caller: Caller, effort: Effort, work: Callable[[], T], *, always: bool = False
@@ -320,15 +355,6 @@ class _Held(ExitStack):
     """What a read holds; nothing until its turn has come."""
 
     is_used = False
-
-
-@contextmanager
-def _views(effort: Effort, *stands: Standing) -> Iterator[list[View]]:
-    """Views of checkpoints; what a caller has lent is the same layer in all that stand on it."""
-    with ExitStack() as stack:
-        checkouts = {id(one.checkout): one.checkout for one in stands}
-        bottom = {key: stack.enter_context(lowest(one)) for key, one in checkouts.items()}
-        yield [stack.enter_context(View((*one.layers, *bottom[id(one.checkout)]), effort)) for one in stands]
 
 
 def _owner(view: View) -> tuple[int, int]:

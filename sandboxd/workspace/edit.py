@@ -13,7 +13,7 @@ import os
 import stat
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from sandboxd import errors, units
 from sandboxd.kernel import files
@@ -24,35 +24,68 @@ if TYPE_CHECKING:
 
     from sandboxd.workspace.view import Entry, View
 
-__all__ = ["ANYTHING", "Condition", "Written", "make_directory", "put", "remove"]
+__all__ = ["ANYTHING", "Condition", "Tags", "Written", "make_directory", "names", "put", "remove"]
 
 MAX_DIGESTED = 1 << 30
 FAILED = "cannot be changed"
+_SAID = 3  # digests that an error names
 _LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+
+
+Tags: TypeAlias = "frozenset[str] | Literal['*']"
+"""Digests, or whatever there is."""
+
+
+def names(tags: Tags, digest: str | None) -> bool:
+    """Whether what is there, with this digest or none, is one of them."""
+    return isinstance(tags, str) or digest in tags
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What has to hold of a path for a change to be made: a file of this digest there, or nothing at all."""
+    """What has to hold of a path for a change to be made.
 
-    match: str | None = None
-    absent: bool = False
+    ``match``: one of these is there. ``unlike``: none of these is.
+    """
+
+    match: Tags | None = None
+    unlike: Tags | None = None
 
     def check(self, view: View, path: bytes, entry: Entry | None) -> None:
         """Raises PreconditionFailed; TooLarge for a file over ``MAX_DIGESTED``, whose digest nobody knows."""
-        if self.match is None and not (self.absent and entry is not None):
+        if entry is None:
+            if self.match is not None:
+                wanted = "" if self.match == "*" else f"should be {_said(self.match)} and "
+                raise errors.PreconditionFailed(f"{shown(path)} {wanted}is not there", digest=None)
             return
-        if self.match is None and entry is not None and entry.size > MAX_DIGESTED:
-            raise errors.PreconditionFailed(f"{shown(path)} is there, as a {entry.kind}")
-        is_file = entry is not None and entry.kind == "file"
-        digest = view.digest(entry, most=MAX_DIGESTED) if entry is not None and is_file else None
-        if self.absent and entry is not None:
-            raise errors.PreconditionFailed(f"{shown(path)} is there, as a {entry.kind}", digest=digest)
-        if self.match is not None and digest != self.match:
-            found = "is not there" if entry is None else f"is {digest or f'a {entry.kind}'}"
+        if {self.match, self.unlike} <= {None, "*"}:
+            if self.unlike is not None:
+                small = entry.size <= MAX_DIGESTED
+                digest = _digest(view, entry) if small else None
+                raise errors.PreconditionFailed(f"{shown(path)} is there, as a {entry.kind}", digest=digest)
+            return
+        digest = _digest(view, entry)
+        found = digest or f"a {entry.kind}"
+        if self.match is not None and not names(self.match, digest):
             raise errors.PreconditionFailed(
-                f"{shown(path)} should be {self.match[:80]} and {found}", digest=digest
+                f"{shown(path)} should be {_said(self.match)} and is {found}", digest=digest
             )
+        if self.unlike is not None and names(self.unlike, digest):
+            raise errors.PreconditionFailed(
+                f"{shown(path)} should not be {_said(self.unlike)} and is {found}", digest=digest
+            )
+
+
+def _digest(view: View, entry: Entry) -> str | None:
+    return view.digest(entry, most=MAX_DIGESTED) if entry.kind == "file" else None
+
+
+def _said(tags: Tags) -> str:
+    if isinstance(tags, str):
+        return "anything"
+    first = [tag[:80] for tag in sorted(tags)[:_SAID]]
+    more = [f"{len(tags) - _SAID} others"] if len(tags) > _SAID else []
+    return " or ".join([*first, *more]) or "what a weak ETag is of"
 
 
 ANYTHING = Condition()
@@ -110,10 +143,19 @@ def put(
     return Written(f"sha256:{digest.hexdigest()}", size, entry is None)
 
 
-def make_directory(view: View, into: int, path: bytes, *, owner: tuple[int, int], mode: int = 0o755) -> None:
+def make_directory(
+    view: View,
+    into: int,
+    path: bytes,
+    *,
+    owner: tuple[int, int],
+    mode: int = 0o755,
+    condition: Condition = ANYTHING,
+) -> None:
     """Make a directory, and those above it. Raises as ``put``; StateConflict where something is already."""
     parts = files.split_path(path)
     entry = view.find(path)
+    condition.check(view, path, entry)
     if entry is not None:
         raise errors.StateConflict(f"{shown(path)} is there already, as a {entry.kind}")
     with _parent(view, into, parts, owner) as parent, typed(path, FAILED):

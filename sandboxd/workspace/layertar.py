@@ -5,9 +5,9 @@ the older, with a whiteout (``.wh.NAME``) for what was removed. The same files g
 whatever layers they are in: names are sorted, and every time is 0 unless times are asked for. What is one
 inode is written once, with hard links to it.
 
-A file that a tool named ``.wh.…`` would be a whiteout to whoever reads the tar. It is refused, by name,
-before the first byte is written. Sockets and devices have no place in such a layer: they are left out,
-and counted.
+A file that a tool named ``.wh.…`` would be a whiteout to whoever reads the tar, and the whiteout of one
+would be the mark of an opaque directory, or nothing. Both are refused, by name, before the first byte is
+written. Sockets and devices have no place in such a layer: they are left out, and counted.
 """
 
 from __future__ import annotations
@@ -92,11 +92,14 @@ def _export(view: View, members: Callable[[], Iterator[_Member]], *, times: bool
     export = Export(_written(view, members, times=times))
     for path, entry in members():
         name = path.rpartition(b"/")[2]
-        if entry is not None and name.startswith(WHITEOUT):
+        if name.startswith(WHITEOUT):
+            shown = ascii(os.fsdecode(path))
+            what, way = (f"{shown} cannot be exported", "rename the file")
+            if entry is None:
+                what = f"that {shown} was removed cannot be exported"
+                way = "export all files, or what differs from a later checkpoint"
             raise errors.StateConflict(
-                f"{os.fsdecode(path)!a} cannot be exported: names that begin with .wh. say in a layer "
-                "what was removed; rename the file",
-                path=ascii(os.fsdecode(path)),
+                f"{what}: names that begin with .wh. say in a layer what was removed; {way}", path=shown
             )
         if entry is not None and entry.kind not in _TYPES:
             export.unfit += 1

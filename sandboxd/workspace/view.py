@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from sandboxd.digests import Digests
     from sandboxd.kernel.rights import Rights
     from sandboxd.workspace.effort import Effort
 
@@ -144,9 +145,13 @@ class View:
     may not read, and RequestTimeout where it is more than the ``effort`` that is made. Threads may share it.
     """
 
-    def __init__(self, layers: Sequence[Path | Lent], effort: Effort = ENDLESS) -> None:
+    def __init__(
+        self, layers: Sequence[Path | Lent], effort: Effort = ENDLESS, digests: Digests | None = None
+    ) -> None:
+        """``digests`` are of files in layers of our own, which do not change."""
         self.layers = tuple(layers)
         self.effort = effort
+        self._digests = digests
         self._as = [one.rights.held if isinstance(one, Lent) else nullcontext for one in self.layers]
         self._roots: list[int] = []
         self._stack = ExitStack()
@@ -315,31 +320,41 @@ class View:
         finally:
             os.close(fd)
 
-    def content(self, entry: Entry, *, most: int | None = None) -> Iterator[bytes]:
-        """The bytes of a regular file, in chunks; exactly ``entry.size`` of them.
+    def content(self, entry: Entry, start: int = 0, length: int | None = None) -> Iterator[bytes]:
+        """The bytes of a regular file from ``start`` on, in chunks: ``length``, or all of ``entry.size``.
 
-        Raises TooLarge over ``most``, StateConflict for what is no file.
+        Raises StateConflict for what is no file.
         """
+        with self.opened(entry) as fd:
+            yield from self._chunks(fd, entry, start, entry.size - start if length is None else length)
+
+    def _chunks(self, fd: int, entry: Entry, at: int, left: int) -> Iterator[bytes]:
+        while left:
+            self.effort.step()
+            with _mapped(entry.path):
+                chunk = os.pread(fd, min(left, _CHUNK), at)
+            if not chunk:
+                raise errors.HostFailed(f"{os.fsdecode(entry.path)!a} of a session has lost its end")
+            at, left = at + len(chunk), left - len(chunk)
+            yield chunk
+
+    def digest(self, entry: Entry, *, most: int | None = None) -> str:
+        """The SHA-256 of a regular file, ``sha256:…``. Raises as ``content``; TooLarge over ``most``."""
         if most is not None and entry.size > most:
             shown = ascii(os.fsdecode(entry.path))
             raise errors.TooLarge(f"{shown} is larger than {units.format_size(most)}", limit=most)
-        with self.opened(entry) as fd:
-            left = entry.size
-            while left:
-                self.effort.step()
-                with _mapped(entry.path):
-                    chunk = os.read(fd, min(left, _CHUNK))
-                if not chunk:
-                    raise errors.HostFailed(f"{os.fsdecode(entry.path)!a} of a session has lost its end")
-                left -= len(chunk)
-                yield chunk
 
-    def digest(self, entry: Entry, *, most: int | None = None) -> str:
-        """The SHA-256 of a regular file, as ``sha256:…``. Raises as ``content``."""
-        digest = hashlib.sha256()
-        for chunk in self.content(entry, most=most):
-            digest.update(chunk)
-        return f"sha256:{digest.hexdigest()}"
+        def read() -> str:
+            digest = hashlib.sha256()
+            for chunk in self._chunks(fd, entry, 0, entry.size):
+                digest.update(chunk)
+            return f"sha256:{digest.hexdigest()}"
+
+        with self.opened(entry) as fd:
+            if self._digests is None or isinstance(self.layers[entry.members[0]], Lent):
+                return read()
+            with _mapped(entry.path):
+                return self._digests.of(fd, entry.size, read)
 
     def names(self, directory: Entry, layers: Sequence[int]) -> set[bytes]:
         """The names that some of a directory's members have in it, whiteouts too. Raises TooLarge."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
+from memoryfiles import MemoryFiles
 
 from sandboxd import canonical, errors, models
 from sandboxd.api import app, listener
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
     from sandboxd.api.identity import Caller
     from sandboxd.journal.search import Query
     from sandboxd.network.entrance import Entrance
-    from sandboxd.workspace.layertar import Export
 
 AGENT_UID, AGENT_GID = 54_321, 54_322
 CHUNK = 256 * 1024
+SLOW = 99
 
 
 @dataclass
@@ -122,50 +123,6 @@ class MemorySessions:
         return self.find(caller, named)
 
 
-class NoFiles:
-    """Of sessions that have none."""
-
-    async def diff(self, caller: Caller, named: str, **_: object) -> models.SessionDiff:
-        raise errors.NotFound(named)
-
-    async def list(self, caller: Caller, named: str, path: str, **_: object) -> models.FileList:
-        raise errors.NotFound(path)
-
-    @contextlib.asynccontextmanager
-    async def read(
-        self, caller: Caller, named: str, path: str, **_: object
-    ) -> AsyncIterator[tuple[models.FileInfo, AsyncIterator[bytes]]]:
-        raise errors.NotFound(path)
-        yield
-
-    async def write(
-        self, caller: Caller, named: str, path: str, chunks: AsyncIterator[bytes], **_: object
-    ) -> models.FileWritten:
-        async for _chunk in chunks:
-            pass
-        raise errors.NotFound(path)
-
-    async def make_directory(self, caller: Caller, named: str, path: str) -> models.FileWritten:
-        raise errors.NotFound(path)
-
-    async def remove(self, caller: Caller, named: str, path: str, **_: object) -> models.FileWritten:
-        raise errors.NotFound(path)
-
-    @contextlib.asynccontextmanager
-    async def export(
-        self, caller: Caller, named: str, **_: object
-    ) -> AsyncIterator[tuple[Export, AsyncIterator[bytes]]]:
-        raise errors.NotFound(named)
-        yield
-
-    async def bring(
-        self, caller: Caller, named: str, chunks: AsyncIterator[bytes], **_: object
-    ) -> models.CheckpointInfo:
-        async for _chunk in chunks:
-            pass
-        raise errors.NotFound(named)
-
-
 class MemoryService:
     """Implements ``Service``. ``true`` and ``zeros N`` end at once, ``wait`` when it is told to."""
 
@@ -177,6 +134,7 @@ class MemoryService:
         self.callers: list[Caller] = []
         self.closed_streams = 0
         self.stored: dict[str, bytes] = {}
+        self.files = MemoryFiles()
 
     def call(self, caller: Caller, id: str) -> Call:
         found = self.calls.get(id)
@@ -219,10 +177,6 @@ class MemoryService:
         call.invocation.state = models.State.ENDED
         call.invocation.outcome = models.Outcome(cause=cause, message="it ended", exit_code=0)
         call.ended.set()
-
-    @property
-    def files(self) -> NoFiles:
-        return NoFiles()
 
     @property
     def sessions(self) -> MemorySessions:
@@ -302,7 +256,14 @@ class MemoryService:
             self.closed_streams += 1
 
     async def stream(
-        self, caller: Caller, id: str, name: Literal["stdout", "stderr"], *, offset: int, follow: bool
+        self,
+        caller: Caller,
+        id: str,
+        name: Literal["stdout", "stderr"],
+        *,
+        offset: int,
+        length: int | None = None,
+        follow: bool,
     ) -> AsyncIterator[bytes]:
         call = self.call(caller, id)
         try:
@@ -346,19 +307,12 @@ class MemoryService:
             self.end(id, models.Cause.CANCELLED)
         return call.invocation
 
-    async def artifact(
-        self, caller: Caller, id: str, path: str
-    ) -> tuple[models.Artifact, AsyncIterator[bytes]]:
+    async def artifact(self, caller: Caller, id: str, path: str) -> models.Artifact:
         self.call(caller, id)
-        size = {"out/a b%FF": 8, "out/short": 9, "out/long": 7}.get(path)
+        size = {"out/a b%FF": 8, "out/short": 9, "out/long": 7, "out/slow": SLOW}.get(path)
         if size is None:
             raise errors.NotFound("there is no such artifact")
-
-        async def pieces() -> AsyncIterator[bytes]:
-            yield b"1234"
-            yield b"5678"
-
-        return models.Artifact(path=path, size=size, digest=canonical.digest_bytes(b"12345678")), pieces()
+        return models.Artifact(path=path, size=size, digest=canonical.digest_bytes(b"12345678"))
 
     async def policies(self, caller: Caller) -> Sequence[models.PolicyInfo]:
         return [await self.policy(caller, "default")]
@@ -417,7 +371,16 @@ class MemoryService:
         raise errors.NotFound("no call of yours released that")
 
     async def blob(self, digest: str, size: int, start: int, length: int) -> AsyncIterator[bytes]:
-        yield b"12345678"[start : start + length]
+        if size == SLOW:  # it is compared first, for ever
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                self.closed_streams += 1
+        if (start, length) == (0, size):  # which some paths say wrong
+            yield b"1234"
+            yield b"5678"
+        else:
+            yield b"12345678"[start : start + length]
 
     async def prune(self, caller: Caller, *, age: int | None, size: int | None) -> models.Pruning:
         self.slots(caller)

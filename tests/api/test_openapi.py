@@ -53,6 +53,17 @@ def test_the_document(server: Any) -> None:
     assert set(create["responses"]) == {"200", "202", "default"}
     names = [each["name"] for each in document["paths"]["/v1/invocations"]["get"]["parameters"]]
     assert names == ["policy", "cause", "state", "label", "before", "limit"]
+    for path in ("sessions/{session}/files/{path}", "artifacts/{digest}", "invocations/{id}/stdout"):
+        get = document["paths"][f"/v1/{path}"]["get"]
+        assert set(get["responses"]) == {"200", "206", "304", "default"}
+        assert "content" in get["responses"]["206"]
+        assert "content" not in get["responses"]["304"]
+        headers = {each["name"] for each in get["parameters"] if each["in"] == "header"}
+        assert headers == {"Range", "If-Range", "If-Match", "If-None-Match"}
+    for method in ("put", "delete"):
+        parameters = document["paths"]["/v1/sessions/{session}/files/{path}"][method]["parameters"]
+        headers = {each["name"] for each in parameters if each["in"] == "header"}
+        assert headers == {"If-Match", "If-None-Match"}
     assert {"/v1/health", "/v1/plans", "/v1/invocations/{id}/stdin"} < set(document["paths"])
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 from sessioned import ask, by, sh
 
-from sandboxd import errors
+from sandboxd import AsyncClient, errors
 
 if TYPE_CHECKING:
     from daemons import Daemon
@@ -127,8 +129,102 @@ def test_files_are_written_on_a_condition_and_calls_find_them(daemon: Daemon, se
     )
     assert back.status == 200
     assert said(daemon, session, "cat in/f") == "#!/bin/sh\necho hi"
-    for headers in ({"If-Match": "x"}, {"If-None-Match": '"sha256:1"'}):
+    for headers in ({"If-Match": "x"}, {"If-None-Match": "sha256:1"}):
         assert ask(daemon, "PUT", f"{session.id}/files/f", b"", headers).json["code"] == "invalid_request"
+
+
+def test_conditions_name_several_files_or_whatever_is_there(daemon: Daemon, session: SessionInfo) -> None:
+    path = f"{session.id}/files/f"
+    none = ask(daemon, "PUT", path, b"1", {"If-Match": "*"})
+    assert (none.status, none.json["code"]) == (412, "precondition_failed")
+    assert ask(daemon, "DELETE", path, headers={"If-Match": "*"}).status == 412
+    one = ask(daemon, "PUT", path, b"1", {"If-None-Match": '"another"'}).headers["etag"]
+    assert ask(daemon, "PUT", path, b"2", {"If-None-Match": f"W/{one}"}).status == 412
+    assert ask(daemon, "PUT", path, b"2", {"If-Match": f"W/{one}"}).status == 412
+    two = ask(daemon, "PUT", path, b"2", {"If-Match": f'"another", {one}'}).headers["etag"]
+    assert ask(daemon, "DELETE", path, headers={"If-None-Match": two}).status == 412
+    assert ask(daemon, "PUT", path, b"3", {"If-Match": "*"}).status == 200
+    assert said(daemon, session, "cat f; mkdir d; ln -s f l") == "3"
+    for name in ("d", "l"):
+        assert ask(daemon, "PUT", f"{session.id}/files/{name}", b"", {"If-Match": "*"}).status == 409
+        assert ask(daemon, "DELETE", f"{session.id}/files/{name}", headers={"If-Match": "*"}).status == 200
+    client = daemon.client()
+    assert client.remove_file(session.id, "f", match="*").checkpoint
+    with pytest.raises(errors.PreconditionFailed):
+        client.remove_file(session.id, "f", match="*")
+    with pytest.raises(errors.PreconditionFailed):
+        client.write_file(session.id, "f", b"", match="*")
+    layer, head = ask(daemon, "GET", f"{session.id}/export").body, client.session(session.id).head.digest
+    target = f"{session.id}/import"
+    assert ask(daemon, "POST", target, layer, {"If-Match": one}).status == 412
+    assert ask(daemon, "POST", target, layer, {"If-None-Match": "*"}).json["code"] == "invalid_request"
+    assert ask(daemon, "POST", target, layer, {"If-Match": f'{one}, "{head}"'}).status == 201
+    assert ask(daemon, "POST", target, layer, {"If-Match": "*"}).status == 201
+
+
+def test_a_file_is_read_in_parts_and_on_conditions(daemon: Daemon, session: SessionInfo) -> None:
+    data = bytes(range(256)) * 12_000  # more than what is read at once
+    client, path, size = daemon.client(), f"{session.id}/files/f", len(data)
+    first = client.write_file(session.id, "f", data)
+    etag = f'"{first.digest}"'
+    for text, start, end in (
+        ("bytes=0-0", 0, 1), ("bytes=1048570-1048590", 1_048_570, 1_048_591), ("bytes=-7", size - 7, size),
+        (f"bytes={size - 1}-", size - 1, size), ("bytes=5-99999999", 5, size),
+    ):  # fmt: skip
+        part = ask(daemon, "GET", path, headers={"Range": text, "If-Match": etag})
+        assert (part.status, part.body) == (206, data[start:end])
+        assert part.headers["content-range"] == f"bytes {start}-{end - 1}/{size}"
+        assert (part.headers["etag"], part.headers["content-length"]) == (etag, str(end - start))
+    whole = ask(daemon, "GET", path)
+    assert (whole.status, whole.body, whole.headers["accept-ranges"]) == (200, data, "bytes")
+    again = ask(daemon, "GET", path, headers={"If-None-Match": f'"x", W/{etag}'})
+    assert (again.status, again.body, again.headers["etag"]) == (304, b"", etag)
+    beyond = ask(daemon, "GET", path, headers={"Range": f"bytes={size}-"})
+    assert (beyond.status, beyond.headers["content-range"]) == (416, f"bytes */{size}")
+    sh(daemon, session, "printf x >>f; : >empty; mkdir d")
+    changed = ask(daemon, "GET", path, headers={"Range": "bytes=0-9", "If-Range": etag})
+    assert (changed.status, changed.body) == (200, data + b"x")
+    assert ask(daemon, "GET", path, headers={"If-None-Match": etag}).status == 200
+    refused = ask(daemon, "GET", path, headers={"Range": "bytes=0-9", "If-Match": etag})
+    assert (refused.status, refused.json["details"]["digest"]) == (412, changed.headers["etag"].strip('"'))
+    before = f"{path}?checkpoint={first.checkpoint}"
+    assert ask(daemon, "GET", before, headers={"Range": "bytes=0-9", "If-Range": etag}).body == data[:10]
+    for name in ("empty", "d"):
+        wrong = ask(daemon, "GET", f"{session.id}/files/{name}", headers={"Range": "bytes=0-"})
+        assert wrong.status == (416 if name == "empty" else 409)
+    assert ask(daemon, "GET", session.id).json["in_flight"] == 0
+
+
+def test_clients_read_parts_of_a_file(daemon: Daemon, session: SessionInfo) -> None:
+    data = os.urandom(2_500_000)
+    client = daemon.client()
+    made = client.write_file(session.id, "f", data)
+
+    async def read(**fields: Any) -> bytes:
+        async with await AsyncClient(daemon.socket).read_file(session.id, "f", **fields) as chunks:
+            return b"".join([chunk async for chunk in chunks])
+
+    for fields, start, end in (
+        ({}, 0, None),
+        ({"offset": 7}, 7, None),
+        ({"length": 5}, 0, 5),
+        ({"offset": 1_000_000, "length": 1_200_000, "match": made.digest}, 1_000_000, 2_200_000),
+        ({"offset": 2_499_999, "length": 99}, 2_499_999, None),
+        ({"checkpoint": made.checkpoint, "offset": 1, "length": 1, "match": "*"}, 1, 2),
+    ):  # fmt: skip
+        assert b"".join(client.read_file(session.id, "f", **fields)) == data[start:end]
+        assert anyio.run(lambda: read(**fields)) == data[start:end]  # noqa: B023
+    wrong: tuple[tuple[dict[str, Any], type[errors.SandboxdError]], ...] = (
+        ({"offset": len(data)}, errors.RangeNotSatisfiable),
+        ({"offset": -1}, errors.InvalidRequest),
+        ({"length": 0}, errors.InvalidRequest),
+        ({"length": 1, "match": "sha256:" + "0" * 64}, errors.PreconditionFailed),
+    )
+    for fields, kind in wrong:
+        with pytest.raises(kind):
+            client.read_file(session.id, "f", **fields)
+        with pytest.raises(kind):
+            anyio.run(lambda: read(**fields))  # noqa: B023
 
 
 def test_a_session_goes_out_and_in_again(daemon: Daemon, session: SessionInfo) -> None:

@@ -133,14 +133,36 @@ def test_a_layer_that_was_changed(daemon: Daemon, session: SessionInfo) -> None:
             lambda: client.fork_session(session.id, checkpoint=newest.id),
             lambda: client.replay(after.id),
             lambda: client.replay(newest.call or ""),  # what it changed is compared
+            lambda: client.read_file(session.id, "c"),
+            lambda: client.read_file(session.id, "c", offset=1),
         ):
             with pytest.raises(errors.SandboxdError) as raised:
                 use()
             check(raised.value, daemon, session, newest)
         assert not client.replay(below.call or "").differs
+        assert b"".join(client.read_file(session.id, "b")) == b"b\n"  # of another layer
+        assert [one.path for one in client.session_files(session.id).files] == ["a", "b", "c", "d"]
+    assert b"".join(client.read_file(session.id, "c")) == b"c\n"
     done = verify(daemon)
     assert done.returncode == 0, done.stderr
     assert len(b"".join(client.export_session(session.id))) > 512
+
+
+@pytest.mark.parametrize("code", ["head -c 300k /dev/urandom > large", "for i in $(seq 40); do : > $i; done"])
+def test_a_file_of_a_layer_that_is_not_small_is_shown_as_it_is(
+    daemon: Daemon, session: SessionInfo, code: str
+) -> None:
+    """To read all of its layer would cost what there is: who needs to know names the digest."""
+    client = daemon.client()
+    said(sh(daemon, session, f"echo right > file; {code}"))
+    layers(daemon)
+    listed = client.session_files(session.id, digest=True).files
+    digest = next(one.digest for one in listed if one.path == "file")
+    with changed(place(daemon, of(daemon, session)[0].layer) / "file"):
+        assert b"".join(client.read_file(session.id, "file")) == b"E" * 6
+        with pytest.raises(errors.PreconditionFailed):
+            client.read_file(session.id, "file", match=digest)
+        assert verify(daemon).returncode == 1
 
 
 def check(error: errors.SandboxdError, daemon: Daemon, session: SessionInfo, one: tables.Checkpoint) -> None:

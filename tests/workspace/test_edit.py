@@ -94,34 +94,84 @@ def test_a_change_is_what_a_program_would_do(
 def test_conditional_writes(tmp_path: Path) -> None:
     stacked = Stacked(tmp_path / "stack")
     stacked.turn([("write", b"f", b"old"), ("mkdir", b"d", b"\1"), ("symlink", b"l", b"f")])
+    old, new, other = (frozenset({digest(data)}) for data in (b"old", b"new", b"other"))
 
     def put(path: bytes, data: bytes, condition: Condition) -> object:
         return change(
             stacked, lambda v, fd: edit.put(v, fd, path, [data], owner=OWNER, most=MOST, condition=condition)
         )
 
+    def remove(path: bytes, condition: Condition) -> None:
+        change(stacked, lambda v, fd: edit.remove(v, fd, path, recursive=True, condition=condition))
+
     for path, condition, found in (
-        (b"f", Condition(match=digest(b"other")), digest(b"old")),
-        (b"f", Condition(absent=True), digest(b"old")),
-        (b"new", Condition(match=digest(b"old")), None),
-        (b"d", Condition(match=digest(b"old")), None),
-        (b"d", Condition(absent=True), None),
-        (b"l", Condition(absent=True), None),
-        (b"l", Condition(match=digest(b"old")), None),
+        (b"f", Condition(match=other), digest(b"old")),
+        (b"f", Condition(match=other | new), digest(b"old")),
+        (b"f", Condition(match=frozenset()), digest(b"old")),
+        (b"f", Condition(unlike="*"), digest(b"old")),
+        (b"f", Condition(unlike=other | old), digest(b"old")),
+        (b"f", Condition(match="*", unlike="*"), digest(b"old")),
+        (b"f", Condition(match=old, unlike="*"), digest(b"old")),
+        (b"f", Condition(match="*", unlike=old), digest(b"old")),
+        (b"new", Condition(match=old), None),
+        (b"new", Condition(match="*"), None),
+        (b"new", Condition(match="*", unlike=other), None),
+        (b"d", Condition(match=old), None),
+        (b"d", Condition(unlike="*"), None),
+        (b"l", Condition(unlike="*"), None),
+        (b"l", Condition(match=old), None),
+        (b"f/beneath", Condition(match="*"), None),
     ):
         with pytest.raises(errors.PreconditionFailed) as error:
             put(path, b"x", condition)
+        assert (error.value.details["digest"], error.value.status) == (found, 412)
+        with pytest.raises(errors.PreconditionFailed) as error:
+            remove(path, condition)
         assert error.value.details["digest"] == found
-        assert error.value.status == 412
-    assert put(b"f", b"new", Condition(match=digest(b"old"))) == edit.Written(
+    assert put(b"f", b"new", Condition(match=other | old)) == edit.Written(digest(b"new"), 3, created=False)
+    assert put(b"f", b"new", Condition(match="*", unlike=old)) == edit.Written(
         digest(b"new"), 3, created=False
     )
-    assert put(b"g", b"", Condition(absent=True)) == edit.Written(digest(b""), 0, created=True)
+    assert put(b"g", b"", Condition(unlike="*")) == edit.Written(digest(b""), 0, created=True)
+    assert put(b"h", b"", Condition(unlike=old)) == edit.Written(digest(b""), 0, created=True)
     assert shown(stacked.layers)[b"f"][-1] == b"new"
-    with pytest.raises(errors.PreconditionFailed):
-        change(stacked, lambda v, fd: edit.remove(v, fd, b"f", condition=Condition(match=digest(b"old"))))
-    change(stacked, lambda v, fd: edit.remove(v, fd, b"f", condition=Condition(match=digest(b"new"))))
-    assert b"f" not in shown(stacked.layers)
+    for path, condition in (
+        (b"d", Condition(match="*")),  # whatever it is
+        (b"l", Condition(unlike=old)),  # what is no file has no digest
+        (b"f", Condition(match=new)),
+    ):
+        remove(path, condition)
+        assert path not in shown(stacked.layers)
+    for path, condition, fits in (
+        (b"e", Condition(match="*"), False),
+        (b"h", Condition(unlike="*"), False),
+        (b"e", Condition(unlike="*"), True),
+    ):
+        make = partial(edit.make_directory, path=path, owner=OWNER, condition=condition)
+        with contextlib.nullcontext() if fits else pytest.raises(errors.PreconditionFailed):
+            change(stacked, make)
+    assert b"e" in shown(stacked.layers)
+    with pytest.raises(errors.NotFound):
+        remove(b"f", Condition(unlike=new))
+
+
+def test_a_condition_that_fails_says_what_was_wanted(tmp_path: Path) -> None:
+    stacked = Stacked(tmp_path / "stack")
+    stacked.turn([("write", b"f", b"old")])
+    many = frozenset(f"sha256:{number:064d}" for number in range(9))
+    for condition, words in (
+        (Condition(match=frozenset({"a"})), f"'f' should be a and is {digest(b'old')}"),
+        (Condition(match=many), " or 6 others and is "),
+        (Condition(match=frozenset()), "weak"),
+        (Condition(unlike=frozenset({digest(b"old")})), "'f' should not be sha256:"),
+        (Condition(unlike="*"), "'f' is there, as a file"),
+    ):
+        with View(stacked.layers) as view, pytest.raises(errors.PreconditionFailed) as error:
+            condition.check(view, b"f", view.find(b"f"))
+        assert words in str(error.value)
+        assert len(str(error.value)) < 500
+    with View(stacked.layers) as view, pytest.raises(errors.PreconditionFailed, match="'g' is not there"):
+        Condition(match="*").check(view, b"g", None)
 
 
 def test_modes(tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def test_times_are_kept_if_asked_for(tmp_path: Path) -> None:
     assert (tmp_path / "dropped" / "f").stat().st_mtime == 0
 
 
-@pytest.mark.parametrize("name", [b".wh.f", b".wh..wh..opq", b"d/.wh.", b"d/.wh.x/f"])
+@pytest.mark.parametrize("name", [b".wh.f", b".wh..opq", b".wh..wh..opq", b"d/.wh.", b"d/.wh.x/f"])
 def test_a_file_that_would_be_a_whiteout_is_refused_before_a_byte_is_written(
     tmp_path: Path, name: bytes
 ) -> None:
@@ -249,8 +249,24 @@ def test_a_file_that_would_be_a_whiteout_is_refused_before_a_byte_is_written(
         assert error.value.details["path"].startswith("'")
         with pytest.raises(errors.StateConflict):
             export_diff(old, new)
-    stacked.turn([("remove", name.split(b"/.wh.x")[0], b"")])
+    with_it = list(stacked.layers)
+    stacked.turn([("remove", name.removesuffix(b"/f"), b"")])
     whole(stacked.layers)
+    between(below, stacked.layers)
+    with View(with_it) as old, View(stacked.layers) as new:
+        # .wh..wh..opq would say that all else in the directory is gone, .wh..wh.f nothing at all
+        with pytest.raises(errors.StateConflict, match=r"was removed cannot be exported") as error:
+            export_diff(old, new)
+        assert error.value.details["path"] == ascii(name.removesuffix(b"/f").decode())
+
+
+def test_what_goes_with_its_directory_needs_no_whiteout(tmp_path: Path) -> None:
+    stacked = Stacked(tmp_path / "stack")
+    stacked.turn([("write", b"d/.wh.f", b""), ("write", b"d/.wh..opq", b"")])
+    below = list(stacked.layers)
+    stacked.turn([("remove", b"d", b"")])
+    with tarfile.open(fileobj=io.BytesIO(between(below, stacked.layers))) as archive:
+        assert archive.getnames() == [".wh.d"]
 
 
 def test_what_no_layer_holds_is_counted(tmp_path: Path) -> None:

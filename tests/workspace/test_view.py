@@ -6,15 +6,23 @@ import hashlib
 import os
 import stat
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from hypothesis import given
 from layered import HISTORIES, PATHS, Stacked, shown, shown_by_kernel, viewed
 
 from sandboxd import errors
+from sandboxd.digests import Digests
 from sandboxd.workspace.tree import remove_tree
-from sandboxd.workspace.view import OPAQUE, View
+from sandboxd.workspace.view import OPAQUE, Lent, View
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sandboxd.kernel.rights import Rights
 
 
 @given(HISTORIES)
@@ -44,6 +52,68 @@ def test_a_walk_is_in_the_order_of_names(tmp_path: Path) -> None:
     with View(stacked.layers) as view:
         paths = [entry.path for entry in view.walk()]
     assert paths == [b"a", b"b", b"b/1", b"b/1/x", b"b/2", b"b.txt", b"\xff"]
+
+
+def test_parts_of_a_file(tmp_path: Path) -> None:
+    data = os.urandom(3 << 20)
+    stacked = Stacked(tmp_path / "stack")
+    stacked.turn([("write", b"f", data)])
+    with View(stacked.layers) as view:
+        entry = view.find(b"f")
+        assert entry is not None
+        for start, length in ((0, 0), (0, 1), (1 << 20, 2 << 20), (5, len(data) - 5), (len(data) - 1, 1)):
+            assert b"".join(view.content(entry, start, length)) == data[start : start + length]
+        assert b"".join(view.content(entry, 7)) == data[7:]
+        with pytest.raises(errors.HostFailed, match="lost its end"):
+            list(view.content(entry, 1, len(data)))
+
+
+def test_digests_of_large_files_are_known_but_not_of_those_that_are_lent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = os.urandom(3 << 20)
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    stacked = Stacked(tmp_path / "stack")
+    stacked.turn([("write", b"f", data), ("write", b"small", data[:9])])
+    (tmp_path / "lent").mkdir()
+    (tmp_path / "lent" / "g").write_bytes(data)
+    root = os.open(tmp_path / "lent", os.O_PATH | os.O_DIRECTORY)
+    read, pread = [0], os.pread
+
+    def counting(fd: int, size: int, at: int) -> bytes:
+        read[0] += len(found := pread(fd, size, at))
+        return found
+
+    monkeypatch.setattr(os, "pread", counting)
+    known = Digests()
+    lent = Lent(root, cast("Rights", Anybody()))
+
+    def digested(path: bytes) -> tuple[str, int]:
+        read[0] = 0
+        with View([*stacked.layers, lent], digests=known) as view:
+            entry = view.find(path)
+            assert entry is not None
+            return view.digest(entry), read[0]
+
+    try:
+        assert [digested(b"f") for _ in range(3)] == [(digest, len(data)), (digest, 0), (digest, 0)]
+        assert [digested(b"g") for _ in range(2)] == [(digest, len(data))] * 2
+        assert [digested(b"small")[1] for _ in range(2)] == [9, 9]
+        file = stacked.layers[0] / "f"
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        assert digested(b"f")[0] != digest
+        file.write_bytes(data)
+        assert digested(b"f") == (digest, len(data))
+    finally:
+        os.close(root)
+
+
+class Anybody:
+    """Rights to all."""
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        yield
 
 
 def test_marks_that_only_a_crafted_layer_has(tmp_path: Path) -> None:
@@ -84,7 +154,7 @@ def test_content_and_digest(tmp_path: Path) -> None:
         assert entry is not None
         assert view.digest(entry) == f"sha256:{hashlib.sha256(b'newer').hexdigest()}"
         with pytest.raises(errors.TooLarge) as error:
-            list(view.content(entry, most=4))
+            view.digest(entry, most=4)
         assert error.value.details["limit"] == 4
         for path in (b"l", b"p", b"d"):
             other = view.find(path)

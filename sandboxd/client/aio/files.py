@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from sandboxd import models
     from sandboxd.client.aio.stream import AsyncStream
-    from sandboxd.client.calls.files import ListingFields
+    from sandboxd.client.calls.files import ListingFields, ReadFields
 
 __all__ = ["Files"]
 
@@ -39,11 +39,13 @@ class Files(Exchanges):
         """What a directory of a session has, or all beneath it, with digests if asked."""
         return await self._do(files.listing(session, path, **fields))
 
-    async def read_file(
-        self, session: str, path: str, *, checkpoint: str | None = None
-    ) -> AsyncStream[bytes]:
-        """The bytes of a file of a session, in chunks. Raises NotFound, StateConflict."""
-        return await self._raw(files.read(session, path, checkpoint))
+    async def read_file(self, session: str, path: str, **fields: Unpack[ReadFields]) -> AsyncStream[bytes]:
+        """The bytes of a file of a session, in chunks: all, or ``length`` of them from ``offset`` on.
+
+        With the digest ``match`` they are of the file that has it. Raises NotFound, StateConflict,
+        PreconditionFailed, RangeNotSatisfiable where nothing is behind ``offset``.
+        """
+        return await self._raw(files.read(session, path, **fields))
 
     async def write_file(
         self,
@@ -57,6 +59,7 @@ class Files(Exchanges):
     ) -> models.FileWritten:
         """Write a file of a session: where it has the digest ``match``, or with ``new`` where nothing is.
 
+        With a ``match`` of ``*`` it is written where anything is there.
         Raises PreconditionFailed, StateConflict, QuotaExceeded.
         """
         whole, chunks = (data, None) if isinstance(data, bytes) else (None, data)

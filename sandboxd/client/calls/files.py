@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 from urllib.parse import quote
 
-from sandboxd import models
+from sandboxd import errors, models
 from sandboxd.client import wire
 from sandboxd.client.calls.call import BYTES_IN, BYTES_OUT, Call, body_of, one
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ListingFields",
+    "ReadFields",
     "bring",
     "diff",
     "export",
@@ -60,16 +61,33 @@ def listing(session: str, path: str, **fields: Unpack[ListingFields]) -> Call[mo
     return Call(wire.Exchange("GET", target), one(models.FileList))
 
 
-def read(session: str, path: str, checkpoint: str | None) -> wire.Exchange:
-    """The bytes of a file."""
-    target = _file(session, path, checkpoint=checkpoint)
-    return wire.Exchange("GET", target, headers=BYTES_OUT)
+class ReadFields(TypedDict):
+    """Of which checkpoint; from which byte on, and how many, else to the end; what digest it must have."""
+
+    checkpoint: NotRequired[str | None]
+    offset: NotRequired[int]
+    length: NotRequired[int | None]
+    match: NotRequired[str | None]
+
+
+def read(session: str, path: str, **fields: Unpack[ReadFields]) -> wire.Exchange:
+    """The bytes of a file. Raises InvalidRequest for what is no range."""
+    target = _file(session, path, checkpoint=fields.get("checkpoint"))
+    headers = BYTES_OUT | _match(fields.get("match"))
+    offset, length = fields.get("offset", 0), fields.get("length")
+    for name, value, least in (("offset", offset, 0), ("length", length, 1)):
+        if value is not None and value < least:
+            raise errors.InvalidRequest(f"{name} is {value}, and has to be {least} at least", field=name)
+    if offset or length is not None:
+        last = "" if length is None else offset + length - 1
+        headers |= {"Range": f"bytes={offset}-{last}"}
+    return wire.Exchange("GET", target, headers=headers)
 
 
 def put(
     session: str, path: str, data: bytes | None, *, mode: int | None, match: str | None, new: bool
 ) -> Call[models.FileWritten]:
-    """Write a file; ``match`` is the digest that it must have, ``new``: nothing may be there.
+    """Write a file; ``match`` is the digest that it must have, or ``*``; ``new``: nothing may be there.
 
     ``data`` is None where it is sent in chunks.
     """
@@ -105,7 +123,7 @@ def bring(session: str, *, match: str | None, own: bool) -> Call[models.Checkpoi
 
 
 def _match(digest: str | None) -> dict[str, str]:
-    return {} if digest is None else {"If-Match": f'"{digest}"'}
+    return {} if digest is None else {"If-Match": digest if digest == "*" else f'"{digest}"'}
 
 
 def lend(session: str, handle: str) -> Call[models.SessionInfo]:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 from sandboxd.client.calls import files
 from sandboxd.client.sync.exchanges import Exchanges
-from sandboxd.client.sync.stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Unpack
 
     from sandboxd import models
-    from sandboxd.client.calls.files import ListingFields
+    from sandboxd.client.calls.files import ListingFields, ReadFields
+    from sandboxd.client.sync.stream import Stream
 
 __all__ = ["Files"]
 
@@ -37,10 +37,13 @@ class Files(Exchanges):
         """What a directory of a session has, or all beneath it, with digests if asked."""
         return self._do(files.listing(session, path, **fields))
 
-    def read_file(self, session: str, path: str, *, checkpoint: str | None = None) -> Stream[bytes]:
-        """The bytes of a file of a session, in chunks. Raises NotFound, StateConflict."""
-        answer = self._open(files.read(session, path, checkpoint))
-        return Stream(answer, answer.chunks())
+    def read_file(self, session: str, path: str, **fields: Unpack[ReadFields]) -> Stream[bytes]:
+        """The bytes of a file of a session, in chunks: all, or ``length`` of them from ``offset`` on.
+
+        With the digest ``match`` they are of the file that has it. Raises NotFound, StateConflict,
+        PreconditionFailed, RangeNotSatisfiable where nothing is behind ``offset``.
+        """
+        return self._raw(files.read(session, path, **fields))
 
     def write_file(
         self,
@@ -54,6 +57,7 @@ class Files(Exchanges):
     ) -> models.FileWritten:
         """Write a file of a session: where it has the digest ``match``, or with ``new`` where nothing is.
 
+        With a ``match`` of ``*`` it is written where anything is there.
         Raises PreconditionFailed, StateConflict, QuotaExceeded.
         """
         whole, chunks = (data, None) if isinstance(data, bytes) else (None, data)
