@@ -59,6 +59,8 @@ class Live:
     """The same, of ``time.monotonic()``."""
     spared_until: float = 0.0
     """Of ``time.monotonic()``: until then it is not ended again, where that failed."""
+    layer: str | None = None
+    """Of its last checkpoint that is a layer on disk, with which the next shares what is the same."""
     ending: bool = False
     """Whether its end waits for its turn already."""
 

@@ -181,6 +181,7 @@ class SessionContainers:
             with anyio.CancelScope(shield=True):  # what is on disk is also told
                 await self._journal.write(write, undo=take_back)
                 hold.committed()
+                live.layer = hold.written or live.layer
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await hold.abandon()
