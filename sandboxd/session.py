@@ -144,14 +144,23 @@ class CallSession:
         self._turn = False
         self._inside = True
 
-    async def begin(self, *, first: bool = False) -> None:
-        """Wait for the call's turn and see where the session stands; ``first``: before all who wait already.
+    async def begin(self) -> None:
+        """Wait for the call's turn and see where the session stands. Raises JournalCorrupt, HostFailed.
 
-        Raises JournalCorrupt, HostFailed.
+        Where the container that it keeps has died, what that has is kept first.
         """
+        await self.take_turn()
+        await self._keeping.bury(self.row.id)
+        await self.stand()
+
+    async def take_turn(self, *, first: bool = False) -> None:
+        """Wait for the turn; ``first``: before all who wait already."""
         if not self._turn:  # else it is tried again
             await self._turns.take(self.row.id, first=first)
             self._turn = True
+
+    async def stand(self) -> None:
+        """See where the session stands, in its turn. Raises JournalCorrupt, HostFailed."""
 
         def read(connection: sqlite3.Connection) -> Start | None:
             row = tables.find(connection, self.row.id, None)
@@ -318,7 +327,7 @@ class CallSession:
         now = self._start
         self._start = replace(live.base, row=now.row)
         self.maker = live.kept.last
-        with live.kept.slot.cgroup.frozen():
+        with live.kept.still():
             self.keep(live.kept.slot, live.layer)
         made = self._made
         if made is not None and made.digest == now.head.digest and made.layer is not None:
