@@ -7,6 +7,8 @@ container alone until a checkpoint of it is made: every such one stands on what 
 
 A row of the journal says that a session has one, from the first call's outcome on. It goes in the transaction
 that ends the container by a word; where one ends otherwise, it says what was lost, until a call has said it.
+One that died while no call ran in it is not to be used, but has its files still: whoever has the session's
+next turn keeps them first (``bury``).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from sandboxd.workspace import containers
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterator
+    from collections.abc import Awaitable, Callable, Iterator
     from contextlib import AsyncExitStack
 
     from sandboxd.config import SessionShare
@@ -59,6 +61,8 @@ class Live:
     """The same, of ``time.monotonic()``."""
     spared_until: float = 0.0
     """Of ``time.monotonic()``: until then it is not ended again, where that failed."""
+    layer: str | None = None
+    """Of its last checkpoint that is a layer on disk, with which the next shares what is the same."""
     ending: bool = False
     """Whether its end waits for its turn already."""
 
@@ -105,6 +109,8 @@ class Keeping:
         self._live: dict[str, Live] = {}
         self._making: list[Seat] = []
         """Places of calls whose containers are about to be made."""
+        self.salvage: Callable[[Live], Awaitable[None]] | None = None
+        """Keeps the files of one that has died, and takes it away, in its session's turn."""
 
     def __iter__(self) -> Iterator[Live]:
         return iter(list(self._live.values()))
@@ -173,6 +179,15 @@ class Keeping:
         """A session keeps this one from now on."""
         self._live[live.session] = live
 
+    async def bury(self, session: str) -> None:
+        """Where the one of a session has died, keep its files and take it away, in the session's turn.
+
+        Raises JournalCorrupt, HostFailed; then it is there as before.
+        """
+        live = self._live.get(session)
+        if live is not None and not live.kept.alive and self.salvage is not None:
+            await self.salvage(live)
+
     async def end(self, live: Live, why: str) -> None:
         """Take it away with everything in it. Safe to call twice."""
         if self._live.get(live.session) is live:
@@ -224,15 +239,15 @@ class Seat:
     async def admit(self) -> Kept | None:
         """The container that there is; None: one has to be made, and ``made`` is to be told.
 
-        Raises ContainerLive, QuotaExceeded.
+        Raises ContainerLive, QuotaExceeded; EngineFailed where it has died since the call has its turn.
         """
         self._keeping.refuse(self._session, self._named, self.plan.shape)
         live = self._keeping.of(self._session)
         if live is not None and not live.kept.alive:
-            entry = live.entry
-            await self._keeping.end(live, "its PID 1 ended")
-            self._lost = entry.lost(time.time_ns() // 1000, "it ended while no call was in it")
-            live = None
+            raise errors.EngineFailed(
+                "the container that the session keeps ended as the call was about to begin in it; the next "
+                "call runs in another, with its files"
+            )
         self._live = live
         self.kept = None if live is None else live.kept
         if live is None:

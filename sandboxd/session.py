@@ -144,14 +144,23 @@ class CallSession:
         self._turn = False
         self._inside = True
 
-    async def begin(self, *, first: bool = False) -> None:
-        """Wait for the call's turn and see where the session stands; ``first``: before all who wait already.
+    async def begin(self) -> None:
+        """Wait for the call's turn and see where the session stands. Raises JournalCorrupt, HostFailed.
 
-        Raises JournalCorrupt, HostFailed.
+        Where the container that it keeps has died, what that has is kept first.
         """
+        await self.take_turn()
+        await self._keeping.bury(self.row.id)
+        await self.stand()
+
+    async def take_turn(self, *, first: bool = False) -> None:
+        """Wait for the turn; ``first``: before all who wait already."""
         if not self._turn:  # else it is tried again
             await self._turns.take(self.row.id, first=first)
             self._turn = True
+
+    async def stand(self) -> None:
+        """See where the session stands, in its turn. Raises JournalCorrupt, HostFailed."""
 
         def read(connection: sqlite3.Connection) -> Start | None:
             row = tables.find(connection, self.row.id, None)
@@ -254,6 +263,11 @@ class CallSession:
         """Both, as the fields of an invocation."""
         return {"checkpoint_before": self.before, "checkpoint_after": self.after}
 
+    @property
+    def written(self) -> str | None:
+        """The layer that was made, if it is on disk."""
+        return None if self._made is None or self._pack is not None else self._made.layer
+
     def attach(self, slot: Slot, stack: ExitStack) -> None:
         """Put the session's files into a slot. Blocks. Raises OSError, HostFailed, Corrupt."""
         assert self._start is not None  # noqa: S101  (it has its turn)
@@ -282,10 +296,11 @@ class CallSession:
         """Whether the files of a call that ended so are kept."""
         return _keeps(self.policy, outcome)
 
-    def keep(self, slot: Slot) -> None:
+    def keep(self, slot: Slot, earlier: str | None = None) -> None:
         """Keep what the call changed, where nothing refers to it yet: packed, or on disk. Blocks.
 
-        Raises QuotaExceeded, WorkspaceUnfit, HostFailed; then nothing of it is left.
+        On disk, what is the same in an ``earlier`` layer is shared with it. Raises QuotaExceeded,
+        WorkspaceUnfit, HostFailed; then nothing of it is left.
         """
         assert self._start is not None  # noqa: S101
         assert slot.stacked is not None  # noqa: S101
@@ -297,7 +312,7 @@ class CallSession:
         self._check_depth(self._start)
         packed = self._store.pack(upper, slot.id_base)
         if packed is None:
-            self._kept(*self._store.take(upper, slot.id_base))
+            self._kept(*self._store.take(upper, slot.id_base, earlier))
         else:
             name, self._pack, figures = packed
             self._kept(name, figures)
@@ -312,8 +327,8 @@ class CallSession:
         now = self._start
         self._start = replace(live.base, row=now.row)
         self.maker = live.kept.last
-        with live.kept.slot.cgroup.frozen():
-            self.keep(live.kept.slot)
+        with live.kept.still():
+            self.keep(live.kept.slot, live.layer)
         made = self._made
         if made is not None and made.digest == now.head.digest and made.layer is not None:
             self._made = self._pack = None  # nothing has changed since the last

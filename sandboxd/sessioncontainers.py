@@ -38,7 +38,9 @@ END_AGAIN = 60.0  # seconds until it is tried again to end a container
 LAST_CHECKPOINTS = 60.0  # seconds, of all containers, at the end of the daemon
 LAST_AT_ONCE = 8
 
-Files = Literal["kept", "kept or lost", "discarded", "lost"]
+DIED = "it ended while no call was in it"
+
+Files = Literal["kept", "kept or lost", "discarded"]
 """What becomes of a container's files at its end; "kept": or it does not end."""
 
 log = structlog.get_logger("sandboxd.sessions")
@@ -57,6 +59,7 @@ class SessionContainers:
         self._keeping = keeping
         self._wake = wake
         self._is_starved = False
+        keeping.salvage = self._salvage
         self.tasks: TaskGroup | None = None
         """Where ends wait for their turn; None: nobody looks after them."""
 
@@ -104,7 +107,8 @@ class SessionContainers:
         row = await self._holds.find(caller, named)
         hold = self._holds.of(row, self._live(row).share, None)
         try:
-            await hold.begin()
+            await hold.take_turn()
+            await hold.stand()
             live = self._live(row)  # it may have ended meanwhile
             if live.commit == "never":
                 raise errors.StateConflict(
@@ -159,10 +163,12 @@ class SessionContainers:
     async def _has_lost(self, session: str) -> bool:
         return await self._journal.read(lambda connection: containers.find(connection, session)) is not None
 
-    async def _take(self, hold: CallSession, live: Live, *, last: bool = False) -> str:
+    async def _take(
+        self, hold: CallSession, live: Live, *, last: Callable[[sqlite3.Connection], None] | None = None
+    ) -> str:
         """Checkpoint a container, in its session's turn; returns where the session stands then.
 
-        ``last``: and the session keeps it no more.
+        ``last`` says in the same transaction that the session keeps it no more.
         """
         try:
             at = await anyio.to_thread.run_sync(hold.keep_of, live)
@@ -170,17 +176,18 @@ class SessionContainers:
 
             def write(connection: sqlite3.Connection) -> None:
                 hold.commit(connection)
-                if last:
-                    containers.forget(connection, live.session)
+                if last is not None:
+                    last(connection)
 
             def take_back(connection: sqlite3.Connection) -> None:
                 undo(connection)
-                if last:
+                if last is not None:
                     containers.note(connection, live.session, live.entry)
 
             with anyio.CancelScope(shield=True):  # what is on disk is also told
                 await self._journal.write(write, undo=take_back)
                 hold.committed()
+                live.layer = hold.written or live.layer
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await hold.abandon()
@@ -201,31 +208,66 @@ class SessionContainers:
         hold = self._holds.of(row, live.share, None)
         with self._holds.briefly(row.id):
             try:
-                await hold.begin(first=True)
+                await hold.take_turn(first=True)
+                await hold.stand()
                 if self._keeping.of(row.id) is live:
                     await self._end_now(hold, live, why, files)
             finally:
                 hold.leave()
 
     async def _end_now(self, hold: CallSession, live: Live, why: str, files: Files) -> None:
-        if files == "lost":
+        # by itself: that is told to the session's next call, whatever becomes of the files
+        died = files == "kept or lost" and not live.kept.alive
+        why = DIED if died else why
+        if died and live.commit == "never":
             await self._lose(live, why)
         elif files == "discarded" or live.commit == "never":
             await self._forget(live)
         else:
             try:
-                await self._take(hold, live, last=True)
+                await self._take(hold, live, last=self._kept(live, why) if died else self._ended(live))
             except (errors.QuotaExceeded, errors.WorkspaceUnfit) as error:
                 if files == "kept":
                     raise
                 await self._lose(live, f"{why}, and its files could not be kept: {error}")
         failpoint("container.ended")
-        with anyio.CancelScope(shield=True):
-            await self._keeping.end(live, why)
+        try:
+            with anyio.CancelScope(shield=True):
+                await self._keeping.end(live, why)
+        except errors.SandboxdError:
+            if not died:
+                raise
+            # whatever ended it, such as its engine, may be away: the call after it needs its files alone
+            log.exception("a container of a session was not cleared away", session=live.session)
+
+    async def _salvage(self, live: Live) -> None:
+        """Keep what one has that has died, and take it away, in the turn of whoever asks.
+
+        Raises HostFailed, JournalCorrupt, Corrupt; then it is there as before.
+        """
+        row = await self._journal.read(lambda connection: tables.find(connection, live.session, None))
+        if row is None:
+            await self._keeping.end(live, DIED)
+            return
+        hold = self._holds.of(row, live.share, None)
+        try:
+            await hold.stand()
+            await self._end_now(hold, live, DIED, "kept or lost")
+        finally:
+            hold.leave()
+
+    @staticmethod
+    def _ended(live: Live) -> Callable[[sqlite3.Connection], None]:
+        return lambda connection: containers.forget(connection, live.session)
+
+    @staticmethod
+    def _kept(live: Live, why: str) -> Callable[[sqlite3.Connection], None]:
+        lost = live.entry.lost(_now(), f"{why}; its files were kept")
+        return lambda connection: containers.lose(connection, live.session, lost)
 
     async def _forget(self, live: Live) -> None:
         await self._journal.write(
-            lambda connection: containers.forget(connection, live.session),
+            self._ended(live),
             undo=lambda connection: containers.note(connection, live.session, live.entry),
         )
 
@@ -250,7 +292,7 @@ class SessionContainers:
         self._is_starved = False
         for live in unused:
             if not live.kept.alive:
-                await self._try(live, "it ended while no call was in it", "lost", unused=True)
+                await self._try(live, DIED, "kept or lost", unused=True)
             elif live.idle or live is starving:
                 await self._try(live, "it was not used for so long", "kept or lost", unused=True)
 

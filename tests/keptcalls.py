@@ -62,11 +62,11 @@ class Bare(Kept):
         )
         super().__init__(cast("Slot", slot), since)
         self.path = path
-        self.dead = False
+        self.is_dead = False
 
     @property
-    def alive(self) -> bool:
-        return self.ended is None and not self.dead
+    def dead(self) -> bool:
+        return self.is_dead
 
     def _admit(self) -> Slot:
         return self.slot

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import select
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,3 +83,13 @@ def first_process(daemon: Daemon) -> int:
                 found.append(child.pid)
     assert len(found) == 1, found
     return found[0]
+
+
+def kill_first(daemon: Daemon) -> None:
+    """End PID 1 of the one container that there is, and so all that is in it; it is dead then."""
+    process = os.pidfd_open(first_process(daemon))
+    try:
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+        assert select.select([process], [], [], 30)[0]
+    finally:
+        os.close(process)

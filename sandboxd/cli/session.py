@@ -241,7 +241,9 @@ def told(info: models.SessionInfo, remote: Remote) -> None:
     elif info.checkout == "missing":
         lines.append(f"directory   missing: `sandboxd session lend {info.name or info.id} DIRECTORY`")
     if (kept := info.container) is not None and kept.lost is not None:
-        lines.append(f"container   lost, with what its {kept.calls} calls had changed: {kept.lost.why}")
+        lines.append(
+            f"container   lost, with what its {kept.calls} calls did that no checkpoint has: {kept.lost.why}"
+        )
     elif kept is not None:
         lines.append(f"container   of policy {kept.policy}, {kept.calls} calls since {kept.since}")
     terminal.print_text("\n".join(lines))

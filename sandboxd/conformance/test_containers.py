@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import select
+import signal
+import uuid
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +14,8 @@ import pytest
 from sandboxd import errors
 from sandboxd.conformance.case import controls, outcome, said, sh, text
 from sandboxd.conformance.expected import RECEIPT
+from sandboxd.conformance.plugin import needs
+from sandboxd.conformance.traces import Traces
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,6 +82,43 @@ def test_a_checkpoint_has_the_files_of_that_moment(subject: Subject, session: Se
     assert text(run(subject, session, "rm kept; echo later > later; cat later")) == "later\n"
     subject.client.end_session(session.id, discard=True)
     assert text(subject.run(*sh("cat kept; ls later"), session=session.id)) == "kept\n"
+
+
+def test_each_checkpoint_has_what_was_there_whatever_the_times_of_files_say(
+    subject: Subject, session: SessionInfo
+) -> None:
+    code = "head -c 300000 /dev/urandom > big; touch -d @1000000000 big; sha256sum < big"
+    found = []
+    for change in (code, "echo x > other; sha256sum < big", code, f"rm big; {code}"):
+        digest = text(run(subject, session, change))
+        found.append((subject.client.checkpoint_session(session.id), digest))
+    assert len({one.digest for one, _ in found}) == 4
+    assert len({digest for _, digest in found}) == 3
+    subject.client.end_session(session.id)
+    for one, digest in found:
+        subject.client.rollback_session(session.id, one.id)
+        assert text(subject.run(*sh("sha256sum < big"), session=session.id)) == digest
+
+
+@needs("the engine's processes on this host")
+def test_files_of_one_that_dies_between_calls_are_kept(subject: Subject, session: SessionInfo) -> None:
+    word = f"conformance-{uuid.uuid4().hex}"
+    first = run(
+        subject, session, f"echo kept > kept; sh -c 'while :; do sleep 1; done' {word} >/dev/null 2>&1 &"
+    )
+    process = os.pidfd_open(Traces.of(word).first)
+    try:
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+        assert select.select([process], [], [], subject.seconds(30))[0]
+    finally:
+        os.close(process)
+    after = run(subject, session, f"cat kept; {COUNT}")
+    assert text(after) == "kept\n0\n"
+    assert after.checkpoint_before != session.head.digest
+    assert after.container is not None
+    assert after.container.lost is not None
+    assert after.container.lost.since == first.id
+    assert "its files were kept" in after.container.lost.why
 
 
 def test_its_end_is_the_end_of_everything_in_it(subject: Subject, session: SessionInfo) -> None:

@@ -52,6 +52,15 @@ class Traces:
             seen=int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")),
         )
 
+    @property
+    def first(self) -> int:
+        """PID 1 of the container, as the host numbers it. Raises LookupError where it is gone."""
+        for pid, _ in self.processes:
+            status = _text(f"/proc/{pid}/status")
+            if any(line.startswith("NSpid:") and line.split()[-1] == "1" for line in status.splitlines()):
+                return pid
+        raise LookupError("PID 1")
+
     def left(self) -> list[str]:
         """What of it is still there."""
         found = [f"process {pid}" for pid, started in self.processes if started and _started(pid) == started]

@@ -10,7 +10,10 @@ __all__ = ["ContainerLost", "ContainerUse", "SessionContainer", "SessionEnd"]
 
 
 class ContainerLost(Wire):
-    """A container that ended by itself: what its calls changed since the session's checkpoint is gone."""
+    """A container that ended by itself: what its calls changed that the session's checkpoint has not is gone.
+
+    That is nothing of its files, where ``why`` says that they were kept.
+    """
 
     since: str
     """The call that it was made for."""

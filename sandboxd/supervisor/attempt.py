@@ -206,10 +206,16 @@ class Attempt:
             raise
 
     async def _leave(self, seat: Seat, kept: Kept, error: BaseException) -> None:
-        """The call failed: its container is of no more use, unless nothing but the call was at fault."""
-        untouched = isinstance(error, UNFIT) and not self._handed_over and not kept.fresh
-        if untouched and await kept.withdraw():
+        """The call failed: its container is of no more use, unless nothing but the call was at fault.
+
+        One that had died before the call ran stays for its files, which are those of other calls.
+        """
+        untouched = not self._handed_over and not kept.fresh
+        if untouched and isinstance(error, UNFIT) and await kept.withdraw():
             seat.keep(self._container)
+            return
+        if untouched and (kept.dead or (isinstance(error, errors.EngineFailed) and await kept.died())):
+            seat.leave()
             return
         try:
             await self._pool.kill(kept.slot)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ from sandboxd.supervisor.drain import Drain
 from sandboxd.supervisor.ending import Ended, Lost, Stopped
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
     from contextlib import AsyncExitStack
 
     from sandboxd.engine.base import Slot
@@ -66,10 +66,14 @@ def told(outcome: Outcome, use: ContainerUse | None) -> Outcome:
             "call began with the session's checkpoint."
         )
     if use is not None and use.ended is not None:
-        said += (
-            f" The container that its session kept since call {use.since} ended with it: {use.ended}. What "
-            "was changed in it since the session's checkpoint is gone."
-        )
+        said += f" The container that its session kept since call {use.since} ended with it: {use.ended}."
+        if use.number > 1:
+            said += (
+                f" What its {use.number} calls had changed is gone but for what the session's checkpoint "
+                "has; `sandboxd session checkpoint` between calls keeps what they did."
+            )
+        else:
+            said += " What was changed in it is gone."
     return outcome.model_copy(update={"message": outcome.message + said}) if said else outcome
 
 
@@ -104,9 +108,20 @@ class Kept:
         self._stack = stack
 
     @property
+    def dead(self) -> bool:
+        """Whether its PID 1 has ended, and so all that was in it has."""
+        return pidfd.ended(self.slot.init_pidfd)
+
+    @property
     def alive(self) -> bool:
-        """Whether its PID 1 is there."""
-        return self.ended is None and not pidfd.ended(self.slot.init_pidfd)
+        """Whether it can be used."""
+        return self.ended is None and not self.dead
+
+    async def died(self) -> bool:
+        """Whether it is ``dead``, where that may show in a moment."""
+        with anyio.move_on_after(SOON):
+            await anyio.wait_readable(self.slot.init_pidfd)
+        return self.dead
 
     async def admit(self) -> Slot:
         """The slot for a call: its process is parked, and in a part of its own.
@@ -211,6 +226,15 @@ class Kept:
     def drain(self, pipe: int | None) -> None:
         """Have the output pipe of a call that has ended, which others may still hold."""
         self._drain.take(pipe)
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Nobody in it changes its files within the block, which is in a thread. Raises HostFailed."""
+        if self.dead:  # an engine may have removed its cgroup
+            yield
+            return
+        with self.slot.cgroup.frozen():
+            yield
 
     @asynccontextmanager
     async def frozen(self) -> AsyncIterator[None]:

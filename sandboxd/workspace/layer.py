@@ -38,10 +38,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DIRECTORY",
+    "FILE",
     "IDS",
     "OPAQUE",
     "Attributes",
     "Figures",
+    "Looks",
     "Owner",
     "Sink",
     "directory_size",
@@ -49,6 +51,7 @@ __all__ = [
     "extents",
     "flat",
     "framed",
+    "has",
     "is_opaque",
     "is_same",
     "is_whiteout",
@@ -126,6 +129,15 @@ class Owner(NamedTuple):
     mtime: int
 
 
+class Looks(NamedTuple):
+    """A file but for its content: its size, owner and attributes, and how many names it has."""
+
+    size: int
+    owner: Owner
+    attributes: Attributes
+    names: int
+
+
 class Sink(Protocol):
     """Where a walk puts what it meets: each entry in the directory that was entered last.
 
@@ -147,8 +159,8 @@ class Sink(Protocol):
     def node(self, name: str, kind: int, owner: Owner) -> Owner:
         """A FIFO or socket, by its bits of the mode."""
 
-    def begin(self, name: str) -> None:
-        """A file, whose runs and end follow."""
+    def begin(self, name: str, looks: Looks | None = None) -> None:
+        """A file, whose runs and end follow; ``looks``: as it will be, where that is known already."""
 
     def run(self, data: bytes, offset: int) -> None:
         """Bytes of the file, after all that were before."""
@@ -306,10 +318,10 @@ class _Walk:
             found = os.fstat(source)
             if not stat.S_ISREG(found.st_mode) or found.st_ino != status.st_ino:
                 raise errors.HostFailed("a session's files changed while they were kept")
-            if self._sink is not None:
-                self._sink.begin(name)
-            digest = self._data(source, found.st_size)
             attributes, kept = self._attributes(source), self._owner(found)
+            if self._sink is not None:
+                self._sink.begin(name, Looks(found.st_size, kept, attributes, found.st_nlink))
+            digest = self._data(source, found.st_size)
             if self._sink is not None:
                 kept = self._sink.end(found.st_size, attributes, kept)
             return b"file", digest, flat(attributes), kept
@@ -343,16 +355,7 @@ class _Walk:
         return digest.digest()
 
     def _attributes(self, source: int) -> Attributes:
-        """The extended attributes that are kept."""
-        kept = []
-        for name in sorted(os.listxattr(source)):
-            if name.startswith("user.") and not name.startswith("user.overlay."):
-                value = os.getxattr(source, name)
-            elif name in ACLS:
-                value = _moved(os.getxattr(source, name), self._base)
-            else:
-                continue
-            kept.append((name, value))
+        kept = has(source, self._base)
         self._size += whole_blocks(sum(2 * ROW + len(_bytes(name)) + len(value) for name, value in kept))
         return kept
 
@@ -369,6 +372,20 @@ class _Walk:
         if self._base and not (0 <= uid < IDS and 0 <= gid < IDS):
             raise errors.HostFailed("a session's files belong to somebody outside of the container")
         return Owner(stat.S_IMODE(status.st_mode), uid, gid, status.st_mtime_ns)
+
+
+def has(source: int, base: int) -> Attributes:
+    """The extended attributes of a file or directory that are kept. Raises OSError, WorkspaceUnfit."""
+    kept = []
+    for name in sorted(os.listxattr(source)):
+        if name.startswith("user.") and not name.startswith("user.overlay."):
+            value = os.getxattr(source, name)
+        elif name in ACLS:
+            value = _moved(os.getxattr(source, name), base)
+        else:
+            continue
+        kept.append((name, value))
+    return kept
 
 
 def owned(owner: Owner) -> bytes:

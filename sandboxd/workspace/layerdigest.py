@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sandboxd.workspace.layer import flat, framed, owned
 
 if TYPE_CHECKING:
-    from sandboxd.workspace.layer import Attributes, Owner
+    from sandboxd.workspace.layer import Attributes, Looks, Owner
 
 __all__ = ["LayerDigest"]
 
@@ -84,7 +84,7 @@ class LayerDigest:
         """No pack has one."""
         raise ValueError(f"{name!a} is of a kind, {kind:o} of {owner.uid}, that is not packed")
 
-    def begin(self, name: str) -> None:
+    def begin(self, name: str, looks: Looks | None = None) -> None:  # noqa: ARG002
         """A file begins."""
         self._add(b"")
         self._file = _File(os.fsencode(name))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from typing import TYPE_CHECKING
 
-from sandboxd.workspace.layer import DIRECTORY, OPAQUE, Owner
+from sandboxd.workspace.layer import DIRECTORY, OPAQUE, Owner, extents
 from sandboxd.workspace.tree import step
 
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from sandboxd.workspace.layer import Attributes
+    from sandboxd.workspace.layer import Attributes, Looks
 
-__all__ = ["LayerFiles"]
+__all__ = ["LayerFiles", "copy_data"]
 
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -79,7 +80,7 @@ class LayerFiles:
         os.mknod(name, kind | 0o600, dir_fd=self._here)
         return self._named(name, owner)
 
-    def begin(self, name: str) -> None:
+    def begin(self, name: str, looks: Looks | None = None) -> None:  # noqa: ARG002
         """A file."""
         self._file = os.open(name, NEW, 0o600, dir_fd=self._here)
 
@@ -128,3 +129,14 @@ def _settled(fd: int, owner: Owner, attributes: Attributes) -> Owner:
 
 def _owner(status: os.stat_result) -> Owner:
     return Owner(stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_mtime_ns)
+
+
+def copy_data(source: int, target: int, size: int) -> None:
+    """Copy so many bytes of a file to the same places of another, and no holes. Raises OSError."""
+    for begin, end in extents(source, size):
+        at = begin
+        while at < end:
+            done = os.copy_file_range(source, target, end - at, at, at)
+            if not done:
+                raise OSError(errno.EIO, "a file of a session has lost its end")
+            at += done

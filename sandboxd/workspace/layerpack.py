@@ -18,7 +18,7 @@ from sandboxd.workspace.layerdigest import LayerDigest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sandboxd.workspace.layer import Attributes, Figures, Sink
+    from sandboxd.workspace.layer import Attributes, Figures, Looks, Sink
 
 __all__ = ["MOST", "digest_of_pack", "pack", "unpack"]
 
@@ -144,7 +144,7 @@ class _Pack:
     def node(self, name: str, kind: int, owner: Owner) -> Owner:  # noqa: ARG002
         raise _Unfit
 
-    def begin(self, name: str) -> None:
+    def begin(self, name: str, looks: Looks | None = None) -> None:  # noqa: ARG002
         self._add(_BEGIN, name)
 
     def run(self, data: bytes, offset: int) -> None:

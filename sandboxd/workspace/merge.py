@@ -31,12 +31,12 @@ from sandboxd.workspace.layer import (
     FILE,
     OPAQUE,
     directory_size,
-    extents,
     is_opaque,
     is_whiteout,
     link_size,
     whole_blocks,
 )
+from sandboxd.workspace.layerfiles import copy_data
 from sandboxd.workspace.tree import step
 
 if TYPE_CHECKING:
@@ -234,10 +234,7 @@ class _Merge:
             target = os.open(copy, flags, 0o600, dir_fd=self._scratch)
             stack.callback(os.close, target)
             size = os.fstat(source).st_size
-            for begin, end in extents(source, size):
-                at_byte = begin
-                while at_byte < end:
-                    at_byte += _copied(source, target, end - at_byte, at_byte)
+            copy_data(source, target, size)
             os.ftruncate(target, size)
             for attribute in os.listxattr(source):
                 os.setxattr(target, attribute, os.getxattr(source, attribute))
@@ -266,11 +263,3 @@ def _size_of(status: os.stat_result) -> int:
     if stat.S_ISREG(status.st_mode):
         return whole_blocks(status.st_blocks * 512)
     return link_size(status.st_size) if stat.S_ISLNK(status.st_mode) else 0
-
-
-def _copied(source: int, target: int, most: int, at: int) -> int:
-    """Copy some bytes to the same place of another file; how many."""
-    done = os.copy_file_range(source, target, most, at, at)
-    if not done:
-        raise OSError(errno.EIO, "a file of a session has lost its end")
-    return done

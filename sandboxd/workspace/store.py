@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import structlog
@@ -22,6 +22,7 @@ from sandboxd.failpoint import failpoint
 from sandboxd.workspace import layer
 from sandboxd.workspace.layerfiles import LayerFiles
 from sandboxd.workspace.layerpack import pack, unpack
+from sandboxd.workspace.layershared import LayerShared
 from sandboxd.workspace.tree import remove_tree
 
 if TYPE_CHECKING:
@@ -87,17 +88,24 @@ class LayerStore:
         except OSError as error:
             log.warning("files of a session are not removed yet", layer=name, reason=error.strerror)
 
-    def take(self, upper: int, base: int) -> tuple[str, Figures]:
+    def take(self, upper: int, base: int, earlier: str | None = None) -> tuple[str, Figures]:
         """Keep an upper layer (a descriptor); returns its name, and what it holds. It is on disk then.
 
-        Raises WorkspaceUnfit, HostFailed; then nothing of it is left.
+        Files that are the same in an ``earlier`` layer, if that is there, are shared with it. Raises
+        WorkspaceUnfit, HostFailed; then nothing of it is left.
         """
 
         def fill(into: int, scratch: int) -> Figures:
-            with layer.mapped(into), LayerFiles(into, scratch) as files:
+            with layer.mapped(into), self._files(into, scratch, earlier) as files:
                 return layer.take(upper, files, base)
 
         return self.add(fill)
+
+    def _files(self, into: int, scratch: int, earlier: str | None) -> LayerFiles:
+        if earlier is not None:
+            with suppress(FileNotFoundError):
+                return LayerShared(into, scratch, self.path(earlier))
+        return LayerFiles(into, scratch)
 
     @staticmethod
     def pack(upper: int, base: int) -> tuple[str, bytes, Figures] | None:

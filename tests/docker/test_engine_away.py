@@ -145,6 +145,33 @@ def test_what_the_engine_fails_to_remove_by_itself_is_removed_later(
     until(lambda: not engine.containers(), "it is removed before the next one is made")
 
 
+@pytest.mark.parametrize("noticed", [True, False])
+def test_a_kept_container_of_an_engine_that_is_restarted_leaves_its_files(
+    engine: Dockerd, start_on: Callable[..., Daemon], *, noticed: bool
+) -> None:
+    if isinstance(engine, Podman):
+        pytest.skip("its containers are not its service's: they go on")
+    daemon = start_on(engine, lasting="extends: small\nisolation: session\n")
+    client = daemon.client()
+    session = client.create_session()
+    code = "echo kept > kept; sleep 1000 >/dev/null 2>&1 &"
+    assert cause(daemon.run("sh", "-c", code, policy="lasting", session=session.id)) == "exited"
+    engine.stop()
+    if noticed:
+        until(lambda: client.session(session.id).container.state == "lost", "it is lost")  # type: ignore[union-attr]
+        assert b"".join(client.read_file(session.id, "kept")) == b"kept\n"
+    engine.start()
+    after = daemon.run("sh", "-c", "cat kept", policy="lasting", session=session.id)
+    assert cause(after) == "exited"
+    assert after.stdout is not None
+    assert after.stdout.text == "kept\n"
+    assert after.container is not None
+    assert after.container.lost is not None
+    assert "its files were kept" in after.container.lost.why
+    client.delete_session(session.id)
+    until(lambda: not engine.containers(), "what could not be removed then is removed now")
+
+
 def test_a_call_in_an_engine_that_is_stopped_is_a_failure_of_the_engine(
     engine: Dockerd, start_on: Callable[..., Daemon]
 ) -> None:

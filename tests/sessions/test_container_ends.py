@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 from daemons import needs_containers, slots_of, until
-from living import first_process, live, living
+from living import first_process, kill_first, live, living
 from sessioned import by, said, sh
 
 from sandboxd import errors
@@ -81,18 +82,24 @@ def test_a_daemon_that_is_stopped_keeps_the_files(tmp_path: Path) -> None:
         assert said(sh(daemon, session, "cat kept", policy="plain")) == "kept\n"
 
 
-def test_one_that_ends_between_two_calls_is_lost_and_said_so(daemon: Daemon) -> None:
+def test_one_that_ends_between_two_calls_is_said_to_be_lost_and_its_files_are_kept(daemon: Daemon) -> None:
     client = daemon.client()
     session = client.create_session()
-    first = live(daemon, session, "echo gone > gone")
-    os.kill(first_process(daemon), signal.SIGKILL)
+    first = live(daemon, session, "echo kept > kept; sleep 1000 &")
+    kill_first(daemon)
     until(lambda: (found := client.session(session.id).container) and found.state == "lost", "it is lost")
     assert rows(daemon.state) == [(session.id, 1, 1)]
+    found = client.session(session.id)
+    assert found.container is not None
+    assert found.container.lost is not None
+    assert found.container.lost.why == "it ended while no call was in it; its files were kept"
+    assert (found.head.call, found.head.parent) == (first.id, session.head.id)
+    assert b"".join(client.read_file(session.id, "kept")) == b"kept\n"
     until(lambda: not [one for one in client.slots() if one.policy == "live"], "it was cleared away")
     assert client.end_session(session.id).container is None  # acknowledged
     until(lambda: rows(daemon.state) == [], "nothing says that there is one")
-    call = live(daemon, session, "ls")
-    assert said(call) == ""
+    call = live(daemon, session, "ls; cat /proc/[0-9]*/comm | grep -c sleep")
+    assert said(call) == "kept\n0\n"
     assert call.container is not None
     assert (call.container.since, call.container.lost) == (call.id, None)
     assert first.id != call.id
@@ -100,13 +107,81 @@ def test_one_that_ends_between_two_calls_is_lost_and_said_so(daemon: Daemon) -> 
     until(lambda: rows(daemon.state) == [], "nothing says that there is one")
 
 
-def test_a_call_that_finds_it_dead_runs_in_another(daemon: Daemon) -> None:
+def test_one_that_ends_by_itself_and_whose_files_are_too_large_is_lost_with_them(daemon: Daemon) -> None:
+    client = daemon.client()
+    session = client.create_session(size="1MiB")
+    live(daemon, session, "echo kept > kept")
+    made = client.checkpoint_session(session.id)
+    live(daemon, session, "head -c 2M /dev/zero | tr '\\0' x > big")
+    kill_first(daemon)
+    until(lambda: (found := client.session(session.id).container) and found.state == "lost", "it is lost")
+    call = live(daemon, session, "ls")
+    assert said(call) == "kept\n"
+    assert call.checkpoint_before == made.digest
+    assert call.container is not None
+    assert call.container.lost is not None
+    assert "it ended while no call was in it, and its files could not be kept" in call.container.lost.why
+    client.delete_session(session.id)
+
+
+def test_files_of_a_policy_that_keeps_none_are_lost_with_it(daemon: Daemon) -> None:
     client = daemon.client()
     session = client.create_session()
-    first = live(daemon, session, "true")
-    os.kill(first_process(daemon), signal.SIGKILL)
-    call = live(daemon, session, "echo on")
+    live(daemon, session, "echo gone > gone", policy="nothing")
+    kill_first(daemon)
+    call = live(daemon, session, "ls", policy="nothing")
+    assert said(call) == ""
+    assert call.container is not None
+    assert call.container.lost is not None
+    assert call.container.lost.why == "it ended while no call was in it"
+    assert call.checkpoint_before == session.head.digest
+    client.delete_session(session.id)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_one_that_has_died_is_checkpointed_and_ended_as_ever(daemon: Daemon, *, ends: bool) -> None:
+    """Whether that was found out before, or not."""
+    client = daemon.client()
+    session = client.create_session()
+    live(daemon, session, "echo kept > kept")
+    kill_first(daemon)
+    with suppress(errors.StateConflict):  # it was taken away just before
+        client.end_session(session.id) if ends else client.checkpoint_session(session.id)
+    assert b"".join(client.read_file(session.id, "kept")) == b"kept\n"
+    until(lambda: not [one for one in client.slots() if one.policy == "live"], "it was cleared away")
+    client.delete_session(session.id)
+
+
+def test_one_that_dies_before_a_call_has_begun_in_it_keeps_what_others_did(daemon: Daemon) -> None:
+    client = daemon.client()
+    session = client.create_session()
+    first = live(daemon, session, "echo kept > kept")
+    pid = first_process(daemon)
+    os.kill(pid, signal.SIGSTOP)  # it parks no process
+    waiting = client.start(["sh", "-c", "echo gone > gone"], policy="live", session=session.id)
+    until(lambda: client.get(waiting.id).state == "starting", "it asks for one")
+    os.kill(pid, signal.SIGKILL)
+    done = client.wait(waiting.id)
+    assert done.outcome is not None
+    assert done.outcome.cause == "failed"
+    assert done.checkpoint_after == session.head.digest
+    call = live(daemon, session, "ls")
+    assert said(call) == "kept\n"
+    assert call.container is not None
+    assert call.container.lost is not None
+    assert call.container.lost.since == first.id
+    assert "its files were kept" in call.container.lost.why
+    client.delete_session(session.id)
+
+
+def test_a_call_that_finds_it_dead_runs_in_another_with_its_files(daemon: Daemon) -> None:
+    client = daemon.client()
+    session = client.create_session()
+    first = live(daemon, session, "echo on > file")
+    kill_first(daemon)
+    call = live(daemon, session, "cat file")
     assert said(call) == "on\n"
+    assert call.checkpoint_before == client.session(session.id).head.digest != session.head.digest
     assert call.container is not None
     assert call.container.lost is not None
     assert call.container.lost.since == first.id
@@ -116,21 +191,25 @@ def test_a_call_that_finds_it_dead_runs_in_another(daemon: Daemon) -> None:
 def test_one_that_ends_in_a_call_fails_that(daemon: Daemon) -> None:
     client = daemon.client()
     session = client.create_session()
-    first = live(daemon, session, "true")
+    first = live(daemon, session, "echo gone > gone")
     running = client.start(["sleep", "30"], policy="live", session=session.id)
     until(lambda: client.get(running.id).state == "running", "it runs")
-    os.kill(first_process(daemon), signal.SIGKILL)
+    kill_first(daemon)
     done = client.wait(running.id)
     assert done.outcome is not None
     assert done.outcome.cause == "failed"
     assert done.container is not None
     assert done.container.ended is not None
     assert f"kept since call {first.id} ended with it" in done.outcome.message
+    assert "What its 2 calls had changed is gone but for what" in done.outcome.message
+    assert "session checkpoint" in done.outcome.message
+    assert done.checkpoint_before == done.checkpoint_after == session.head.digest
     found = client.session(session.id).container
     assert found is not None
     assert found.state == "lost"
     until(lambda: not [one for one in client.slots() if one.policy == "live"], "it was cleared away")
-    following = live(daemon, session, "echo on")
+    following = live(daemon, session, "ls")
+    assert said(following) == ""
     assert following.container is not None
     assert following.container.lost is not None
     assert following.container.lost.since == first.id

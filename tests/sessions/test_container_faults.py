@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from daemons import needs_containers, slots_of, until
-from living import live, living
+from living import kill_first, live, living
 from sessioned import layers, said, sh
 
 from sandboxd import errors
@@ -98,6 +98,61 @@ def test_a_disk_that_fails_leaves_the_container(tmp_path: Path, failpoints: Path
         assert said(live(daemon, session, f"echo two > b; {count}")) == "1\n"  # thawed, and there
         client.end_session("s")
         assert files(daemon) == "one\ntwo\n"
+
+
+def test_one_that_died_waits_with_its_files_for_a_disk_that_takes_them(
+    tmp_path: Path, failpoints: Path
+) -> None:
+    """A call in its session fails meanwhile, and begins with nothing less than what others did."""
+    with living(tmp_path) as daemon:
+        client = daemon.client()
+        session = client.create_session("s")
+        first = live(daemon, session, "echo one > a; ln a c")
+        (failpoints / "layer.write").write_text("ENOSPC")
+        kill_first(daemon)
+        for _ in range(2):
+            call = live(daemon, session, "cat a")
+            assert call.outcome is not None
+            assert call.outcome.error is not None
+            assert (call.outcome.cause, call.outcome.error.code) == ("failed", "host")
+            assert call.checkpoint_after in {None, session.head.digest}
+        with pytest.raises(errors.HostFailed):
+            client.write_file(session.id, "a", b"in its place")
+        assert client.session("s").head.id == session.head.id
+        assert not layers(daemon)
+        (failpoints / "layer.write").unlink()
+        call = live(daemon, session, "cat a c")
+        assert said(call) == "one\none\n"
+        assert call.container is not None
+        assert call.container.lost is not None
+        assert call.container.lost.since == first.id
+        assert "its files were kept" in call.container.lost.why
+
+
+@pytest.mark.parametrize("name", ["layer.synced", "session.commit", "session.committed", "container.ended"])
+def test_a_daemon_that_dies_as_it_keeps_what_one_that_died_has(
+    tmp_path: Path, failpoints: Path, name: str
+) -> None:
+    with living(tmp_path) as daemon:
+        client = daemon.client()
+        session = client.create_session("s")
+        call = live(daemon, session, "echo one > a; echo two > b; ln a c")
+        (failpoints / name).write_text("KILL")
+        kill_first(daemon)
+        assert daemon.process.wait(20) < 0
+    with living(tmp_path) as daemon:
+        client = daemon.client()
+        found = client.session("s")
+        kept = found.head.id != session.head.id
+        assert kept == (name in {"session.committed", "container.ended"})
+        assert len(layers(daemon)) == int(kept)
+        assert found.container is not None
+        assert found.container.lost is not None
+        assert found.container.lost.since == call.id
+        assert ("its files were kept" in found.container.lost.why) == kept
+        assert files(daemon) == ("one\ntwo\n" if kept else "")
+        client.delete_session("s")
+        until(lambda: not slots_of(daemon), "nothing is left")
 
 
 @pytest.mark.parametrize("discard", [False, True])

@@ -337,6 +337,6 @@ async def test_a_directory_is_not_lent_to_a_session_that_is_removed(tmp_path: Pa
                     await anyio.sleep(pause)
                     await sessions.delete(CALLER, made.id)
                 assert not sessions.checkouts._lent
-                assert not list(sessions._store.mounts.iterdir())
+                assert not list(sessions.layers._store.mounts.iterdir())
             finally:
                 await sessions.close()

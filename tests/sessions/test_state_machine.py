@@ -168,9 +168,14 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(session=sessions, changes=CHANGES)
     def call_in_its_container(self, session: str, changes: dict[str, str | None]) -> None:
-        line = self.lines[session]
         done = self.portal.call(kept_call, self.served, self.scheduler, session, changes)
         self.calls.append(done)
+        self.has_run_in_its_container(session, changes, done)
+
+    def has_run_in_its_container(
+        self, session: str, changes: dict[str, str | None], done: models.Invocation
+    ) -> None:
+        line = self.lines[session]
         lost, line.lost = line.lost, None
         if line.live is None:
             line.live = Container(done.id, line.head, dict(self.files[line.head]))
@@ -234,12 +239,17 @@ class SessionMachine(RuleBasedStateMachine):
             return
         kept = live_of(self.served, session).kept
         assert isinstance(kept, Bare)
-        kept.dead = True
-        line.lose()
+        kept.is_dead = True
         if noticed:
             self.portal.call(self.served.sessions.containers.look_after)
-        else:
-            self.call_in_its_container(session, changes)
+            self.has_checkpoint(session)
+            line.lose()
+            return
+        done = self.portal.call(kept_call, self.served, self.scheduler, session, changes)
+        self.calls.append(done)
+        self.has_checkpoint(session)  # before the call began, in another
+        line.lose()
+        self.has_run_in_its_container(session, changes, done)
 
     @rule(session=sessions, number=st.integers(0, 30))
     def rollback_to_another_sessions(self, session: str, number: int) -> None:
