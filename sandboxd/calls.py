@@ -75,14 +75,17 @@ class Calls(Recovery):
         ``tied``: whoever asked waits for the answer, and its going away cancels the call. ``again``: what a
         recorded call ran under, to be run again. Raises Refused.
         """
-        asked = await off_the_loop(request, describe, request)
+        existing = None
         if request.key is not None:
             # before all else: what the key stands for is the answer, whatever has changed since
             existing = await self._journal.find_key(caller.uid, request.key)
-            if existing is not None and existing.request_digest == asked.digest:
-                return await self.get(caller, existing.id)
-            if existing is not None:
-                raise await self._journal.conflict(existing, asked)
+            if request.session is not None:
+                request = await self._in_session(caller, request, request.session, existing)
+        asked = await off_the_loop(request, describe, request)
+        if existing is not None and existing.request_digest == asked.digest:
+            return await self.get(caller, existing.id)
+        if existing is not None:
+            raise await self._journal.conflict(existing, asked)
         if request.callback is not None:
             self.callbacks.check(caller, request.callback)
         if self.draining:
@@ -94,6 +97,19 @@ class Calls(Recovery):
             self._accepting -= 1
         log.info("accepted", id=accepted.id, uid=caller.uid, policy=request.policy, tied=tied)
         return accepted
+
+    async def _in_session(
+        self, caller: Caller, request: Request, named: str, existing: records.Existing | None
+    ) -> Request:
+        """The request with its session's id: another session that has got its name since is another request.
+
+        Where it is gone, it is that of the call that the key stands for.
+        """
+        try:
+            id_: str | None = await self.sessions.id_of(caller, named)
+        except errors.NotFound:
+            id_ = None if existing is None else (await self.get(caller, existing.id)).session
+        return request if id_ is None else request.model_copy(update={"session": id_})
 
     async def _submit(
         self, caller: Caller, request: Request, asked: Asked, *, tied: bool, again: Again | None

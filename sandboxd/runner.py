@@ -146,6 +146,8 @@ class Runner(Ledger):
             await call.turn.wait()
         if call.cancelled or not call.ticket.granted:
             return False
+        if call.deadline is not None and time.monotonic() >= call.deadline.at:  # while no daemon was there
+            return False
         number = call.invocation.attempts + 1
         if number > call.marked:
             # from here on a later daemon takes it for one that may have run

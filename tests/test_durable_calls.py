@@ -104,8 +104,23 @@ def test_a_deadline_counts_from_acceptance_across_a_restart(daemon_factory: Call
     client = daemon_factory(config=ONE, state=first.state, name="second").client()
     late = client.wait(soon, timeout=20)
     assert cause(late) == "wall_time"
-    assert late.times.started is None
+    assert (late.times.started, late.attempts) == (None, 0)
     assert text(client.wait(later, timeout=20)) == "ran\n"
+
+
+def test_a_key_stands_for_a_call_in_the_session_that_had_the_name(daemon: Daemon) -> None:
+    client = daemon.client()
+    session = client.create_session("named").id
+    first = client.run(["true"], session="named", key="of-the-session", priority=0)
+    assert client.run(["true"], session=session, key="of-the-session").id == first.id
+    client.delete_session(session)
+    assert client.run(["true"], session="named", key="of-the-session").id == first.id
+    assert client.run(["true"], session=session, key="of-the-session").id == first.id
+    other = client.create_session("named").id
+    with pytest.raises(errors.KeyConflict, match="they differ in session") as caught:
+        client.run(["true"], session="named", key="of-the-session")
+    assert caught.value.details["differs"] == [{"field": "session", "before": session, "now": other}]
+    client.delete_session(other)
 
 
 def test_a_call_that_was_tied_to_a_dead_daemons_connection_is_cancelled(

@@ -129,6 +129,8 @@ def describe(request: Request) -> Asked:
         },
         exclude_none=True,
     )
+    if not asked.get("priority"):
+        asked.pop("priority", None)  # 0 is what none means
     # by digest: as JSON it is tens of MiB that the event loop would wait for
     inputs = [item.content.decode() for item in request.inputs]
     given = [
