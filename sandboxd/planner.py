@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import anyio.to_thread
 
 from sandboxd import errors, plan, units
-from sandboxd.policy.schema import OWN_CAUSES
+from sandboxd.policy.retry import OWN_CAUSES
 
 if TYPE_CHECKING:
     from sandboxd.api.identity import Caller

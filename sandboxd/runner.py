@@ -211,7 +211,7 @@ class Runner(Ledger):
             if call.cancelled:  # when there was no attempt yet that could be told
                 attempt.cancel()
             result = await attempt.run()
-            again = self._again(call, result, handed_over=attempt.handed_over)
+            again = self._again(call, result, attempt)
             if again is None:
                 with anyio.CancelScope(shield=True):
                     await self._end(call, result)
@@ -221,14 +221,18 @@ class Runner(Ledger):
                 self._tell_again(call, result, again)
         return None if again is None else (result, again)
 
-    def _again(self, call: Call, result: Result, *, handed_over: bool) -> Again | None:
+    def _again(self, call: Call, result: Result, attempt: Attempt) -> Again | None:
         """What follows an attempt, if not the outcome."""
         if call.cancelled or call.refused or not call.decided.is_set():
             return None
         if call.plan.shape.kept:  # what it began with is not there any more
             return None
         again = call.retries.after(
-            result.outcome, call.plan, call.invocation.retried, handed_over=handed_over
+            result.outcome,
+            call.plan,
+            call.invocation.retried,
+            handed_over=attempt.handed_over,
+            signalled=attempt.signalled,
         )
         if again is None or self.draining:
             return None
