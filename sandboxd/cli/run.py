@@ -182,7 +182,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What the options say of a request, its command and its content aside. Raises InvalidRequest."""
     document: dict[str, Any] = {
         name: getattr(options, name)
-        for name in ("policy", "session", "cwd", "deadline")
+        for name in ("policy", "session", "cwd", "deadline", "priority")
         if getattr(options, name) is not None
     }
     if options.callback is not None:

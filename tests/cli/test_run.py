@@ -73,7 +73,9 @@ def test_the_request(api: ApiServer, tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "g").write_text("deep")
     api.events(*ended())
-    options = "--policy p --session s --key k --timeout 2 --deadline 1.5s --memory 64MiB --cwd /tmp"
+    options = (
+        "--policy p --session s --key k --timeout 2 --deadline 1.5s --memory 64MiB --cwd /tmp --priority -3"
+    )
     pairs = ["--env", "A=1=2", "--env", "B=", "--label", "x=y"]
     found = run(
         api,
@@ -98,6 +100,7 @@ def test_the_request(api: ApiServer, tmp_path: Path) -> None:
     assert sent == {
         "argv": ["a", "--json", "", {"base64": "/w=="}],
         "policy": "p", "session": "s", "key": "k", "deadline": "1.5s", "cwd": "/tmp",
+        "priority": -3,
         "limits": {"wall": "2s", "memory": "64MiB"},
         "env": {"A": "1=2", "B": ""}, "labels": {"x": "y"}, "stdin": "none",
         "inputs": [{"path": "in/f", "content": {"text": "content"}, "mode": 0o644}],
@@ -207,6 +210,28 @@ def test_a_wrong_command_line_is_125(arguments: list[str]) -> None:
     found = run(None, *arguments)
     assert (found.returncode, found.stdout) == (125, b"")
     assert found.stderr.count(b"\n") == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["11", "-11", "1.5", "high", "", "1e1", "0x1", "\N{ARABIC-INDIC DIGIT ONE}", " 1", "1_0", "9" * 5000],
+)
+def test_a_priority_that_no_request_may_have_is_sent_to_nobody(api: ApiServer, text: str) -> None:
+    found = run(api, "--priority", text, "--", "x")
+    assert (found.returncode, found.stdout) == (125, b"")
+    assert b"is not a whole number from -10 to 10" in found.stderr or b"expected one argument" in found.stderr
+    assert not api.requests
+
+
+def test_priorities_are_those_of_requests() -> None:
+    for number in usage.PRIORITIES:
+        models.Request.model_validate({"argv": ["x"], "priority": number})
+        for form in (f"{number}", f"{number:+}"):
+            for arguments in (["--priority", form], [f"--priority={form}"]):
+                assert usage.parse([*arguments, "--", "x"]).priority == number
+    for number in (usage.PRIORITIES[0] - 1, usage.PRIORITIES[-1] + 1):
+        with pytest.raises(ValueError, match="priority"):
+            models.Request.model_validate({"argv": ["x"], "priority": number})
 
 
 def test_a_cut_stream_goes_on_from_the_last_event(api: ApiServer) -> None:
