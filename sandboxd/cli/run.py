@@ -258,6 +258,11 @@ def fail(error: errors.SandboxdError, *, as_json: bool) -> int:
     """Say what we failed at; the status is 125 whatever it is."""
     for line in usage.visible(str(error)).split("\\n")[:8]:
         say(line)
+    if isinstance(error, errors.KeyConflict):
+        from sandboxd.cli import conflict  # noqa: PLC0415 - only then
+
+        for line in conflict.told(error.details):
+            say(line)
     if as_json:
         print_json(problem(error))
     return OURS
