@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandboxd.models import Cause, FailedAttempt, Failure, Narrowing, Outcome, Request, signal_name
-from sandboxd.plan import ImageRef, Plan, make_plan, make_shape
+from sandboxd.narrowing import make_plan
+from sandboxd.plan import ImageRef, Plan, make_shape
 from sandboxd.policy import load_policies
 from sandboxd.retries import Retries
 

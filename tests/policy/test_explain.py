@@ -9,7 +9,8 @@ from pages import code, page
 
 from sandboxd.engine import bundle, oci
 from sandboxd.models import Bytes, Narrowing, Request
-from sandboxd.plan import ImageRef, make_plan, make_shape
+from sandboxd.narrowing import make_plan
+from sandboxd.plan import ImageRef, make_shape
 from sandboxd.policy import explain, fixed, load_policies, shipped_policies
 from sandboxd.policy.filesystem import DEVICES
 from sandboxd.policy.floor import FORMATS
