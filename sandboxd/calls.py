@@ -347,7 +347,8 @@ class Calls(Recovery):
         for ticket in self._dormant.values():
             self._scheduler.leave(ticket)
         for call in list(self._flying.values()):
-            if not call.tied and call.attempt is None and not call.ticket.granted:
+            waits = call.attempt is None and not call.ticket.granted
+            if waits and not call.tied and not call.cancelled:
                 call.shelve()
 
     def cancel_all(self) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import anyio.to_thread
 
 from sandboxd import errors, plan, units
-from sandboxd.policy.schema import OWN_CAUSES
+from sandboxd.narrowing import make_plan
+from sandboxd.policy.retry import OWN_CAUSES
 
 if TYPE_CHECKING:
     from sandboxd.api.identity import Caller
@@ -61,7 +62,7 @@ class Planner:
         shape = plan.make_shape(policy, plan.ImageRef(name, found.digest))
         self._pool.lacks.refuse(shape)
         self._check_secrets(caller, shape)
-        made = plan.make_plan(policy, shape, request)
+        made = make_plan(policy, shape, request)
         if made.holds > self._scheduler.memory:
             inputs = "" if made.holds == made.limits.memory else " and the inputs"
             raise errors.RequestTooWide(

@@ -12,11 +12,13 @@ if TYPE_CHECKING:
 
     from sandboxd.models import FailedAttempt, Outcome
     from sandboxd.plan import Plan
-    from sandboxd.policy.schema import Raise, Retry
+    from sandboxd.policy.retry import Raise, Retry, RetryCause
 
 __all__ = ["Again", "Retries"]
 
-RAISED = ("memory", "wall", "cpu_time")
+RAISED = ("memory", "wall", "cpu_time", "stdout", "stderr")
+OF_A_SIGNAL = frozenset({Cause.EXITED, Cause.SIGNALLED})
+"""What may have come of a signal that the caller sent."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,20 @@ class Retries:
     rule: Retry | None
 
     def after(
-        self, outcome: Outcome, plan: Plan, before: Sequence[FailedAttempt], *, handed_over: bool
+        self,
+        outcome: Outcome,
+        plan: Plan,
+        before: Sequence[FailedAttempt],
+        *,
+        handed_over: bool,
+        signalled: bool = False,
     ) -> Again | None:
         """What follows an attempt that ended so, after those ``before`` it; None: that is the outcome.
 
         ``handed_over``: whether its command may have run. A call that reaches a network is then tried again
         only where the policy says that this is safe, and one whose input was streamed not at all.
+        ``signalled``: whether its caller sent it a signal. How it exited, or which signal ended it, is then
+        what the caller asked for.
         """
         rule = self.rule
         if rule is None:
@@ -53,8 +63,10 @@ class Retries:
         if outcome.cause is Cause.FAILED:
             times = rule.failed if outcome.error is not None and rule.covers(outcome.error.code) else 0
         else:
-            own = rule.of(outcome.cause.value)
+            own = self._own(outcome)
             if own is None or "deadline" in outcome.evidence:
+                return None
+            if signalled and outcome.cause in OF_A_SIGNAL:
                 return None
             times = own.times
             found = _raised(own.raise_, plan)
@@ -71,13 +83,18 @@ class Retries:
         What they were raised to holds as far as the policy that is in force now still raises to it.
         """
         for each in before:
-            own = None if self.rule is None else self.rule.of(each.cause.value)
+            own = self._own(each)
             allowed = None if own is None else _raised(own.raise_, plan)
             if allowed:
                 held = {name: min(each.raised.get(name, 0), value) for name, value in allowed.items()}
                 above = {name: value for name, value in held.items() if value > getattr(plan.limits, name)}
                 plan = _with(plan, above)
         return plan
+
+    def _own(self, ended: Outcome | FailedAttempt) -> RetryCause | None:
+        """What is said of an end that is the tool's own."""
+        own = None if self.rule is None else self.rule.of(ended.cause.value)
+        return own if own is not None and own.covers(ended.exit_code, ended.signal_name) else None
 
 
 def _with(plan: Plan, raised: dict[str, int]) -> Plan:

@@ -108,17 +108,18 @@ class Runner(Ledger):
     async def _take_turns(self, call: Call) -> None:
         """Attempts, each in its turn, until one decides the outcome."""
         while await self._turn(call):
-            failed = await self._attempt(call)
-            if failed is None:
+            again = await self._attempt(call)
+            if again is None:
                 return
-            result, again = failed
             if call.session is not None:
                 await call.session.abandon()
             self._scheduler.rest(call.ticket)  # who waits for another attempt holds nothing
+            if self.draining and not call.tied and not call.cancelled:
+                call.shelve()
             with self._waiting(call):
                 await anyio.sleep(again.pause / 1e6)
-            if call.shelved:  # whoever stops the daemon does not wait for that
-                await self._end(call, result)
+            if call.shelved:  # whoever stops the daemon does not wait for that: the next one tries again
+                self._put_away(call)
                 return
             call.plan = again.plan
             call.ticket.memory, call.ticket.cpus = again.plan.holds, again.plan.limits.cpus
@@ -161,8 +162,8 @@ class Runner(Ledger):
                 return False
         return not call.cancelled
 
-    async def _attempt(self, call: Call) -> tuple[Result, Again] | None:
-        """Run one attempt; None when it decided the outcome.
+    async def _attempt(self, call: Call) -> Again | None:
+        """Run one attempt; what follows it, or None when it decided the outcome.
 
         The outcome is told while what is left of the container is cleared away.
         """
@@ -213,7 +214,7 @@ class Runner(Ledger):
             if call.cancelled:  # when there was no attempt yet that could be told
                 attempt.cancel()
             result = await attempt.run()
-            again = self._again(call, result, handed_over=attempt.handed_over)
+            again = self._again(call, result, attempt)
             if again is None:
                 with anyio.CancelScope(shield=True):
                     await self._end(call, result)
@@ -221,18 +222,22 @@ class Runner(Ledger):
             else:  # with nothing between: whoever writes to its stdin finds the next one
                 call.attempt, call.network, call.stdin = None, None, Stdin()
                 self._tell_again(call, result, again)
-        return None if again is None else (result, again)
+        return again
 
-    def _again(self, call: Call, result: Result, *, handed_over: bool) -> Again | None:
+    def _again(self, call: Call, result: Result, attempt: Attempt) -> Again | None:
         """What follows an attempt, if not the outcome."""
         if call.cancelled or call.refused or not call.decided.is_set():
             return None
         if call.plan.shape.kept:  # what it began with is not there any more
             return None
         again = call.retries.after(
-            result.outcome, call.plan, call.invocation.retried, handed_over=handed_over
+            result.outcome,
+            call.plan,
+            call.invocation.retried,
+            handed_over=attempt.handed_over,
+            signalled=attempt.signalled,
         )
-        if again is None or self.draining:
+        if again is None or (self.draining and call.tied):
             return None
         if call.deadline is not None and time.monotonic() + again.pause / 1e6 >= call.deadline.at:
             return None

@@ -211,6 +211,26 @@ def test_options_of_one_call_are_refused_with_a_sentence(
     assert word in done.stderr.decode()
 
 
+def test_a_key_of_another_request_is_told_with_both_values(daemon: Daemon, tmp_path: Path) -> None:
+    first, other = (
+        {"argv": ["echo", word], "key": "told of in a batch", "env": {"A": word}} for word in ("one", "two")
+    )
+    status, _, said = command_line(daemon, "--batch", file_of(tmp_path, first), "--priority", "1")
+    assert (status, said) == (0, "")
+    file = file_of(tmp_path, first | {"priority": 1}, other | {"priority": 2})
+    status, found, said = command_line(daemon, "--batch", file, "--priority", "-7")
+    assert (status, found[0]["invocation"]["outcome"]["cause"]) == (125, "exited")
+    assert found[1]["problem"]["code"] == "key_conflict"
+    assert said.splitlines() == [
+        (
+            "run-in-sandbox: line 2: this key was used before with another request: they differ in "
+            "argv, env.A, priority"
+        ),
+        'run-in-sandbox: argv was ["echo", "one"], and is ["echo", "two"]',
+        "run-in-sandbox: priority was 1, and is 2",
+    ]
+
+
 def test_problems_name_their_line(daemon: Daemon, tmp_path: Path) -> None:
     bad = {"argv": ["true"], "nosuch": 1}
     file = file_of(tmp_path, "\n", {"argv": ["true"]}, "\n \n", bad, "7\n", bad, bad, bad)

@@ -200,6 +200,28 @@ def test_a_conflict_says_what_differs_and_never_a_secret(daemon: Daemon) -> None
     assert caught.value.details["id"] == first.id
 
 
+def test_a_conflict_says_both_values_on_the_command_line(daemon: Daemon) -> None:
+    def run(*options: str, stdin: bytes = b"") -> tuple[int, list[str]]:
+        done = daemon.cli("--key", "said at a terminal", *options, stdin=stdin)
+        return done.returncode, done.stderr.decode().splitlines()
+
+    first = ["--env", "TOKEN=hush-1", "--timeout", "5s", "--", "echo", "one"]
+    assert run(*first) == run(*first) == (0, [])
+    status, lines = run(
+        "--env", "TOKEN=hush-2", "-i", "--priority", "2", "--", "echo", "\x1b]0;x\x07", stdin=b"hush"
+    )
+    assert status == 125
+    assert lines == [
+        (
+            "run-in-sandbox: this key was used before with another request: they differ in "
+            "argv, env.TOKEN, limits.wall, priority, stdin"
+        ),
+        r'run-in-sandbox: argv was ["echo", "one"], and is ["echo", "\u001b]0;x\u0007"]',
+        "run-in-sandbox: limits.wall was 5s, and is not given",
+        "run-in-sandbox: priority was not given, and is 2",
+    ]
+
+
 def test_the_journal_is_for_the_daemon_alone(daemon: Daemon) -> None:
     daemon.run("true", env={"TOKEN": "hush"})
     for file in daemon.state.glob("journal.sqlite3*"):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sandboxd import canonical, errors
 from sandboxd.models import Bytes, Input, Narrowing, Request
-from sandboxd.plan import ImageRef, Mount, Plan, make_plan, make_shape
+from sandboxd.narrowing import make_plan
+from sandboxd.plan import ImageRef, Mount, Plan, make_shape
 from sandboxd.policy import load_policies, shipped_policies
 
 if TYPE_CHECKING:

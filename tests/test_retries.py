@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 from daemons import slots_of, until
+from retried import EATER, NETWORK, began, cause, policy, written
 
 from sandboxd import errors
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from daemons import Daemon
 
-    from sandboxd import Client
     from sandboxd.models import Invocation
 
 PATIENT = "retry: {failed: 2, backoff: 100ms..200ms}\n"
@@ -29,28 +29,6 @@ MEMORY = (
     "limits: {memory: 64MiB, workspace: {size: 16MiB}, tmp: {size: 16MiB}}\n"
     "retry: {memory: {times: 1, raise: {memory: 256MiB}}, backoff: 50ms..50ms}\n"
 )
-NETWORK = "network: {allow: [{host: a.example, ports: [443]}]}\n"
-EATER = "x=$(head -c 100M /dev/zero | tr '\\0' a); echo ${#x}"
-
-
-def policy(daemon: Daemon, name: str, text: str) -> str:
-    (daemon.policies / f"{name}.yaml").write_text(f"version: 1\nname: {name}\nextends: default\n{text}")
-    until(lambda: name in [each.name for each in daemon.client().policies()], "the policy is loaded")
-    return name
-
-
-def cause(found: Invocation) -> str:
-    assert found.outcome is not None
-    return found.outcome.cause
-
-
-def began(client: Client, id_: str, attempt: int = 1) -> None:
-    until(lambda: (found := client.get(id_)).state == "running" and found.attempts == attempt, "it runs")
-
-
-def written(client: Client, id_: str, size: int) -> bool:
-    stdout = client.get(id_).stdout
-    return stdout is not None and stdout.size == size
 
 
 def kill_container(daemon: Daemon) -> None:

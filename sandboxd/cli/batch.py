@@ -45,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
                 problems += 1
                 if problems <= SHOWN:
                     say(visible(problem["detail"]))
+                    for said in _told(problem):
+                        say(said)
             print_json({"index": index, "line": line} | found | {"index": index})
             status = max(status, _status(found))
     except errors.SandboxdError as error:
@@ -85,6 +87,15 @@ def _results(
         if not left:
             return
         patience.wait(cut, say)
+
+
+def _told(problem: dict[str, Any]) -> list[str]:
+    """In what a request differs from the one that its key stands for, if that is the problem."""
+    if problem.get("code") != errors.KeyConflict.code or not isinstance(problem.get("details"), dict):
+        return []
+    from sandboxd.cli import conflict  # noqa: PLC0415 - only then
+
+    return conflict.told(problem["details"])
 
 
 def _numbered(found: dict[str, Any]) -> tuple[int, str | None]:

@@ -157,7 +157,8 @@ def explain(
 
 def _explained(policy: Policy, argv: Sequence[str]) -> list[dict[str, Any]]:
     from sandboxd.models import Request  # noqa: PLC0415 - only when files are read here
-    from sandboxd.plan import ImageRef, make_plan, make_shape  # noqa: PLC0415 - same
+    from sandboxd.narrowing import make_plan  # noqa: PLC0415 - same
+    from sandboxd.plan import ImageRef, make_shape  # noqa: PLC0415 - same
     from sandboxd.policy import explain  # noqa: PLC0415 - same
 
     if not argv:

@@ -182,7 +182,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What the options say of a request, its command and its content aside. Raises InvalidRequest."""
     document: dict[str, Any] = {
         name: getattr(options, name)
-        for name in ("policy", "session", "cwd", "deadline")
+        for name in ("policy", "session", "cwd", "deadline", "priority")
         if getattr(options, name) is not None
     }
     if options.callback is not None:
@@ -258,6 +258,11 @@ def fail(error: errors.SandboxdError, *, as_json: bool) -> int:
     """Say what we failed at; the status is 125 whatever it is."""
     for line in usage.visible(str(error)).split("\\n")[:8]:
         say(line)
+    if isinstance(error, errors.KeyConflict):
+        from sandboxd.cli import conflict  # noqa: PLC0415 - only then
+
+        for line in conflict.told(error.details):
+            say(line)
     if as_json:
         print_json(problem(error))
     return OURS

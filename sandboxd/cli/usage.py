@@ -61,6 +61,9 @@ ONE_CALL = {
 # C0 and C1 controls, and what reorders or hides text; a backslash is left, so that plain paths stay plain.
 _HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 _NUMBER = re.compile(r"\d+(\.\d+)?")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,9}")
+PRIORITIES = range(-10, 11)
+"""Those that a request may have: ``models.Request`` has them too, and takes long to import."""
 
 
 def visible(text: str, most: int = 2000) -> str:
@@ -112,6 +115,14 @@ def _size(text: str) -> str:
     return f"{text}B" if text.isdecimal() else text
 
 
+def _priority(text: str) -> int:
+    if not _INTEGER.fullmatch(text) or int(text) not in PRIORITIES:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is not a whole number from {PRIORITIES[0]} to {PRIORITIES[-1]}"
+        )
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser; every option has a help text, which a test holds."""
     parser = _Parser(
@@ -159,6 +170,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="C",
         help="whom to tell of its end: a program of the configuration by name, or a socket by its path",
     )
+    add(
+        "--priority",
+        metavar="N",
+        type=_priority,
+        help="-10 to 10 (default: 0): which of your calls that wait goes first; others' are not passed",
+    )
     add("--label", metavar="K=V", type=_pair, action="append", default=[],
         help="a label to find the call by; may be repeated")  # fmt: skip
     add(
@@ -171,7 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="run the requests of FILE (- for standard input), one JSON object a line, and print what came "
         "of each, one a line, as it ends; --policy, --session, --timeout, --deadline, --memory, --cwd, "
-        "--callback, --env and --label are for each that does not say so itself",
+        "--callback, --priority, --env and --label are for each that does not say so itself",
     )
     add("--parallel", metavar="N", type=int, help="with --batch: so many at the same time (default: 8)")
     add("--socket", metavar="S", help="the daemon's socket")

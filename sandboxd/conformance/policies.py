@@ -111,6 +111,16 @@ network: {allow: [{host: "*.conformance.test", ports: [$port]}]}
 extends: conformance-plain
 retry: {backoff: 50ms..50ms, memory: {times: 1, raise: {memory: 256MiB}}}
 """,
+    "again": """
+extends: conformance-plain
+limits: {stdout: {size: 16KiB, on_limit: kill}}
+artifacts: [{path: "out/*"}]
+retry:
+  backoff: 20ms..20ms
+  exited: {times: 2, codes: [75]}
+  signalled: {signals: [SIGSEGV]}
+  output: {raise: {stdout: 64KiB}}
+""",
     "exposed": "extends: conformance-python\nexpose: [8080, 8081]\n",
     "exposed-network": "extends: conformance-network\nexpose: [8080, 8081]\n",
     "if-success": "extends: conformance-python\ncommit: success\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sandboxd.conformance.subject import Subject
-    from sandboxd.models import BatchResult
+    from sandboxd.models import BatchResult, Invocation
 
 MIB = 2**20
 # what it writes before it needs more than it has says whether it began anew
@@ -50,6 +51,68 @@ def test_another_attempt_has_what_was_raised_and_starts_from_the_same_inputs(sub
 def test_what_the_request_lowered_is_not_raised(subject: Subject) -> None:
     found = subject.run("sh", "-c", EATS, policy="patient", inputs={"in": ""}, limits={"memory": "64MiB"})
     assert (outcome(found).cause, found.attempts) == ("memory", 1)
+
+
+# what an attempt before it left would be seen
+ANEW = "[ -e seen ] && echo dirty; mkdir -p out; echo $$ > out/pid; touch seen; cat in; "
+ENDS = {
+    "a status that is named": (f"{ANEW} exit 75", "in\nin\nin\n", [75, 75], []),
+    "another status": (f"{ANEW} exit 76", "in\n", [], []),
+    "a success": (f"{ANEW} exit 0", "in\n", [], []),
+    "a signal that is named": (f"{ANEW} kill -SEGV $$; sleep 60", "in\nin\n", [], ["SIGSEGV"]),
+    "another signal": (f"{ANEW} kill -TERM $$; sleep 60", "in\n", [], []),
+}
+
+
+@pytest.mark.parametrize("what", ENDS)
+def test_ends_of_the_tools_own_are_tried_again_where_the_policy_names_them(
+    subject: Subject, what: str
+) -> None:
+    script, written, codes, signals = ENDS[what]
+    session = subject.client.create_session()
+    subject.run("sh", "-c", "echo in > in", session=session.id)
+    found = subject.run("sh", "-c", script, policy="again", session=session.id)
+    assert text(found) == written
+    assert [each.exit_code for each in found.retried if each.cause == "exited"] == codes
+    assert [each.signal_name for each in found.retried if each.cause == "signalled"] == signals
+    assert found.attempts == len(found.retried) + 1
+    assert [each.path for each in found.artifacts] == ["out/pid"]  # once, of the last
+    left = subject.client.session_files(session.id)
+    kept = outcome(found).cause == "exited"
+    assert ("seen" in [each.path for each in left.files]) is kept
+    history = subject.client.checkpoints(session.id)
+    assert len(history.checkpoints) == (3 if kept else 2)
+    subject.client.delete_session(session.id)
+
+
+def test_output_over_its_limit_is_tried_again_with_more(subject: Subject) -> None:
+    found = subject.run("sh", "-c", "head -c 40000 /dev/zero; sleep 1", policy="again")
+    assert (outcome(found).cause, found.attempts) == ("exited", 2)
+    [failed] = found.retried
+    assert (failed.cause, failed.stdout, failed.raised) == ("output", 16384, {"stdout": 65536})
+    assert found.stdout is not None
+    assert found.stdout.size == 16384 + 40000
+    found = subject.run("sh", "-c", "head -c 100000 /dev/zero; sleep 60", policy="again")
+    assert (outcome(found).cause, found.attempts) == ("output", 2)
+    lowered = subject.run(
+        "sh", "-c", "head -c 40000 /dev/zero; sleep 60", policy="again", limits={"stdout": "8KiB"}
+    )
+    assert (outcome(lowered).cause, lowered.attempts) == ("output", 1)
+
+
+def is_up(subject: Subject, call: Invocation) -> bool:
+    stdout = subject.client.get(call.id).stdout
+    return stdout is not None and stdout.size == len("up\n")
+
+
+def test_a_signal_that_the_caller_sent_is_not_tried_again(subject: Subject) -> None:
+    script = "trap 'exit 75' TERM; echo up; while :; do sleep 0.1; done"
+    for sent, cause in (("SIGTERM", "exited"), ("SIGSEGV", "signalled")):
+        call = subject.start("sh", "-c", script, policy="again")
+        subject.until(partial(is_up, subject, call), "it is up")
+        subject.client.signal(call.id, sent)
+        found = subject.wait(call)
+        assert (outcome(found).cause, found.attempts) == (cause, 1)
 
 
 def test_a_batch_answers_each(subject: Subject) -> None:

@@ -146,7 +146,7 @@ def _retried(invocation: models.Invocation) -> dict[str, Any]:
     """The attempts before the last, where there were any."""
     if not invocation.retried:
         return {}
-    shown = {"number", "started", "ended", "cause", "error", "plan", "raised"}
+    shown = {"number", "started", "ended", "cause", "exit_code", "signal", "error", "plan", "raised"}
     found = [each.model_dump(mode="json", include=shown, exclude_none=True) for each in invocation.retried]
     return {"retried": _exact(found)}
 

@@ -20,6 +20,9 @@ class FailedAttempt(Wire):
     ended: int
     cause: Cause
     message: str
+    exit_code: int | None = None
+    signal: int | None = None
+    signal_name: str | None = None
     error: Failure | None = None
     plan: str
     """Digest of the plan that it ran by."""

@@ -8,12 +8,13 @@ the line that declares it.
 from __future__ import annotations
 
 from functools import lru_cache
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from sandboxd import units
 from sandboxd.policy import paths
 from sandboxd.policy.fixed import DEFAULT_ENV
-from sandboxd.policy.schema import OWN_CAUSES
+from sandboxd.policy.retry import OWN_CAUSES
 from sandboxd.policy.source import MAX_PROBLEMS
 from sandboxd.reach import DNS_PORT
 
@@ -216,6 +217,11 @@ def _repeated(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
         "artifacts": [artifact.path for artifact in spec.artifacts],
         "expose": [str(port) for port in spec.expose],
     }
+    exited, signalled = (None, None) if spec.retry is None else (spec.retry.exited, spec.retry.signalled)
+    if exited is not None:
+        names["retry.exited.codes"] = [str(code) for code in exited.codes]
+    if signalled is not None:
+        names["retry.signalled.signals"] = list(signalled.signals or ())
     for section, listed in names.items():
         for number, name in enumerate(listed):
             items = (f"{section}.{number}", f"{section}.{listed.index(name)}")
@@ -250,22 +256,28 @@ def _retry(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:
                 "true, which says that this does no harm"
             )
             yield places.problem(f"retry.{cause}", IMPOSSIBLE, said)
-        for name, show in RAISES.items():
-            value, limit = getattr(own.raise_, name), getattr(spec.limits, name)
-            if value is None or not places.sure(f"limits.{name}", "retry"):
+        for name, (path, show) in RAISES.items():
+            value, limit = getattr(own.raise_, name), attrgetter(path)(spec.limits)
+            if value is None or not places.sure(f"limits.{path}", "retry"):
                 continue
             if limit is None or value <= limit:
                 has = "there is no such limit" if limit is None else f"the limit is {show(limit)} already"
                 said = f"raise: {name} {show(value)} raises nothing: {has}"
                 yield places.problem(f"retry.{cause}.raise.{name}", IMPOSSIBLE, said)
+    kills = "kill" in {spec.limits.stdout.on_limit, spec.limits.stderr.on_limit}
+    if retry.output is not None and not kills and places.sure("limits.stdout", "limits.stderr", "retry"):
+        said = "output beyond a limit ends no call here, it is cut: write on_limit: kill, or leave this out"
+        yield places.problem("retry.output", IMPOSSIBLE, said)
 
 
-RAISES: dict[str, Callable[[int], str]] = {
-    "memory": units.format_size,
-    "wall": units.format_duration,
-    "cpu_time": units.format_duration,
+RAISES: dict[str, tuple[str, Callable[[int], str]]] = {
+    "memory": ("memory", units.format_size),
+    "wall": ("wall", units.format_duration),
+    "cpu_time": ("cpu_time", units.format_duration),
+    "stdout": ("stdout.size", units.format_size),
+    "stderr": ("stderr.size", units.format_size),
 }
-"""Limits that a retry may raise, and how a person reads them."""
+"""Limits that a retry may raise: the path of each under ``limits``, and how a person reads it."""
 
 
 def _shared(spec: PolicyFile, places: Places) -> Iterator[PolicyProblem]:

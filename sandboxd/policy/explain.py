@@ -21,8 +21,8 @@ from sandboxd.policy.fixed import (
     shm_size,
 )
 from sandboxd.policy.floor import FORMATS, limit
+from sandboxd.policy.retry import OWN_CAUSES
 from sandboxd.policy.rules import network_rules
-from sandboxd.policy.schema import OWN_CAUSES
 from sandboxd.policy.source import BUILT_IN, Origin
 from sandboxd.policy.trust import TRUSTED, looks_inside, trust_env
 
@@ -304,16 +304,10 @@ def _retry(policy: Policy) -> Iterator[dict[str, Any]]:
         own = retry.of(cause)
         if own is None:
             continue
-        values = {name: getattr(own.raise_, name) for name in RAISES}
-        raised = ", ".join(
-            f"{name} {RAISES[name](value)}" for name, value in values.items() if value is not None
-        )
-        yield _line(
-            f"retry.{cause}",
-            f"{own.times} times",
-            _retry_origin(policy, cause),
-            raised and f"then with {raised}",
-        )
+        values = ((name, show, getattr(own.raise_, name)) for name, (_, show) in RAISES.items())
+        raised = ", ".join(f"{name} {show(value)}" for name, show, value in values if value is not None)
+        said = ", ".join(filter(None, [own.said, raised and f"then with {raised}"]))
+        yield _line(f"retry.{cause}", f"{own.times} times", _retry_origin(policy, cause), said)
 
 
 def _retry_origin(policy: Policy, key: str) -> Origin:

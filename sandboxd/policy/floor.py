@@ -15,7 +15,8 @@ from sandboxd.policy import paths
 from sandboxd.policy.checks import RAISES, check_network, check_syscalls
 from sandboxd.policy.diagnosis import validate
 from sandboxd.policy.resolved import Places
-from sandboxd.policy.schema import OWN_CAUSES, FloorFile, Limits
+from sandboxd.policy.retry import OWN_CAUSES
+from sandboxd.policy.schema import FloorFile, Limits
 from sandboxd.policy.source import Entry, MappingNode, Origin, SequenceNode
 
 if TYPE_CHECKING:
@@ -184,11 +185,11 @@ class Floor:
         ceilings = {path: ceiling for path, _, ceiling in self._limits(spec)}
         for cause in OWN_CAUSES:
             own = None if spec.retry is None else spec.retry.of(cause)
-            for name, show in RAISES.items():
+            for name, (limited, show) in RAISES.items():
                 value = None if own is None else getattr(own.raise_, name)
                 path = f"retry.{cause}.raise.{name}"
-                if value is not None and value > ceilings.get(name, value) and places.sure(path):
-                    yield wider(path, show(value), show(ceilings[name]), f"limits.{name}")
+                if value is not None and value > ceilings.get(limited, value) and places.sure(path):
+                    yield wider(path, show(value), show(ceilings[limited]), f"limits.{limited}")
 
     def _wider_network(
         self, network: Network | None, places: Places, wider: Callable[..., PolicyProblem]

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from sandboxd import units
 from sandboxd.policy import paths
 from sandboxd.policy.network import Network  # noqa: TC001, pydantic reads it at run time
-from sandboxd.policy.quantities import NUMBER, Count, Cpus, Duration, Memory, Rate, Size, SizeText, between
+from sandboxd.policy.quantities import Count, Cpus, Duration, Memory, Rate, Size, SizeText, between
+from sandboxd.policy.retry import Retry
 from sandboxd.policy.section import Section
 
 __all__ = [
@@ -236,74 +236,6 @@ class Artifact(Section):
         if not (self.type or self.count or self.secrets == "deny"):
             return (self.path, self.max_size)
         return (self.path, self.max_size, self.type, self.count, self.secrets)
-
-
-class Raise(Section):
-    """Limits of the next attempt."""
-
-    memory: Memory | None = None
-    wall: Duration | None = None
-    cpu_time: Duration | None = None
-
-
-class RetryCause(Section):
-    """How often a call that ended by its own fault is run again."""
-
-    times: Annotated[int, Field(ge=1, le=100)] = 1
-    raise_: Annotated[Raise, Field(alias="raise")] = Raise()
-    """Limits that the next attempt gets."""
-
-
-_PAUSE = rf"{NUMBER}(us|ms|s|m|h)\.\.{NUMBER}(us|ms|s|m|h)"
-MAX_PAUSE = 3600 * 10**6  # microseconds
-
-
-def _range(value: str) -> str:
-    low, high = map(units.parse_duration, value.split(".."))
-    if not 0 < low <= high <= MAX_PAUSE:
-        raise ValueError(f"{value!r} is not a range from a shorter to a longer pause of at most 1h")
-    return value
-
-
-Pause = Annotated[str, _matches(_PAUSE, "a range such as 1s..30s"), AfterValidator(_range)]
-Fault = Literal["failed", "engine", "host", "interrupted", "control_not_enforced", "internal",
-                "secrets_unavailable"]  # fmt: skip
-
-
-class Retry(Section):
-    """Which causes are tried again, each attempt from the same checkpoint."""
-
-    failed: Annotated[int, Field(ge=0, le=100)] = 0
-    """How often a fault of ours is tried again."""
-    backoff: Pause = "1s..30s"
-    """The first and the longest pause between attempts."""
-    on: Annotated[tuple[Fault, ...], Field(max_length=16)] = ("engine", "host", "interrupted")
-    """Which faults of ours, by code; failed stands for all of them."""
-    safe: bool = False
-    """True says that running the call twice does no harm, also with a network."""
-    memory: RetryCause | None = None
-    """A call that needed more memory than it had."""
-    wall_time: RetryCause | None = None
-    """A call that ran for longer than limits.wall."""
-    cpu_time: RetryCause | None = None
-    """A call that used more than limits.cpu_time."""
-
-    def covers(self, code: str) -> bool:
-        """Whether a fault of ours of this code is tried again."""
-        return code in self.on or "failed" in self.on
-
-    def of(self, cause: str) -> RetryCause | None:
-        """What is said of a cause that is the tool's own."""
-        found: RetryCause | None = getattr(self, cause, None) if cause in OWN_CAUSES else None
-        return found
-
-    def pause(self, before: int) -> int:
-        """Microseconds until the next attempt, after so many that were followed by one: doubled each time."""
-        low, high = map(units.parse_duration, self.backoff.split(".."))
-        return int(min(high, low * 2 ** min(before, 32)))
-
-
-OWN_CAUSES = ("memory", "wall_time", "cpu_time")
 
 
 Program = Annotated[str, _matches(r"/?[A-Za-z0-9_.+-]+(/[A-Za-z0-9_.+-]+)*", "the name of a program")]

@@ -112,6 +112,8 @@ class Attempt:
         self._slot: Slot | None = None
         self._handed_over = 0.0
         self._running = False
+        self.signalled = False
+        """Whether somebody sent a signal to the command."""
         self._stdin = stdin
         self._stack = AsyncExitStack()
         self._container = AsyncExitStack()
@@ -137,6 +139,7 @@ class Attempt:
         """Send a signal to the tool's process group. Raises StateConflict when nothing runs."""
         if self._slot is None or not self._running or self._watch.ending is not None:
             raise errors.StateConflict("the call is not running; a signal needs a running command")
+        self.signalled = True
         await self._slot.control.signal(number)
 
     async def run(self) -> Result:

@@ -12,7 +12,8 @@ from daemons import PATIENCE
 from sandboxd import canonical, errors
 from sandboxd.api import body
 from sandboxd.models import Input, Request
-from sandboxd.plan import MAX_COMMAND, ImageRef, Plan, make_plan, make_shape
+from sandboxd.narrowing import MAX_COMMAND, make_plan
+from sandboxd.plan import ImageRef, Plan, make_shape
 from sandboxd.policy import load_policies, shipped_policies
 
 if TYPE_CHECKING:

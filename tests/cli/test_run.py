@@ -20,7 +20,7 @@ import pytest
 from api_server import ID, Exchange, event, invocation, output
 
 from sandboxd import models
-from sandboxd.cli import usage
+from sandboxd.cli import conflict, usage
 from sandboxd.cli.verdict import exit_status, explain
 
 if TYPE_CHECKING:
@@ -73,7 +73,9 @@ def test_the_request(api: ApiServer, tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "g").write_text("deep")
     api.events(*ended())
-    options = "--policy p --session s --key k --timeout 2 --deadline 1.5s --memory 64MiB --cwd /tmp"
+    options = (
+        "--policy p --session s --key k --timeout 2 --deadline 1.5s --memory 64MiB --cwd /tmp --priority -3"
+    )
     pairs = ["--env", "A=1=2", "--env", "B=", "--label", "x=y"]
     found = run(
         api,
@@ -98,6 +100,7 @@ def test_the_request(api: ApiServer, tmp_path: Path) -> None:
     assert sent == {
         "argv": ["a", "--json", "", {"base64": "/w=="}],
         "policy": "p", "session": "s", "key": "k", "deadline": "1.5s", "cwd": "/tmp",
+        "priority": -3,
         "limits": {"wall": "2s", "memory": "64MiB"},
         "env": {"A": "1=2", "B": ""}, "labels": {"x": "y"}, "stdin": "none",
         "inputs": [{"path": "in/f", "content": {"text": "content"}, "mode": 0o644}],
@@ -207,6 +210,84 @@ def test_a_wrong_command_line_is_125(arguments: list[str]) -> None:
     found = run(None, *arguments)
     assert (found.returncode, found.stdout) == (125, b"")
     assert found.stderr.count(b"\n") == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["11", "-11", "1.5", "high", "", "1e1", "0x1", "\N{ARABIC-INDIC DIGIT ONE}", " 1", "1_0", "9" * 5000],
+)
+def test_a_priority_that_no_request_may_have_is_sent_to_nobody(api: ApiServer, text: str) -> None:
+    found = run(api, "--priority", text, "--", "x")
+    assert (found.returncode, found.stdout) == (125, b"")
+    assert b"is not a whole number from -10 to 10" in found.stderr or b"expected one argument" in found.stderr
+    assert not api.requests
+
+
+def test_priorities_are_those_of_requests() -> None:
+    for number in usage.PRIORITIES:
+        models.Request.model_validate({"argv": ["x"], "priority": number})
+        for form in (f"{number}", f"{number:+}"):
+            for arguments in (["--priority", form], [f"--priority={form}"]):
+                assert usage.parse([*arguments, "--", "x"]).priority == number
+    for number in (usage.PRIORITIES[0] - 1, usage.PRIORITIES[-1] + 1):
+        with pytest.raises(ValueError, match="priority"):
+            models.Request.model_validate({"argv": ["x"], "priority": number})
+
+
+DIFFERS = [
+    {"field": "argv", "before": ["echo", "a\x1b[2J\u202e"], "now": ["echo", "b"]},
+    {"field": "env.TOKEN"},
+    {"field": "labels.\x07", "before": None, "now": "x"},
+    {"field": "limits.memory", "before": 64 * 2**20, "now": None},
+    {"field": "limits.wall", "before": 1_000_000, "now": 1_500_000},
+    {"field": "priority", "before": 0, "now": 3},
+]
+
+
+def test_a_key_conflict_says_both_values_where_they_are_told(api: ApiServer) -> None:
+    details: dict[str, Any] = {"differs": DIFFERS, "id": ID}
+    api.on(
+        "POST",
+        "invocations",
+        lambda one: one.problem(409, "key_conflict", "used before: they differ in argv", **details),
+    )
+    found = run(api, "--key", "k", "--", "x")
+    assert (found.returncode, found.stdout) == (125, b"")
+    said = [line.removeprefix("run-in-sandbox: ") for line in found.stderr.decode().splitlines()]
+    assert said == [
+        "used before: they differ in argv",
+        r'argv was ["echo", "a\u001b[2J\u202e"], and is ["echo", "b"]',
+        r'labels.\x07 was not given, and is "x"',
+        "limits.memory was 64MiB, and is not given",
+        "limits.wall was 1s, and is 1500ms",
+        "priority was 0, and is 3",
+    ]
+    found = run(api, "--json", "--key", "k", "--", "x")
+    assert json.loads(found.stdout)["details"]["differs"] == DIFFERS
+
+
+@pytest.mark.parametrize(
+    "differs",
+    [
+        None,
+        "argv",
+        {"field": "argv"},
+        [None, 7, "argv", [], {}, {"field": 7, "before": 1, "now": 2}, {"field": "x", "before": 1}],
+    ],
+)
+def test_a_key_conflict_that_says_nothing_sensible_is_told_without(api: ApiServer, differs: Any) -> None:
+    api.on("POST", "invocations", lambda one: one.problem(409, "key_conflict", "used", differs=differs))
+    assert run(api, "--key", "k", "--", "x").stderr == b"run-in-sandbox: used\n"
+
+
+def test_a_key_conflict_is_told_in_few_and_short_lines() -> None:
+    many = [
+        {"field": f"{n}" + "f" * 5000, "before": "b" * 5000, "now": {"x": ["n" * 5000]}} for n in range(20)
+    ]
+    lines = conflict.told({"differs": many})
+    assert len(lines) == 7
+    assert lines[-1] == "and 14 more; --json has them"
+    assert max(map(len, lines)) < 700
 
 
 def test_a_cut_stream_goes_on_from_the_last_event(api: ApiServer) -> None:

@@ -27,6 +27,7 @@ from sandboxd.plan import ImageRef, make_shape
 from sandboxd.policy import load_policies, shipped_policies
 from sandboxd.policy.floor import FORMATS
 from sandboxd.policy.network import Network
+from sandboxd.policy.retry import Raise, Retry
 from sandboxd.policy.schema import FloorFile, PolicyFile
 from sandboxd.policy.trust import BUNDLES, TRUSTED, VARIABLES
 from sandboxd.supervisor.ending import Ended, Ending, Evidence, Stopped, limits_reached
@@ -124,6 +125,13 @@ def test_every_key_of_the_configuration_is_documented_with_its_default() -> None
     found = {code(row[0])[0]: row[1] for row in CONFIGURATION.rows("key")}
     assert found.pop("callers") == "see below"
     assert found == wanted
+
+
+def test_every_key_of_a_retry_is_documented() -> None:
+    rows = POLICIES.rows("in `retry`")
+    assert sorted(key for row in rows for key in code(row[0])) == sorted(Retry.model_fields)
+    (raised,) = re.findall(r"`raise: \{([^}]*)\}`", POLICIES.section("## Retries"))
+    assert raised.split(", ") == list(Raise.model_fields)
 
 
 def test_every_key_of_a_recipe_is_documented() -> None:

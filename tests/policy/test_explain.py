@@ -9,7 +9,8 @@ from pages import code, page
 
 from sandboxd.engine import bundle, oci
 from sandboxd.models import Bytes, Narrowing, Request
-from sandboxd.plan import ImageRef, make_plan, make_shape
+from sandboxd.narrowing import make_plan
+from sandboxd.plan import ImageRef, make_shape
 from sandboxd.policy import explain, fixed, load_policies, shipped_policies
 from sandboxd.policy.filesystem import DEVICES
 from sandboxd.policy.floor import FORMATS
@@ -126,6 +127,32 @@ def test_what_follows_another_value_has_the_line_of_that(folder: Any) -> None:
     assert (found["process.group"]["value"], found["process.group"]["note"]) == ("8", "")
     assert found["mounts.0"]["line"] == 6
     assert "mounts" not in found
+
+
+def test_ends_that_are_tried_again_have_their_line(folder: Any) -> None:
+    folder.write(
+        "p",
+        "limits: {stdout: {size: 1MiB, on_limit: kill}}\n"
+        "retry:\n"
+        "  exited: {times: 2, codes: [69, 75], raise: {memory: 1GiB, wall: 2m}}\n"
+        "  signalled: {}\n"
+        "  output: {raise: {stdout: 2MiB}}\n"
+        "  memory: {times: 3}\n",
+    )
+    folder.write("q", "extends: p\nretry: {signalled: {times: 4, signals: [SIGSEGV, SIGBUS]}}\n")
+    loaded = folder.load()
+    found = {name: line for name, line in rows(loaded.get("p")).items() if name.startswith("retry.")}
+    said = {name: (line["value"], line["line"], line["note"]) for name, line in found.items()}
+    del said["retry.failed"]
+    assert said == {
+        "retry.exited": ("2 times", 5, "for status 69, 75, then with memory 1GiB, wall 2m"),
+        "retry.signalled": ("1 times", 6, "for any signal"),
+        "retry.output": ("1 times", 7, "then with stdout 2MiB"),
+        "retry.memory": ("3 times", 8, ""),
+    }
+    child = rows(loaded.get("q"))["retry.signalled"]
+    assert (child["value"], child["note"]) == ("4 times", "for SIGSEGV, SIGBUS")
+    assert child["file"].endswith("q.yaml")
 
 
 ELSEWHERE = {

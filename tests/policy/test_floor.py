@@ -371,6 +371,18 @@ def test_a_floor_bounds_what_a_retry_raises(folder: Any) -> None:
     assert "2GiB is wider than the floor's 1GiB" in problem.message
 
 
+def test_a_floor_bounds_what_a_retry_raises_for_output(folder: Any) -> None:
+    folder.write("floor", "limits: {stdout: 8MiB}\n")
+    kills = "limits: {stdout: {size: 1MiB, on_limit: kill}}\n"
+    folder.write("p", kills + "retry: {output: {raise: {stdout: 8MiB, stderr: 1GiB}}}\n")
+    folder.write("q", kills + "retry:\n  output: {times: 2}\n  exited: {codes: [1], raise: {stdout: 9MiB}}\n")
+    loaded = folder.load()
+    assert loaded.names() == ["p"]
+    (problem,) = loaded.problems
+    assert (problem.code, problem.line) == ("wider_than_floor", 6)
+    assert problem.message.startswith("retry.exited.raise.stdout: 9MiB is wider than the floor's 8MiB")
+
+
 @pytest.mark.parametrize(
     ("budget", "wider"),
     [

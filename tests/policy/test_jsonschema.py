@@ -42,6 +42,12 @@ def test_shipped_policies_are_valid_and_point_to_it() -> None:
         {"mounts": [{"source": "/x"}]},
         {"network": {"mode": "all"}},
         {"retry": "some"},
+        {"retry": {"exited": {"times": 2}}},
+        {"retry": {"exited": {"codes": []}}},
+        {"retry": {"exited": {"codes": [0]}}},
+        {"retry": {"exited": {"codes": [256]}}},
+        {"retry": {"signalled": {"signals": ["SEGV"]}}},
+        {"retry": {"output": {"raise": {"stdout": 5}}}},
         {"process": {"umask": "999"}},
     ],
 )
@@ -61,6 +67,8 @@ def test_what_the_loader_refuses_the_schema_refuses(wrong: dict[str, Any]) -> No
             }
         },
         {"retry": "none"},
+        {"retry": {"exited": {"codes": [1, 255]}, "signalled": {}, "output": {"raise": {"stderr": "2MiB"}}}},
+        {"retry": {"signalled": {"signals": ["SIGSEGV", "SIGBUS"], "times": 3}}},
         {"retry": {"failed": 2, "memory": {"times": 1, "raise": {"memory": "1GiB"}}}},
         {"secrets": [{"name": "TOKEN", "as": "proxy"}]},
     ],

@@ -158,7 +158,31 @@ def test_what_is_wrong_has_its_line(problem_of: Found, text: str, code: str, lin
         ("retry:\n  on: [engin]\n", "bad_value", 4, "engine"),
         ("retry:\n  memory: {raise: {memory: 512MiB}}\n", "impossible", 4, "raises nothing"),
         ("retry:\n  memory:\n    raise: {cpu_time: 9s}\n", "impossible", 5, "there is no such limit"),
-        ("retry:\n  exited: {times: 1}\n", "unknown_key", 4, "exited"),
+        ("retry:\n  exec_failed: {times: 1}\n", "unknown_key", 4, "exec_failed"),
+        ("retry:\n  exited: {times: 1}\n", "missing_key", 4, "'codes' is missing"),
+        ("retry:\n  exited: {codes: []}\n", "bad_value", 4, "at least 1"),
+        ("retry:\n  exited:\n    codes: [75, 0]\n", "bad_value", 5, "0 is a success"),
+        ("retry:\n  exited:\n    codes: [256]\n", "bad_value", 5, "statuses from 1 to 255"),
+        ("retry:\n  exited:\n    codes: [-1]\n", "bad_value", 5, "statuses from 1 to 255"),
+        ("retry:\n  exited:\n    codes: [true]\n", "wrong_type", 5, "whole number"),
+        ("retry:\n  exited:\n    codes: 75\n", "wrong_type", 5, "a list"),
+        ("retry:\n  exited:\n    codes: [75,\n      3, 75]\n", "impossible", 6, "75 is listed before"),
+        ("retry:\n  exited: {codes: [75], signals: [SIGHUP]}\n", "unknown_key", 4, "signals"),
+        ("retry:\n  signalled: {signals: []}\n", "bad_value", 4, "at least 1"),
+        ("retry:\n  signalled:\n    signals: [SEGV]\n", "bad_value", 5, "did you mean 'SIGSEGV'"),
+        ("retry:\n  signalled:\n    signals: [11]\n", "bad_value", 5, "known: SIGHUP"),
+        ("retry:\n  signalled:\n    signals: [SIGCHLD]\n", "bad_value", 5, "not allowed here"),
+        ("retry:\n  signalled: {signals: [SIGBUS, SIGBUS]}\n", "impossible", 4, "SIGBUS is listed before"),
+        ("retry:\n  output: {times: 1}\n", "impossible", 4, "on_limit: kill"),
+        (
+            "limits: {stdout: {size: 1MiB, on_limit: kill}}\nretry:\n  output:\n    raise: {stdout: 1MiB}\n",
+            "impossible", 6, "the limit is 1MiB already",
+        ),
+        ("retry:\n  exited: {codes: [1], raise: {stderr: 1KiB}}\n", "impossible", 4, "raises nothing"),
+        (
+            "network:\n  allow: [{host: a.example, ports: [443]}]\nretry:\n  exited: {codes: [75]}\n",
+            "impossible", 6, "safe: true",
+        ),
         (
             "network:\n  allow: [{host: a.example, ports: [443]}]\nretry:\n  memory: {times: 1}\n",
             "impossible", 6, "safe: true",
@@ -176,6 +200,10 @@ def test_a_retry_that_makes_no_sense_is_refused_at_its_line(
 def test_retries_are_inherited_key_by_key(folder: Any) -> None:
     folder.write("base", "retry: {failed: 3, memory: {times: 1, raise: {memory: 1GiB}}}\n")
     folder.write("p", "extends: base\nretry: {backoff: 2s..4s, memory: !remove }\n")
+    folder.write("q", "extends: r\nretry: {exited: {codes: [!remove 69, 70]}}\n")
+    folder.write("r", "retry: {exited: {times: 2, codes: [69, 75]}, signalled: {signals: [SIGBUS]}}\n")
+    exited = folder.load().get("q").spec.retry.exited
+    assert (exited.times, exited.codes) == (2, (75, 70))
     retry = folder.load().get("p").spec.retry
     assert (retry.failed, retry.backoff, retry.memory) == (3, "2s..4s", None)
     assert [retry.pause(before) for before in range(3)] == [2_000_000, 4_000_000, 4_000_000]
