@@ -29,13 +29,13 @@ def types(daemon: Daemon, kind: str, id_: str, after: int) -> list[str]:
     async def read() -> list[str]:
         with anyio.fail_after(SOON):
             async with await AsyncClient(daemon.socket, reconnect=PATIENT).events(id_, after=after) as events:
-                return [event.type async for event in events]
+                return [str(event.type) async for event in events]
 
     if kind == "async":
         return anyio.run(read)
     began = time.monotonic()
     with Client(daemon.socket, reconnect=PATIENT).events(id_, after=after) as events:
-        found = [event.type for event in events]
+        found = [str(event.type) for event in events]
     assert time.monotonic() - began < SOON
     return found
 
