@@ -68,7 +68,7 @@ def import_layer(
     budget = Budget(limits or ImportLimits())
     try:
         unpacked = _Import(into, below, owner, budget)
-        tar = TarStream(stream, budget)
+        tar = TarStream(stream, budget, marked=True)
         for entry in tar:
             below.effort.step()
             unpacked.add(tar, replace(entry, uid=owner[0], gid=owner[1]) if own else entry)
