@@ -179,6 +179,10 @@ def test_a_file_is_read_in_parts_and_on_conditions(daemon: Daemon, session: Sess
         assert (part.headers["etag"], part.headers["content-length"]) == (etag, str(end - start))
     whole = ask(daemon, "GET", path)
     assert (whole.status, whole.body, whole.headers["accept-ranges"]) == (200, data, "bytes")
+    head = ask(daemon, "HEAD", path, headers={"Range": "bytes=0-0"})
+    assert (head.status, head.body, head.headers["etag"]) == (200, b"", etag)
+    assert head.headers["content-length"] == str(size)
+    assert ask(daemon, "HEAD", f"{path}?checkpoint=root").status == 404
     again = ask(daemon, "GET", path, headers={"If-None-Match": f'"x", W/{etag}'})
     assert (again.status, again.body, again.headers["etag"]) == (304, b"", etag)
     for text in (f"bytes={size}-", f"bytes={10**23}-", f"bytes={10**23}-{10**24}", "bytes=-0"):
