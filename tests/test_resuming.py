@@ -23,18 +23,19 @@ PATIENT = 3 * SOON
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 
 
-def types(daemon: Daemon, kind: str, id_: str, after: int) -> list[str]:
+def types(daemon: Daemon, kind: str, id_: str, after: int, reconnect: float = PATIENT) -> list[str]:
     """What is read of a call's events, within ``SOON``."""
 
     async def read() -> list[str]:
         with anyio.fail_after(SOON):
-            async with await AsyncClient(daemon.socket, reconnect=PATIENT).events(id_, after=after) as events:
+            client = AsyncClient(daemon.socket, reconnect=reconnect)
+            async with await client.events(id_, after=after) as events:
                 return [str(event.type) async for event in events]
 
     if kind == "async":
         return anyio.run(read)
     began = time.monotonic()
-    with Client(daemon.socket, reconnect=PATIENT).events(id_, after=after) as events:
+    with Client(daemon.socket, reconnect=reconnect).events(id_, after=after) as events:
         found = [str(event.type) for event in events]
     assert time.monotonic() - began < SOON
     return found
@@ -47,6 +48,7 @@ def test_who_has_all_events_gets_none(daemon: Daemon, kind: str) -> None:
         last = [event.seq for event in events][-1]
     assert types(daemon, kind, call.id, last) == []
     assert types(daemon, kind, call.id, last + 1000) == []
+    assert types(daemon, kind, call.id, last, reconnect=0) == []  # this looks for no other daemon
     assert types(daemon, kind, call.id, last - 1) == ["ended"]
     assert [event.seq for event in daemon.client().events(call.id, after=last, follow=False)] == []
 

@@ -64,11 +64,21 @@ class Invocations(Exchanges):
         return await self._again(exchange, cut, patience)
 
     async def _again(
-        self, exchange: wire.Exchange, error: errors.SandboxdError, patience: Patience
+        self,
+        exchange: wire.Exchange,
+        error: errors.SandboxdError,
+        patience: Patience,
+        *,
+        at_once: bool = False,
     ) -> AsyncAnswer:
-        """The answer of the next daemon to an exchange. Raises what is not going to pass."""
+        """The answer of the next daemon to an exchange. Raises what is not going to pass.
+
+        ``at_once``: the daemon is there, and is asked without a pause.
+        """
         while True:
-            await anyio.sleep(patience.pause(error))
+            if not at_once:
+                await anyio.sleep(patience.pause(error))
+            at_once = False
             try:
                 return await self._open(exchange)
             except (errors.Unavailable, errors.Draining) as found:
@@ -218,12 +228,14 @@ class Invocations(Exchanges):
                 cut = error
             else:
                 return
+            at_once = False
             if events.is_empty and after == begun:
                 if over:  # it had ended before this was asked, and still nothing came: there is nothing
                     return
-                over = await self._is_over(id)
+                over = at_once = await self._is_over(id)
             try:
-                answer = await self._again(invocations.events(id, after, follow=True), cut, patience)
+                exchange = invocations.events(id, after, follow=True)
+                answer = await self._again(exchange, cut, patience, at_once=at_once)
             except errors.Pruned:
                 yield invocations.last(await self.get(id), after)
                 return

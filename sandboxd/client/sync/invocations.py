@@ -62,11 +62,18 @@ class Invocations(Exchanges):
         error: errors.SandboxdError,
         patience: Patience,
         limit: float | None = None,
+        *,
+        at_once: bool = False,
     ) -> Body:
-        """The answer of the next daemon to an exchange. Raises what is not going to pass."""
+        """The answer of the next daemon to an exchange. Raises what is not going to pass.
+
+        ``at_once``: the daemon is there, and is asked without a pause.
+        """
         until = None if limit is None else time.monotonic() + limit
         while True:
-            time.sleep(patience.pause(error))
+            if not at_once:
+                time.sleep(patience.pause(error))
+            at_once = False
             if until is not None and time.monotonic() >= until:
                 raise wire.timed_out(limit)
             try:
@@ -212,13 +219,14 @@ class Invocations(Exchanges):
             except errors.Unavailable as error:
                 if id is None or error.details.get("reason") != "lost":
                     raise
+                at_once = False
                 if events.is_empty and after == begun:
                     if over:  # it had ended before this was asked, and still nothing came: there is nothing
                         return
-                    over = self._is_over(id)
+                    over = at_once = self._is_over(id)
                 exchange = invocations.events(id, after, follow=True)
                 try:
-                    answer = self._again(exchange, error, patience, stream.limit)
+                    answer = self._again(exchange, error, patience, stream.limit, at_once=at_once)
                 except errors.Pruned:
                     yield invocations.last(self.get(id), after)
                     return
