@@ -315,6 +315,8 @@ class Calls(Recovery):
         async for chunk in chunks:
             await _write(call, offset, chunk)
             offset += len(chunk)  # not where the stream stands: what was sent before may be sent again
+        if offset > call.stdin.offset:  # nothing came, and it is said to belong beyond what is missing
+            await _write(call, offset, b"")
         if eof:
             await call.stdin.finish()
         return call.stdin.offset

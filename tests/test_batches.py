@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from daemons import RUN_IN_SANDBOX, until
 
+from sandboxd import errors
 from sandboxd.client import transport, wire
 
 if TYPE_CHECKING:
@@ -117,6 +118,16 @@ def test_who_leaves_while_it_is_held_back_begins_nothing_more(daemon_factory: Ca
         client.cancel(each)
     time.sleep(2)
     assert len(client.list(limit=100).invocations) == len(blockers)
+
+
+@pytest.mark.parametrize("tied", [[5], [0, 2], [2, 0], [9_999]])
+def test_a_number_that_no_request_has_is_refused(daemon: Daemon, tied: list[int]) -> None:
+    requests = [{"argv": ["true"], "labels": {"of": "nobody"}}] * 2
+    with pytest.raises(errors.InvalidRequest, match="numbered from 0 to 1") as refused:
+        opened(daemon, requests, 2, tied=tied)
+    assert refused.value.details["field"] == "tied"
+    assert daemon.client().list(label="of=nobody").invocations == []
+    assert set(batch(daemon, [{"argv": ["true"]}] * 2, 2, tied=[1, 0, 1])) == {0, 1}
 
 
 def test_a_key_may_be_tied_to_who_asks(daemon: Daemon) -> None:

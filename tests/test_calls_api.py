@@ -237,6 +237,26 @@ def test_stdin_counts_from_the_start_of_the_stream(daemon: Daemon) -> None:
         client.write_stdin(call.id, b"late", offset=8)
 
 
+@pytest.mark.parametrize("eof", [True, False])
+def test_an_empty_write_beyond_a_gap_ends_nothing(daemon: Daemon, eof: bool) -> None:  # noqa: FBT001 - pytest passes it
+    client = daemon.client()
+    call = client.start(["cat"], stdin="stream")
+    for data in (b"", [], [b"", b""]):
+        with pytest.raises(errors.StateConflict) as refused:  # at once, while it may not have started yet
+            client.write_stdin(call.id, data, offset=100, eof=eof)
+        assert refused.value.details["offset"] == 0
+    assert client.write_stdin(call.id, b"abc", eof=False) == 3
+    with pytest.raises(errors.StateConflict) as refused:
+        client.write_stdin(call.id, b"", offset=4, eof=eof)
+    assert refused.value.details["offset"] == 3
+    assert client.write_stdin(call.id, b"", offset=3, eof=False) == 3
+    assert client.write_stdin(call.id, b"def", offset=3, eof=False) == 6  # it is open
+    assert client.write_stdin(call.id, b"", offset=6) == 6
+    done = client.wait(call.id, timeout=20)
+    assert done.stdout is not None
+    assert done.stdout.text == "abcdef"
+
+
 def test_stdin_whose_answer_was_lost_is_told_from_what_came_too_late(
     daemon_factory: Callable[..., Daemon],
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -94,6 +95,23 @@ def made(daemon: Daemon) -> tuple[str, dict[str, str]]:
 def blob(daemon: Daemon, digest: str) -> Path:
     bare = digest.removeprefix("sha256:")
     return daemon.state / "blobs" / "sha256" / bare[:2] / bare
+
+
+def test_the_head_of_an_artifact_says_how_large_it_is(daemon: Daemon) -> None:
+    id_, digests = made(daemon)
+    for name, digest in digests.items():
+        for target in (f"/v1/artifacts/{digest}", f"/v1/invocations/{id_}/artifacts/{name}"):
+            connection = http.client.HTTPConnection("localhost", timeout=20)
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.connect(str(daemon.socket))
+            with contextlib.closing(connection):
+                for _ in range(2):  # the connection goes on
+                    connection.request("HEAD", target)
+                    answer = connection.getresponse()
+                    assert (answer.status, answer.read()) == (200, b"")
+                    found = (answer.headers["content-length"], answer.headers["etag"])
+                    assert found == (str(SIZES[name]), f'"{digest}"')
+    assert Answer(daemon, f"/v1/artifacts/{digests['small']}").is_whole
 
 
 def check_artifact(daemon: Daemon, target: str, name: str, digest: str, how: str) -> None:

@@ -15,7 +15,7 @@ from sandboxd.api.conditions import HEADERS, condition_of, etag_of
 from sandboxd.api.invocations import caller_of, json_response
 from sandboxd.api.openapi import Doc
 from sandboxd.api.queries import Flag, Parameters
-from sandboxd.api.representation import DOCUMENTED, represented
+from sandboxd.api.representation import DOCUMENTED, HEADED, represented
 from sandboxd.api.sessions import session_of
 from sandboxd.api.streams import StreamResponse, until_gone, while_there
 from sandboxd.errors import InvalidRequest, RequestTimeout
@@ -214,6 +214,7 @@ class Files:
             ("GET", one + "/files", self.list,
              Doc("The files of a session", query=FilesQuery, answer=models.FileList)),
             ("GET", file, self.get, Doc("One file", query=FileQuery, **DOCUMENTED)),
+            ("HEAD", file, self.get, Doc("Size and digest of one file", query=FileQuery, **HEADED)),
             ("PUT", file, self.put,
              Doc("Write a file", query=PutQuery, raw_body=True, answer=models.FileWritten,
                  also={201: "it was not there before"}, headers=HEADERS)),

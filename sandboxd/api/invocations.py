@@ -17,7 +17,7 @@ from sandboxd.api import body, queries
 from sandboxd.api.openapi import NDJSON, OCTETS, Doc
 from sandboxd.api.protocol import CALLER
 from sandboxd.api.ranges import cut
-from sandboxd.api.representation import DOCUMENTED, represented
+from sandboxd.api.representation import DOCUMENTED, HEADED, represented
 from sandboxd.api.streams import StreamResponse, begun, until_gone, while_there
 from sandboxd.errors import Draining, HostFailed, NotFound, Refused
 
@@ -290,6 +290,8 @@ class Invocations:
              Doc("What became of a call's callback", answer=models.CallbackState)),
             ("GET", one + "/artifacts", self.artifacts, Doc("The files of a call", answer=listing)),
             ("GET", one + "/artifacts/{path:artifact}", self.artifact, Doc("One file", **DOCUMENTED)),
+            ("HEAD", one + "/artifacts/{path:artifact}", self.artifact,
+             Doc("Size and digest of one file", **HEADED)),
         ]  # fmt: skip
 
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Part", "cut", "part_of"]
 
-_RANGE = re.compile(r"bytes=[ \t]*(\d{0,18})-(\d{0,18})[ \t]*", re.IGNORECASE)
+_RANGE = re.compile(r"bytes=[ \t]*([0-9]*)-([0-9]*)[ \t]*", re.IGNORECASE)
+_DIGITS = 18
+"""Of a place: nothing is as large as that."""
 
 
 class Part(NamedTuple):
@@ -62,16 +64,28 @@ def part_of(request: Request, size: int, etag: str | None) -> Part:
     if not first and not last:
         return whole
     if not first:
-        start, end = max(0, size - int(last)), size
+        start, end = max(0, size - _place(last)), size
     else:
-        start, end = int(first), size if not last else min(size, int(last) + 1)
-        if last and int(last) < int(first):
+        start, end = _place(first), size if not last else min(size, _place(last) + 1)
+        if last and _is_less(last, first):
             return whole  # that is no range
     if start >= end:
         raise RangeNotSatisfiable(
             f"there are {size} bytes, and {given[0][:80]!r} lies outside of them", size=size
         )
     return Part(start, end, size, partial=True)
+
+
+def _place(digits: str) -> int:
+    """A number, and instead of one that is beyond everything one that is too."""
+    digits = digits.lstrip("0")
+    return 10**_DIGITS if len(digits) > _DIGITS else int(digits or "0")
+
+
+def _is_less(one: str, other: str) -> bool:
+    """Whether a number is less, however long it is: Python refuses to read thousands of digits."""
+    one, other = one.lstrip("0"), other.lstrip("0")
+    return (len(one), one) < (len(other), other)
 
 
 async def cut(pieces: AsyncIterator[bytes], length: int) -> AsyncIterator[bytes]:

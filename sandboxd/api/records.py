@@ -14,7 +14,7 @@ from sandboxd import models
 from sandboxd.api import body, queries
 from sandboxd.api.invocations import SMALL, caller_of, id_of, json_response
 from sandboxd.api.openapi import NDJSON, Doc
-from sandboxd.api.representation import DOCUMENTED, represented
+from sandboxd.api.representation import DOCUMENTED, HEADED, represented
 from sandboxd.api.sessions import session_of
 from sandboxd.api.streams import StreamResponse, until_gone, while_there
 from sandboxd.journal.search import Query
@@ -110,6 +110,7 @@ class Records:
             ("GET", "/v1/search", self.search,
              Doc("Search ended calls", query=queries.SearchQuery, answer=models.SearchResults)),
             ("GET", "/v1/artifacts/{digest}", self.artifact, Doc("A content by its digest", **DOCUMENTED)),
+            ("HEAD", "/v1/artifacts/{digest}", self.artifact, Doc("The size of a content", **HEADED)),
             ("GET", "/v1/artifacts/{digest}/lineage", self.lineage,
              Doc("Where a content comes from", answer=models.Lineage)),
             ("POST", "/v1/invocations/{id}/replay", self.replay,

@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from sandboxd.api import conditions
 from sandboxd.api.openapi import OCTETS
-from sandboxd.api.ranges import part_of
+from sandboxd.api.ranges import Part, part_of
 from sandboxd.api.streams import StreamResponse, begun
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-__all__ = ["ATTACHED", "DOCUMENTED", "represented"]
+__all__ = ["ATTACHED", "DOCUMENTED", "HEADED", "represented"]
 
 ATTACHED = {"content-disposition": "attachment"}  # a tool made it: no browser shall render it
 
@@ -31,6 +31,12 @@ DOCUMENTED: dict[str, Any] = {
     ),
 }
 """What the document says of a route that answers so."""
+
+HEADED: dict[str, Any] = {
+    "empty": {304: "It has one of the ETags of If-None-Match"},
+    "headers": conditions.HEADERS,
+}
+"""The same for HEAD."""
 
 
 async def represented(
@@ -48,6 +54,9 @@ async def represented(
     etag = None if digest is None else conditions.etag_of(digest)
     if conditions.is_unchanged(request, digest):
         return Response(status_code=304, headers={} if etag is None else {"etag": etag})
+    if request.method == "HEAD":  # ranges are of GET alone
+        whole = Part(0, size, size, partial=False)
+        return Response(headers=whole.headers(etag) | dict(headers), media_type=OCTETS)
     part = part_of(request, size, etag)
     chosen = await begun(pieces(part.start, part.length))
     return StreamResponse(chosen, OCTETS, status=part.status, headers=part.headers(etag) | dict(headers))

@@ -92,11 +92,16 @@ class Entry:
 
 
 class TarStream:
-    """Iterates over the entries of a stream; ``content`` reads that of the entry at hand."""
+    """Iterates over the entries of a stream; ``content`` reads that of the entry at hand.
 
-    def __init__(self, stream: ByteStream, budget: Budget) -> None:
+    ``marked``: it has to have the mark of its end, two blocks of zeros, without which one that was cut
+    between two entries cannot be told from a whole one.
+    """
+
+    def __init__(self, stream: ByteStream, budget: Budget, *, marked: bool = False) -> None:
         self._stream = stream
         self._budget = budget
+        self._marked = marked
         self._left = 0
         self._padding = 0
 
@@ -150,6 +155,7 @@ class TarStream:
         while left:
             part = self._stream.read(left)
             if not part:
+                self._check_mark()
                 return False
             self._budget.spend(len(part))
             left -= len(part)
@@ -158,9 +164,11 @@ class TarStream:
     def _header(self) -> bytes | None:
         first = self._stream.read(1)
         if not first:
-            return None  # no end mark; common, and harmless between entries
+            self._check_mark()
+            return None  # no end mark; common in images, whose digests say that they are whole
         header = first + self._exactly(BLOCK - 1)
         if header == bytes(BLOCK):
+            self._check_mark()
             return None
         expected = _number(header[148:156], "checksum")
         blank = header[:148] + b" " * 8 + header[156:]
@@ -168,6 +176,18 @@ class TarStream:
         if expected not in {sum(blank), signed}:
             raise ImageInvalid("this is no tar archive, or it is damaged: a header has the wrong checksum")
         return header
+
+    def _check_mark(self) -> None:
+        """What follows the last entry, or a first block of zeros, has to be one if it has to be marked."""
+        last = b""
+        while self._marked and last != bytes(BLOCK):
+            part = self._stream.read(BLOCK - len(last))
+            last += part
+            if not part or any(part):
+                raise ImageInvalid(
+                    "the archive has no mark of its end, two blocks of zeros: it was cut off, or is empty"
+                )
+        self._budget.spend(len(last))
 
     def _extended(self, size: int) -> bytes:
         if size > MAX_EXTENDED:

@@ -9,17 +9,14 @@ leave the workspace; how much may be written is bounded by ``Limits`` and by the
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import io
-import lzma
 import tarfile
-import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING
 
 from sandboxd import errors, units
 from sandboxd.kernel import files
+from sandboxd.kernel.compressed import decompressed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +26,6 @@ __all__ = ["Limits", "check_tar", "unpack_tar"]
 _BLOCK = 512
 _CHUNK = 256 * 1024
 _MAX_EXTENDED = 1 << 20  # pax and GNU long-name headers, each; a path has at most 4 KiB
-_XZ_MEMORY = 128 << 20  # what xz -9 needs to decompress is 65 MiB: xz(1)
 _OVERHEAD = 4 * _BLOCK  # of an entry: its header, its padding, and its share of the extended headers
 _MAX_RUN = 16  # extended headers before one member; GNU tar writes two
 _MAX_MTIME = 2**33
@@ -45,40 +41,6 @@ class Limits:
     entries: int = 100_000
 
 
-class _Xz(io.RawIOBase):
-    """Decompresses xz with bounded memory, which ``lzma.LZMAFile`` has no parameter for."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = memoryview(data)
-        self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        while not self._decoder.eof:
-            chunk = b""
-            if self._decoder.needs_input:
-                chunk, self._data = bytes(self._data[:_CHUNK]), self._data[_CHUNK:]
-                if not chunk:
-                    raise EOFError
-            out = self._decoder.decompress(chunk, len(buffer))
-            if out:
-                buffer[: len(out)] = out
-                return len(out)
-        return 0
-
-
-def _decompressed(data: bytes) -> BinaryIO:
-    if data.startswith(b"\x1f\x8b"):
-        return cast("BinaryIO", gzip.GzipFile(fileobj=io.BytesIO(data)))
-    if data.startswith(b"BZh"):
-        return cast("BinaryIO", bz2.BZ2File(io.BytesIO(data)))
-    if data.startswith(b"\xfd7zXZ\0"):
-        return cast("BinaryIO", io.BufferedReader(_Xz(data), _CHUNK))
-    return io.BytesIO(data)
-
-
 class _Archive:
     """Reads headers and content in order; every read is bounded, and so is all that is read.
 
@@ -86,7 +48,7 @@ class _Archive:
     """
 
     def __init__(self, data: bytes, most: int) -> None:
-        self._stream = _decompressed(data)
+        self._stream = decompressed(io.BytesIO(data))
         self._most = self._left = most
         self._global: dict[str, bytes] = {}
 
@@ -95,12 +57,7 @@ class _Archive:
         if self._left < 0:
             most = units.format_size(self._most)
             raise errors.TooLarge(f"the tar unpacks to more than {most}, headers included", limit=self._most)
-        try:
-            data = self._stream.read(size)
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            raise errors.InvalidRequest(
-                f"the tar cannot be decompressed: {error or 'it is cut off'}"
-            ) from error
+        data = self._stream.read(size)
         if len(data) != size:
             raise errors.InvalidRequest("the tar is cut off")
         return data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from sandboxd.models.invocation import Invocation
 from sandboxd.models.operating import Problem
@@ -29,6 +29,15 @@ class Batch(Wire):
 
     So a client may give keys of its own, by which it asks for the same calls again of the next daemon.
     """
+
+    @field_validator("tied")
+    @classmethod
+    def _of_requests(cls, tied: list[int], info: ValidationInfo) -> list[int]:
+        last = len(info.data.get("requests", ())) - 1
+        beyond = next((one for one in tied if one > last), None)
+        if beyond is not None and last >= 0:
+            raise ValueError(f"no request has the number {beyond}; they are numbered from 0 to {last}")
+        return tied
 
 
 class BatchResult(Wire):

@@ -10,6 +10,7 @@ import anyio
 import anyio.to_thread
 
 from sandboxd import errors, units
+from sandboxd.kernel.compressed import decompressed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
     from sandboxd.api.identity import Caller
+    from sandboxd.kernel.compressed import Readable
     from sandboxd.room import Held, Room
     from sandboxd.sessions import Sessions
     from sandboxd.workspace.effort import Effort
 
-__all__ = ["Bodies", "Body"]
+__all__ = ["Bodies", "Body", "Unpacked"]
 
 BEYOND = 1 << 20
 """Bytes that a body may be larger than what is left for files: an archive has more than their content."""
@@ -64,13 +66,7 @@ class Bodies:
             size += len(chunk)
             if size > most:
                 raise errors.TooLarge(f"the body is over {units.format_size(most)}", limit=most)
-            if size > (left := self._sessions.left(caller)) + BEYOND:
-                raise errors.QuotaExceeded(
-                    f"the body is over the {units.format_size(left)} that are left to all your sessions",
-                    quota="sessions.size",
-                    asked=caller.sessions.size - left + size,
-                    allowed=caller.sessions.size,
-                )
+            _check(size, self._sessions.left(caller), caller.sessions.size)
             held.grow(len(chunk))
             try:
                 await anyio.to_thread.run_sync(file.write, chunk)
@@ -78,14 +74,47 @@ class Bodies:
                 raise errors.HostFailed(f"the body cannot be kept: {error.strerror}") from error
 
 
+def _check(size: int, left: int, allowed: int) -> None:
+    """Raises QuotaExceeded for a body of more bytes than are left."""
+    if size > left + BEYOND:
+        raise errors.QuotaExceeded(
+            f"the body is over the {units.format_size(left)} that are left to all your sessions",
+            quota="sessions.size",
+            asked=allowed - left + size,
+            allowed=allowed,
+        )
+
+
 class Body:
     """A body that is read as long as somebody waits for what becomes of it."""
 
     def __init__(self, file: BinaryIO, effort: Effort) -> None:
         self._file = file
-        self._effort = effort
+        self.effort = effort
 
     def read(self, size: int, /) -> bytes:
         """As a file's."""
-        self._effort.step()
+        self.effort.step()
         return self._file.read(size)
+
+
+class Unpacked:
+    """A body that may be compressed, as it is without that; it has to be as small as one that comes so."""
+
+    def __init__(self, body: Body, left: int, allowed: int) -> None:
+        """``left`` bytes are what a caller's sessions may still grow by, of those that are allowed."""
+        self._body = body
+        self._left = left
+        self._allowed = allowed
+        self._size = 0
+        self._stream: Readable | None = None
+
+    def read(self, size: int, /) -> bytes:
+        """As a file's. Raises InvalidRequest, QuotaExceeded."""
+        self._body.effort.step()
+        if self._stream is None:  # here, since the first bytes are read in the thread that reads the others
+            self._stream = decompressed(self._body)
+        data = self._stream.read(size)
+        self._size += len(data)
+        _check(self._size, self._left, self._allowed)
+        return data

@@ -22,7 +22,7 @@ from sandboxd import errors, models
 from sandboxd.artifacts import decode_path
 from sandboxd.images.tarstream import ImportLimits
 from sandboxd.session import OWNER, lowest
-from sandboxd.sessionfiles.bodies import Bodies, Body
+from sandboxd.sessionfiles.bodies import Bodies, Body, Unpacked
 from sandboxd.sessionfiles.shown import MAX_DIFFS, MAX_FILE, Page, change_of, info_of, is_digested, order_of
 from sandboxd.workspace import edit
 from sandboxd.workspace.diff import compare
@@ -274,18 +274,18 @@ class SessionFiles:
     ) -> models.CheckpointInfo:
         """Put a layer's tar over what the session has, if it stands on a checkpoint of those of ``match``.
 
+        It may be compressed (gzip, bzip2, xz), and counts as what it is without that.
         ``own``: what comes is the owner's of the session's files, whatever the archive says. Raises
         InvalidRequest, PreconditionFailed, TooLarge, QuotaExceeded.
         """
         async with self._bodies.spooled(caller, named, chunks, MAX_IMPORT.total) as body:
-            _, made = await self._changed(
-                caller,
-                named,
-                lambda view, into: import_layer(
-                    Body(body, view.effort), into, view, owner=_owner(view), own=own, limits=MAX_IMPORT
-                ),
-                match=match,
-            )
+            left, allowed = self._sessions.left(caller), caller.sessions.size
+
+            def unpack(view: View, into: int) -> None:
+                stream = Unpacked(Body(body, view.effort), left, allowed)
+                import_layer(stream, into, view, owner=_owner(view), own=own, limits=MAX_IMPORT)
+
+            _, made = await self._changed(caller, named, unpack, match=match)
         return made
 
     async def _changed(

@@ -37,6 +37,7 @@ __all__ = ["Imported", "import_layer"]
 MAX_ID = 65_535
 """The highest id of a container."""
 MAX_REMEMBERED = 64 << 20
+_CHUNK = 1 << 18
 _NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 FAILED = "cannot be made"
 _LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -68,10 +69,12 @@ def import_layer(
     budget = Budget(limits or ImportLimits())
     try:
         unpacked = _Import(into, below, owner, budget)
-        tar = TarStream(stream, budget)
+        tar = TarStream(stream, budget, marked=True)
         for entry in tar:
             below.effort.step()
             unpacked.add(tar, replace(entry, uid=owner[0], gid=owner[1]) if own else entry)
+        while stream.read(_CHUNK):  # to its end: a checksum of all may stand there
+            pass
         unpacked.finish()
     except errors.ImageInvalid as error:
         kind = errors.TooLarge if "limit" in error.details else errors.InvalidRequest

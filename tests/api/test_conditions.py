@@ -92,6 +92,28 @@ def test_a_file_is_got_on_conditions_and_in_ranges(
         assert answer["content-length"] is None
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Range": "bytes=2-4"}, 200),  # RFC 9110, 14.2: ranges are of GET
+        ({"Range": "bytes=99-"}, 200),
+        ({"If-None-Match": ETAG}, 304),
+        ({"If-Match": OTHER}, 412),
+        ({"If-Match": DIGEST}, 400),
+    ],
+)
+def test_the_head_of_a_file_is_that_of_all_of_it(server: Any, headers: dict[str, str], status: int) -> None:
+    got, found, answer = server.ask("HEAD", FILE, headers=headers)
+    until(lambda: server.service.files.open == 0)
+    assert (got, found) == (status, b"")
+    if status == 200:
+        whole = server.ask("GET", FILE)[2]
+        for name in ("content-length", "etag", "accept-ranges", "content-disposition", "content-type"):
+            assert answer[name] == whole[name]
+        assert answer["content-range"] is None
+
+
 def test_a_connection_goes_on_after_an_answer_without_a_body(server: Any) -> None:
     connection = server.connect()
     for headers, status, body in (

@@ -150,6 +150,13 @@ def test_a_tar_that_is_cut_off(tmp_path: Path, pack: object) -> None:
             unpack(tmp_path, packed[:size])
 
 
+def test_a_tar_that_is_cut_between_two_members(tmp_path: Path) -> None:
+    data = make((info("a"), b"x" * 512), (info("b"), b"y" * 512))
+    for size in range(0, 2049, 512):
+        with pytest.raises(errors.InvalidRequest):
+            unpack(tmp_path, data[:size])
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 4095), data=st.binary(min_size=1, max_size=40))
 def test_damage_gives_a_typed_error_or_nothing(tmp_path: Path, at: int, data: bytes) -> None:

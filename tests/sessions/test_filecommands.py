@@ -201,7 +201,8 @@ def test_files_go_out_and_come_in_as_layers(daemon: Daemon, session: SessionInfo
         run(daemon, "import", other.id, "--if-match", head.digest, stdin=changed)
         assert client.session(other.id).head.parent == head.id
         standing = client.session(other.id).head.id
-        for bad in (b"no tar" * 200, changed[:515]):
+        end = len(changed.rstrip(b"\0")) // 512 * 512 + 512
+        for bad in (b"no tar" * 200, changed[:515], b"", changed[:end], changed[: end + 512]):
             failed = run(daemon, "import", other.id, "--json", stdin=bad, status=1)
             assert json.loads(failed.stdout)["code"] == "invalid_request"
         assert client.session(other.id).head.id == standing

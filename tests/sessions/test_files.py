@@ -170,6 +170,8 @@ def test_a_file_is_read_in_parts_and_on_conditions(daemon: Daemon, session: Sess
     for text, start, end in (
         ("bytes=0-0", 0, 1), ("bytes=1048570-1048590", 1_048_570, 1_048_591), ("bytes=-7", size - 7, size),
         (f"bytes={size - 1}-", size - 1, size), ("bytes=5-99999999", 5, size),
+        (f"bytes=0-{10**23}", 0, size), (f"bytes=-{10**23}", 0, size), (f"bytes=5-{'9' * 6000}", 5, size),
+        (f"bytes={'0' * 30}5-{'0' * 30}6", 5, 7),
     ):  # fmt: skip
         part = ask(daemon, "GET", path, headers={"Range": text, "If-Match": etag})
         assert (part.status, part.body) == (206, data[start:end])
@@ -177,10 +179,18 @@ def test_a_file_is_read_in_parts_and_on_conditions(daemon: Daemon, session: Sess
         assert (part.headers["etag"], part.headers["content-length"]) == (etag, str(end - start))
     whole = ask(daemon, "GET", path)
     assert (whole.status, whole.body, whole.headers["accept-ranges"]) == (200, data, "bytes")
+    head = ask(daemon, "HEAD", path, headers={"Range": "bytes=0-0"})
+    assert (head.status, head.body, head.headers["etag"]) == (200, b"", etag)
+    assert head.headers["content-length"] == str(size)
+    assert ask(daemon, "HEAD", f"{path}?checkpoint=root").status == 404
     again = ask(daemon, "GET", path, headers={"If-None-Match": f'"x", W/{etag}'})
     assert (again.status, again.body, again.headers["etag"]) == (304, b"", etag)
-    beyond = ask(daemon, "GET", path, headers={"Range": f"bytes={size}-"})
-    assert (beyond.status, beyond.headers["content-range"]) == (416, f"bytes */{size}")
+    for text in (f"bytes={size}-", f"bytes={10**23}-", f"bytes={10**23}-{10**24}", "bytes=-0"):
+        beyond = ask(daemon, "GET", path, headers={"Range": text})
+        assert (beyond.status, beyond.headers["content-range"]) == (416, f"bytes */{size}")
+    for text in ("bytes=6-5", f"bytes={10**24}-{10**23}", f"bytes={10**23}-5", "bytes=-", "bytes=\xb2-5"):
+        none = ask(daemon, "GET", path, headers={"Range": text})
+        assert (none.status, len(none.body)) == (200, size)
     sh(daemon, session, "printf x >>f; : >empty; mkdir d")
     changed = ask(daemon, "GET", path, headers={"Range": "bytes=0-9", "If-Range": etag})
     assert (changed.status, changed.body) == (200, data + b"x")

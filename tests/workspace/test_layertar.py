@@ -322,6 +322,27 @@ def test_an_absolute_name_is_beneath_the_layer(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "etc" / "passwd").read_text() == "mine"
 
 
+def test_an_archive_that_was_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    data = made(member("f", b"x" * 1000), member("d", kind=tarfile.DIRTYPE), member("g" * 200), member("h"))
+    end = len(data.rstrip(b"\0")) // 512 * 512 + 512
+    for size in [*range(0, end + 1024, 512), end + 1, end + 1023]:
+        with pytest.raises(errors.InvalidRequest):
+            bring(data[:size], tmp_path / f"cut{size}")
+    with pytest.raises(errors.InvalidRequest, match="two blocks of zeros"):
+        bring(data[: end + 512] + b"x" * 512, tmp_path / "half")
+    bring(data[: end + 1024], tmp_path / "whole")
+    assert sorted(shown([tmp_path / "whole"])) == [b"", b"d", b"f", b"g" * 200, b"h"]
+    bring(bytes(1024), tmp_path / "zeros")
+    assert sorted(shown([tmp_path / "zeros"])) == [b""]
+
+
+def test_gnu_tar_marks_the_end(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"x" * 700)
+    command = ["tar", "-C", str(tmp_path), "--blocking-factor=1", "-c", "f"]
+    bring(subprocess.run(command, capture_output=True, check=True).stdout, tmp_path / "new")
+    assert (tmp_path / "new" / "f").read_bytes() == b"x" * 700
+
+
 def test_damage_and_bounds(tmp_path: Path) -> None:
     data = made(member("f", b"x" * 4096), member("g"))
     for number, damaged in enumerate((data[:1000], b"no tar" * 1000, b"\x1f\x8b" + data)):

@@ -64,11 +64,21 @@ class Invocations(Exchanges):
         return await self._again(exchange, cut, patience)
 
     async def _again(
-        self, exchange: wire.Exchange, error: errors.SandboxdError, patience: Patience
+        self,
+        exchange: wire.Exchange,
+        error: errors.SandboxdError,
+        patience: Patience,
+        *,
+        at_once: bool = False,
     ) -> AsyncAnswer:
-        """The answer of the next daemon to an exchange. Raises what is not going to pass."""
+        """The answer of the next daemon to an exchange. Raises what is not going to pass.
+
+        ``at_once``: the daemon is there, and is asked without a pause.
+        """
         while True:
-            await anyio.sleep(patience.pause(error))
+            if not at_once:
+                await anyio.sleep(patience.pause(error))
+            at_once = False
             try:
                 return await self._open(exchange)
             except (errors.Unavailable, errors.Draining) as found:
@@ -171,7 +181,10 @@ class Invocations(Exchanges):
         raise wire.lost("before the call did")
 
     async def events(self, id: str, *, after: int = 0, follow: bool = True) -> AsyncStream[models.Event]:  # noqa: A002
-        """The events numbered above ``after``; with ``follow`` until ``ended``, else those so far."""
+        """The events numbered above ``after``; with ``follow`` until ``ended``, else those so far.
+
+        There are none when ``ended`` has no number above ``after``: whoever has read all gets nothing.
+        """
         exchange = invocations.events(id, after, follow=follow)
         if follow:
             return await self._events(exchange, id, after)
@@ -201,9 +214,9 @@ class Invocations(Exchanges):
         after: int,
         patience: Patience,
     ) -> AsyncGenerator[models.Event, None]:
+        begun, over = after, False
         while True:
-            events = Events(complete=True)
-            events.after = after
+            events = Events(complete=True, after=after)
             try:
                 async for event in _decoded(answer, events):
                     after = event.seq
@@ -215,12 +228,25 @@ class Invocations(Exchanges):
                 cut = error
             else:
                 return
+            at_once = False
+            if events.is_empty and after == begun:
+                if over:  # it had ended before this was asked, and still nothing came: there is nothing
+                    return
+                over = at_once = await self._is_over(id)
             try:
-                answer = await self._again(invocations.events(id, after, follow=True), cut, patience)
+                exchange = invocations.events(id, after, follow=True)
+                answer = await self._again(exchange, cut, patience, at_once=at_once)
             except errors.Pruned:
                 yield invocations.last(await self.get(id), after)
                 return
             await stream.continue_with(answer)
+
+    async def _is_over(self, id: str) -> bool:  # noqa: A002
+        """Whether a call is known to have ended."""
+        try:
+            return (await self.get(id)).state == models.State.ENDED
+        except (errors.Unavailable, errors.Draining):
+            return False
 
     async def stdout(self, id: str, *, offset: int = 0, follow: bool = False) -> AsyncStream[bytes]:  # noqa: A002
         """The stored standard output from a byte offset on."""

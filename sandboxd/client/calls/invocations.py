@@ -73,20 +73,26 @@ class Events:
     error is the number to resume from.
     """
 
-    def __init__(self, *, complete: bool) -> None:
+    def __init__(self, *, complete: bool, after: int = 0) -> None:
         self._complete = complete
         self._ended = False
-        self.after = 0
+        self._begun = False
+        self.after = after
+        self.is_empty = False
+        """Whether the answer came to its own end and had no event: a daemon that stops, or the last event
+        has a number that is not above ``after``."""
 
     def accept(self, line: bytes) -> models.Event:
         """The event of one line."""
         found = event(line)
+        self._begun = True
         self.after = found.seq
         self._ended = found.type == "ended"
         return found
 
     def finish(self) -> None:
-        """Raises Unavailable (reason ``lost``) if the stream was cut."""
+        """The answer came to its own end. Raises Unavailable (reason ``lost``) if ``ended`` did not come."""
+        self.is_empty = not self._begun
         if self._complete and not self._ended:
             raise self.cut()
 

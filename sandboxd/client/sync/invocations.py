@@ -62,11 +62,18 @@ class Invocations(Exchanges):
         error: errors.SandboxdError,
         patience: Patience,
         limit: float | None = None,
+        *,
+        at_once: bool = False,
     ) -> Body:
-        """The answer of the next daemon to an exchange. Raises what is not going to pass."""
+        """The answer of the next daemon to an exchange. Raises what is not going to pass.
+
+        ``at_once``: the daemon is there, and is asked without a pause.
+        """
         until = None if limit is None else time.monotonic() + limit
         while True:
-            time.sleep(patience.pause(error))
+            if not at_once:
+                time.sleep(patience.pause(error))
+            at_once = False
             if until is not None and time.monotonic() >= until:
                 raise wire.timed_out(limit)
             try:
@@ -168,7 +175,10 @@ class Invocations(Exchanges):
                     return done
 
     def events(self, id: str, *, after: int = 0, follow: bool = True) -> Stream[models.Event]:  # noqa: A002
-        """The events numbered above ``after``; with ``follow`` until ``ended``, else those so far."""
+        """The events numbered above ``after``; with ``follow`` until ``ended``, else those so far.
+
+        There are none when ``ended`` has no number above ``after``: whoever has read all gets nothing.
+        """
         exchange = invocations.events(id, after, follow=follow)
         if follow:
             return self._events(exchange, id, after)
@@ -198,9 +208,9 @@ class Invocations(Exchanges):
         after: int,
         patience: Patience,
     ) -> Iterator[models.Event]:
+        begun, over = after, False
         while True:
-            events = Events(complete=True)
-            events.after = after
+            events = Events(complete=True, after=after)
             try:
                 for event in events.decode(answer.lines()):
                     after = event.seq
@@ -209,15 +219,27 @@ class Invocations(Exchanges):
             except errors.Unavailable as error:
                 if id is None or error.details.get("reason") != "lost":
                     raise
+                at_once = False
+                if events.is_empty and after == begun:
+                    if over:  # it had ended before this was asked, and still nothing came: there is nothing
+                        return
+                    over = at_once = self._is_over(id)
                 exchange = invocations.events(id, after, follow=True)
                 try:
-                    answer = self._again(exchange, error, patience, stream.limit)
+                    answer = self._again(exchange, error, patience, stream.limit, at_once=at_once)
                 except errors.Pruned:
                     yield invocations.last(self.get(id), after)
                     return
                 stream.continue_with(answer)
             else:
                 return
+
+    def _is_over(self, id: str) -> bool:  # noqa: A002
+        """Whether a call is known to have ended."""
+        try:
+            return self.get(id).state == models.State.ENDED
+        except (errors.Unavailable, errors.Draining):
+            return False
 
     def stdout(self, id: str, *, offset: int = 0, follow: bool = False) -> Stream[bytes]:  # noqa: A002
         """The stored standard output from a byte offset on."""
