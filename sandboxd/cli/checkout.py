@@ -96,8 +96,8 @@ def pull(
     pulled = client.pull(session, place, git=git, force=force, most=size)
     if remote.json:
         refused = [{"path": one.path, "reason": one.reason} for one in pulled.refused]
-        document = {"applied": pulled.applied, "already": pulled.already, "refused": refused}
-        terminal.print_json(document | {"unnoted": pulled.unnoted})
+        document = {"applied": pulled.applied, "already": pulled.already, "removed": pulled.removed}
+        terminal.print_json(document | {"refused": refused, "unnoted": pulled.unnoted})
     else:
         told(pulled, terminal.print_text)
     if pulled.refused:
@@ -215,8 +215,11 @@ def cannot_open(directory: str, name: str, error: OSError) -> errors.InvalidRequ
 
 def told(found: Pulled | Pushed, say: Callable[[str], None]) -> None:
     """What came of a pull or a push, a line for each path."""
+    gone = set(found.removed)
     for word in ("applied", "sent", "removed"):
         for path in getattr(found, word, ()):
+            if word == "applied" and path in gone:
+                continue
             say(f"{WORDS[word]:7} {visible(path)}")
     for word in ("left", "refused"):
         for one in getattr(found, word, ()):

@@ -1,4 +1,4 @@
-"""``run-in-sandbox --workspace --key``: who asks again finds the call, and its changes if they are not here."""
+"""``run-in-sandbox --workspace --key``: who asks again finds the call, and what is not here of it."""
 
 from __future__ import annotations
 
