@@ -71,16 +71,21 @@ class Standing:
 
     def _made(self, options: argparse.Namespace, name: str | None) -> models.SessionInfo:
         lent = None if options.upload else self._directory
-        try:
-            return self._client.create_session(name, policy=options.policy, idle=KEPT, directory=lent)
-        except errors.SessionExists:
-            self._is_made = False
-            found = self._client.session(name or "")
-            if found.checkout == "missing":
-                found = self._client.lend(found.id, self._directory)
-            return found
-        except OSError as error:
-            raise cannot_open(self._directory, "workspace", error) from error
+        while True:
+            try:
+                self._is_made = True
+                return self._client.create_session(name, policy=options.policy, idle=KEPT, directory=lent)
+            except errors.SessionExists as error:
+                self._is_made = False
+                with suppress(errors.NotFound):  # whoever made it was done just now
+                    return self._standing(str(error.details.get("id") or name))
+            except OSError as error:
+                raise cannot_open(self._directory, "workspace", error) from error
+
+    def _standing(self, session: str) -> models.SessionInfo:
+        """One, on its directory again if the daemon was restarted meanwhile. Raises NotFound."""
+        found = self._client.session(session)
+        return self._client.lend(session, self._directory) if found.checkout == "missing" else found
 
     def _is_untouched(self) -> bool:
         """Whether who made it died before all of it was sent: then no call can have been asked for."""
@@ -125,28 +130,31 @@ class Standing:
     def report(self, invocation: dict[str, Any]) -> bool:
         """Say what a call changed, and bring it if asked; whether all that was to be brought is there."""
         with self._turn():
-            if self._has_gone(invocation):
-                return self._tell_gone(invocation)
-            with suppress(errors.StateConflict):  # there is none but under few policies
-                self._client.end_session(self._info.id)
-            if self._pull:
-                pulled = self._client.pull(self._info.id, self._directory)
-                told(pulled, self._say)
-                self._stays = "what was refused" if pulled.refused else None
-                return not pulled.refused
-            self._tell_changes()
-            self._stays = None
-            return True
+            done = self._report(invocation)
+            if self._stays is None:  # before the next has its turn
+                self._remove()
+                self._stays = ""
+            return done
 
-    def _has_gone(self, invocation: dict[str, Any]) -> bool:
-        """Whether the call ran before, in a session of which this one has the name."""
-        if not self._keyed:
-            return False
+    def _report(self, invocation: dict[str, Any]) -> bool:
         try:
-            self._client.session(self._info.id)
+            self._standing(self._info.id)
         except errors.NotFound:
-            return True
-        return invocation.get("session") != self._info.id
+            if not self._keyed:
+                raise
+            return self._tell_gone(invocation)
+        if self._keyed and invocation.get("session") != self._info.id:  # of another that had this name
+            return self._tell_gone(invocation)
+        with suppress(errors.StateConflict):  # there is none but under few policies
+            self._client.end_session(self._info.id)
+        if self._pull:
+            pulled = self._client.pull(self._info.id, self._directory)
+            told(pulled, self._say)
+            self._stays = "what was refused" if pulled.refused else None
+            return not pulled.refused
+        self._tell_changes()
+        self._stays = None
+        return True
 
     def _tell_gone(self, invocation: dict[str, Any]) -> bool:
         self._stays = None
@@ -168,14 +176,15 @@ class Standing:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """No other that asked with the key reports meanwhile."""
-        if not self._keyed:
-            yield
-            return
-        fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        """No other that asked with a key reports meanwhile."""
         try:
-            with suppress(OSError):  # on a file system without locks
-                fcntl.flock(fd, fcntl.LOCK_EX)
+            fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise cannot_open(self._directory, "workspace", error) from error
+        try:
+            if self._keyed:
+                with suppress(OSError):  # on a file system without locks
+                    fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
             os.close(fd)

@@ -221,14 +221,48 @@ def test_a_refused_request_leaves_no_session(daemon: Daemon, directory: Path) ->
     assert (done.returncode, "stays" in done.stderr) == (125, False)
 
 
-def test_two_at_once(daemon: Daemon, directory: Path) -> None:
-    both = [start(daemon, directory, "two", SLOWLY, "--pull") for _ in range(2)]
-    let_go(daemon, "two")
-    said = [one.communicate(timeout=100) for one in both]
-    assert [one.returncode for one in both] == [3, 3], said
-    assert [out for out, _ in said] == ["ran\n", "ran\n"]
+@WAYS
+def test_many_at_once(daemon: Daemon, directory: Path, way: list[str]) -> None:
+    key = f"many-{way}"
+    pipe = subprocess.PIPE
+    many = [
+        subprocess.Popen(
+            command(key, SLOWLY, "--pull", *way), cwd=directory, env=environ(daemon), text=True,
+            stdout=pipe, stderr=pipe,
+        )
+        for _ in range(4)
+    ]  # fmt: skip
+    for one in many:
+        assert one.stdout is not None
+        assert one.stdout.readline() == "begun\n"
+    let_go(daemon, key)
+    said = [one.communicate(timeout=100) for one in many]
+    assert [one.returncode for one in many] == [3] * 4, said
+    assert [out for out, _ in said] == ["ran\n"] * 4
+    assert [err.count("pulled  log\n") for _, err in said].count(1) == 1
     assert (directory / "log").read_text() == "first\nmore\n"
-    assert calls(daemon, "two") == 1
+    assert calls(daemon, key) == 1
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_a_directory_that_goes_meanwhile(daemon: Daemon, directory: Path, keyed: bool) -> None:  # noqa: FBT001
+    """That is said, not raised; with a key the session stays for who asks again."""
+    options = usage.parse(command("gone", "true", "--pull")[1:])
+    options.socket, options.workspace = str(daemon.socket), str(directory)
+    options.key = options.key if keyed else None
+    told: list[str] = []
+
+    def act() -> None:
+        with standing.standing(options, told.append) as place:
+            call = daemon.client().run(["true"], session=place.named, policy="kept")
+            directory.rename(directory.with_name("moved"))
+            place.report({"session": call.session})
+
+    with pytest.raises(errors.InvalidRequest, match="cannot be opened"):
+        act()
+    assert bool(told) is keyed
+    if keyed:
+        daemon.client().delete_session(standing._name(options))
 
 
 def test_who_is_interrupted_leaves_it_to_a_retry(daemon: Daemon, directory: Path) -> None:
@@ -250,6 +284,23 @@ def test_a_session_that_may_have_ended_before_it_was_brought(daemon: Daemon, dir
         with standing.standing(options, told.append) as place:
             assert place.report({"session": "another", "times": {"ended": at}}) is known
     assert told[-1].startswith("unless that was not done for 1h")
+
+
+def test_a_daemon_that_is_killed_under_the_call(tmp_path: Path, directory: Path) -> None:
+    """What is waited for is told by the next one, to which the directory is lent again."""
+    needs_containers()
+    place = tmp_path / "own"
+    place.mkdir()
+    with start_daemon(place, config=CONFIG) as one:
+        give_policies(one)
+        process = start(one, directory, "killed", SLOWLY, "--pull")
+        one.stop(signal.SIGKILL)
+    with start_daemon(place, config=CONFIG) as one:
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 125, err
+        assert "stays" not in err
+        assert one.client().sessions().sessions == []
+        assert run(one, directory, "killed", SLOWLY, "--pull").returncode == 125
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
