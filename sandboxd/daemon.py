@@ -161,7 +161,7 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
         blobs = BlobStore(config.state / "blobs")
         blobs.clean()
         lanes = Lanes("directories", most=32, each=2, waiting=0)
-        sessions, handles = await _open_sessions(config, journal, lanes, stack)
+        sessions, handles = await _open_sessions(config, journal, policies, lanes, stack)
         secrets = _secrets(config)
         scheduler = _scheduler(config)
         archive = Archive(
@@ -237,12 +237,19 @@ async def _serve(config: Config, engine: EngineProcess) -> None:
 
 
 async def _open_sessions(
-    config: Config, journal: Journal, lanes: Lanes, stack: AsyncExitStack
+    config: Config, journal: Journal, policies: PolicyStore, lanes: Lanes, stack: AsyncExitStack
 ) -> tuple[Sessions, Handles]:
     handles = Handles()
     kept = [config.state, config.socket.path or default_socket()]
     store = LayerStore(config.state / "sessions")
-    sessions = Sessions(journal, store, handles=handles, lanes=lanes, kept=kept)
+    sessions = Sessions(
+        journal,
+        store,
+        handles=handles,
+        lanes=lanes,
+        policy_of=policies.get,
+        kept=kept,
+    )
     await sessions.open()
     stack.push_async_callback(sessions.close)
     return sessions, handles

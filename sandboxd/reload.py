@@ -64,6 +64,10 @@ class PolicyStore:
         """The policies of now; hold on to the set to see one moment throughout."""
         return self._current
 
+    def get(self, name: str) -> Policy:
+        """The policy of a name as it now is. Raises as ``PolicySet.get``."""
+        return self._current.get(name)
+
     @property
     def problems(self) -> tuple[PolicyProblem, ...]:
         """What is wrong with the files as they are now."""

@@ -79,13 +79,17 @@ class Sessions(SessionReading):
         *,
         handles: Handles,
         lanes: Lanes,
+        policy_of: Callable[[str], object],
         kept: Sequence[Path] = (),
     ) -> None:
-        """``handles`` are of directories that callers have passed; none is, or has, what is ``kept``.
+        """``policy_of`` raises for a name of no policy that is in force.
+
+        ``handles`` are of directories that callers have passed; none is, or has, what is ``kept``.
 
         They are looked at and let go of in ``lanes``: both may last as long as who passed them likes.
         """
         self._wake = anyio.Event()
+        self._policy_of = policy_of
         checkouts = Checkouts(handles, lanes, mounts=store.mounts, kept=kept)
         layers, keeping = Layers(journal, store, self._stir), Keeping()
         holds = Holds(journal, store, layers=layers, checkouts=checkouts, keeping=keeping)
@@ -134,7 +138,8 @@ class Sessions(SessionReading):
     async def create(self, caller: Caller, asked: models.SessionRequest) -> models.SessionInfo:
         """A new session, without files but for those of a directory that its caller lends.
 
-        Raises SessionExists, QuotaExceeded, NotPermitted; NotFound, InvalidRequest for the directory.
+        Raises SessionExists, QuotaExceeded; NotPermitted, NotFound, PolicyInvalid, ControlNotSupported for
+        its policy; NotFound, InvalidRequest for the directory.
         """
         id_, now = str(uuid7()), _now()
         first = tables.make_checkpoint(str(uuid7()), id_, caller.uid, None, created=now)
@@ -177,7 +182,8 @@ class Sessions(SessionReading):
         """A new session that begins with a checkpoint of another of the caller's.
 
         One of a session on a directory stands on it too. Raises NotFound, SessionExists, QuotaExceeded,
-        NotPermitted, StateConflict for a directory that somebody else lends, Corrupt.
+        NotPermitted, PolicyInvalid, ControlNotSupported, Corrupt, StateConflict for a directory that somebody
+        else lends.
         """
         source = await self.holds.find(caller, named)
         start = source.head
@@ -215,6 +221,8 @@ class Sessions(SessionReading):
                 f"{', '.join(sorted(caller.policies))}",
                 policies=sorted(caller.policies),
             )
+        if asked.policy is not None:
+            self._policy_of(asked.policy)
         if asked.quota.size is not None and asked.quota.size > caller.sessions.size:
             raise errors.QuotaExceeded(
                 f"quota.size {units.format_size(asked.quota.size)} is more than the "

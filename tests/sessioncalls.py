@@ -209,7 +209,7 @@ async def serving(state: Path, uppers: Path, *, attended: bool = True) -> AsyncI
     async with Journal.open(state) as journal, anyio.create_task_group() as tasks:
         store = LayerStore(state / "sessions")
         lanes = Lanes("directories", most=32, each=2, waiting=0)
-        sessions = Sessions(journal, store, handles=Handles(), lanes=lanes)
+        sessions = Sessions(journal, store, handles=Handles(), lanes=lanes, policy_of=str)
         await sessions.open()
         if attended:
             tasks.start_soon(sessions.run)

@@ -1,10 +1,10 @@
-"""``sandboxd session diff | pull | push | lend``, and what ``run-in-sandbox --workspace`` does."""
+"""``sandboxd session diff | pull | push | lend``: a session and a directory of yours."""
 
 from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -23,14 +23,24 @@ if TYPE_CHECKING:
     from sandboxd.client.pushing import Pushed
     from sandboxd.client.sync import Client
 
-__all__ = ["diff", "lend", "not_sent", "pull", "push", "pushed", "report", "standing", "told"]
+__all__ = [
+    "SHOWN",
+    "cannot_open",
+    "diff",
+    "lend",
+    "line_of",
+    "not_sent",
+    "pull",
+    "push",
+    "pushed",
+    "remove",
+    "told",
+]
 
 MARKS = {"added": "A", "changed": "M", "removed": "D"}
 WORDS = {"applied": "pulled", "sent": "pushed", "removed": "removed", "left": "left", "refused": "refused"}
 SHOWN = 20
 PAUSES = (0.02, 0.1, 0.3, 1.0)  # seconds
-KEPT = "1h"
-"""How long a session of one call outlives this process, if that dies before it has removed it."""
 Directory = Annotated[str | None, Parameter(help="The directory; else this one, if the session knows it.")]
 Session = Annotated[str, Parameter(help="The session's name or id.")]
 FlatRemote = Annotated[Remote, Parameter(name="*")]
@@ -59,7 +69,7 @@ def diff(
             lines += [visible(line, most=len(line)) for line in one.diff.rstrip("\n").split("\n")]
         else:
             note = f"  ({one.omitted.replace('_', ' ')})" if one.omitted else ""
-            lines.append(f"{_line(one)}{note}")
+            lines.append(f"{line_of(one)}{note}")
     if found.truncated:
         lines.append("… and more; ask with --limit")
     if lines:
@@ -86,8 +96,8 @@ def pull(
     pulled = client.pull(session, place, git=git, force=force, most=size)
     if remote.json:
         refused = [{"path": one.path, "reason": one.reason} for one in pulled.refused]
-        document = {"applied": pulled.applied, "already": pulled.already, "refused": refused}
-        terminal.print_json(document | {"unnoted": pulled.unnoted})
+        document = {"applied": pulled.applied, "already": pulled.already, "removed": pulled.removed}
+        terminal.print_json(document | {"refused": refused, "unnoted": pulled.unnoted})
     else:
         told(pulled, terminal.print_text)
     if pulled.refused:
@@ -159,40 +169,7 @@ def lend(
         terminal.print_json(terminal.wire(info))
 
 
-@contextmanager
-def standing(
-    socket: str | None, directory: str, policy: str | None, *, upload: bool, say: Callable[[str], None]
-) -> Iterator[tuple[Client, models.SessionInfo, Callable[[str], None]]]:
-    """A session on a directory, or of a copy of it, for one call, and removed afterwards.
-
-    Unless what is yielded last was called, with what it stays for. Raises as the client does.
-    """
-    from sandboxd.client.agreement import forget  # noqa: PLC0415 - only with --workspace
-    from sandboxd.client.sync import Client  # noqa: PLC0415 - same
-
-    client = Client(socket)
-    with ExitStack() as stack:
-        if upload:
-            made, found = stack.enter_context(pushed(client, directory, policy=policy, idle=KEPT))
-            not_sent(found, say)
-            made = client.session(made.id)
-        else:
-            try:
-                made = client.create_session(policy=policy, idle=KEPT, directory=directory)
-            except OSError as error:
-                raise _cannot_open(directory, "workspace", error) from error
-        keep: list[str] = []
-        try:
-            yield client, made, keep.append
-        finally:
-            if keep:
-                say(f"session {made.id} stays for {KEPT} with {keep[0]}: sandboxd session pull {made.id} DIR")
-            else:
-                _remove(client, made.id)
-                forget(made.id)
-
-
-def _remove(client: Client, session: str) -> None:
+def remove(client: Client, session: str) -> None:
     """Remove a session; a call that has just ended may not have left it yet."""
     with suppress(errors.SandboxdError):
         for pause in PAUSES:
@@ -224,40 +201,25 @@ def pushed(
         try:
             found = client.push(made.id, directory, git=git)
         except OSError as error:
-            raise _cannot_open(directory, "directory", error) from error
+            raise cannot_open(directory, "directory", error) from error
         yield made, found
     except BaseException:
-        _remove(client, made.id)
+        remove(client, made.id)
         forget(made.id)
         raise
 
 
-def _cannot_open(directory: str, name: str, error: OSError) -> errors.InvalidRequest:
+def cannot_open(directory: str, name: str, error: OSError) -> errors.InvalidRequest:
     return errors.InvalidRequest(f"{name} {directory!r} cannot be opened: {error.strerror}", field=name)
-
-
-def report(
-    client: Client, session: models.SessionInfo, directory: str, say: Callable[[str], None], *, pull: bool
-) -> bool:
-    """Say what a call changed, and bring it if asked; whether all that was to be brought is there."""
-    if not pull:
-        found = client.diff_session(session.id, session.head.id, limit=SHOWN)
-        for one in found.changes:
-            say(_line(one))
-        if found.truncated:
-            say("… and more")
-        if found.changes:
-            say("these changes are not in the directory; --pull brings them")
-        return True
-    pulled = client.pull(session.id, directory)
-    told(pulled, say)
-    return not pulled.refused
 
 
 def told(found: Pulled | Pushed, say: Callable[[str], None]) -> None:
     """What came of a pull or a push, a line for each path."""
+    gone = set(found.removed)
     for word in ("applied", "sent", "removed"):
         for path in getattr(found, word, ()):
+            if word == "applied" and path in gone:
+                continue
             say(f"{WORDS[word]:7} {visible(path)}")
     for word in ("left", "refused"):
         for one in getattr(found, word, ()):
@@ -269,5 +231,5 @@ def told(found: Pulled | Pushed, say: Callable[[str], None]) -> None:
         )
 
 
-def _line(change: models.FileChange) -> str:
+def line_of(change: models.FileChange) -> str:
     return f"{MARKS[change.change]} {visible(change.path)}"

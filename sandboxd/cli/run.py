@@ -76,6 +76,10 @@ class Call:
         self.json: bool = options.json
         self.interrupted = False
         self.stdin_error: errors.SandboxdError | None = None
+        self.error: errors.SandboxdError | None = None
+        """Why there is no invocation."""
+        self.invocation: dict[str, Any] | None = None
+        """Once it has ended."""
         self._interactive: bool = options.interactive
         self._keyed: bool = options.key is not None
         self._after = 0
@@ -285,21 +289,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_on_directory(call: Call, options: argparse.Namespace) -> int:
     """Run in a session that stands on a directory, and say what changed in it."""
-    from sandboxd.cli import checkout  # noqa: PLC0415 - only with --workspace
+    from sandboxd.cli import standing  # noqa: PLC0415 - only with --workspace
 
     try:
-        with checkout.standing(
-            options.socket, options.workspace, options.policy, upload=options.upload, say=say
-        ) as (client, session, keep):
-            options.session = session.id
+        with standing.standing(options, say) as place:
+            options.session = place.named
             status = _run(call, options)
-            if call.interrupted:
+            if call.interrupted or call.invocation is None:
+                place.refused(call.error)
                 return status
-            with contextlib.suppress(errors.StateConflict):  # there is none but under few policies
-                client.end_session(session.id)
-            brought = checkout.report(client, session, options.workspace, say, pull=options.pull)
-            if not brought:
-                keep("what was refused")
+            brought = place.report(call.invocation)
     except errors.SandboxdError as error:
         return fail(error, as_json=options.json)
     return status or (0 if brought else OURS)
@@ -315,7 +314,9 @@ def _run(call: Call, options: argparse.Namespace) -> int:
     except errors.SandboxdError as error:
         if call.interrupted:
             return CANCELLED
+        call.error = error
         return fail(error, as_json=options.json)
+    call.invocation = invocation
     return _finish(call, invocation, options)
 
 

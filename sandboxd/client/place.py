@@ -11,13 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sandboxd.artifacts import decode_path
 from sandboxd.client.agreement import link_mark
 from sandboxd.kernel import files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["beside", "content_at", "is_git", "own_umask", "status_of", "write_sparse"]
+__all__ = ["beside", "content_at", "is_git", "link_target", "own_umask", "status_of", "write_sparse"]
 
 _BLOCK = 4096
 _CHUNK = 1 << 20
@@ -62,6 +63,25 @@ def is_git(part: bytes) -> bool:
     """Whether a name is ``.git`` to git, or to a file system that folds case or has names of 8 and 3."""
     text = "".join(one for one in part.decode("utf-8", "ignore") if unicodedata.category(one) != "Cf")
     return text.casefold().partition(":")[0].rstrip(". ") in {".git", "git~1"}
+
+
+def link_target(text: str, depth: int, *, git: bool) -> bytes:
+    """Where a link may point, so many directories below the root; ``text`` is as the daemon tells it.
+
+    Raises ValueError, which says why not, for one that may lead out, or without ``git`` to a ``.git``.
+    """
+    try:
+        target = decode_path(text)
+    except ValueError as error:
+        raise ValueError("the daemon told a target that no link here can have") from error
+    parts = target.split(b"/")
+    up = next((at for at, part in enumerate(parts) if part != b".."), len(parts))
+    # Behind a name, ".." goes up from where that name leads, and it may be a link.
+    if not target or target.startswith(b"/") or up > depth or b".." in parts[up:]:
+        raise ValueError("it is a link that leads out of the directory, or may by way of another")
+    if any(is_git(part) for part in parts) and not git:
+        raise ValueError("it is a link into .git; ask for it with --git")
+    return target
 
 
 def status_of(parent: int, name: bytes) -> os.stat_result | None:

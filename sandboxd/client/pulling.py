@@ -20,26 +20,26 @@ import os
 import stat
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from sandboxd import errors, models, units
-from sandboxd.artifacts import decode_path
-from sandboxd.client.agreement import Agreement, content_of, link_mark, mark, mark_there
-from sandboxd.client.place import beside, content_at, is_git, own_umask, status_of, write_sparse
-from sandboxd.client.pushing import Refusal, files_there
+from sandboxd.artifacts import decode_path, encode_path
+from sandboxd.client.agreement import Agreement, content_of, link_mark, mark
+from sandboxd.client.clearance import Clearance, change_mode
+from sandboxd.client.difference import since_agreed, since_lent
+from sandboxd.client.place import beside, content_at, is_git, link_target, own_umask, status_of, write_sparse
+from sandboxd.client.pushing import Refusal
 from sandboxd.kernel import files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Literal, Unpack
+    from typing import Unpack
 
     from sandboxd.client.sync import Client
 
 __all__ = ["MOST_BYTES", "PullFields", "Pulled", "Refusal", "pull"]
 
-MOST = 10_000
-"""Changes that one pull brings."""
 MOST_BYTES = 4 << 30
 """Bytes of files that one pull reads, if its caller does not say; holes count."""
 _PARENT = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -53,6 +53,8 @@ class Pulled:
     applied: list[str] = field(default_factory=list)
     already: list[str] = field(default_factory=list)
     """Those that are here as the session has them."""
+    removed: list[str] = field(default_factory=list)
+    """Those of ``applied`` that were removed here."""
     refused: list[Refusal] = field(default_factory=list)
     unnoted: str | None = None
     """Why it could not be noted what both sides have now: a later pull takes it for changed on both."""
@@ -86,9 +88,9 @@ def pull(
     try:
         with Agreement(info.id, root) as agreement:
             if info.checkout is None:
-                to, changes, unnamed = _since_agreed(client, info, agreement)
+                to, changes, unnamed = since_agreed(client, info, agreement)
             else:
-                to, changes, unnamed = _since_lent(client, info)
+                to, changes, unnamed = since_lent(client, info)
             one = _Pull(client, info, to, root, agreement, **fields)
             pulled = one.run(changes)
         pulled.unnoted = agreement.unnoted
@@ -98,45 +100,6 @@ def pull(
         why = f"{unnamed} files have paths of over 4,095 bytes, which no file here can have"
         pulled.refused.append(Refusal("", why))
     return pulled
-
-
-def _since_lent(client: Client, info: models.SessionInfo) -> tuple[str, list[models.FileChange], int]:
-    """What a session changed on the directory that it stands on, and up to which checkpoint."""
-    found = client.diff_session(info.id, "root", limit=MOST)
-    if found.truncated:
-        raise errors.TooLarge(
-            f"the session has more than {MOST} changes, or longer paths, than one answer has; export them as "
-            "a layer",
-            limit=MOST,
-        )
-    return found.to, found.changes, found.unnamed
-
-
-def _since_agreed(
-    client: Client, info: models.SessionInfo, agreement: Agreement
-) -> tuple[str, list[models.FileChange], int]:
-    """What a session has that it had not when it was last brought together with this directory."""
-    there, unnamed = files_there(client, info.id, info.head.id)
-    changes = []
-    for path, one in there.items():
-        known = agreement.there(path)
-        word = mark_there(one)
-        if word == known:
-            continue
-        kind: Literal["added", "changed"] = "added" if known is None else "changed"
-        changes.append(models.FileChange(path=path, change=kind, aspects=["content"], new=one))
-    gone = sorted(agreement.paths() - set(there), key=lambda path: path.split("/"))
-    changes += [models.FileChange(path=path, change="removed") for path in gone]
-    return info.head.id, changes, unnamed
-
-
-def _change_mode(parent: int, name: bytes, mode: int) -> None:
-    """Of a directory, also one that its owner cannot open."""
-    fd = files.openat2(parent, name, _PARENT)
-    try:
-        Path(f"/proc/self/fd/{fd}").chmod(mode)
-    finally:
-        os.close(fd)
 
 
 class _Pull:
@@ -166,20 +129,45 @@ class _Pull:
         self._modes: dict[str, int | None] = {}
         """Those that directories had before; None: there was none."""
         self._gone: errors.Unavailable | None = None
+        self._removed: dict[str, models.FileChange] = {}
+        """What the session has no more."""
+        self._replaced: dict[str, bool] = {}
+        """Whether what is no directory in the session is here; what it has removed in there went with it."""
 
     def run(self, changes: list[models.FileChange]) -> Pulled:
-        """What is removed goes last, from the leaves up, and then directories get their modes."""
-        removed = [one for one in changes if one.change == "removed"]
+        """What is removed goes last, from the leaves up, and then directories get their modes.
+
+        But for what is removed in a directory that became a file or a link: that goes with it, or stays.
+        """
+        self._removed = {one.path: one for one in changes if one.change == "removed"}
         directories = []
-        for change in [one for one in changes if one.change != "removed"] + removed[::-1]:
+        for change in changes:
+            if change.change == "removed":
+                continue
             if change.new is not None and change.new.kind == "directory":
                 if self._bring(change, self._make_directory):
                     directories.append(change)
             else:
+                self._replaced[change.path] = self._bring(change, self._apply)
+        for change in list(self._removed.values())[::-1]:
+            above = self._replaced_above(change.path)
+            if above is None:
                 self._bring(change, self._apply)
+            elif not self._replaced[above]:
+                why = f"it is in {above}, which is something else in the session and was not brought"
+                self._result.refused.append(Refusal(change.path, why))
+            else:
+                self._agreement.drop(change.path)
+                self._result.already.append(change.path)
         for change in directories[::-1]:
             self._bring(change, self._close_directory)
         return self._result
+
+    def _replaced_above(self, path: str) -> str | None:
+        while path := path.rpartition("/")[0]:
+            if path in self._replaced:
+                return path
+        return None
 
     def _bring(
         self, change: models.FileChange, do: Callable[[models.FileChange, bytes], bool | None]
@@ -193,6 +181,8 @@ class _Pull:
             if done is not None:
                 self._agree(change, path)
                 (self._result.applied if done else self._result.already).append(change.path)
+                if done and change.new is None:
+                    self._result.removed.append(change.path)
         except (_Refused, errors.SandboxdError) as why:
             if isinstance(why, errors.Unavailable):
                 self._gone = why
@@ -261,7 +251,10 @@ class _Pull:
         if self._info.lent is not None and here.st_ctime_ns // 1000 < self._info.lent:
             return True
         known = content_of(self._agreement.here(change.path))
-        return known is not None and known == content_at(parent, name, here)
+        is_directory = stat.S_ISDIR(here.st_mode)
+        return known is not None and known == (
+            "directory" if is_directory else content_at(parent, name, here)
+        )
 
     def _check(
         self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result | None
@@ -290,9 +283,7 @@ class _Pull:
             same = alike if new.digest is None else new.digest == content_at(parent, name, here)
             if same and stat.S_IMODE(here.st_mode) == mode:
                 return False
-        self._check(change, parent, name, here)
-        if here is not None and stat.S_ISDIR(here.st_mode):
-            raise _Refused("a directory is here")
+        way = self._clearance(change, parent, name, here)
         if new.size is not None and new.size > self._left:
             raise self._too_much()
         with beside(parent) as temporary:
@@ -305,7 +296,7 @@ class _Pull:
                 os.fsync(fd)
             finally:
                 os.close(fd)
-            self._replace(parent, temporary, name, here)
+            self._replace(change.path, (parent, temporary, name), here, way)
         return True
 
     def _copy(self, path: str, fd: int) -> str:
@@ -341,44 +332,73 @@ class _Pull:
         new = change.new
         assert new is not None  # noqa: S101
         try:
-            target = decode_path(new.target or "")
+            target = link_target(new.target or "", change.path.count("/"), git=self._git)
         except ValueError as error:
-            raise _Refused("the daemon told a target that no link here can have") from error
-        parts = target.split(b"/")
-        up = next((at for at, part in enumerate(parts) if part != b".."), len(parts))
-        # Behind a name, ".." goes up from where that name leads, and it may be a link.
-        if not target or target.startswith(b"/") or up > change.path.count("/") or b".." in parts[up:]:
-            raise _Refused("it is a link that leads out of the directory, or may by way of another")
-        if any(is_git(part) for part in parts) and not self._git:
-            raise _Refused("it is a link into .git; ask for it with --git")
+            raise _Refused(str(error)) from error
         digest = link_mark(target)
         if here is not None and stat.S_ISLNK(here.st_mode) and content_at(parent, name, here) == digest:
             return False
-        self._check(change, parent, name, here)
-        if here is not None and stat.S_ISDIR(here.st_mode):
-            raise _Refused("a directory is here")
+        way = self._clearance(change, parent, name, here)
         with beside(parent) as temporary:
             os.symlink(target, temporary, dir_fd=parent)
-            self._replace(parent, temporary, name, here)
+            self._replace(change.path, (parent, temporary, name), here, way)
         return True
 
-    @staticmethod
-    def _replace(parent: int, temporary: bytes, name: bytes, here: os.stat_result | None) -> None:
+    def _clearance(
+        self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result | None
+    ) -> Clearance | None:
+        """What has to go for a file or a link, where a directory is here. Raises _Refused as ``_check``."""
+        if here is None or not stat.S_ISDIR(here.st_mode):
+            self._check(change, parent, name, here)
+            return None
+        way = Clearance(parent, name, partial(self._check_below, decode_path(change.path)))
+        if way.is_empty:  # else what is in it tells that the session had it
+            self._check(change, parent, name, here)
+        return way
+
+    def _check_below(self, above: bytes, path: bytes, parent: int, name: bytes, here: os.stat_result) -> None:
+        text = encode_path(above + b"/" + path)
+        change = self._removed.get(text)
+        if change is None:
+            raise _Refused(f"a directory is here, with {text}, which the session never had")
+        try:
+            self._path(text)
+            if not stat.S_ISDIR(here.st_mode):
+                self._check_removal(change, parent, name, here)
+        except _Refused as why:
+            raise _Refused(f"a directory is here, with {text}: {why}") from why
+
+    def _replace(
+        self,
+        path: str,
+        place: tuple[int, bytes, bytes],
+        here: os.stat_result | None,
+        way: Clearance | None = None,
+    ) -> None:
+        parent, temporary, name = place
         now = status_of(parent, name)
         if (now and (now.st_ino, now.st_ctime_ns)) != (here and (here.st_ino, here.st_ctime_ns)):
             raise _Refused("it was changed here just now")
+        for below in () if way is None else way.remove():
+            text = encode_path(decode_path(path) + b"/" + below)
+            self._agreement.drop(text)
+            del self._removed[text]
+            self._result.applied.append(text)
+            self._result.removed.append(text)
         os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
 
     def _make_directory(self, change: models.FileChange, path: bytes) -> None:
         """Have it here, and open to its owner until all that is to be in it is."""
         with self._parent(path) as (parent, name):
             here = status_of(parent, name)
+            if here is not None and not stat.S_ISDIR(here.st_mode):
+                self._check(change, parent, name, here)
+                os.unlink(name, dir_fd=parent)
+                here = None
             if here is None:
                 os.mkdir(name, 0o700, dir_fd=parent)
-            elif not stat.S_ISDIR(here.st_mode):
-                raise _Refused("it is a directory in the session, and none here; remove it here first")
             elif change.change != "added" and ~here.st_mode & stat.S_IRWXU:
-                _change_mode(parent, name, stat.S_IMODE(here.st_mode) | stat.S_IRWXU)
+                change_mode(parent, name, stat.S_IMODE(here.st_mode) | stat.S_IRWXU)
         self._modes[change.path] = None if here is None else here.st_mode
 
     def _close_directory(self, change: models.FileChange, path: bytes) -> bool:
@@ -388,7 +408,7 @@ class _Pull:
             return False
         mode = self._mode(new.mode, before, stat.S_IFDIR)
         with self._parent(path) as (parent, name):
-            _change_mode(parent, name, mode)
+            change_mode(parent, name, mode)
         return before is None or stat.S_IMODE(before) != mode
 
     def _remove(
@@ -406,7 +426,20 @@ class _Pull:
                     ) from error
                 raise
             return True
-        if not self._force and not self._is_ours(change, parent, name, here):
-            raise _Refused("it was changed here since the session was made, and removed in it")
+        self._check_removal(change, parent, name, here)
         os.unlink(name, dir_fd=parent)
         return True
+
+    def _check_removal(
+        self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result
+    ) -> None:
+        """Raises _Refused for what this side has changed, and for what the session may never have had."""
+        if self._is_ours(change, parent, name, here):
+            return
+        if not self._force:
+            raise _Refused("it was changed here since the session was made, and removed in it")
+        if self._agreement.there(change.path) is None:
+            raise _Refused(
+                "it was made or changed here since the session was made, which may never have had it; remove "
+                "it here"
+            )

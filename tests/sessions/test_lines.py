@@ -51,7 +51,9 @@ async def opened(state: Path) -> AsyncIterator[Sessions]:
     state.mkdir(exist_ok=True)
     async with Journal.open(state) as journal:
         lanes = Lanes("directories", most=32, each=2, waiting=0)
-        made = Sessions(journal, LayerStore(state / "sessions"), handles=Handles(), lanes=lanes)
+        made = Sessions(
+            journal, LayerStore(state / "sessions"), handles=Handles(), lanes=lanes, policy_of=str
+        )
         await made.open()
         yield made
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from daemons import needs_containers, start_daemon
+from pulled import USER, content, run, users
 from sessioned import CONFIG, by, give_policies, said, sh
 
 from sandboxd import Client
@@ -24,13 +20,13 @@ from sandboxd.client.pulling import pull
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from daemons import Daemon
 
     from sandboxd.models import SessionInfo
 
-BIN = Path(sys.executable).parent
-USER = 4243
+__all__ = ["users"]
 pytestmark = pytest.mark.usefixtures("agreements")
 
 
@@ -51,19 +47,6 @@ def lent(daemon: Daemon, directory: Path) -> Iterator[SessionInfo]:
     made = daemon.client().create_session(directory=directory, policy="kept")
     yield made
     daemon.client().delete_session(made.id)
-
-
-def content(directory: Path) -> dict[str, str]:
-    found = {}
-    for one in sorted(directory.rglob("*")):
-        name = str(one.relative_to(directory))
-        if one.is_symlink():
-            found[name] = f"-> {one.readlink()}"
-        elif one.is_file():
-            found[name] = one.read_text()
-        else:
-            found[name] = "directory"
-    return found
 
 
 CHANGE = """
@@ -280,36 +263,6 @@ def test_a_tool_makes_nothing_writable_to_others(daemon: Daemon, lent: SessionIn
         "new": "0o750",
         "wide": "0o750",
     }
-
-
-def run(daemon: Daemon, program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environ = os.environ | {"SANDBOXD_SOCKET": str(daemon.socket)}
-    return subprocess.run(
-        [BIN / program, *arguments],
-        cwd=cwd,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-
-
-@pytest.fixture
-def users(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory of a user's, and one for what he knows of sessions."""
-    top = Path(tempfile.mkdtemp(prefix="sandboxd-test-"))
-    top.chmod(0o755)
-    (top / "work" / "src").mkdir(parents=True)
-    (top / "work" / "src" / "a").write_text("a\n")
-    (top / "state").mkdir()
-    for one in top.rglob("*"):
-        os.chown(one, USER, USER)
-    monkeypatch.setenv("XDG_STATE_HOME", str(top / "state"))
-    try:
-        yield top / "work"
-    finally:
-        shutil.rmtree(top)
 
 
 def test_a_tool_closes_no_directory_to_its_owner(daemon: Daemon, users: Path) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from daemons import until
-from sessioned import layers, said, sh
+from pulled import run
+from sessioned import by, layers, said, sh
 
 from sandboxd import errors
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from daemons import Daemon
 
     from sandboxd.models import SessionInfo
@@ -180,7 +185,62 @@ def test_names_are_the_callers_own(daemon: Daemon) -> None:
 @pytest.mark.parametrize("name", ["a b", "", "x" * 129, "../x", "-x", "01a22169-d35d-7c31-99b3-4f895011e1d8"])
 def test_a_bad_name_is_refused(daemon: Daemon, name: str) -> None:
     with pytest.raises(errors.InvalidRequest, match="name"):
-        daemon.client().create_session(name or "\t")
+        daemon.client().create_session(name)
+
+
+def test_an_empty_name_is_no_name_at_all(daemon: Daemon, session: SessionInfo, tmp_path: Path) -> None:
+    """As a shell variable that is not set gives it."""
+    client = daemon.client()
+    before = client.sessions().sessions
+    empty: list[dict[str, Any]] = [{"name": ""}, {"policy": ""}]
+    for fields in empty:
+        with pytest.raises(errors.InvalidRequest, match=next(iter(fields))):
+            client.create_session(**fields)
+        with pytest.raises(errors.InvalidRequest, match=next(iter(fields))):
+            client.fork_session(session.id, **fields)
+    for command in (("create", ""), ("fork", session.id, ""), ("create", "--policy", "")):
+        done = run(daemon, "sandboxd", "session", *command, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (1, "")
+    assert client.sessions().sessions == before
+
+
+def test_a_policy_that_there_is_not(daemon: Daemon, session: SessionInfo, tmp_path: Path) -> None:
+    """It is refused when the session is made, and not by its first call; later it may be there."""
+    client = daemon.client()
+    before = client.sessions().sessions
+    makes: list[Callable[..., SessionInfo]] = [
+        client.create_session,
+        partial(client.fork_session, session.id),
+    ]
+    for make in makes:
+        with pytest.raises(errors.NotFound, match=r"there is no policy 'keptt'.*'kept'") as caught:
+            make("named", policy="keptt")
+        assert caught.value.details["policy"] == "keptt"
+        assert client.sessions().sessions == before
+    done = run(daemon, "sandboxd", "session", "create", "named", "--policy", "keptt", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "there is no policy 'keptt'" in done.stderr
+    with by(4242, daemon), pytest.raises(errors.NotPermitted, match="you may use kept"):
+        client.create_session(policy="keptt")
+    file = daemon.policies / "later.yaml"
+    file.write_text("version: 1\nname: later\nextends: kept\nlimit: {}\n")
+    try:
+        until(lambda: _kind(daemon, "later") is errors.PolicyInvalid, "a policy with an error")
+        file.write_text("version: 1\nname: later\nextends: kept\n")
+        until(lambda: _kind(daemon, "later") is None, "the policy")
+    finally:
+        file.unlink()
+    until(lambda: _kind(daemon, "later") is errors.NotFound, "its end")
+
+
+def _kind(daemon: Daemon, policy: str) -> type[Exception] | None:
+    """What making a session with a policy raises."""
+    try:
+        made = daemon.client().create_session(policy=policy)
+    except errors.Refused as error:
+        return type(error)
+    daemon.client().delete_session(made.id)
+    return None
 
 
 def test_what_is_unknown_is_not_found(daemon: Daemon, session: SessionInfo) -> None:

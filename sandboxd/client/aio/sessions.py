@@ -36,8 +36,8 @@ class Sessions(Exchanges):
 
         ``fields`` are those of ``SessionFields``. ``directory`` is lent to it, not copied:
         its files are there from the start, and what calls change of them is the session's alone. Raises
-        SessionExists, QuotaExceeded, NotPermitted, InvalidRequest for a directory that cannot be lent,
-        OSError for one that you cannot open.
+        SessionExists, QuotaExceeded, NotPermitted, NotFound for a policy that is unknown, InvalidRequest for
+        a directory that cannot be lent, OSError for one that you cannot open.
         """
         async with nullcontext() if directory is None else self._lent(directory) as handle:
             return await self._do(sessions.create_session(name, checkout=handle, **fields))

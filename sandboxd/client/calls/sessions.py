@@ -56,7 +56,7 @@ def _given(name: str | None, fields: SessionFields, **more: str | None) -> dict[
     quota = {key: fields[key] for key in ("size", "inodes") if fields.get(key) is not None}
     rest = {key: value for key, value in fields.items() if key not in {"size", "inodes"}}
     given = {"name": name, **rest, "labels": labels and dict(labels), "quota": quota, **more}
-    return {key: value for key, value in given.items() if value}
+    return {key: value for key, value in given.items() if value is not None and value != {}}
 
 
 def create_session(
