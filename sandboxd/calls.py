@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -79,11 +80,11 @@ class Calls(Recovery):
         if request.key is not None:
             # before all else: what the key stands for is the answer, whatever has changed since
             existing = await self._journal.find_key(caller.uid, request.key)
-            if request.session is not None:
-                request = await self._in_session(caller, request, request.session, existing)
         asked = await off_the_loop(request, describe, request)
         if existing is not None and existing.request_digest == asked.digest:
-            return await self.get(caller, existing.id)
+            found = await self.get(caller, existing.id)
+            await self._check_session(caller, request, found)
+            return found
         if existing is not None:
             raise await self._journal.conflict(existing, asked)
         if request.callback is not None:
@@ -98,18 +99,19 @@ class Calls(Recovery):
         log.info("accepted", id=accepted.id, uid=caller.uid, policy=request.policy, tied=tied)
         return accepted
 
-    async def _in_session(
-        self, caller: Caller, request: Request, named: str, existing: records.Existing | None
-    ) -> Request:
-        """The request with its session's id: another session that has got its name since is another request.
-
-        Where it is gone, it is that of the call that the key stands for.
-        """
-        try:
-            id_: str | None = await self.sessions.id_of(caller, named)
-        except errors.NotFound:
-            id_ = None if existing is None else (await self.get(caller, existing.id)).session
-        return request if id_ is None else request.model_copy(update={"session": id_})
+    async def _check_session(self, caller: Caller, request: Request, found: Invocation) -> None:
+        """Raises KeyConflict where another session has got the name since that the request has."""
+        if request.session is None or found.session is None:
+            return
+        with suppress(errors.NotFound):
+            now = await self.sessions.id_of(caller, request.session)
+            if now != found.session:
+                raise errors.KeyConflict(
+                    "this key was used before in another session, which had the name "
+                    f"{request.session!r} then",
+                    id=found.id,
+                    differs=[{"field": "session", "before": found.session, "now": now}],
+                )
 
     async def _submit(
         self, caller: Caller, request: Request, asked: Asked, *, tied: bool, again: Again | None

@@ -154,12 +154,13 @@ class Ledger:
         policy: str | None,
         cause: Cause | None,
         state: State | None,
+        key: str | None = None,
         label: Mapping[str, str],
         before: str | None,
         limit: int,
     ) -> InvocationList:
-        """A page of calls, newest first, without their output."""
-        if state is not None and state is not State.ENDED:
+        """A page of calls, newest first, without their output; with a ``key``, of the caller's own alone."""
+        if key is None and state is not None and state is not State.ENDED:
             # what has not ended is in memory, and the journal does not follow each of its steps
             flying = (call.invocation for call in self._flying.values())
             fits = [
@@ -179,10 +180,11 @@ class Ledger:
             return InvocationList(invocations=page, next=page[-1].id if len(page) < len(fits) else None)
         fitting = partial(
             self._journal.list,
-            uid=None if caller.sees_all else caller.uid,
+            uid=None if caller.sees_all and key is None else caller.uid,
             policy=policy,
             cause=cause,
             state=state,
+            key=key,
             labels=label,
         )
         found = await fitting(before=before, limit=min(limit, LIST_LIMIT))

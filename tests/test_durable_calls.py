@@ -112,12 +112,13 @@ def test_a_key_stands_for_a_call_in_the_session_that_had_the_name(daemon: Daemon
     client = daemon.client()
     session = client.create_session("named").id
     first = client.run(["true"], session="named", key="of-the-session", priority=0)
-    assert client.run(["true"], session=session, key="of-the-session").id == first.id
+    assert client.run(["true"], session="named", key="of-the-session").id == first.id
+    assert [one.id for one in client.list(key="of-the-session").invocations] == [first.id]
+    assert client.list(key="of-no-session").invocations == []
     client.delete_session(session)
     assert client.run(["true"], session="named", key="of-the-session").id == first.id
-    assert client.run(["true"], session=session, key="of-the-session").id == first.id
     other = client.create_session("named").id
-    with pytest.raises(errors.KeyConflict, match="they differ in session") as caught:
+    with pytest.raises(errors.KeyConflict, match="another session, which had the name 'named'") as caught:
         client.run(["true"], session="named", key="of-the-session")
     assert caught.value.details["differs"] == [{"field": "session", "before": session, "now": other}]
     client.delete_session(other)

@@ -153,6 +153,7 @@ class Invocations:
             policy=asked.policy,
             cause=asked.cause,
             state=asked.state,
+            key=asked.key,
             label=asked.labels(),
             before=asked.before,
             limit=asked.limit,

@@ -73,6 +73,8 @@ class ListQuery(Parameters):
     policy: Annotated[str, Field(max_length=128)] | None = None
     cause: Cause | None = None
     state: State | None = None
+    key: Annotated[str, Field(max_length=256)] | None = None
+    """The caller's own call with this key."""
     label: Annotated[list[Annotated[str, Field(max_length=1200, pattern="^[^=]+=")]],
                      Field(max_length=64, json_schema_extra=REPEATED)] = []  # fmt: skip
     """``KEY=VALUE``; may be repeated, and then all must hold."""

@@ -190,11 +190,15 @@ class Service(Protocol):
         policy: str | None,
         cause: models.Cause | None,
         state: models.State | None,
+        key: str | None = None,
         label: Mapping[str, str],
         before: str | None,
         limit: int,
     ) -> models.InvocationList:
-        """A page of invocations, newest first; each label must be there with its value."""
+        """A page of invocations, newest first; each label must be there with its value.
+
+        With a ``key``, of the caller's own alone.
+        """
         ...
 
     async def readable(self, caller: Caller, id: str) -> None:  # noqa: A002

@@ -60,7 +60,13 @@ class Standing:
         self._is_made = True
         self._stays: str | None = "what was not brought yet" if self._keyed else None
         """What it is not removed for."""
-        self._info = self._made(options, _name(options) if self._keyed else None)
+        name = _name(options) if self._keyed else None
+        self._is_gone = name is not None and self._has_gone(options.key, name)
+        """Whether the key's call is there, and its session was removed."""
+        if self._is_gone:
+            self.named, self._is_made, self._stays = name or "", False, ""
+            return
+        self._info = self._made(options, name)
         self._since = self._info.head.id
         if options.upload and (self._is_made or self._is_untouched()):
             self._send()
@@ -68,6 +74,13 @@ class Standing:
             self._since = self._uploaded() if options.upload else "origin"
         self.named = self._info.name or self._info.id
         """What the request calls it."""
+
+    def _has_gone(self, key: str, name: str) -> bool:
+        try:
+            self._client.session(name)
+        except errors.NotFound:
+            return bool(self._client.list(key=key).invocations)
+        return False
 
     def _made(self, options: argparse.Namespace, name: str | None) -> models.SessionInfo:
         lent = None if options.upload else self._directory
@@ -137,6 +150,8 @@ class Standing:
             return done
 
     def _report(self, invocation: dict[str, Any]) -> bool:
+        if self._is_gone:
+            return self._tell_gone(invocation)
         try:
             self._standing(self._info.id)
         except errors.NotFound:
@@ -157,7 +172,7 @@ class Standing:
         return True
 
     def _tell_gone(self, invocation: dict[str, Any]) -> bool:
-        self._stays = None
+        self._stays = "" if self._is_gone else None
         self._say(f"this call ran before, and what it changed was {'brought' if self._pull else 'told'} then")
         ended = (invocation.get("times") or {}).get("ended") or 0
         if not self._pull or time.time_ns() // 1000 < ended + units.parse_duration(KEPT):

@@ -54,6 +54,7 @@ def selected(
     policy: str | None,
     cause: models.Cause | None,
     state: models.State | None,
+    key: str | None,
     labels: Mapping[str, str],
     before: str | None,
     limit: int,
@@ -66,6 +67,7 @@ def selected(
         "policy = ?": policy,
         "cause = ?": cause,
         "state = ?": state,
+        "key = ?": key,
         "id < ?": before,
     }
     given = {clause: value for clause, value in filters.items() if value is not None}

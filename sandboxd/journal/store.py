@@ -443,6 +443,7 @@ class Journal:
         policy: str | None = None,
         cause: models.Cause | None = None,
         state: models.State | None = None,
+        key: str | None = None,
         labels: Mapping[str, str] | None = None,
         before: str | None = None,
         limit: int = 100,
@@ -453,7 +454,14 @@ class Journal:
         Raises InvalidRequest for too many labels.
         """
         query, values = rows.selected(
-            uid=uid, policy=policy, cause=cause, state=state, labels=labels or {}, before=before, limit=limit
+            uid=uid,
+            policy=policy,
+            cause=cause,
+            state=state,
+            key=key,
+            labels=labels or {},
+            before=before,
+            limit=limit,
         )
         return await self._read(lambda connection: rows.listed(connection, query, values))
 

@@ -227,6 +227,7 @@ class MemoryService:
         policy: str | None,
         cause: models.Cause | None,
         state: models.State | None,
+        key: str | None = None,
         label: Mapping[str, str],
         before: str | None,
         limit: int,

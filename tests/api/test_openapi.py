@@ -52,7 +52,7 @@ def test_the_document(server: Any) -> None:
     assert create["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/Request")
     assert set(create["responses"]) == {"200", "202", "default"}
     names = [each["name"] for each in document["paths"]["/v1/invocations"]["get"]["parameters"]]
-    assert names == ["policy", "cause", "state", "label", "before", "limit"]
+    assert names == ["policy", "cause", "state", "key", "label", "before", "limit"]
     for path in ("sessions/{session}/files/{path}", "artifacts/{digest}", "invocations/{id}/stdout"):
         get = document["paths"][f"/v1/{path}"]["get"]
         assert set(get["responses"]) == {"200", "206", "304", "default"}

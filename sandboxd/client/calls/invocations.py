@@ -51,12 +51,14 @@ Stream = Literal["stdout", "stderr"]
 class PageFields(TypedDict):
     """Which calls a page has: of a policy, with a cause or in a state, with a ``label`` (``KEY=VALUE``).
 
+    With a ``key``, the caller's own call that this stands for.
     ``before`` is the ``next`` of the page before; ``limit`` is how many a page has.
     """
 
     policy: NotRequired[str | None]
     cause: NotRequired[str | None]
     state: NotRequired[str | None]
+    key: NotRequired[str | None]
     label: NotRequired[str | None]
     before: NotRequired[str | None]
     limit: NotRequired[int | None]
