@@ -5,7 +5,8 @@ with a path. The directory is open, and every name is reached from it through no
 mount (``kernel.files.openat2``). A file that changed on both sides is refused: on this side it changed if
 its inode did (ctime, which only the kernel sets) since the session stands on the directory, unless it is as
 it was when both sides were the same (``agreement``); that alone counts where the session stands on none.
-A file is written beside its place, compared with the digest that was announced, and renamed.
+A file is written beside its place, compared with the digest that was announced, and renamed. A directory
+makes way for one if all in it is what the session had and removed (``clearance``); else all of it stays.
 What a tool has no business with is refused too: ``.git`` by whatever name, whose hooks and configuration
 run programs; links that may lead out of the directory, by way of others too; devices, FIFOs and sockets.
 Set-id bits are dropped, and modes are held to the umask and to who could write before. A change that fails
@@ -25,11 +26,12 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from sandboxd import errors, models, units
 from sandboxd.artifacts import decode_path, encode_path
-from sandboxd.client.agreement import Agreement, content_of, link_mark, mark
+from sandboxd.client.agreement import Agreement, link_mark, mark
 from sandboxd.client.clearance import Clearance, change_mode
 from sandboxd.client.difference import since_agreed, since_lent
 from sandboxd.client.place import beside, content_at, is_git, link_target, own_umask, status_of, write_sparse
 from sandboxd.client.pushing import Refusal
+from sandboxd.client.side import NotBrought, Side
 from sandboxd.kernel import files
 
 if TYPE_CHECKING:
@@ -58,10 +60,6 @@ class Pulled:
     refused: list[Refusal] = field(default_factory=list)
     unnoted: str | None = None
     """Why it could not be noted what both sides have now: a later pull takes it for changed on both."""
-
-
-class _Refused(Exception):
-    """Raised for a change that is not brought."""
 
 
 class PullFields(TypedDict):
@@ -120,8 +118,8 @@ class _Pull:
         self._to = to
         self._root = root
         self._agreement = agreement
+        self._side = Side(info.lent, agreement, force=force)
         self._git = git
-        self._force = force
         self._most = most
         self._left = most
         self._umask = own_umask()
@@ -183,7 +181,7 @@ class _Pull:
                 (self._result.applied if done else self._result.already).append(change.path)
                 if done and change.new is None:
                     self._result.removed.append(change.path)
-        except (_Refused, errors.SandboxdError) as why:
+        except (NotBrought, errors.SandboxdError) as why:
             if isinstance(why, errors.Unavailable):
                 self._gone = why
             self._result.refused.append(Refusal(change.path, str(why)))
@@ -198,9 +196,9 @@ class _Pull:
             path = decode_path(text)
             parts = files.split_path(path)
         except (ValueError, errors.InvalidRequest) as error:
-            raise _Refused("the daemon told a path that no file here can have") from error
+            raise NotBrought("the daemon told a path that no file here can have") from error
         if any(is_git(part) for part in parts) and not self._git:
-            raise _Refused("it is in .git; ask for it with --git")
+            raise NotBrought("it is in .git; ask for it with --git")
         return path
 
     def _apply(self, change: models.FileChange, path: bytes) -> bool:
@@ -214,7 +212,7 @@ class _Pull:
                 case "symlink":
                     return self._link(change, parent, name, here)
                 case kind:
-                    raise _Refused(f"it is a {kind}")
+                    raise NotBrought(f"it is a {kind}")
 
     def _agree(self, change: models.FileChange, path: bytes) -> None:
         """Note what both sides have now."""
@@ -237,39 +235,14 @@ class _Pull:
             parent = files.openat2(self._root, above or b".", _PARENT)
         except OSError as error:
             if error.errno in {errno.ELOOP, errno.ENOTDIR, errno.EXDEV}:
-                raise _Refused("its directory is a link, a file or another mount here") from error
+                raise NotBrought("its directory is a link, a file or another mount here") from error
             if error.errno == errno.ENOENT:
-                raise _Refused("its directory is not here") from error
+                raise NotBrought("its directory is not here") from error
             raise
         try:
             yield parent, name
         finally:
             os.close(parent)
-
-    def _is_ours(self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result) -> bool:
-        """Whether what is here has not changed since the session was made, or both sides were the same."""
-        if self._info.lent is not None and here.st_ctime_ns // 1000 < self._info.lent:
-            return True
-        known = content_of(self._agreement.here(change.path))
-        is_directory = stat.S_ISDIR(here.st_mode)
-        return known is not None and known == (
-            "directory" if is_directory else content_at(parent, name, here)
-        )
-
-    def _check(
-        self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result | None
-    ) -> None:
-        """Raises _Refused where this side has changed too."""
-        if self._force:
-            return
-        known = self._agreement.here(change.path)
-        if here is None:
-            if change.old is not None or known is not None:
-                raise _Refused("it was removed here, and changed in the session")
-        elif change.old is None and known is None:
-            raise _Refused("it is here already, with other content")
-        elif not self._is_ours(change, parent, name, here):
-            raise _Refused("it was changed here as well since the session was made")
 
     def _write(
         self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result | None
@@ -291,7 +264,7 @@ class _Pull:
             try:
                 digest = self._copy(change.path, fd)
                 if new.digest is not None and digest != new.digest:
-                    raise _Refused("it changed in the session while it was read")
+                    raise NotBrought("it changed in the session while it was read")
                 os.fchmod(fd, mode)
                 os.fsync(fd)
             finally:
@@ -313,8 +286,8 @@ class _Pull:
         os.ftruncate(fd, size)
         return f"sha256:{digest.hexdigest()}"
 
-    def _too_much(self) -> _Refused:
-        return _Refused(f"it is over the {units.format_size(self._most)} of files that one pull brings")
+    def _too_much(self) -> NotBrought:
+        return NotBrought(f"it is over the {units.format_size(self._most)} of files that one pull brings")
 
     def _mode(self, mode: int, here: int | None, kind: int) -> int:
         """What of a mode is brought: to what is here, no right to write beyond its owner's is added.
@@ -334,7 +307,7 @@ class _Pull:
         try:
             target = link_target(new.target or "", change.path.count("/"), git=self._git)
         except ValueError as error:
-            raise _Refused(str(error)) from error
+            raise NotBrought(str(error)) from error
         digest = link_mark(target)
         if here is not None and stat.S_ISLNK(here.st_mode) and content_at(parent, name, here) == digest:
             return False
@@ -347,26 +320,26 @@ class _Pull:
     def _clearance(
         self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result | None
     ) -> Clearance | None:
-        """What has to go for a file or a link, where a directory is here. Raises _Refused as ``_check``."""
+        """What has to go for a file or a link where a directory is here. Raises NotBrought."""
         if here is None or not stat.S_ISDIR(here.st_mode):
-            self._check(change, parent, name, here)
+            self._side.check(change, parent, name, here)
             return None
         way = Clearance(parent, name, partial(self._check_below, decode_path(change.path)))
         if way.is_empty:  # else what is in it tells that the session had it
-            self._check(change, parent, name, here)
+            self._side.check(change, parent, name, here)
         return way
 
     def _check_below(self, above: bytes, path: bytes, parent: int, name: bytes, here: os.stat_result) -> None:
         text = encode_path(above + b"/" + path)
         change = self._removed.get(text)
         if change is None:
-            raise _Refused(f"a directory is here, with {text}, which the session never had")
+            raise NotBrought(f"a directory is here, with {text}, which the session never had")
         try:
             self._path(text)
             if not stat.S_ISDIR(here.st_mode):
-                self._check_removal(change, parent, name, here)
-        except _Refused as why:
-            raise _Refused(f"a directory is here, with {text}: {why}") from why
+                self._side.check_removal(change, parent, name, here)
+        except NotBrought as why:
+            raise NotBrought(f"a directory is here, with {text}: {why}") from why
 
     def _replace(
         self,
@@ -378,7 +351,7 @@ class _Pull:
         parent, temporary, name = place
         now = status_of(parent, name)
         if (now and (now.st_ino, now.st_ctime_ns)) != (here and (here.st_ino, here.st_ctime_ns)):
-            raise _Refused("it was changed here just now")
+            raise NotBrought("it was changed here just now")
         for below in () if way is None else way.remove():
             text = encode_path(decode_path(path) + b"/" + below)
             self._agreement.drop(text)
@@ -392,7 +365,7 @@ class _Pull:
         with self._parent(path) as (parent, name):
             here = status_of(parent, name)
             if here is not None and not stat.S_ISDIR(here.st_mode):
-                self._check(change, parent, name, here)
+                self._side.check(change, parent, name, here)
                 os.unlink(name, dir_fd=parent)
                 here = None
             if here is None:
@@ -421,25 +394,11 @@ class _Pull:
                 os.rmdir(name, dir_fd=parent)
             except OSError as error:
                 if error.errno == errno.ENOTEMPTY:
-                    raise _Refused(
+                    raise NotBrought(
                         "it has files here that the session does not know, or that were refused"
                     ) from error
                 raise
             return True
-        self._check_removal(change, parent, name, here)
+        self._side.check_removal(change, parent, name, here)
         os.unlink(name, dir_fd=parent)
         return True
-
-    def _check_removal(
-        self, change: models.FileChange, parent: int, name: bytes, here: os.stat_result
-    ) -> None:
-        """Raises _Refused for what this side has changed, and for what the session may never have had."""
-        if self._is_ours(change, parent, name, here):
-            return
-        if not self._force:
-            raise _Refused("it was changed here since the session was made, and removed in it")
-        if self._agreement.there(change.path) is None:
-            raise _Refused(
-                "it was made or changed here since the session was made, which may never have had it; remove "
-                "it here"
-            )
