@@ -82,12 +82,12 @@ def behind(state: Path, *statements: str) -> None:
     connection.close()
 
 
-def spoiled(state: Path, table: str) -> None:
-    """Make the first page of a table unreadable."""
+def spoiled(state: Path, name: str, page: bytes = b"\x77") -> None:
+    """Make the first page of a table or index unreadable: ``page`` is what it begins with then."""
     path = state / "journal.sqlite3"
     with closing(sqlite3.connect(path)) as connection:
         query = "SELECT rootpage FROM sqlite_schema WHERE name = ?"
-        page = connection.execute(query, (table,)).fetchone()[0]
+        root = connection.execute(query, (name,)).fetchone()[0]
     data = bytearray(path.read_bytes())
-    data[(page - 1) * 4096] = 0x77  # its kind
+    data[(root - 1) * 4096 : (root - 1) * 4096 + len(page)] = page
     path.write_bytes(data)

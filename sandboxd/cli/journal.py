@@ -136,7 +136,7 @@ def told(report: VerifyReport, *, json: bool) -> int:
         terminal.complain(f"{of}{damage.what}")
     if len(report.damaged) > SHOWN:
         terminal.complain(f"{len(report.damaged) - SHOWN} more differ; --json lists them")
-    if any("index of sessions" in damage.what for damage in report.damaged):
+    if report.problem is None and any("index of sessions" in damage.what for damage in report.damaged):
         terminal.complain("`sandboxd journal reindex` makes the index again from the records")
     if report.problem is None:
         _tell_what_holds(report)
@@ -214,7 +214,7 @@ def export(
 def reindex(*, config: ConfigFile = None, state: State = None, output: FlatFormat = FORMAT) -> None:
     """Make the index of sessions again, when `sandboxd journal verify` says that it differs from the records.
 
-    The daemon has to be stopped. Nothing else is changed.
+    The daemon has to be stopped. Nothing else is changed, and nothing at all where a record cannot be read.
     """
     from sandboxd.config import load_config  # noqa: PLC0415 - `--help` must not pay for it
     from sandboxd.journal import schema, sessioncalls  # noqa: PLC0415 - same
@@ -233,7 +233,7 @@ def reindex(*, config: ConfigFile = None, state: State = None, output: FlatForma
             closing(schema.connect_reader(path)) as reader,
         ):
             connection.execute("BEGIN IMMEDIATE")
-            found = sessioncalls.fill(connection, reader)
+            found = sessioncalls.remake(connection, reader)
             connection.execute("COMMIT")
     finally:
         lock.release()

@@ -3,7 +3,7 @@
 Theory of operation.  ``session_records`` has session and number of each record whose header names a session.
 A row comes with its record, in one transaction, and stays: a header is kept when its body goes, so what was
 pruned is in the line too. The index only finds: whoever reads by it looks at the headers it leads to, and
-``verify`` compares it with all of them, both ways. It can be made again from them (``fill``).
+``verify`` compares it with all of them, both ways. It can be made again from them (``fill``, ``remake``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sandboxd import errors
 from sandboxd.journal.upkeep import within
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = [
     "fill",
     "indexed",
     "numbers_of",
+    "remake",
     "session_of",
 ]
 
@@ -114,6 +116,36 @@ def fill(
         filled += len(found)
         tell()
     return filled
+
+
+def remake(connection: sqlite3.Connection, reader: sqlite3.Connection) -> int:
+    """As ``fill``, where all records can be read: of the others it may be the last that is known.
+
+    Raises JournalCorrupt, which names the first that cannot be read, and nothing is changed then.
+    """
+    _check_records(reader)
+    return fill(connection, reader)
+
+
+def _check_records(reader: sqlite3.Connection) -> None:
+    last = newest = 0
+    try:
+        newest = reader.execute("SELECT coalesce(max(n), 0) FROM heads").fetchone()[0]
+        for n, _ in reader.execute("SELECT n, max(instr(header, ?), 0) FROM records ORDER BY n", (_KEY,)):
+            if n != last + 1:
+                break
+            last = n
+        else:
+            if last >= newest:
+                return
+    except sqlite3.DatabaseError as error:
+        if not _damaged(error):
+            raise
+    raise errors.JournalCorrupt(
+        f"record {last + 1} cannot be read, or is gone, so the index of sessions is left as it is: it would "
+        "lose calls; see `sandboxd journal verify`, and restore the journal from a backup",
+        record=last + 1,
+    )
 
 
 def _readable(reader: sqlite3.Connection) -> bool:

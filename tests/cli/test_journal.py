@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
+import pytest
 from journals import behind, record, spoiled
 
 from sandboxd.journal import Journal
@@ -158,3 +161,28 @@ def test_the_index_of_sessions_is_made_again(tmp_path: Path) -> None:
     told = run("journal", "verify", "--bundle", tmp_path / "x")
     assert "all calls of session s among these records are in it" in told.stdout
     assert run("journal", "reindex", "--state", tmp_path / "nowhere").returncode != 0
+
+
+@pytest.mark.parametrize("damage", ["zeroed", "emptied", "missing"])
+def test_the_index_of_sessions_stays_where_records_cannot_be_read(tmp_path: Path, damage: str) -> None:
+    """It may be all that is left to say which calls were of a session."""
+
+    async def fill() -> None:
+        async with Journal.open(tmp_path) as journal:
+            for _ in range(3):
+                await record(journal, tmp_path, session="s")
+
+    asyncio.run(fill())
+    if damage == "missing":
+        behind(tmp_path, "DELETE FROM records WHERE n = 2")
+    else:
+        # an empty leaf is a sound page to SQLite: only the signed head says what was there
+        spoiled(tmp_path, "records", bytes(4096) if damage == "zeroed" else b"\x0d" + bytes(4095))
+    behind(tmp_path, "DELETE FROM session_records WHERE n = 3")
+    found = run("journal", "verify", "--state", tmp_path)
+    assert (found.returncode, "reindex" in found.stderr) == (1, False)
+    refused = run("journal", "reindex", "--state", tmp_path)
+    assert refused.returncode != 0
+    assert f"record {2 if damage == 'missing' else 1} cannot be read, or is gone" in refused.stderr
+    with closing(sqlite3.connect(tmp_path / "journal.sqlite3")) as connection:
+        assert connection.execute("SELECT n FROM session_records").fetchall() == [(1,), (2,)]
