@@ -205,13 +205,13 @@ class Journal:
         """What was asked for a call, its contents included; for who runs it later, or again.
 
         Raises NotFound for a call that is not known, was accepted by a version that did not keep it, or whose
-        contents were pruned; JournalCorrupt when a content is not what its digest says.
+        contents were pruned; JournalCorrupt when it, or a content of it, is not what its digest says.
         """
         found = await self._read(lambda connection: requests.read(connection, id_))
         if found is None:
             raise errors.NotFound(f"what was asked for call {id_!r} is not in the journal")
         blobs = BlobStore(self._directory / "blobs")
-        return await asyncio.to_thread(requests.rebuild, *found, blobs)
+        return await asyncio.to_thread(requests.rebuild, found, blobs)
 
     async def ended(
         self,

@@ -2,7 +2,7 @@
 
 Theory of operation: the chain is one line, so the first record that differs ends the check of it. Files are
 each on their own: all that are damaged are named, with their call, and the check goes on. So is what differs
-of the index by which the calls of a session are found.
+of the index by which the calls of a session are found, and of what was asked (``besides``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from sandboxd import canonical, errors
-from sandboxd.journal import chain, sessioncalls, signing
+from sandboxd.journal import besides, chain, sessioncalls, signing
 from sandboxd.journal.chain import GENESIS, Broken, Head
 from sandboxd.journal.evidence import Evidence
 from sandboxd.journal.upkeep import within
@@ -29,7 +29,8 @@ _STEP = 500
 _MOST = 16 << 20  # bytes of one step, from where it ends: a document may have 34 MiB
 _MAX_DAMAGE = 1000
 _QUERY = (
-    "SELECT r.n, r.id, r.digest, r.header, i.id, i.state, i.doc, {pruned} FROM records AS r"
+    "SELECT r.n, r.id, r.digest, r.header, i.id, i.state, i.doc, {pruned}, i.uid, i.key, i.cause"
+    " FROM records AS r"
     " LEFT JOIN invocations AS i ON i.id = r.id "
 )
 
@@ -70,8 +71,8 @@ class VerifyReport:
     note: str = ""
     """Why there are none."""
     damaged: list[Damage] = field(default_factory=list)
-    """Streams and artifacts that differ or are gone, with ``deep``, and records that the index of sessions
-    has not, or has wrongly; at most 1,000."""
+    """Streams and artifacts that differ or are gone, with ``deep``, records that the index of sessions has
+    not, or has wrongly, and what differs of rows and requests; at most 1,000."""
 
     @property
     def ok(self) -> bool:
@@ -98,7 +99,7 @@ def verify(
     sessions = sessioncalls.Check(connection)
     try:
         heads = _heads(connection, keys)
-        for n, id_, digest, data, row, state, body, pruned in _rows(connection, report):
+        for n, id_, digest, data, row, state, body, pruned, *columns in _rows(connection, report):
             named = chain.follow(report.head, n, id_, digest, data)
             _check_row(n, id_, row, state)
             _check_body(n, named, body, pruned)
@@ -107,6 +108,8 @@ def verify(
                 report.signed, report.key = n, vouched.key
             report.head, report.records = Head(n, digest), n
             sessions.one(n, data)
+            if differs := besides.differing(data, body, *columns):
+                _note(report, Damage(n, id_, f"its row was changed: {differs} is not as in its record"))
             report.pruned += body is None
             if digest == wanted[1] and wanted[0] in {None, n}:
                 seen = True
@@ -128,6 +131,7 @@ def verify(
     except Broken as broken:
         report.at, report.problem = broken.n, str(broken)
     _look_at_sessions(connection, sessions, report)
+    _look_at_requests(connection, report)
     return report
 
 
@@ -253,3 +257,13 @@ def _look_at_sessions(
             _note(report, Damage(n, row[0] if row else "", problem))
     except sqlite3.DatabaseError as error:
         _note(report, Damage(report.head.n, "", f"the index of sessions cannot be read: {error}"))
+
+
+def _look_at_requests(connection: sqlite3.Connection, report: VerifyReport) -> None:
+    """What differs of what was asked, also of calls that wait."""
+    try:
+        for id_, problem in islice(besides.requests_that_differ(connection), _MAX_DAMAGE):
+            row = connection.execute("SELECT n FROM records WHERE id = ?", (id_,)).fetchone()
+            _note(report, Damage(row[0] if row else 0, id_, problem if row else f"call {id_}: {problem}"))
+    except sqlite3.DatabaseError as error:
+        _note(report, Damage(0, "", f"what was asked cannot be read: {error}"))
