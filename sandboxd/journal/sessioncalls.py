@@ -3,7 +3,7 @@
 Theory of operation.  ``session_records`` has session and number of each record whose header names a session.
 A row comes with its record, in one transaction, and stays: a header is kept when its body goes, so what was
 pruned is in the line too. The index only finds: whoever reads by it looks at the headers it leads to, and
-``verify`` compares it with all of them, both ways. It can be made again from them (``fill``, ``remake``).
+``verify`` compares it with all of them, both ways. It can be made again from them (``fill``).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ __all__ = [
     "SessionCall",
     "add",
     "calls_of",
+    "check_records",
     "fill",
     "indexed",
     "numbers_of",
-    "remake",
     "session_of",
 ]
 
@@ -118,16 +118,11 @@ def fill(
     return filled
 
 
-def remake(connection: sqlite3.Connection, reader: sqlite3.Connection) -> int:
-    """As ``fill``, where all records can be read: of the others it may be the last that is known.
+def check_records(reader: sqlite3.Connection) -> None:
+    """See that all records can be read: of the others the index may be the last that is known.
 
-    Raises JournalCorrupt, which names the first that cannot be read, and nothing is changed then.
+    Raises JournalCorrupt, which names the first that cannot be, or is gone.
     """
-    _check_records(reader)
-    return fill(connection, reader)
-
-
-def _check_records(reader: sqlite3.Connection) -> None:
     last = newest = 0
     try:
         newest = reader.execute("SELECT coalesce(max(n), 0) FROM heads").fetchone()[0]

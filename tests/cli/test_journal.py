@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -186,3 +187,32 @@ def test_the_index_of_sessions_stays_where_records_cannot_be_read(tmp_path: Path
     assert f"record {2 if damage == 'missing' else 1} cannot be read, or is gone" in refused.stderr
     with closing(sqlite3.connect(tmp_path / "journal.sqlite3")) as connection:
         assert connection.execute("SELECT n FROM session_records").fetchall() == [(1,), (2,)]
+
+
+def test_damaged_pages_are_named_and_indexes_made_again(tmp_path: Path) -> None:
+    filled(tmp_path)
+    spoiled(tmp_path, "invocation_keys")
+    spoiled(tmp_path, "sqlite_autoindex_requests_1")
+    for deep in ([], ["--deep"]):
+        found = run("journal", "verify", *deep, "--state", tmp_path)
+        assert found.returncode == 1
+        assert "the index invocation_keys of table invocations of the journal's database" in found.stderr
+        assert "the index sqlite_autoindex_requests_1 of table requests" in found.stderr
+        assert "`sandboxd journal reindex` makes indexes again" in found.stderr
+    done = run("journal", "reindex", "--state", tmp_path)
+    assert done.returncode == 0
+    assert "the index invocation_keys of table invocations was made again" in done.stdout
+    assert run("journal", "verify", "--deep", "--state", tmp_path).returncode == 0
+    for table in ("queue", "sessions", "checkpoints", "heads", "contents"):
+        copy = tmp_path / table
+        copy.mkdir()
+        shutil.copy(tmp_path / "journal.sqlite3", copy)
+        spoiled(copy, table)
+        for deep in ([], ["--deep"]):
+            found = run("journal", "verify", *deep, "--state", copy)
+            assert found.returncode == 1
+            assert f"the table {table} of the journal's database is damaged" in found.stderr
+            assert "reindex" not in found.stderr
+        refused = run("journal", "reindex", "--state", copy)
+        assert refused.returncode != 0
+        assert f"record {1}" in refused.stderr if table == "heads" else f"the table {table}" in refused.stderr

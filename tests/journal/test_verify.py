@@ -173,7 +173,9 @@ async def test_a_damaged_page_is_named_by_its_record(tmp_path: Path) -> None:
     reader.close()
     assert report.at is not None
     assert 1 < report.at < 300
-    assert f"record {report.at} cannot be read: the database is damaged there" in str(report.problem)
+    assert f"record {report.at}, or its call, cannot be read: the database is damaged there" in str(
+        report.problem
+    )
 
 
 def _leaf(path: Path, root: int, number: int) -> int:
