@@ -7,12 +7,26 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from sandboxd import canonical, models
-from sandboxd.journal import Accepted, Journal, new_id, outcome_header
+from sandboxd.journal import Accepted, Journal, new_id, outcome_header, schema
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 DIGEST = "sha256:" + "ab" * 32
+
+
+def named(kind: str) -> list[str]:
+    """The names of all tables, or all indexes, of a journal."""
+    with closing(sqlite3.connect(":memory:")) as connection:
+        for steps in schema.MIGRATIONS:
+            for step in steps:
+                if isinstance(step, str):
+                    connection.execute(step)
+        rows = connection.execute("SELECT name FROM sqlite_schema WHERE type = ? ORDER BY name", (kind,))
+        return [name for (name,) in rows]
+
+
+TABLES, INDEXES = named("table"), named("index")
 
 
 def call(**fields: object) -> models.Invocation:

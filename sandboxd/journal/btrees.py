@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-__all__ = ["Damaged", "checked", "is_damage", "readable", "remake"]
+__all__ = ["Damaged", "checked", "is_damage", "remake", "unreadable"]
 
 _CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _ASIDE = re.compile(r"_damaged_\d+$")  # what ``sessioncalls`` put aside
@@ -44,7 +44,7 @@ class _Tree(NamedTuple):
             columns = self.columns(connection)
             _, where, condition = (self.sql or "").partition(" WHERE ")
             source = f"{self.table} INDEXED BY {self.name}{where}{condition}"
-        sizes = " + ".join(f"length(CAST({name} AS BLOB))" for name in columns)
+        sizes = " + ".join(f"length({name})" for name in columns)
         return f"SELECT sum({sizes}) FROM {source}"  # noqa: S608  # names of our schema
 
     def columns(self, connection: sqlite3.Connection) -> list[str]:
@@ -82,9 +82,10 @@ def _trees(connection: sqlite3.Connection) -> Iterator[_Tree]:
             yield _Tree(*row)
 
 
-def readable(connection: sqlite3.Connection) -> list[Damaged]:
-    """The tables and indexes that cannot be read to their end. Raises sqlite3.Error."""
-    found = (_unread(connection, tree) for tree in _trees(connection))
+def unreadable(connection: sqlite3.Connection, *, tables: bool = True) -> list[Damaged]:
+    """The indexes, and with ``tables`` the tables, that cannot be read to their end. Raises sqlite3.Error."""
+    trees = [tree for tree in _trees(connection) if tables or tree.name != tree.table]
+    found = (_unread(connection, tree) for tree in trees)
     return [one for one in found if one is not None]
 
 

@@ -506,4 +506,11 @@ class Journal:
                     if connection.in_transaction:
                         connection.execute("ROLLBACK")
 
-        return await asyncio.get_running_loop().run_in_executor(self._readers, run)
+        loop, mending = asyncio.get_running_loop(), self._writer.mending
+        times = mending.times
+        try:
+            return await loop.run_in_executor(self._readers, run)
+        except errors.JournalCorrupt as error:
+            if not await mending.mended(error, times):
+                raise mending.named(error) from error.__cause__
+        return await loop.run_in_executor(self._readers, run)

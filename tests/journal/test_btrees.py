@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
-from journals import behind, record, spoiled
+from journals import INDEXES, TABLES, behind, record, spoiled
 
 from sandboxd.journal import Journal, btrees, schema
 
@@ -20,20 +20,8 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-def named(kind: str) -> list[str]:
-    """The names of all tables, or all indexes, of a journal."""
-    with closing(sqlite3.connect(":memory:")) as connection:
-        for steps in schema.MIGRATIONS:
-            for step in steps:
-                if isinstance(step, str):
-                    connection.execute(step)
-        rows = connection.execute("SELECT name FROM sqlite_schema WHERE type = ? ORDER BY name", (kind,))
-        return [name for (name,) in rows]
-
-
 EMPTY = b"\0\0\0\0\x10\0\0"
 """After a page's kind: it is sound, and has no rows (https://www.sqlite.org/fileformat2.html)."""
-TABLES, INDEXES = named("table"), named("index")
 
 
 async def filled(state: Path) -> None:
@@ -57,14 +45,14 @@ async def test_each_table_and_index_is_named(tmp_path: Path, page: bytes) -> Non
         spoiled(tmp_path, name, page)
         assert found(tmp_path) == found(tmp_path, deep=True) == [f"table {name}"]
         with closing(schema.connect_reader(path)) as connection:
-            assert [one.name for one in btrees.readable(connection)] == [name]
+            assert [one.name for one in btrees.unreadable(connection)] == [name]
         path.write_bytes(whole)
     for name in INDEXES:
         spoiled(tmp_path, name, page)
         assert found(tmp_path) == found(tmp_path, deep=True)
         assert [one.split()[:2] for one in found(tmp_path)] == [["index", name]]
         with closing(schema.connect_reader(path)) as connection:
-            assert [one.name for one in btrees.readable(connection)] == [name]
+            assert [one.name for one in btrees.unreadable(connection)] == [name]
         path.write_bytes(whole)
 
 
@@ -77,9 +65,9 @@ async def test_each_index_is_made_again_under_open_connections(tmp_path: Path) -
         spoiled(tmp_path, name, bytes(4096))
         with closing(schema.connect_reader(path)) as other:
             other.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-            made = btrees.remake(path, btrees.readable(other))
+            made = btrees.remake(path, btrees.unreadable(other))
             assert [one.name for one in made] == [name]
-            assert btrees.readable(other) == []
+            assert btrees.unreadable(other) == []
             assert list(btrees.checked(other, deep=True)) == []
     with closing(schema.connect_reader(path)) as after:
         assert (
@@ -88,7 +76,7 @@ async def test_each_index_is_made_again_under_open_connections(tmp_path: Path) -
     for name in INDEXES:  # all at once
         spoiled(tmp_path, name)
     with closing(schema.connect_reader(path)) as connection:
-        assert {one.name for one in btrees.remake(path, btrees.readable(connection))} == set(INDEXES)
+        assert {one.name for one in btrees.remake(path, btrees.unreadable(connection))} == set(INDEXES)
     assert found(tmp_path, deep=True) == []
     with closing(sqlite3.connect(path)) as connection, pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
         connection.execute("INSERT INTO invocations SELECT * FROM invocations")
@@ -102,14 +90,14 @@ async def test_an_index_is_not_made_of_a_table_that_has_lost_rows(tmp_path: Path
     spoiled(tmp_path, "invocation_keys", bytes(4096))
     before = path.read_bytes()
     with closing(schema.connect_reader(path)) as connection:
-        unread = btrees.readable(connection)
+        unread = btrees.unreadable(connection)
         assert [one.name for one in unread] == ["invocation_keys"]
         assert btrees.remake(path, unread) == []
-        assert btrees.readable(connection) == unread
+        assert btrees.unreadable(connection) == unread
     assert path.read_bytes() == before
     spoiled(tmp_path, "invocations", b"\x77")
     with closing(schema.connect_reader(path)) as connection:
-        assert btrees.remake(path, btrees.readable(connection)) == []
+        assert btrees.remake(path, btrees.unreadable(connection)) == []
 
 
 async def test_an_index_that_lacks_a_row_is_found_and_made_again(tmp_path: Path) -> None:
