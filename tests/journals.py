@@ -7,11 +7,12 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from sandboxd import canonical, models
-from sandboxd.journal import Accepted, Journal, new_id, outcome_header, schema
+from sandboxd.journal import Accepted, Ids, Journal, outcome_header, schema
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+new_id = Ids().new
 DIGEST = "sha256:" + "ab" * 32
 
 

@@ -11,10 +11,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
-from journals import behind, record, spoiled
+from journals import behind, new_id, record, spoiled
 
 from sandboxd import canonical, errors, models
-from sandboxd.journal import Accepted, Journal, bundle, new_id, outcome_header, proof, schema, sessioncalls
+from sandboxd.journal import Accepted, Journal, bundle, outcome_header, proof, schema, sessioncalls
 
 if TYPE_CHECKING:
     from pathlib import Path
