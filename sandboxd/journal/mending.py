@@ -1,9 +1,9 @@
 """What is done when SQLite says that the journal's database is damaged while a daemon uses it.
 
 Theory of operation.  To look for damage takes as long as to read the database, so nobody looks before
-something fails. Then one thread looks for what cannot be read and makes indexes again (``btrees``), those who
-write wait, and what failed is done once more. What could not be mended is named in every error from then on,
-and nobody looks again.
+something fails. Then one thread looks for what cannot be read, makes indexes again (``btrees``) and saves
+what it can of the queue (``salvage``); those who write wait, and what failed is done once more. What could
+not be mended is named in every error from then on, and nobody looks again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from sandboxd import errors
-from sandboxd.journal import btrees, schema
+from sandboxd.journal import btrees, salvage, schema
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,17 +66,24 @@ class Mending:
             self._going = None
 
     def look(self) -> bool:
-        """Make damaged indexes again, and note what else is damaged; whether any was made."""
+        """Mend what can be, and note what else is damaged; whether anything was mended."""
         try:
             with closing(schema.connect_reader(self._path)) as reader:
                 found = btrees.unreadable(reader, tables=False) or btrees.unreadable(reader)
                 made = btrees.remake(self._path, found)
+            queue = [one for one in found if one.name == salvage.QUEUE]
+            lost = salvage.save_queue(self._path) if queue else []
         except (sqlite3.Error, errors.SandboxdError) as error:
             log.warning("the journal's database could not be mended", reason=str(error))
             self._left = self._left or []
             return False
-        for one in made:
+        for one in made:  # indexes
             log.error("a damaged index of the journal was made again", index=one.name, table=one.table)
+        for one in queue:
+            log.error(
+                "calls that waited end as interrupted: the queue was damaged", calls=lost, reason=one.why
+            )
+        made += queue
         left = [one for one in found if one not in made]
         for one in left:
             log.error("the journal's database is damaged", part=str(one), reason=one.why)

@@ -521,10 +521,10 @@ class Journal:
                         connection.execute("ROLLBACK")
 
         loop, mending = asyncio.get_running_loop(), self._writer.mending
-        times = mending.times
-        try:
-            return await loop.run_in_executor(self._readers, run)
-        except errors.JournalCorrupt as error:
-            if not await mending.mended(error, times):
-                raise mending.named(error) from error.__cause__
-        return await loop.run_in_executor(self._readers, run)
+        while True:
+            times = mending.times
+            try:
+                return await loop.run_in_executor(self._readers, run)
+            except errors.JournalCorrupt as error:
+                if not await mending.mended(error, times):
+                    raise mending.named(error) from error.__cause__

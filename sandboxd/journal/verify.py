@@ -29,6 +29,7 @@ __all__ = ["Damage", "VerifyReport", "verify"]
 _STEP = 500
 _MOST = 16 << 20  # bytes of one step, from where it ends: a document may have 34 MiB
 _MAX_DAMAGE = 1000
+_OF_THE_QUEUE = "; a daemon that starts saves what it can, and calls that it cannot end as interrupted"
 _QUERY = (
     "SELECT r.n, r.id, r.digest, r.header, i.id, i.state, i.doc, {pruned}, i.uid, i.key, i.cause"
     " FROM records AS r"
@@ -271,7 +272,8 @@ def _note(report: VerifyReport, damage: Damage) -> None:
 def _look_at_database(connection: sqlite3.Connection, report: VerifyReport, *, deep: bool) -> None:
     found = list(btrees.checked(connection, deep=deep))
     for each in found:
-        _note(report, Damage(0, "", f"the {each} of the journal's database is damaged: {each.why}"))
+        how = f"{each.why}{_OF_THE_QUEUE if each.name == 'queue' else ''}"
+        _note(report, Damage(0, "", f"the {each} of the journal's database is damaged: {how}"))
     indexes = any(each.index for each in found)
     report.remakable = indexes and not any(each.name == "records" for each in found)
 

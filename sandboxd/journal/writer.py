@@ -165,14 +165,14 @@ class Writer:
                     break  # what is to be done says why it cannot be
 
     async def _tried(self, operation: Callable[[Transaction], T]) -> T:
-        times = self.mending.times
-        try:
-            return self._apply(operation)
-        except errors.JournalCorrupt as error:
-            if not await self.mending.mended(error, times):
-                raise self.mending.named(error) from error.__cause__
-        self._post_later()
-        return self._apply(operation)
+        while True:
+            times = self.mending.times
+            try:
+                return self._apply(operation)
+            except errors.JournalCorrupt as error:
+                if not await self.mending.mended(error, times):
+                    raise self.mending.named(error) from error.__cause__
+            self._post_later()
 
     async def synced(self) -> None:
         """Wait until all that was written before is on disk."""

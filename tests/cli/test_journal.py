@@ -214,5 +214,9 @@ def test_damaged_pages_are_named_and_indexes_made_again(tmp_path: Path) -> None:
             assert f"the table {table} of the journal's database is damaged" in found.stderr
             assert "reindex" not in found.stderr
         refused = run("journal", "reindex", "--state", copy)
+        if table == "queue":  # the daemon saves what it can of it
+            assert (refused.returncode, "a daemon that starts saves what it can" in found.stderr) == (0, True)
+            continue
         assert refused.returncode != 0
-        assert f"record {1}" in refused.stderr if table == "heads" else f"the table {table}" in refused.stderr
+        named = "record 1 cannot be read" if table == "heads" else f"the table {table}"
+        assert named in refused.stderr
