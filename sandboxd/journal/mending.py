@@ -75,7 +75,8 @@ class Mending:
             lost = salvage.save_queue(self._path) if queue else []
         except (sqlite3.Error, errors.SandboxdError) as error:
             log.warning("the journal's database could not be mended", reason=str(error))
-            self._left = self._left or []
+            if btrees.is_damage(error):  # all else may pass
+                self._left = []
             return False
         for one in made:  # indexes
             log.error("a damaged index of the journal was made again", index=one.name, table=one.table)

@@ -123,7 +123,7 @@ def check_records(reader: sqlite3.Connection) -> None:
 
     Raises JournalCorrupt, which names the first that cannot be, or is gone.
     """
-    last = newest = 0
+    last, newest = 0, None
     try:
         newest = reader.execute("SELECT coalesce(max(n), 0) FROM heads").fetchone()[0]
         for n, _ in reader.execute("SELECT n, max(instr(header, ?), 0) FROM records ORDER BY n", (_KEY,)):
@@ -136,8 +136,9 @@ def check_records(reader: sqlite3.Connection) -> None:
     except sqlite3.DatabaseError as error:
         if not _damaged(error):
             raise
+    what = f"record {last + 1}" if newest is not None else "what was signed of records"
     raise errors.JournalCorrupt(
-        f"record {last + 1} cannot be read, or is gone, so the index of sessions is left as it is: it would "
+        f"{what} cannot be read, or is gone, so the index of sessions is left as it is: it would "
         "lose calls; see `sandboxd journal verify`, and restore the journal from a backup",
         record=last + 1,
     )

@@ -172,6 +172,7 @@ class Writer:
             except errors.JournalCorrupt as error:
                 if not await self.mending.mended(error, times):
                     raise self.mending.named(error) from error.__cause__
+            await self.mending.ended()
             self._post_later()
 
     async def synced(self) -> None:
