@@ -180,7 +180,7 @@ class Calls(Recovery):
         """A call that is about to be accepted."""
         accepted = now()
         invocation = Invocation(
-            id=records.new_id(),
+            id=self._journal.new_id(),
             state=State.ACCEPTED,
             caller=caller.info(),
             policy=DigestRef(name=made.shape.policy, digest=made.shape.policy_digest),

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import anyio.to_thread
-from uuid6 import uuid7
 
 from sandboxd import errors
 from sandboxd.engine.stacked import attach_stack
@@ -348,7 +347,7 @@ class CallSession:
             self._store.remove(name)
             raise
         self._made = tables.make_checkpoint(
-            str(uuid7()),
+            self._journal.new_id(),
             start.row.id,
             start.row.uid,
             start.head,

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 import anyio
 import anyio.to_thread
 import structlog
-from uuid6 import uuid7
 
 from sandboxd import errors, models, units
 from sandboxd.checkouts import Checkouts
@@ -141,8 +140,8 @@ class Sessions(SessionReading):
         Raises SessionExists, QuotaExceeded; NotPermitted, NotFound, PolicyInvalid, ControlNotSupported for
         its policy; NotFound, InvalidRequest for the directory.
         """
-        id_, now = str(uuid7()), _now()
-        first = tables.make_checkpoint(str(uuid7()), id_, caller.uid, None, created=now)
+        id_, now = self._journal.new_id(), _now()
+        first = tables.make_checkpoint(self._journal.new_id(), id_, caller.uid, None, created=now)
         row = self._row(caller, asked, id_=id_, at=first.id, now=now)
         if asked.checkout is None:
             return await self._insert(caller, row, first)
@@ -191,7 +190,7 @@ class Sessions(SessionReading):
             start = (await self.holds.checkpoint(source, asked.checkpoint)).id
         stack = await self._journal.read(lambda connection: stacks.stack_of(connection, start))
         await self.layers.sample(source.id, stack)
-        row = self._row(caller, asked, id_=str(uuid7()), at=start, now=_now())
+        row = self._row(caller, asked, id_=self._journal.new_id(), at=start, now=_now())
         row = replace(row, policy=asked.policy or source.policy, network=allowance.begun_with(source.network))
         if source.checkout is None:
             return await self._insert(caller, row, None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from journals import new_id
+
 from sandboxd import canonical, models
-from sandboxd.journal import new_id
 
 __all__ = ["DIGEST", "call", "ended"]
 

@@ -7,12 +7,27 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from sandboxd import canonical, models
-from sandboxd.journal import Accepted, Journal, new_id, outcome_header
+from sandboxd.journal import Accepted, Ids, Journal, outcome_header, schema
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+new_id = Ids().new
 DIGEST = "sha256:" + "ab" * 32
+
+
+def named(kind: str) -> list[str]:
+    """The names of all tables, or all indexes, of a journal."""
+    with closing(sqlite3.connect(":memory:")) as connection:
+        for steps in schema.MIGRATIONS:
+            for step in steps:
+                if isinstance(step, str):
+                    connection.execute(step)
+        rows = connection.execute("SELECT name FROM sqlite_schema WHERE type = ? ORDER BY name", (kind,))
+        return [name for (name,) in rows]
+
+
+TABLES, INDEXES = named("table"), named("index")
 
 
 def call(**fields: object) -> models.Invocation:
@@ -82,12 +97,12 @@ def behind(state: Path, *statements: str) -> None:
     connection.close()
 
 
-def spoiled(state: Path, table: str) -> None:
-    """Make the first page of a table unreadable."""
+def spoiled(state: Path, name: str, page: bytes = b"\x77") -> None:
+    """Make the first page of a table or index unreadable: ``page`` is what it begins with then."""
     path = state / "journal.sqlite3"
     with closing(sqlite3.connect(path)) as connection:
         query = "SELECT rootpage FROM sqlite_schema WHERE name = ?"
-        page = connection.execute(query, (table,)).fetchone()[0]
+        root = connection.execute(query, (name,)).fetchone()[0]
     data = bytearray(path.read_bytes())
-    data[(page - 1) * 4096] = 0x77  # its kind
+    data[(root - 1) * 4096 : (root - 1) * 4096 + len(page)] = page
     path.write_bytes(data)

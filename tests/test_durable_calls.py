@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 from daemons import until
+from journals import behind
 
 from sandboxd import AsyncClient, Client, errors
 from sandboxd.journal import Journal
@@ -314,3 +315,40 @@ def test_a_caller_may_have_as_many_wait_as_its_rule_says(daemon_factory: Callabl
     assert told == {"queued": 2, "yours": 2, "running": 1, "limit": 2}
     assert caught.value.details["which"] == "caller"
     assert "`queued` of your entry in `callers`" in str(caught.value)
+
+
+def test_what_was_changed_of_a_request_is_not_run(daemon_factory: Callable[..., Daemon]) -> None:
+    """A call that waits over a restart, one that is replayed, and a key that is used again."""
+    first = daemon_factory(config=ONE)
+    client = first.client()
+    done = client.run(["echo", "done"], key="done")
+    running(client, "sleep", "1000")
+    queued = {
+        client.start(["echo", "asked"]).id: "what was asked was changed",
+        client.start(["cat"], stdin=b"asked").id: "what its request named as sha256:",
+    }
+    other = client.start(["echo", "other"]).id
+    first.stop(signal.SIGKILL)
+    behind(
+        first.state,
+        "UPDATE requests SET doc = CAST(replace(CAST(doc AS TEXT), 'echo', 'evil') AS BLOB)"
+        f" WHERE id != '{other}'",
+        "UPDATE requests SET contents = CAST(replace(CAST(contents AS TEXT), 'asked', 'other') AS BLOB)"
+        f" WHERE id = '{list(queued)[1]}'",
+    )
+    second = daemon_factory(config=ONE, state=first.state, name="second")
+    client = second.client()
+    assert text(client.wait(other, timeout=30)) == "other\n"
+    for id_, why in queued.items():
+        failed = client.wait(id_, timeout=30)
+        assert failed.outcome is not None
+        assert failed.outcome.error is not None
+        assert (failed.outcome.cause, failed.outcome.error.code) == ("failed", "journal_corrupt")
+        assert f"call {id_}: {why}" in failed.outcome.error.message
+        assert failed.times.started is None
+    with pytest.raises(errors.JournalCorrupt, match=f"call {done.id}: what was asked was changed"):
+        client.replay(done.id)
+    assert client.run(["echo", "done"], key="done").id == done.id
+    with pytest.raises(errors.KeyConflict) as conflict:
+        client.run(["echo", "else"], key="done")
+    assert conflict.value.details["differs"] == []  # what the first one asked for is not known

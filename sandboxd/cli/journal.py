@@ -136,8 +136,8 @@ def told(report: VerifyReport, *, json: bool) -> int:
         terminal.complain(f"{of}{damage.what}")
     if len(report.damaged) > SHOWN:
         terminal.complain(f"{len(report.damaged) - SHOWN} more differ; --json lists them")
-    if any("index of sessions" in damage.what for damage in report.damaged):
-        terminal.complain("`sandboxd journal reindex` makes the index again from the records")
+    if report.remakable:
+        terminal.complain("`sandboxd journal reindex` makes indexes again, with the daemon stopped")
     if report.problem is None:
         _tell_what_holds(report)
     return 0 if report.ok else 1
@@ -212,12 +212,12 @@ def export(
 
 
 def reindex(*, config: ConfigFile = None, state: State = None, output: FlatFormat = FORMAT) -> None:
-    """Make the index of sessions again, when `sandboxd journal verify` says that it differs from the records.
+    """Make indexes again when `sandboxd journal verify` says that one is damaged or differs from its records.
 
-    The daemon has to be stopped. Nothing else is changed.
+    The daemon has to be stopped. Nothing else is changed, and nothing at all where a record cannot be read.
     """
     from sandboxd.config import load_config  # noqa: PLC0415 - `--help` must not pay for it
-    from sandboxd.journal import schema, sessioncalls  # noqa: PLC0415 - same
+    from sandboxd.journal import btrees, schema, sessioncalls  # noqa: PLC0415 - same
     from sandboxd.journal.lock import Lock  # noqa: PLC0415 - same
 
     directory = load_config(config).state if state is None else state
@@ -232,15 +232,23 @@ def reindex(*, config: ConfigFile = None, state: State = None, output: FlatForma
             closing(schema.connect_writer(path)) as connection,
             closing(schema.connect_reader(path)) as reader,
         ):
+            sessioncalls.check_records(reader)
+            damaged = list(btrees.checked(reader, deep=True))
+            made = btrees.remake(path, damaged)
             connection.execute("BEGIN IMMEDIATE")
             found = sessioncalls.fill(connection, reader)
             connection.execute("COMMIT")
+            left = [one for one in btrees.checked(reader, deep=True) if one.name != "queue"]  # a daemon's
     finally:
         lock.release()
     if output.json:
-        terminal.print_json({"records": found})
+        terminal.print_json({"records": found, "indexes": [one.name for one in made]})
     else:
+        for one in made:
+            print(f"the {one} was made again")
         print(f"{found} records are of a session; the index has them")
+    if left:
+        raise errors.JournalCorrupt(schema.damage_told(left))
 
 
 def show(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sandboxd.journal.chain import Head
-from sandboxd.journal.records import Accepted, Existing, Refusal, new_id, outcome_header
+from sandboxd.journal.ids import Ids
+from sandboxd.journal.records import Accepted, Existing, Refusal, outcome_header
 from sandboxd.journal.store import Journal
 from sandboxd.journal.verify import VerifyReport
 
@@ -11,9 +12,9 @@ __all__ = [
     "Accepted",
     "Existing",
     "Head",
+    "Ids",
     "Journal",
     "Refusal",
     "VerifyReport",
-    "new_id",
     "outcome_header",
 ]

@@ -7,8 +7,6 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import uuid6
-
 from sandboxd import errors, models, units
 
 if TYPE_CHECKING:
@@ -17,16 +15,11 @@ if TYPE_CHECKING:
     from sandboxd.journal.requests import Asked, Open
     from sandboxd.journal.spool import Part
 
-__all__ = ["Accepted", "Existing", "Refusal", "body", "from_header", "new_id", "outcome_header", "remains"]
+__all__ = ["Accepted", "Existing", "Refusal", "body", "from_header", "outcome_header", "remains"]
 
 VERSION = 1
 _MAX_DETAIL = 2000
 _MAX_REQUEST = 4000
-
-
-def new_id() -> str:
-    """A new invocation id: a UUIDv7 (RFC 9562), unique across hosts; text order is time order."""
-    return str(uuid6.uuid7())
 
 
 @dataclass(frozen=True)

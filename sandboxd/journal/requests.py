@@ -32,6 +32,7 @@ __all__ = [
     "OPEN_CALLS",
     "UNKNOWN_CALLS",
     "Asked",
+    "Kept",
     "Open",
     "Owed",
     "callback_of",
@@ -39,6 +40,7 @@ __all__ = [
     "differences",
     "open_calls",
     "owed",
+    "problem_of",
     "read",
     "rebuild",
     "write",
@@ -210,17 +212,44 @@ def callback_of(connection: sqlite3.Connection, id_: str) -> CallbackState | Non
     return CallbackState(unix=unix or None, exec=program, state=state, tries=tries, at=done, problem=problem)
 
 
-def read(connection: sqlite3.Connection, id_: str) -> tuple[bytes, bytes, str | None] | None:
-    """The document, what is inline, and the key of a call's request."""
+class Kept(NamedTuple):
+    """What is kept of a call's request; ``digest`` is what was noted of ``doc`` with the acceptance."""
+
+    id: str
+    doc: bytes
+    contents: bytes
+    key: str | None
+    digest: str
+
+
+def read(connection: sqlite3.Connection, id_: str) -> Kept | None:
+    """What is kept of a call's request."""
     row = connection.execute(
-        "SELECT r.doc, r.contents, i.key FROM requests r JOIN invocations i ON i.id = r.id WHERE r.id = ?",
+        "SELECT r.id, r.doc, coalesce(r.contents, x''), i.key, i.request_digest"
+        " FROM requests r JOIN invocations i ON i.id = r.id WHERE r.id = ?",
         (id_,),
     ).fetchone()
-    return None if row is None else (row[0], row[1] or b"", row[2])
+    return None if row is None else Kept(*row)
 
 
-def rebuild(doc: bytes, contents: bytes, key: str | None, blobs: BlobStore) -> Request:
-    """The request that a document was made of. Raises NotFound for a blob that is gone, JournalCorrupt."""
+def problem_of(doc: bytes, contents: bytes | None, digest: str) -> str:
+    """How a request differs from what was accepted, its blobs aside; empty where it does not."""
+    if canonical.digest_bytes(doc) != digest:
+        return "what was asked was changed: it no longer has the digest that it was accepted with"
+    try:
+        for named, data in _unpacked(contents or b""):
+            if canonical.digest_bytes(data) != named:
+                return f"what its request named as {named} is not what it was"
+    except errors.JournalCorrupt as error:
+        return str(error)
+    return ""
+
+
+def rebuild(kept: Kept, blobs: BlobStore) -> Request:
+    """The request that was kept. Raises NotFound for a blob that is gone, JournalCorrupt."""
+    id_, doc, contents, key, digest = kept
+    if problem := problem_of(doc, contents, digest):
+        raise errors.JournalCorrupt(f"call {id_}: {problem}", id=id_)
     held = dict(_unpacked(contents))
 
     def content(digest: str) -> dict[str, Any]:
@@ -230,7 +259,9 @@ def rebuild(doc: bytes, contents: bytes, key: str | None, blobs: BlobStore) -> R
             with blobs.open(digest) as file:
                 data = file.read()
         if canonical.digest_bytes(data) != digest:
-            raise errors.JournalCorrupt(f"what a request named as {digest} is not what it was")
+            raise errors.JournalCorrupt(
+                f"call {id_}: what its request named as {digest} is not what it was", id=id_
+            )
         return Bytes.of(data).model_dump(exclude_none=True)
 
     try:
@@ -246,7 +277,7 @@ def rebuild(doc: bytes, contents: bytes, key: str | None, blobs: BlobStore) -> R
             limits["cpus"] = float(limits["cpus"])
         return Request.model_validate(asked | {"key": key})
     except (ValueError, KeyError, TypeError) as error:
-        raise errors.JournalCorrupt("a request in the journal cannot be read") from error
+        raise errors.JournalCorrupt(f"call {id_}: its request cannot be read", id=id_) from error
 
 
 def _unpacked(contents: bytes) -> Iterator[tuple[str, bytes]]:

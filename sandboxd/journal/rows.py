@@ -117,7 +117,8 @@ def conflict(
 ) -> errors.KeyConflict:
     """The refusal of a request whose key stands for another one."""
     before = requests.read(connection, existing.id)
-    differs = [] if before is None or now is None else requests.differences(before[0], now.doc)
+    known = before is not None and not requests.problem_of(before.doc, None, before.digest)
+    differs = requests.differences(before.doc, now.doc) if before and known and now else []
     named = ", ".join(each["field"] for each in differs[:5]) + (" and more" if len(differs) > 5 else "")
     return errors.KeyConflict(
         "this key was used before with another request" + (f": they differ in {named}" if named else ""),

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 
 from sandboxd import errors
 from sandboxd.failpoint import failpoint
-from sandboxd.journal import sessioncalls
+from sandboxd.journal import btrees, sessioncalls
 from sandboxd.journal.anew import check_new
 from sandboxd.journal.backups import back_up, still_starting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-__all__ = ["connect_mover", "connect_reader", "connect_writer", "keep_private", "mapped"]
+__all__ = ["connect_mover", "connect_reader", "connect_writer", "damage_told", "keep_private", "mapped"]
 
 APPLICATION_ID = 0x73626F78  # "sbox", so that file(1) and we know whose file it is
 
@@ -247,8 +247,6 @@ MIGRATIONS: tuple[tuple[str | Callable[[sqlite3.Connection, Path], None], ...], 
     ),
 )
 
-_DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-
 
 @contextmanager
 def mapped() -> Iterator[None]:
@@ -261,12 +259,20 @@ def mapped() -> Iterator[None]:
 
 def error_of(error: sqlite3.Error) -> errors.SandboxdError:
     """What an error of SQLite means for the journal: https://www.sqlite.org/rescode.html."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code
-    if code in _DAMAGED or "Could not decode" in str(error):
+    if btrees.is_damage(error) or "Could not decode" in str(error):
         return errors.JournalCorrupt(f"the journal's database is damaged: {error}")
-    if code == sqlite3.SQLITE_FULL:
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
         return errors.HostFailed("no space left for the journal in the state directory")
     return errors.HostFailed(f"the journal's database cannot be used: {error}")
+
+
+def damage_told(damaged: Sequence[btrees.Damaged]) -> str:
+    """Which parts of the database are damaged, and what to do."""
+    named = ", ".join(f"the {one}" for one in damaged)
+    return (
+        f"the journal's database is damaged: {named}; `sandboxd journal verify --deep` says what can be "
+        "read; restore the state directory from a backup"
+    )
 
 
 def connect_writer(path: Path) -> sqlite3.Connection:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sandboxd import errors
 from sandboxd.journal.upkeep import within
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = [
     "SessionCall",
     "add",
     "calls_of",
+    "check_records",
     "fill",
     "indexed",
     "numbers_of",
@@ -114,6 +116,32 @@ def fill(
         filled += len(found)
         tell()
     return filled
+
+
+def check_records(reader: sqlite3.Connection) -> None:
+    """See that all records can be read: of the others the index may be the last that is known.
+
+    Raises JournalCorrupt, which names the first that cannot be, or is gone.
+    """
+    last, newest = 0, None
+    try:
+        newest = reader.execute("SELECT coalesce(max(n), 0) FROM heads").fetchone()[0]
+        for n, _ in reader.execute("SELECT n, max(instr(header, ?), 0) FROM records ORDER BY n", (_KEY,)):
+            if n != last + 1:
+                break
+            last = n
+        else:
+            if last >= newest:
+                return
+    except sqlite3.DatabaseError as error:
+        if not _damaged(error):
+            raise
+    what = f"record {last + 1}" if newest is not None else "what was signed of records"
+    raise errors.JournalCorrupt(
+        f"{what} cannot be read, or is gone, so the index of sessions is left as it is: it would "
+        "lose calls; see `sandboxd journal verify`, and restore the journal from a backup",
+        record=last + 1,
+    )
 
 
 def _readable(reader: sqlite3.Connection) -> bool:

@@ -23,6 +23,7 @@ from sandboxd import canonical, errors, models
 from sandboxd.blobs import BlobStore
 from sandboxd.failpoint import failpoint
 from sandboxd.journal import chain, records, requests, rows, schema, signing, upkeep, verify
+from sandboxd.journal.ids import Ids, largest
 from sandboxd.journal.lock import Lock
 from sandboxd.journal.output import sync_directory
 from sandboxd.journal.writer import Transaction, Writer
@@ -62,6 +63,7 @@ class Journal:
         self._kept: set[str] = set()
         self._path = state_dir / "journal.sqlite3"
         self._writer = Writer(self._path)
+        self._ids = Ids()
         self._readers: ThreadPoolExecutor | None = None
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
@@ -80,11 +82,19 @@ class Journal:
     async def __aenter__(self) -> Self:
         await asyncio.to_thread(self._start)
         self._writer.serve()
+        try:
+            self._ids.after(await self._read(largest))
+        except BaseException:
+            await self._close()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         with contextlib.suppress(errors.SandboxdError):  # what keeps it from being written was told before
             await self.sign_head()
+        await self._close()
+
+    async def _close(self) -> None:
         await self._writer.rest()
         await asyncio.to_thread(self._stop)
 
@@ -114,6 +124,10 @@ class Journal:
         self._writer.stop()
         if self._lock is not None:
             self._lock.release()
+
+    def new_id(self) -> str:
+        """An id for a call, a session or a checkpoint, larger than all that are in the journal."""
+        return self._ids.new()
 
     async def accept(self, record: records.Accepted) -> records.Existing | None:
         """Record an acceptance, durably, unless the caller's key stands for this request already.
@@ -205,13 +219,13 @@ class Journal:
         """What was asked for a call, its contents included; for who runs it later, or again.
 
         Raises NotFound for a call that is not known, was accepted by a version that did not keep it, or whose
-        contents were pruned; JournalCorrupt when a content is not what its digest says.
+        contents were pruned; JournalCorrupt when it, or a content of it, is not what its digest says.
         """
         found = await self._read(lambda connection: requests.read(connection, id_))
         if found is None:
             raise errors.NotFound(f"what was asked for call {id_!r} is not in the journal")
         blobs = BlobStore(self._directory / "blobs")
-        return await asyncio.to_thread(requests.rebuild, *found, blobs)
+        return await asyncio.to_thread(requests.rebuild, found, blobs)
 
     async def ended(
         self,
@@ -514,4 +528,11 @@ class Journal:
                     if connection.in_transaction:
                         connection.execute("ROLLBACK")
 
-        return await asyncio.get_running_loop().run_in_executor(self._readers, run)
+        loop, mending = asyncio.get_running_loop(), self._writer.mending
+        while True:
+            times = mending.times
+            try:
+                return await loop.run_in_executor(self._readers, run)
+            except errors.JournalCorrupt as error:
+                if not await mending.mended(error, times):
+                    raise mending.named(error) from error.__cause__

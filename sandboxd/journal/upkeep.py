@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 MOST = 16 << 20  # bytes of documents that are read at once, from where it ends: one may have 34 MiB
-
+_SIZED = bytes | str
 
 _FILES = (
     "SELECT sum(size) FROM (SELECT max(size) AS size FROM (SELECT digest, size FROM artifacts"
@@ -66,7 +66,9 @@ def within(cursor: sqlite3.Cursor, most: int) -> Iterator[tuple[Any, ...]]:
     with closing(cursor):  # what is not read to its end holds the database as it was
         for row in cursor:
             yield row
-            size += sum(len(value) for value in row if isinstance(value, bytes | str))
+            for value in row:
+                if isinstance(value, _SIZED):
+                    size += len(value)
             if size >= most:
                 return
 

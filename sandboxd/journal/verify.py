@@ -2,7 +2,8 @@
 
 Theory of operation: the chain is one line, so the first record that differs ends the check of it. Files are
 each on their own: all that are damaged are named, with their call, and the check goes on. So is what differs
-of the index by which the calls of a session are found.
+of the index by which the calls of a session are found, of what was asked (``besides``), and each table and
+index of the database in which SQLite finds damage (``btrees``).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from sandboxd import canonical, errors
-from sandboxd.journal import chain, sessioncalls, signing
+from sandboxd.journal import besides, btrees, chain, sessioncalls, signing
 from sandboxd.journal.chain import GENESIS, Broken, Head
 from sandboxd.journal.evidence import Evidence
 from sandboxd.journal.upkeep import within
@@ -28,8 +29,10 @@ __all__ = ["Damage", "VerifyReport", "verify"]
 _STEP = 500
 _MOST = 16 << 20  # bytes of one step, from where it ends: a document may have 34 MiB
 _MAX_DAMAGE = 1000
+_OF_THE_QUEUE = "; a daemon that starts saves what it can, and calls that it cannot end as interrupted"
 _QUERY = (
-    "SELECT r.n, r.id, r.digest, r.header, i.id, i.state, i.doc, {pruned} FROM records AS r"
+    "SELECT r.n, r.id, r.digest, r.header, i.id, i.state, i.doc, {pruned}, i.uid, i.key, i.cause"
+    " FROM records AS r"
     " LEFT JOIN invocations AS i ON i.id = r.id "
 )
 
@@ -69,9 +72,11 @@ class VerifyReport:
     unknown: int = 0
     note: str = ""
     """Why there are none."""
+    remakable: bool = False
+    """Whether an index is damaged that may be made again of its table or of the records."""
     damaged: list[Damage] = field(default_factory=list)
-    """Streams and artifacts that differ or are gone, with ``deep``, and records that the index of sessions
-    has not, or has wrongly; at most 1,000."""
+    """Streams and artifacts that differ or are gone, with ``deep``, records that the index of sessions has
+    not, or has wrongly, and what differs of rows and requests; at most 1,000."""
 
     @property
     def ok(self) -> bool:
@@ -94,41 +99,60 @@ def verify(
     is none.
     """
     report = VerifyReport()
-    wanted, seen, signer = _wanted(expected, keys)
+    wanted = _wanted(expected, keys)
     sessions = sessioncalls.Check(connection)
     try:
-        heads = _heads(connection, keys)
-        for n, id_, digest, data, row, state, body, pruned in _rows(connection, report):
-            named = chain.follow(report.head, n, id_, digest, data)
-            _check_row(n, id_, row, state)
-            _check_body(n, named, body, pruned)
-            if (vouched := heads.pop(n, None)) is not None:
-                _check_signed(n, digest, vouched)
-                report.signed, report.key = n, vouched.key
-            report.head, report.records = Head(n, digest), n
-            sessions.one(n, data)
-            report.pruned += body is None
-            if digest == wanted[1] and wanted[0] in {None, n}:
-                seen = True
-                if signer is not None:
-                    report.signed, report.key = n, signer
-            if deep is not None and body is not None:
-                _look(Evidence(deep), n, json.loads(data), report)
-        last = report.head.n
-        if not seen:
-            named = wanted[1] if wanted[0] is None else str(Head(wanted[0], wanted[1]))
-            raise Broken(
-                last + 1, f"the head {named} is not in the chain: its newest records were cut off or replaced"
-            )
-        if heads:
-            raise Broken(
-                last + 1, f"the head of record {max(heads)} was signed: the newest records were cut off"
-            )
-        _check_strays(connection, last)
+        _follow(connection, report, sessions, wanted, heads=_heads(connection, keys), deep=deep)
+        _check_strays(connection, report.head.n)
     except Broken as broken:
         report.at, report.problem = broken.n, str(broken)
+    except sqlite3.DatabaseError as error:  # heads, or what else is asked of calls
+        if not btrees.is_damage(error):
+            raise
+        report.problem = f"the database is damaged ({error}), and not all could be checked"
+    _look_at_database(connection, report, deep=deep is not None)
     _look_at_sessions(connection, sessions, report)
+    _look_at_requests(connection, report)
     return report
+
+
+def _follow(
+    connection: sqlite3.Connection,
+    report: VerifyReport,
+    sessions: sessioncalls.Check,
+    expected: tuple[tuple[int | None, str], bool, str | None],
+    *,
+    heads: dict[int, signing.SignedHead],
+    deep: Path | None,
+) -> None:
+    """Go through the chain. Raises Broken at the first record that differs."""
+    wanted, seen, signer = expected
+    for n, id_, digest, data, row, state, body, pruned, *columns in _rows(connection, report):
+        named = chain.follow(report.head, n, id_, digest, data)
+        _check_row(n, id_, row, state)
+        _check_body(n, named, body, pruned)
+        if (vouched := heads.pop(n, None)) is not None:
+            _check_signed(n, digest, vouched)
+            report.signed, report.key = n, vouched.key
+        report.head, report.records = Head(n, digest), n
+        sessions.one(n, data)
+        if differs := besides.differing(data, body, *columns):
+            _note(report, Damage(n, id_, f"its row was changed: {differs} is not as in its record"))
+        report.pruned += body is None
+        if digest == wanted[1] and wanted[0] in {None, n}:
+            seen = True
+            if signer is not None:
+                report.signed, report.key = n, signer
+        if deep is not None and body is not None:
+            _look(Evidence(deep), n, json.loads(data), report)
+    last = report.head.n
+    if not seen:
+        head = wanted[1] if wanted[0] is None else str(Head(wanted[0], wanted[1]))
+        raise Broken(
+            last + 1, f"the head {head} is not in the chain: its newest records were cut off or replaced"
+        )
+    if heads:
+        raise Broken(last + 1, f"the head of record {max(heads)} was signed: the newest records were cut off")
 
 
 def _wanted(expected: str | None, keys: Collection[str]) -> tuple[tuple[int | None, str], bool, str | None]:
@@ -196,7 +220,9 @@ def _one_by_one(
         try:
             row = connection.execute(query + "WHERE r.n = ?", (n,)).fetchone()
         except sqlite3.DatabaseError as damage:
-            raise Broken(n, f"record {n} cannot be read: the database is damaged there ({damage})") from error
+            raise Broken(
+                n, f"record {n}, or its call, cannot be read: the database is damaged there ({damage})"
+            ) from error
         if row is None:
             raise Broken(n, f"the database is damaged: no more than {n - 1} records can be read ({error})")
         yield row
@@ -243,6 +269,15 @@ def _note(report: VerifyReport, damage: Damage) -> None:
         report.damaged.append(damage)
 
 
+def _look_at_database(connection: sqlite3.Connection, report: VerifyReport, *, deep: bool) -> None:
+    found = list(btrees.checked(connection, deep=deep))
+    for each in found:
+        how = f"{each.why}{_OF_THE_QUEUE if each.name == 'queue' else ''}"
+        _note(report, Damage(0, "", f"the {each} of the journal's database is damaged: {how}"))
+    indexes = any(each.index for each in found)
+    report.remakable = indexes and not any(each.name == "records" for each in found)
+
+
 def _look_at_sessions(
     connection: sqlite3.Connection, check: sessioncalls.Check, report: VerifyReport
 ) -> None:
@@ -251,5 +286,17 @@ def _look_at_sessions(
         for n, problem in islice(check.rest(report.head.n), _MAX_DAMAGE):
             row = connection.execute("SELECT id FROM records WHERE n = ?", (n,)).fetchone()
             _note(report, Damage(n, row[0] if row else "", problem))
+            report.remakable = report.remakable or report.problem is None
     except sqlite3.DatabaseError as error:
         _note(report, Damage(report.head.n, "", f"the index of sessions cannot be read: {error}"))
+        report.remakable = report.remakable or report.problem is None
+
+
+def _look_at_requests(connection: sqlite3.Connection, report: VerifyReport) -> None:
+    """What differs of what was asked, also of calls that wait."""
+    try:
+        for id_, problem in islice(besides.requests_that_differ(connection), _MAX_DAMAGE):
+            row = connection.execute("SELECT n FROM records WHERE id = ?", (id_,)).fetchone()
+            _note(report, Damage(row[0] if row else 0, id_, problem if row else f"call {id_}: {problem}"))
+    except sqlite3.DatabaseError as error:
+        _note(report, Damage(0, "", f"what was asked cannot be read: {error}"))

@@ -11,6 +11,8 @@ the start again; where operations never leave a moment for that and it grows lon
 After a sync that failed nothing is known of what the log has on disk, and no later sync would tell. So
 nothing is written until a thread has written the log's bytes once more, synced them, and found that they are
 those that were written (``wal``). Outcomes wait for that, for ``PATIENCE``; all else is refused.
+
+Where an operation meets a damaged page it is undone, and run again if that could be mended (``mending``).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import structlog
 from sandboxd import errors
 from sandboxd.failpoint import failpoint
 from sandboxd.journal import chain, schema, wal
+from sandboxd.journal.mending import Mending
 from sandboxd.journal.output import sync_directory
 from sandboxd.kernel.filesync import FileSync
 
@@ -59,6 +62,9 @@ class Writer:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.mending = Mending(path)
+        self._later: list[Callable[[Transaction], object]] = []
+        """Operations that were posted while the database was being mended."""
         self._transaction: Transaction | None = None
         self._mover: sqlite3.Connection | None = None
         self._log = -1
@@ -78,6 +84,14 @@ class Writer:
 
     def start(self) -> None:
         """Open the database. Raises what ``schema.connect_writer`` does."""
+        try:
+            self._open()
+        except errors.JournalCorrupt as error:
+            if not self.mending.look():
+                raise self.mending.named(error) from error.__cause__
+            self._open()
+
+    def _open(self) -> None:
         connection = schema.connect_writer(self._path)
         try:
             with schema.mapped():
@@ -118,17 +132,10 @@ class Writer:
         HostFailed all the same, and may have been written. A task that is cancelled here does not take its
         operation back.
         """
-        while not self._may_write.is_set() or (patient and self._restoring is not None):
-            # again: another that waited may have filled the log
-            if self._restoring is None:
-                await self._may_write.wait()
-                continue
-            await self._restored(PATIENCE)
-            if self._lost is not None:
-                break  # what is to be done says why it cannot be
+        await self._turn(patient=patient)
         if self._sync is None:
             raise errors.HostFailed("the journal is closed")
-        result = self._apply(operation)
+        result = await self._tried(operation)
         if durable:
             try:
                 await self.synced()
@@ -141,6 +148,32 @@ class Writer:
                 if self._lost is not None:
                     raise
         return result
+
+    async def _turn(self, *, patient: bool) -> None:
+        """Wait until an operation may be written, or it is known that it cannot be."""
+        while (
+            self.mending.going or not self._may_write.is_set() or (patient and self._restoring is not None)
+        ):  # again: another that waited may have filled the log
+            if self.mending.going:
+                await self.mending.ended()
+                self._post_later()
+            elif self._restoring is None:
+                await self._may_write.wait()
+            else:
+                await self._restored(PATIENCE)
+                if self._lost is not None:
+                    break  # what is to be done says why it cannot be
+
+    async def _tried(self, operation: Callable[[Transaction], T]) -> T:
+        while True:
+            times = self.mending.times
+            try:
+                return self._apply(operation)
+            except errors.JournalCorrupt as error:
+                if not await self.mending.mended(error, times):
+                    raise self.mending.named(error) from error.__cause__
+            await self.mending.ended()
+            self._post_later()
 
     async def synced(self) -> None:
         """Wait until all that was written before is on disk."""
@@ -191,10 +224,19 @@ class Writer:
 
     def post(self, operation: Callable[[Transaction], object]) -> None:
         """Run an operation; it is not durable yet, and its failure concerns nobody."""
+        if self.mending.going:
+            self._later.append(operation)
+            return
+        self._post_later()
         try:
             self._apply(operation)
         except errors.SandboxdError as error:
             log.warning("not written", reason=str(error))
+
+    def _post_later(self) -> None:
+        later, self._later = self._later, []
+        for operation in later:
+            self.post(operation)
 
     def _apply(self, operation: Callable[[Transaction], T]) -> T:
         transaction = self._transaction
@@ -264,6 +306,8 @@ class Writer:
 
     async def rest(self) -> None:
         """Take nothing more, and wait for what goes on beside the event loop."""
+        await self.mending.ended()
+        self._post_later()
         if self._restoring is not None:
             self._restoring.cancel()
             await self._restored()

@@ -15,7 +15,7 @@ from measure import summary
 
 from sandboxd import Client
 from sandboxd.journal import Journal
-from sandboxd.journal.records import Accepted, new_id, outcome_header
+from sandboxd.journal.records import Accepted, outcome_header
 from sandboxd.models import State
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ async def _fill(
 
         async def one(number: int) -> None:
             times = pattern.times.model_copy(update={"accepted": pattern.times.accepted + number})
-            call = pattern.model_copy(update={"id": new_id(), "times": times})
+            call = pattern.model_copy(update={"id": store.new_id(), "times": times})
             begun = call.model_copy(update={"state": State.ACCEPTED, "outcome": None, "receipt": None})
             await store.accept(Accepted(begun, pattern.plan))
             await store.ended(call, outcome_header(call))

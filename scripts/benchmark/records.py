@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import sandboxes
 
 from sandboxd import Client
-from sandboxd.journal import chain, new_id, outcome_header, schema
+from sandboxd.journal import Ids, chain, outcome_header, schema
 from sandboxd.journal.records import body
 from sandboxd.journal.search import Entry, Query, SearchIndex
 from sandboxd.journal.verify import verify
@@ -99,11 +99,11 @@ def _fill(path: Path, pattern: Invocation, count: int, until: float) -> int:
     """Copies of a call, many in each transaction, without the syncs that calls wait for."""
     connection = schema.connect_writer(path)
     connection.execute("DELETE FROM heads")  # they are signed with a key of a daemon that has ended
-    head, written = chain.read_head(connection), 0
+    ids, head, written = Ids(), chain.read_head(connection), 0
     while written < count and time.monotonic() < until:
         connection.execute("BEGIN")
         for _ in range(min(BATCH, count - written)):
-            call = pattern.model_copy(update={"id": new_id()})
+            call = pattern.model_copy(update={"id": ids.new()})
             data = body(call)
             connection.execute(
                 "INSERT INTO invocations (uid, request_digest, state, policy, cause, doc, id)"

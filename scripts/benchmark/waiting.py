@@ -11,7 +11,7 @@ import anyio
 import sandboxes
 
 from sandboxd import models
-from sandboxd.journal import Accepted, Journal, new_id
+from sandboxd.journal import Accepted, Journal
 from sandboxd.journal.requests import Open, describe
 from sandboxd.scheduler import Scheduler, Ticket
 
@@ -65,7 +65,7 @@ async def _accept(state: Path, calls: int) -> None:
 
         async def accept() -> None:
             invocation = models.Invocation(
-                id=new_id(),
+                id=journal.new_id(),
                 state=models.State.ACCEPTED,
                 caller=models.CallerInfo(uid=0, gid=0, role="operator"),
                 policy=digest,

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
+import pytest
 from journals import behind, record, spoiled
 
 from sandboxd.journal import Journal
@@ -158,3 +162,61 @@ def test_the_index_of_sessions_is_made_again(tmp_path: Path) -> None:
     told = run("journal", "verify", "--bundle", tmp_path / "x")
     assert "all calls of session s among these records are in it" in told.stdout
     assert run("journal", "reindex", "--state", tmp_path / "nowhere").returncode != 0
+
+
+@pytest.mark.parametrize("damage", ["zeroed", "emptied", "missing"])
+def test_the_index_of_sessions_stays_where_records_cannot_be_read(tmp_path: Path, damage: str) -> None:
+    """It may be all that is left to say which calls were of a session."""
+
+    async def fill() -> None:
+        async with Journal.open(tmp_path) as journal:
+            for _ in range(3):
+                await record(journal, tmp_path, session="s")
+
+    asyncio.run(fill())
+    if damage == "missing":
+        behind(tmp_path, "DELETE FROM records WHERE n = 2")
+    else:
+        # an empty leaf is a sound page to SQLite: only the signed head says what was there
+        spoiled(tmp_path, "records", bytes(4096) if damage == "zeroed" else b"\x0d" + bytes(4095))
+    behind(tmp_path, "DELETE FROM session_records WHERE n = 3")
+    found = run("journal", "verify", "--state", tmp_path)
+    assert (found.returncode, "reindex" in found.stderr) == (1, False)
+    refused = run("journal", "reindex", "--state", tmp_path)
+    assert refused.returncode != 0
+    assert f"record {2 if damage == 'missing' else 1} cannot be read, or is gone" in refused.stderr
+    with closing(sqlite3.connect(tmp_path / "journal.sqlite3")) as connection:
+        assert connection.execute("SELECT n FROM session_records").fetchall() == [(1,), (2,)]
+
+
+def test_damaged_pages_are_named_and_indexes_made_again(tmp_path: Path) -> None:
+    filled(tmp_path)
+    spoiled(tmp_path, "invocation_keys")
+    spoiled(tmp_path, "sqlite_autoindex_requests_1")
+    for deep in ([], ["--deep"]):
+        found = run("journal", "verify", *deep, "--state", tmp_path)
+        assert found.returncode == 1
+        assert "the index invocation_keys of table invocations of the journal's database" in found.stderr
+        assert "the index sqlite_autoindex_requests_1 of table requests" in found.stderr
+        assert "`sandboxd journal reindex` makes indexes again" in found.stderr
+    done = run("journal", "reindex", "--state", tmp_path)
+    assert done.returncode == 0
+    assert "the index invocation_keys of table invocations was made again" in done.stdout
+    assert run("journal", "verify", "--deep", "--state", tmp_path).returncode == 0
+    for table in ("queue", "sessions", "checkpoints", "heads", "contents"):
+        copy = tmp_path / table
+        copy.mkdir()
+        shutil.copy(tmp_path / "journal.sqlite3", copy)
+        spoiled(copy, table)
+        for deep in ([], ["--deep"]):
+            found = run("journal", "verify", *deep, "--state", copy)
+            assert found.returncode == 1
+            assert f"the table {table} of the journal's database is damaged" in found.stderr
+            assert "reindex" not in found.stderr
+        refused = run("journal", "reindex", "--state", copy)
+        if table == "queue":  # the daemon saves what it can of it
+            assert (refused.returncode, "a daemon that starts saves what it can" in found.stderr) == (0, True)
+            continue
+        assert refused.returncode != 0
+        named = "what was signed of records cannot be read" if table == "heads" else f"the table {table}"
+        assert named in refused.stderr

@@ -11,10 +11,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
-from journals import behind, record, spoiled
+from journals import behind, new_id, record, spoiled
 
 from sandboxd import canonical, errors, models
-from sandboxd.journal import Accepted, Journal, bundle, new_id, outcome_header, proof, schema, sessioncalls
+from sandboxd.journal import Accepted, Journal, bundle, outcome_header, proof, schema, sessioncalls
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -138,7 +138,7 @@ async def test_a_damaged_older_journal_is_migrated_and_copied_as_it_is(tmp_path:
     async with Journal.open(tmp_path) as journal:
         report = await journal.verify()
         assert "cannot be read: the database is damaged there" in str(report.problem)
-        assert report.damaged == []
+        assert ["the table records of" in one.what for one in report.damaged] == [True]
         more = await record(journal, tmp_path, session=ONE)
     with closing(sqlite3.connect(path)) as connection:
         rows = connection.execute("SELECT n FROM session_records WHERE session = ?", (ONE,)).fetchall()
@@ -274,7 +274,8 @@ async def test_a_damaged_index_holds_up_no_outcome_and_no_export(tmp_path: Path)
         assert found.outcome == more.outcome
         report = await journal.verify()
         assert (report.problem, report.records) == (None, 10)
-        assert "the index of sessions cannot be read" in report.damaged[0].what
+        assert "the table session_records of the journal's database" in report.damaged[0].what
+        assert "the index of sessions cannot be read" in report.damaged[1].what
         key = journal.key
     with closing(schema.connect_reader(tmp_path / "journal.sqlite3")) as connection:
         chosen = bundle.select(connection, [], session=ONE)

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from daemons import until
 from frozen import thawed
-from journals import behind, call, record
+from journals import behind, call, new_id, record
 
 from sandboxd import errors, models
-from sandboxd.journal import Accepted, Journal, new_id
+from sandboxd.journal import Accepted, Journal
 from sandboxd.journal.search import Query
 
 if TYPE_CHECKING:

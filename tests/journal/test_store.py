@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+from journals import new_id
 
 from sandboxd import canonical, errors, models
-from sandboxd.journal import Accepted, Head, Journal, Refusal, new_id, outcome_header
+from sandboxd.journal import Accepted, Head, Journal, Refusal, outcome_header
 from sandboxd.journal import schema as schema_module
 from sandboxd.journal import store as store_module
 

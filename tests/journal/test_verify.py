@@ -9,15 +9,17 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
-from journals import behind, record
+from journals import behind, call, record
 
 from sandboxd import canonical, errors, models
-from sandboxd.journal import Accepted, Journal, chain, outcome_header, schema, signing, upkeep
+from sandboxd.journal import Accepted, Journal, chain, outcome_header, requests, schema, signing, upkeep
 from sandboxd.journal import verify as verify_module
 from sandboxd.journal.verify import verify
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+ASKED = "what was asked was changed: it no longer has the digest that it was accepted with"
 
 
 @pytest.fixture
@@ -171,7 +173,9 @@ async def test_a_damaged_page_is_named_by_its_record(tmp_path: Path) -> None:
     reader.close()
     assert report.at is not None
     assert 1 < report.at < 300
-    assert f"record {report.at} cannot be read: the database is damaged there" in str(report.problem)
+    assert f"record {report.at}, or its call, cannot be read: the database is damaged there" in str(
+        report.problem
+    )
 
 
 def _leaf(path: Path, root: int, number: int) -> int:
@@ -212,3 +216,51 @@ async def test_large_documents_are_read_a_few_at_a_time(
         rows = await journal.after(0, 10)
         assert [row.n for row in rows] == [1, 2]
         assert [row.n for row in await journal.after(11, 10)] == [12]
+
+
+@pytest.mark.parametrize(
+    ("change", "which", "told"),
+    [
+        ("UPDATE requests SET doc = CAST(replace(CAST(doc AS TEXT), 'echo', 'evil') AS BLOB)", 1, ASKED),
+        ("UPDATE requests SET doc = CAST(replace(CAST(doc AS TEXT), 'echo', 'evil') AS BLOB)", 0, ASKED),
+        ("UPDATE invocations SET request_digest = 'sha256:00'", 1, ASKED),
+        (
+            "UPDATE requests SET contents = CAST(replace(CAST(contents AS TEXT), 'typed', 'other') AS BLOB)",
+            1,
+            "what its request named as sha256:",
+        ),
+        ("UPDATE requests SET contents = x'00'", 0, "are cut off"),
+        ("UPDATE requests SET id = 'other'", 0, "it waits, and what was asked is gone"),
+        ("UPDATE requests SET id = 'other'", 1, "what was asked is there, and the call is not"),
+        ("UPDATE invocations SET uid = 0", 1, "its row was changed: uid is not as in its record"),
+        ("UPDATE invocations SET cause = 'denied'", 1, "its row was changed: cause is not as in its record"),
+        ("UPDATE invocations SET key = 'mine'", 1, "its row was changed: key is not as in its record"),
+        ("UPDATE invocations SET key = NULL", 1, "its row was changed: key is not as in its record"),
+    ],
+)
+async def test_what_is_beside_the_records_is_compared(
+    tmp_path: Path, change: str, which: int, told: str
+) -> None:
+    """Of a call that has ended, and of one that waits."""
+    ids = []
+    async with Journal.open(tmp_path) as journal:
+        for number in range(2):
+            begun = call(argv=["echo"], key=f'"{number}ü"', labels={"key": "x"})
+            asked = requests.describe(models.Request(argv=["echo"], stdin=models.Bytes.of(b"typed")))
+            row = requests.Open(begun.id, 1, known=1)
+            await journal.accept(Accepted(begun, asked.digest, asked, row))
+            ids.append(begun.id)
+        await record(journal, tmp_path, key=None, labels={"key": "x"})
+        outcome = models.Outcome(cause=models.Cause.EXITED, message="It ended.", exit_code=0)
+        done = begun.model_copy(update={"state": models.State.ENDED, "outcome": outcome})
+        await journal.ended(done, outcome_header(done))
+        assert (await journal.verify()).ok
+    behind(tmp_path, f"{change} WHERE id = '{ids[which]}'")
+    async with Journal.open(tmp_path) as journal:
+        report = await journal.verify()
+    assert (report.ok, report.problem, report.records) == (False, None, 2)
+    assert any(told in each.what for each in report.damaged)
+    if "gone" not in told and "is there" not in told:
+        assert len(report.damaged) == 1
+        assert ids[which] in f"{report.damaged[0].id} {report.damaged[0].what}"
+        assert report.damaged[0].n == (2 if which else 0)
