@@ -190,9 +190,10 @@ class Ledger:
         found = await fitting(before=before, limit=min(limit, LIST_LIMIT))
         # A page may be short because its calls are large, so its length does not say whether it is the last.
         more = bool(found) and bool(await fitting(before=found[-1].id, limit=1))
-        return InvocationList(
-            invocations=[self._now(item) for item in found], next=found[-1].id if more else None
-        )
+        shown = [self._now(item) for item in found]
+        if cause is not None or state is State.ENDED:  # an outcome is told when it is on disk
+            shown = [one for one in shown if one.state is State.ENDED]
+        return InvocationList(invocations=shown, next=found[-1].id if more else None)
 
     async def _asleep(
         self, caller: Caller, *, policy: str | None, label: Mapping[str, str], before: str | None
