@@ -76,17 +76,16 @@ class Calls(Recovery):
         ``tied``: whoever asked waits for the answer, and its going away cancels the call. ``again``: what a
         recorded call ran under, to be run again. Raises Refused.
         """
-        existing = None
+        asked = await off_the_loop(request, describe, request)
         if request.key is not None:
             # before all else: what the key stands for is the answer, whatever has changed since
             existing = await self._journal.find_key(caller.uid, request.key)
-        asked = await off_the_loop(request, describe, request)
-        if existing is not None and existing.request_digest == asked.digest:
-            found = await self.get(caller, existing.id)
-            await self._check_session(caller, request, found)
-            return found
-        if existing is not None:
-            raise await self._journal.conflict(existing, asked)
+            if existing is not None and existing.request_digest == asked.digest:
+                found = await self.get(caller, existing.id)
+                await self._check_session(caller, request, found)
+                return found
+            if existing is not None:
+                raise await self._journal.conflict(existing, asked)
         if request.callback is not None:
             self.callbacks.check(caller, request.callback)
         if self.draining:
