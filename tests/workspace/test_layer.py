@@ -9,7 +9,6 @@ import socket
 import stat
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from layered import opened
@@ -20,29 +19,7 @@ from sandboxd.workspace import layer
 from sandboxd.workspace.store import LayerStore
 from sandboxd.workspace.tree import remove_tree, step
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 BASE = 1_000_000
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> LayerStore:
-    return LayerStore(tmp_path)
-
-
-@pytest.fixture
-def upper(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs, as the upper layer of a call is one."""
-    at = tmp_path / "upper"
-    at.mkdir()
-    mount = mounts.new_mount("tmpfs", {"size": "64m", "mode": "0755"})
-    mounts.attach(mount, at)
-    os.close(mount)
-    try:
-        yield at
-    finally:
-        mounts.detach(at)
 
 
 def give(root: Path) -> None:

@@ -21,31 +21,13 @@ from sandboxd.workspace import layer, layershared
 from sandboxd.workspace.store import LayerStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
 BASE = 1_000_000
 WHEN = 1_700_000_000_123_456_789
 SIZE = 3 * layershared.CHUNK + 5000
 """Of the large file: some runs, and a part of a block."""
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> LayerStore:
-    return LayerStore(tmp_path)
-
-
-@pytest.fixture
-def upper(tmp_path: Path) -> Iterator[Path]:
-    at = tmp_path / "upper"
-    at.mkdir()
-    mount = mounts.new_mount("tmpfs", {"size": "64m", "mode": "0755"})
-    mounts.attach(mount, at)
-    os.close(mount)
-    try:
-        yield at
-    finally:
-        mounts.detach(at)
 
 
 def settle(root: Path, *, when: int = WHEN) -> None:
